@@ -1,0 +1,307 @@
+"""Which settings, and which combinations of settings, cannot be used, and why. Imports no torch.
+
+What needs the model's architecture (does ``target_modules`` match anything?) is checked in
+``sft.adapter``, on a model without weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sft import upstream, zero
+from sft.config import Config, fields_of
+from sft.errors import Problem
+
+# Fields of upstream classes that another setting of ours decides, and that setting.
+TRAIN_OWNED = {
+    **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "precision=bf16"),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), "zero=stage2"),
+    "gradient_accumulation_steps": "train.global_batch_size=32",
+    "auto_find_batch_size": "train.per_device_train_batch_size=4",
+    "max_length": "dataset.max_length=1024",
+    "output_dir": "output_dir=DIR",
+    "run_name": "run_name=NAME",
+    "seed": "seed=42",
+    "data_seed": "seed=42",
+    "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
+    "local_rank": "torchrun --nproc_per_node N",
+    "hub_token": "HF_TOKEN in the environment, so that it is in no saved config",
+    "save_only_model": "remove it: a run could not resume from such a checkpoint",
+    "resume_from_checkpoint": "remove it: the same command again resumes",
+    "load_best_model_at_end": "remove it: the adapter is the last one",
+    "eval_on_start": "train.eval_strategy=epoch",
+    "activation_checkpointing": "train.gradient_checkpointing=true",
+    "logging_strategy": "train.logging_steps=10",
+    "disable_tqdm": "remove it: the bar is shown on a terminal only",
+    **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "model.trust_remote_code=true"),
+    **dict.fromkeys(
+        (
+            "assistant_only_loss",
+            "chat_template_path",
+            "completion_only_loss",
+            "dataset_kwargs",
+            "dataset_num_proc",
+            "dataset_text_field",
+            "eos_token",
+            "eval_packing",
+            "label_names",
+            "packing",
+            "packing_strategy",
+            "pad_token",
+            "padding_free",
+            "remove_unused_columns",
+            "shuffle_dataset",
+            "truncation_mode",
+        ),
+        "template=... and dataset=..., which decide what is trained",
+    ),
+}
+LORA_OWNED = {
+    "task_type": "remove it: CAUSAL_LM",
+    "peft_type": "remove it: LORA",
+    "inference_mode": "remove it",
+    "base_model_name_or_path": "model.name_or_path=...",
+    "revision": "model.revision=...",
+    "fan_in_fan_out": "remove it: PEFT knows each layer's layout",
+}
+# Removed or renamed upstream, or called so by other tools: what to write here.
+RENAMED = {
+    "warmup_ratio": "train.warmup_steps=0.03 (below 1 it is a share of all steps)",
+    "max_seq_length": "dataset.max_length=1024",
+    "sequence_len": "dataset.max_length=1024",
+    "cutoff_len": "dataset.max_length=1024",
+    "group_by_length": "train.extra.train_sampling_strategy=group_by_length",
+    "evaluation_strategy": "train.eval_strategy=epoch",
+    "overwrite_output_dir": "overwrite=true",
+    "lora_r": "lora.r=8",
+    "lora_rank": "lora.r=8",
+    "batch_size": "train.global_batch_size=32",
+    "micro_batch_size": "train.per_device_train_batch_size=4",
+    "gradient_accumulation_steps": "train.global_batch_size=32",
+    "num_epochs": "train.num_train_epochs=3",
+    "epochs": "train.num_train_epochs=3",
+    "lr": "train.learning_rate=2e-4",
+    "deepspeed": "zero=stage2",
+    "bf16": "precision=bf16",
+    "fp16": "precision=fp16",
+    "tf32": "train.extra.tf32=true",
+}
+HEADS = ("lm_head", "embed_out", "output_layer")
+
+
+def world_size(environ: Mapping[str, str] = os.environ) -> int:
+    """Read how many ranks torchrun started; 1 without it."""
+    return int(environ.get("WORLD_SIZE", "1"))
+
+
+def check(config: Config) -> list[Problem]:
+    """Find every problem of a config whose keys and types are right already."""
+    problems = list(rule_problems(config))
+    for find in (_names, _data, _batch, _schedule, _lora, _quantization, _extras):
+        problems += find(config)
+    problems += zero.problems(config.zero, config.train.optim, not config.lora.enabled)
+    return problems
+
+
+def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
+    """Apply each field's own rule, section by section."""
+    for name, field, value in fields_of(node):
+        if hasattr(value, "__dataclass_fields__"):
+            yield from rule_problems(value, f"{prefix}{name}.")
+            continue
+        rule = field.metadata.get("rule")
+        if rule is not None and value is not None and not rule.holds(value):
+            default = field.default
+            yield Problem(f"{prefix}{name}={value}", rule.text, f"{prefix}{name}={default}")
+
+
+def _names(config: Config) -> Iterator[Problem]:
+    if not config.model.name_or_path:
+        yield Problem(
+            "model.name_or_path=null", "a base model is needed", "model.name_or_path=HUB_ID_OR_DIR"
+        )
+    if not config.dataset.path:
+        yield Problem("dataset.path=null", "data is needed", "dataset.path=FILE_OR_HUB_ID")
+    if config.run_name is not None and Path(config.run_name).name != config.run_name:
+        yield Problem(f"run_name={config.run_name}", "must be a plain name", "output_dir=DIR")
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    data, template = config.dataset, config.template
+    sources = {
+        "dataset.eval_path": data.eval_path,
+        "dataset.eval_split": data.eval_split,
+        "dataset.eval_fraction": data.eval_fraction,
+    }
+    given = [f"{key}={value}" for key, value in sources.items() if value]
+    if len(given) > 1:
+        yield Problem(", ".join(given), "held-out rows come from one place", f"keep {given[0]}")
+    if data.exact_match and not given:
+        yield Problem(
+            f"dataset.exact_match={data.exact_match}",
+            "needs held-out rows to answer",
+            "dataset.eval_fraction=0.05",
+        )
+    if template.kind == "text" and data.exact_match:
+        yield Problem(
+            f"dataset.exact_match={data.exact_match}",
+            "plain text has no prompt to answer",
+            "dataset.exact_match=0",
+        )
+    if template.kind != "chat" and template.system is not None:
+        yield Problem(
+            f"template.system={template.system!r}",
+            "only a chat template has a system message",
+            "template=chat",
+        )
+    if template.kind == "completion" and not template.prompts:
+        yield Problem("template.prompts=[]", "needs a prompt", "template=completion")
+    if not template.completions:
+        yield Problem("template.completions=[]", "nothing would be trained", "template=completion")
+
+
+def _batch(config: Config) -> Iterator[Problem]:
+    train, ranks = config.train, world_size()
+    micro = train.per_device_train_batch_size
+    per_forward = micro * ranks
+    if micro >= 1 and train.global_batch_size % per_forward:
+        nearest = max(1, round(train.global_batch_size / per_forward)) * per_forward
+        yield Problem(
+            f"train.global_batch_size={train.global_batch_size}",
+            f"must be a multiple of per_device_train_batch_size x ranks = {micro} x {ranks}",
+            f"train.global_batch_size={nearest}, or another train.per_device_train_batch_size",
+        )
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    train, data = config.train, config.dataset
+    held_out = data.eval_path or data.eval_split or data.eval_fraction
+    if train.eval_strategy == "steps" and train.eval_steps is None:
+        yield Problem(
+            "train.eval_strategy=steps", "needs to know how often", "train.eval_steps=100"
+        )
+    if train.eval_steps is not None and train.eval_strategy != "steps":
+        yield Problem(
+            f"train.eval_steps={train.eval_steps}",
+            f"has no effect with eval_strategy={train.eval_strategy}",
+            "train.eval_strategy=steps",
+        )
+    if train.eval_strategy == "steps" and not held_out:
+        yield Problem(
+            "train.eval_strategy=steps", "there are no held-out rows", "dataset.eval_fraction=0.05"
+        )
+    if train.max_steps == 0:
+        yield Problem("train.max_steps=0", "nothing would be trained", "train.max_steps=-1")
+    if train.warmup_steps >= 1 and train.warmup_steps != int(train.warmup_steps):
+        yield Problem(
+            f"train.warmup_steps={train.warmup_steps}",
+            "is a share below 1, or a whole number of steps",
+            "train.warmup_steps=0.03",
+        )
+    if 0 < train.max_steps <= train.warmup_steps:
+        yield Problem(
+            f"train.warmup_steps={train.warmup_steps:g}",
+            f"the rate would never reach its peak in max_steps={train.max_steps}",
+            "train.warmup_steps=0.03",
+        )
+
+
+def _lora(config: Config) -> Iterator[Problem]:
+    lora = config.lora
+    if not lora.enabled:
+        return
+    targets = lora.target_modules
+    named = [targets] if isinstance(targets, str) else targets
+    if not named or not all(isinstance(item, str) for item in named):
+        yield Problem(
+            f"lora.target_modules={targets}",
+            "must be 'attention', 'all-linear', a regular expression, or a list of module names",
+            "lora.target_modules=all-linear",
+        )
+        return
+    for head in HEADS:
+        if any(item == head or item.endswith(f".{head}") for item in named):
+            yield Problem(
+                f"lora.target_modules={targets}",
+                f"LoRA on {head} would never train: the loss reads the head's weight directly",
+                f"lora.modules_to_save=[{head}]",
+            )
+    init = lora.extra.get("init_lora_weights", True)
+    if init in ("eva", "corda", "lora_ga", "loftq"):
+        yield Problem(
+            f"lora.extra.init_lora_weights={init}",
+            "needs a preprocessing pass, without which PEFT silently starts from nothing",
+            "lora.extra.init_lora_weights=true",
+        )
+    quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
+    if quantized and isinstance(init, str) and init.startswith(("pissa", "olora", "orthogonal")):
+        yield Problem(
+            f"lora.extra.init_lora_weights={init}",
+            "changes base weights, which quantisation has frozen in another form",
+            "quantization=none",
+        )
+    if init == "mica" and zero.stage(_json(config)) == 3:
+        yield Problem(
+            "lora.extra.init_lora_weights=mica",
+            "saving under ZeRO-3 drops its frozen adapter tensors",
+            "zero=stage2",
+        )
+    if lora.use_dora and lora.extra.get("use_qalora"):
+        yield Problem("lora.use_dora=true", "not together with use_qalora", "lora.use_dora=false")
+
+
+def _quantization(config: Config) -> Iterator[Problem]:
+    quantization = config.quantization
+    bits = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(quantization, key)]
+    if not bits:
+        return
+    if len(bits) == 2:
+        yield Problem(
+            "quantization.load_in_4bit=true", "not together with 8 bit", "quantization=nf4"
+        )
+    if not config.lora.enabled:
+        yield Problem("lora=none", "quantised weights cannot be trained", "lora=all-linear")
+    if not config.model.pretrained:
+        yield Problem(
+            "model.pretrained=false", "random weights need no quantising", "quantization=none"
+        )
+    if config.precision == "fp16":
+        yield Problem(
+            "precision=fp16",
+            "the adapter of a quantised model is kept in bf16",
+            "precision=bf16",
+        )
+
+
+def _extras(config: Config) -> Iterator[Problem]:
+    sections: list[tuple[str, Any, Callable[[], frozenset[str]], dict[str, str]]] = [
+        ("train", config.train, upstream.sft_config_names, TRAIN_OWNED),
+        ("lora", config.lora, upstream.lora_config_names, LORA_OWNED),
+        ("quantization", config.quantization, upstream.bnb_config_names, {}),
+    ]
+    for name, section, legal, owned in sections:
+        own_fields = set(section.__dataclass_fields__)
+        for key, value in section.extra.items():
+            written = f"{name}.extra.{key}={value}"
+            if key in own_fields:
+                yield Problem(written, "has a setting of its own", f"{name}.{key}={value}")
+            elif key in owned:
+                yield Problem(written, "is decided by another setting", owned[key])
+            elif key in RENAMED and key not in legal():
+                yield Problem(written, f"{key} is not a name of this version", RENAMED[key])
+            elif key not in legal():
+                yield Problem(
+                    written,
+                    f"the installed library has no setting {key}",
+                    upstream.did_you_mean(key, legal() - owned.keys()),
+                )
+
+
+def _json(config: Config) -> dict[str, Any] | None:
+    try:
+        return zero.read(config.zero)
+    except (OSError, ValueError):
+        return None  # zero.problems reports it

@@ -1,0 +1,240 @@
+"""Every setting: its type, unit, default and rule. Imports no torch.
+
+Python says what is legal here; the YAML files in ``conf/`` choose. Field names that exist
+upstream (``learning_rate``, ``lora_alpha``, ``bnb_4bit_quant_type``) are upstream's own, so that a
+section maps onto the library's class by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+# A wheel carries conf/, ds_config/ and assets/ inside the package; a clone has them beside it.
+HOME_DIR = PACKAGE_DIR if (PACKAGE_DIR / "conf").is_dir() else PACKAGE_DIR.parent
+CONF_DIR = HOME_DIR / "conf"
+DS_CONFIG_DIR = HOME_DIR / "ds_config"
+
+OmegaConf.register_new_resolver("assets", lambda path: str(HOME_DIR / "assets" / path))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a setting's value must satisfy, as a sentence and as a test."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(bound: float) -> Rule:
+    """Allow the bound and what is above it."""
+    return Rule(f"must be at least {bound}", lambda value: value >= bound)
+
+
+def above(bound: float) -> Rule:
+    """Allow what is above the bound."""
+    return Rule(f"must be greater than {bound}", lambda value: value > bound)
+
+
+def within(low: float, high: float) -> Rule:
+    """A half-open range: ``low`` is allowed and ``high`` is not."""
+    return Rule(f"must be at least {low} and less than {high}", lambda value: low <= value < high)
+
+
+def one_of(*choices: str) -> Rule:
+    """Allow a few names."""
+    return Rule(f"must be one of {', '.join(choices)}", lambda value: value in choices)
+
+
+def setting(default: Any, help: str, rule: Rule | None = None) -> Any:
+    """Declare a field with its one-line description and its rule; None is always legal."""
+    metadata = {"help": help, "rule": rule}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """The base model: a name on the Hugging Face hub or a local folder."""
+
+    name: str | None = setting(None, "short name, used in run_name; null: from name_or_path")
+    name_or_path: str | None = setting(None, "hub id or local folder")
+    revision: str | None = setting(None, "branch, tag or commit on the hub")
+    pretrained: bool = setting(True, "false: random weights of the same architecture")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
+    attn_implementation: str | None = setting(
+        None,
+        "attention kernel; null: the architecture's default",
+        one_of("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    )
+
+
+@dataclass
+class DatasetConfig:
+    """Where rows come from, which are kept for evaluation, and how long a sample may be."""
+
+    name: str | None = setting(None, "short name, used in run_name; null: from path")
+    path: str | None = setting(None, "hub id, local file, or folder of text files")
+    subset: str | None = setting(None, "the hub dataset's configuration name")
+    split: str = setting("train", "hub split to train on")
+    eval_path: str | None = setting(None, "file or folder of held-out rows")
+    eval_split: str | None = setting(None, "hub split to evaluate on")
+    eval_fraction: float = setting(0.0, "share of rows held out for evaluation", within(0, 1))
+    columns: dict[str, str] = setting({}, "template field: column of the data that holds it")
+    max_rows: int | None = setting(None, "train on the first rows only", at_least(1))
+    max_eval_rows: int | None = setting(None, "evaluate on the first rows only", at_least(1))
+    max_length: int = setting(1024, "tokens in a sample, at most", at_least(8))
+    overlong: str = setting(
+        "error",
+        "samples over max_length: cut at the end, drop, or stop; counted and shown",
+        one_of("truncate", "drop", "error"),
+    )
+    exact_match: int = setting(
+        0,
+        "eval rows answered greedily before and after training and compared; 0: none",
+        at_least(0),
+    )
+
+
+@dataclass
+class TemplateConfig:
+    """How a row becomes text, and which part of it is trained."""
+
+    name: str | None = setting(None, "short name")
+    kind: str = setting(
+        "completion",
+        "completion: prompt + trained completion; chat: the tokenizer's chat template; "
+        "text: the whole row is trained",
+        one_of("completion", "chat", "text"),
+    )
+    system: str | None = setting(None, "system message (chat only)")
+    prompts: list[str] = setting([], "texts with {column}; the first whose columns a row fills")
+    completions: list[str] = setting([], "likewise, for the trained part")
+
+
+@dataclass
+class LoraSection:
+    """The adapter. Fields are peft.LoraConfig's, but for ``enabled``."""
+
+    enabled: bool = setting(True, "false: train every weight of the base model")
+    r: int = setting(8, "rank; higher learns more and takes more memory", at_least(1))
+    lora_alpha: int = setting(16, "the delta is scaled by lora_alpha / r", at_least(1))
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", within(0, 1))
+    target_modules: Any = setting(
+        "all-linear", "'attention', 'all-linear', or a list of module names"
+    )
+    modules_to_save: list[str] | None = setting(None, "modules trained in full, beside the adapter")
+    rank_pattern: dict[str, int] = setting({}, "module name: its own rank")
+    alpha_pattern: dict[str, int] = setting({}, "module name: its own lora_alpha")
+    use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r)")
+    use_dora: bool = setting(False, "learn magnitude and direction apart (slower)")
+    extra: dict[str, Any] = setting({}, "any other field of peft.LoraConfig")
+
+
+@dataclass
+class QuantizationConfig:
+    """The frozen base model's storage. Fields are transformers.BitsAndBytesConfig's."""
+
+    load_in_8bit: bool = setting(False, "LLM.int8: 1 byte a weight")
+    load_in_4bit: bool = setting(False, "QLoRA: half a byte a weight")
+    bnb_4bit_quant_type: str = setting("nf4", "4-bit code", one_of("nf4", "fp4"))
+    bnb_4bit_use_double_quant: bool = setting(True, "quantise the scales too: 0.4 bit a weight")
+    extra: dict[str, Any] = setting({}, "any other field of BitsAndBytesConfig")
+
+
+@dataclass
+class ZeroConfig:
+    """DeepSpeed's partitioning of optimizer, gradients and parameters over ranks."""
+
+    config: str | None = setting(None, "a JSON in ds_config/ or a path; null: plain DDP")
+    overrides: dict[str, Any] = setting({}, "deep-merged over the JSON")
+
+
+@dataclass
+class TrainConfig:
+    """Batch, length of training, optimizer, evaluation and saving. Names are SFTConfig's."""
+
+    global_batch_size: int = setting(
+        32, "sequences per optimizer step, over all ranks and accumulation", at_least(1)
+    )
+    per_device_train_batch_size: int = setting(4, "sequences per rank per forward", at_least(1))
+    per_device_eval_batch_size: int = setting(8, "likewise in evaluation", at_least(1))
+    num_train_epochs: float = setting(3.0, "passes over the data", above(0))
+    max_steps: int = setting(-1, "optimizer steps; -1: num_train_epochs decides", at_least(-1))
+    learning_rate: float = setting(2e-4, "peak; about 2e-4 for LoRA, 2e-5 in full", above(0))
+    lr_scheduler_type: str = setting("cosine", "linear, cosine, cosine_with_min_lr, constant, ...")
+    lr_scheduler_kwargs: dict[str, Any] = setting({}, "such as {min_lr_rate: 0.1}")
+    warmup_steps: float = setting(0.03, "below 1: a share of all steps; else steps", at_least(0))
+    weight_decay: float = setting(0.0, "AdamW's decoupled decay", at_least(0))
+    max_grad_norm: float = setting(1.0, "gradient norm is clipped to this; 0: never", at_least(0))
+    optim: str = setting("adamw_torch", "adamw_torch, adamw_8bit, paged_adamw_8bit, adafactor, ...")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, a third more time"
+    )
+    logging_steps: int = setting(10, "steps between logged lines", at_least(1))
+    eval_strategy: str = setting(
+        "epoch", "when to evaluate, besides before and after", one_of("no", "steps", "epoch")
+    )
+    eval_steps: int | None = setting(None, "steps between evaluations", at_least(1))
+    save_strategy: str = setting(
+        "epoch", "when to write a checkpoint", one_of("no", "steps", "epoch")
+    )
+    save_steps: int = setting(500, "steps between checkpoints", at_least(1))
+    save_total_limit: int = setting(2, "checkpoints kept", at_least(2))
+    dataloader_num_workers: int = setting(0, "processes that prepare batches", at_least(0))
+    extra: dict[str, Any] = setting({}, "any other field of trl.SFTConfig")
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    run_name: str | None = setting(None, "null: <model>_<dataset>_r<rank>_seed<seed>")
+    output_dir: str | None = setting(None, "the run's folder; null: outputs/<run_name>")
+    overwrite: bool = setting(False, "true: delete a run that is already in the folder")
+    seed: int = setting(42, "of data order, adapter initialisation and dropout", at_least(0))
+    precision: str = setting(
+        "auto",
+        "of weights and arithmetic; auto: bf16 on a GPU that has it, else fp32",
+        one_of("auto", "fp32", "bf16", "fp16"),
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    lora: LoraSection = field(default_factory=LoraSection)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def fields_of(node: Any) -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
+    """Yield (name, field, value) of a section's settings."""
+    for item in dataclasses.fields(node):
+        yield item.name, item, getattr(node, item.name)
+
+
+def short_name(path: str) -> str:
+    """Name a model or dataset after its path: ``facebook/opt-125m`` is ``opt-125m``."""
+    return Path(path.rstrip("/")).stem if Path(path).is_file() else path.rstrip("/").split("/")[-1]
+
+
+def fill_names(config: Config) -> None:
+    """Give names and the output folder that were left out; no clock, so that ranks agree."""
+    for section, path in (
+        (config.model, config.model.name_or_path),
+        (config.dataset, config.dataset.path),
+    ):
+        if section.name is None and path:
+            section.name = short_name(path)
+    if config.run_name is None:
+        size = f"r{config.lora.r}" if config.lora.enabled else "full"
+        config.run_name = f"{config.model.name}_{config.dataset.name}_{size}_seed{config.seed}"
+    if config.output_dir is None:
+        config.output_dir = str(Path("outputs") / config.run_name)

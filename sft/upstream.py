@@ -1,0 +1,87 @@
+"""The setting names that the installed libraries accept, read from their source, not imported.
+
+Importing TRL takes seconds; parsing the file that defines ``SFTConfig`` takes milliseconds, and is
+true to the installed version where a list of our own would age.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def package_dir(package: str) -> Path:
+    """Locate an installed package without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{package} is not installed: pip install sft")
+    return Path(spec.submodule_search_locations[0])
+
+
+@functools.cache
+def _module(package: str, file: str) -> ast.Module:
+    return ast.parse((package_dir(package) / file).read_text(encoding="utf-8"))
+
+
+@functools.cache
+def field_names(package: str, file: str, class_name: str) -> frozenset[str]:
+    """List the annotated fields of a class, with the aliases that pydantic fields declare."""
+    names: set[str] = set()
+    for node in _class(package, file, class_name).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            if not node.target.id.startswith("_"):
+                names.add(node.target.id)
+            if isinstance(node.value, ast.Call):
+                for keyword in node.value.keywords:
+                    if keyword.arg == "alias" and isinstance(keyword.value, ast.Constant):
+                        names.add(str(keyword.value.value))
+    return frozenset(names)
+
+
+@functools.cache
+def init_names(package: str, file: str, class_name: str) -> frozenset[str]:
+    """List the parameters of a class's ``__init__``."""
+    for node in _class(package, file, class_name).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            return frozenset(arg.arg for arg in node.args.args[1:] + node.args.kwonlyargs)
+    raise LookupError(f"{package}/{file}: {class_name} has no __init__")
+
+
+def _class(package: str, file: str, class_name: str) -> ast.ClassDef:
+    for node in _module(package, file).body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            return node
+    raise LookupError(f"{package}/{file} defines no class {class_name}")
+
+
+def sft_config_names() -> frozenset[str]:
+    """Name every field of trl.SFTConfig, inherited ones too."""
+    return (
+        field_names("trl", "trainer/sft_config.py", "SFTConfig")
+        | field_names("trl", "trainer/base_config.py", "_BaseConfig")
+        | field_names("transformers", "training_args.py", "TrainingArguments")
+    )
+
+
+def lora_config_names() -> frozenset[str]:
+    """Name every field of peft.LoraConfig, inherited ones too."""
+    return (
+        field_names("peft", "tuners/lora/config.py", "LoraConfig")
+        | field_names("peft", "config.py", "PeftConfig")
+        | field_names("peft", "config.py", "PeftConfigMixin")
+    )
+
+
+def bnb_config_names() -> frozenset[str]:
+    """Name every keyword of transformers.BitsAndBytesConfig."""
+    return init_names("transformers", "utils/quantization_config.py", "BitsAndBytesConfig")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Suggest the legal name nearest to a mistyped one."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else "remove it"
