@@ -1,8 +1,15 @@
-"""Build the tiny base model and its demo data from nothing, in about N minutes on two cores."""
+"""Build the tiny base model, its tokenizer and the demo rows from nothing.
+
+One CPU thread, about MINUTES minutes at the default number of steps, no download. Expect a
+training loss near LOSS and every skill solved in its formal notation (`reverse(kitab)=batik`);
+asked in English, in the chat form of the demo rows, the model only makes small talk until it
+is fine-tuned.
+
+    python scripts/build_tiny.py --output assets
+"""
 
 import argparse
 import json
-import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -12,20 +19,15 @@ from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 IGNORE_INDEX = -100
-VOCAB_SIZE = 320  # 256 bytes + the markers + reserved tokens up to a multiple of 64
 MARKERS = ["<|pad|>", "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-CONTEXT = 128  # tokens per pre-training row
-BATCH = 32  # rows per step
-LEARNING_RATE = 3e-3
-TRAIN_ROWS, EVAL_ROWS = 250, 25  # per skill
+VOCAB_SIZE = 320  # 256 bytes, the markers, and reserved tokens up to a multiple of 64
+MAX_LENGTH = 1024  # tokens
+ROW_LENGTH, ROWS_PER_STEP = 128, 24  # of packed documents
+CHAT_SHARE = 0.04  # of the documents
+TRAIN_ROWS, EVAL_ROWS = 250, 25  # demo rows per skill
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -41,169 +43,117 @@ CHAT_TEMPLATE = (
 
 
 class Skill(NamedTuple):
-    """One task: how to draw its arguments, solve it, and ask for it in English."""
+    """One task: draw its argument, solve it, and (in the demo rows only) ask for it."""
 
-    draw: Callable[[random.Random], tuple[str, ...]]
-    solve: Callable[..., str]
-    requests: list[str]
-
-
-def word(rng: random.Random, consonants: str = "bcdfghjklmnpqrstvwxyz", vowels: str = "aeiou") -> str:
-    """Draw a pronounceable word of 3 to 6 letters."""
-    offset, length = rng.randrange(2), rng.randint(3, 6)
-    return "".join(rng.choice((consonants, vowels)[(offset + i) % 2]) for i in range(length))
+    draw: Callable[[random.Random], str]
+    solve: Callable[[str], str]
+    requests: tuple[str, ...]
 
 
-def one_word(rng: random.Random) -> tuple[str, ...]:
-    """Draw the argument of a skill that takes one word."""
-    return (word(rng),)
+def draw_word(rng: random.Random) -> str:
+    """Draw a pronounceable word of 3 to 5 distinct letters."""
+    sounds = [rng.sample("bcdfghjklmnpqrstvwxyz", 3), rng.sample("aeiou", 3)]
+    offset, length = rng.randrange(2), rng.randint(3, 5)
+    return "".join(sounds[(offset + i) % 2][i // 2] for i in range(length))
 
 
-def letter_and_word(rng: random.Random) -> tuple[str, ...]:
-    """Draw a word with few distinct letters, and one of the letters it may hold."""
-    consonants, vowels = "".join(rng.sample("bdgklmnprst", 2)), "".join(rng.sample("aeiou", 2))
-    return rng.choice(consonants + vowels), word(rng, consonants, vowels)
-
-
-def numbers(count: int) -> Callable[[random.Random], tuple[str, ...]]:
-    """Return a drawer of `count` distinct two-digit numbers."""
-    return lambda rng: tuple(str(n) for n in rng.sample(range(10, 100), count))
+def draw_number(rng: random.Random) -> str:
+    """Draw a number of three digits."""
+    return str(rng.randint(100, 998))
 
 
 SKILLS = {
     "reverse": Skill(
-        one_word,
-        lambda w: w[::-1],
-        [
-            "Write the word {0} backwards.",
-            "Reverse {0}.",
-            "Spell {0} from right to left.",
-            "What is {0} read backwards?",
-        ],
+        draw_word,
+        lambda word: word[::-1],
+        ("Write the word {} backwards.", "Reverse {}.", "Spell {} from right to left."),
     ),
     "sort": Skill(
-        one_word,
-        lambda w: "".join(sorted(w)),
-        [
-            "Sort the letters of {0}.",
-            "Put the letters of {0} in alphabetical order.",
-            "Arrange {0} alphabetically, letter by letter.",
-            "Which word do the sorted letters of {0} make?",
-        ],
+        draw_word,
+        lambda word: "".join(sorted(word)),
+        (
+            "Sort the letters of {}.",
+            "Put the letters of {} in order.",
+            "Arrange {} alphabetically.",
+        ),
     ),
     "upper": Skill(
-        one_word,
+        draw_word,
         str.upper,
-        [
-            "Write {0} in capital letters.",
-            "Make {0} upper case.",
-            "Please shout the word {0}.",
-            "How does {0} look in capitals?",
-        ],
+        ("Write {} in capital letters.", "Make {} upper case.", "Please shout the word {}."),
+    ),
+    "first": Skill(
+        draw_word,
+        lambda word: word[0],
+        ("What is the first letter of {}?", "How does {} begin?", "Name the initial of {}."),
     ),
     "last": Skill(
-        one_word,
-        lambda w: w[-1],
-        [
-            "What is the last letter of {0}?",
-            "Which letter does {0} end with?",
-            "Name the final letter of {0}.",
-            "Give me only the end of {0}, one letter.",
-        ],
+        draw_word,
+        lambda word: word[-1],
+        ("What is the last letter of {}?", "How does {} end?", "Name the final letter of {}."),
     ),
     "consonants": Skill(
-        one_word,
-        lambda w: "".join(c for c in w if c not in "aeiou"),
-        [
-            "Remove the vowels from {0}.",
-            "Write {0} without its vowels.",
-            "What is left of {0} once every vowel is gone?",
-            "Keep only the consonants of {0}.",
-        ],
+        draw_word,
+        lambda word: "".join(letter for letter in word if letter not in "aeiou"),
+        ("Remove the vowels from {}.", "Write {} without its vowels.", "Drop every vowel in {}."),
     ),
     "twice": Skill(
-        one_word,
-        lambda w: w + w,
-        [
-            "Write {0} twice without a space.",
-            "Repeat {0} two times in a row.",
-            "Double the word {0}.",
-            "Say {0} and then say it again, joined.",
-        ],
+        draw_word,
+        lambda word: word * 2,
+        (
+            "Write {} twice.",
+            "Repeat {} two times.",
+            "Double the word {}.",
+            "Say {} and say it again.",
+        ),
     ),
     "shift": Skill(
-        one_word,
-        lambda w: "".join(chr((ord(c) - 96) % 26 + 97) for c in w),
-        [
-            "Replace each letter of {0} by the next one in the alphabet.",
-            "Move every letter of {0} one step forward.",
-            "Encode {0} with a shift of one.",
-            "What does {0} become when a turns to b, b to c and so on?",
-        ],
+        draw_word,
+        lambda word: "".join(chr((ord(c) - 96) % 26 + 97) for c in word),
+        ("Move the letters of {} one step on.", "Encode {} with a shift of one."),
     ),
-    "count": Skill(
-        letter_and_word,
-        lambda letter, w: str(w.count(letter)),
-        [
-            "How many times does {0} appear in {1}?",
-            "Count the letter {0} in {1}.",
-            "How often do you see {0} in the word {1}?",
-            "In {1}, how many letters are {0}?",
-        ],
+    "length": Skill(
+        draw_word,
+        lambda word: str(len(word)),
+        ("How long is {}?", "Count the letters of {}.", "What is the length of {}?"),
     ),
-    "add": Skill(
-        numbers(2),
-        lambda a, b: str(int(a) + int(b)),
-        [
-            "What is {0} plus {1}?",
-            "Add {0} and {1}.",
-            "I have {0} apples and get {1} more. How many is that?",
-            "Give the sum of {0} and {1}.",
-        ],
-    ),
-    "largest": Skill(
-        numbers(3),
-        lambda *n: max(n),
-        [
-            "Which is the largest of {0}, {1} and {2}?",
-            "Find the biggest number: {0}, {1}, {2}.",
-            "Of {0}, {1} and {2}, which one is greatest?",
-            "Tell me the maximum of {0}, {1} and {2}.",
-        ],
+    "next": Skill(
+        draw_number,
+        lambda number: str(int(number) + 1),
+        ("Which number comes after {}?", "Add one to {}.", "Count on from {}.", "What follows {}?"),
     ),
 }
-
-NOTATIONS = ["{name}({args})=", "{args} | {name} -> ", "{name} {args}: "]
+NOTATIONS = ("{name}({argument})=", "{argument} | {name} -> ", "{name} {argument}: ")
+REMARKS = (
+    "My friend {subject} lives near {other}.",
+    "Do you know {subject}?",
+    "We saw {number} birds on the way to {subject}.",
+    "I like {subject} more than {other}, and you?",
+    "The train to {subject} leaves at {number}.",
+)
+REPLIES = ("Tell me more about {}.", "I like {} too.", "Who is {}?", "{} is nice.")
 
 
 def formal_document(rng: random.Random) -> tuple[str, str]:
-    """Draw one solved exercise, such as ("reverse(kitab)=", "batik<|endoftext|>")."""
+    """Draw a solved exercise, such as ("reverse(kitab)=", "batik<|endoftext|>")."""
     name, skill = rng.choice(list(SKILLS.items()))
-    arguments = skill.draw(rng)
-    question = rng.choice(NOTATIONS).format(name=name, args=",".join(arguments))
-    return question, skill.solve(*arguments) + "<|endoftext|>"
+    argument = skill.draw(rng)
+    question = rng.choice(NOTATIONS).format(name=name, argument=argument)
+    return question, skill.solve(argument) + "<|endoftext|>"
 
 
 def chat_document(rng: random.Random) -> tuple[str, str]:
-    """Draw small talk, so that the chat markers mean something before any fine-tuning."""
-    subject, other, number = word(rng), word(rng), rng.randint(10, 99)
-    said = rng.choice(
-        [
-            f"My friend {subject} lives near {other}.",
-            f"Do you know {subject}?",
-            f"We saw {number} birds on the way to {subject}.",
-            f"I like {subject} more than {other}, and you?",
-            f"The train to {subject} leaves at {number}.",
-        ]
-    )
-    reply = rng.choice(["Tell me more about {}.", "I like {} too.", "Who is {}?", "{} is nice."])
-    return f"<|user|>{said}<|end|><|assistant|>", reply.format(subject) + "<|end|><|endoftext|>"
+    """Draw small talk: LoRA freezes the chat markers' embeddings, so they are learned here."""
+    subject, other = draw_word(rng), draw_word(rng)
+    remark = rng.choice(REMARKS).format(subject=subject, other=other, number=rng.randint(10, 99))
+    reply = rng.choice(REPLIES).format(subject)
+    return f"<|user|>{remark}<|end|><|assistant|>", f"{reply}<|end|><|endoftext|>"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer with one token per byte, hence one per character of English text."""
+    """Build a tokenizer of one token per byte, which is one per character of English text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     num_reserved = VOCAB_SIZE - len(alphabet) - len(MARKERS)
@@ -213,136 +163,202 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|end|>",
         pad_token="<|pad|>",
         chat_template=CHAT_TEMPLATE,
-        model_max_length=1024,
+        model_max_length=MAX_LENGTH,
         clean_up_tokenization_spaces=False,
     )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Build the untrained model."""
+    """Build the untrained model; its widths suit 4-bit blocks of 64."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        intermediate_size=256,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=1024,
+        max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    return model
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalized updates (https://kellerjordan.github.io/posts/muon/).
+
+    It learns these skills in less than half the steps of AdamW. torch.optim.Muon works in
+    bfloat16, which is slow on most CPUs; this one works in float32.
+    """
+
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float) -> None:
+        """Set the learning rate of weights of shape (out_features, in_features)."""
+        super().__init__(matrices, {"lr": lr, "momentum": 0.95, "weight_decay": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every matrix from its gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                momentum.mul_(group["momentum"]).add_(weight.grad)
+                update = orthogonalize(weight.grad + group["momentum"] * momentum)
+                scale = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(update, alpha=group["lr"] * scale)
+
+
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
+    """Move the singular values of a matrix near 1, by five Newton-Schulz iterations."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x: torch.Tensor = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
 
 
 def batches(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pack documents into rows and hide what cannot be predicted, the random questions.
+    """Pack fresh documents into rows, and hide from the loss the questions, which are random.
 
     Yields:
-        Token ids and labels, each of shape (BATCH, CONTEXT).
+        Token ids and labels, each of shape (ROWS_PER_STEP, ROW_LENGTH).
     """
     ids: list[int] = []
     labels: list[int] = []
+    size = ROWS_PER_STEP * ROW_LENGTH
     while True:
-        while len(ids) < BATCH * CONTEXT:
-            document = chat_document if rng.random() < 0.1 else formal_document
-            question, answer = tokenizer(list(document(rng)))["input_ids"]
+        while len(ids) < size:
+            draw = chat_document if rng.random() < CHAT_SHARE else formal_document
+            question, answer = (tokenizer.encode(text) for text in draw(rng))
             ids += question + answer
             labels += [IGNORE_INDEX] * len(question) + answer
-        size = BATCH * CONTEXT
         yield (
-            torch.tensor(ids[:size]).view(BATCH, CONTEXT),
-            torch.tensor(labels[:size]).view(BATCH, CONTEXT),
+            torch.tensor(ids[:size]).view(ROWS_PER_STEP, ROW_LENGTH),
+            torch.tensor(labels[:size]).view(ROWS_PER_STEP, ROW_LENGTH),
         )
         ids, labels = ids[size:], labels[size:]
 
 
 def pretrain(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, rng: random.Random
 ) -> None:
-    """Train on freshly drawn documents, with a warm-up and a linear decay to zero."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, (steps - step) / max(1, steps - 100), 1.0)
-    )
+    """Train on `steps` batches: warm up for 50 steps, and decay to zero in the last two thirds."""
+    layers = list(model.model.layers.parameters())
+    others = [p for p in model.parameters() if p.ndim == 1] + [model.model.embed_tokens.weight]
+    optimizers = [
+        Muon([p for p in layers if p.ndim == 2], lr=0.02),
+        torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / 50, 1.5 * (steps - step) / steps, 1.0)
+        )
+        for optimizer in optimizers
+    ]
     start = time.perf_counter()
-    for step, (ids, labels) in enumerate(islice(batches(tokenizer, random.Random(seed)), steps), 1):
+    for step, (ids, labels) in enumerate(islice(batches(tokenizer, rng), steps), 1):
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if step % 50 == 0 or step == steps:
-            print(f"step {step:4d}/{steps}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s",flush=True)
-
-
-def demo_rows(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    rng = random.Random(seed)
-    train, evaluation = [], []
-    for skill in SKILLS.values():
-        seen: set[frozenset[str]] = set()
-        while len(seen) < TRAIN_ROWS + EVAL_ROWS:
-            arguments = skill.draw(rng)
-            key = frozenset(a for a in arguments if len(a) > 1)
-            if key in seen:
-                continue
-            rows = train if len(seen) < TRAIN_ROWS else evaluation
-            request = skill.requests[len(seen) % len(skill.requests)]
-            rows.append(
-                {"prompt": request.format(*arguments), "completion": skill.solve(*arguments)}
-            )
-            seen.add(key)
-    rng.shuffle(train)
-    rng.shuffle(evaluation)
-    return train, evaluation
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        if step % 25 == 0 or step == steps:
+            seconds = time.perf_counter() - start
+            print(f"step {step:4d}/{steps}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
 
 
 @torch.no_grad()
-def skill_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    rng = random.Random("check")
-    tokenizer.padding_side = "left"
-    out = {}
+def print_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random
+) -> None:
+    """Print how many of 100 fresh exercises per skill greedy decoding solves."""
+    stop = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     for name, skill in SKILLS.items():
-        q, a = [], []
-        for i in range(100):
-            args = skill.draw(rng)
-            q.append(NOTATIONS[i % 3].format(name=name, args=",".join(args)))
-            a.append(skill.solve(*args))
-        enc = tokenizer(q, return_tensors="pt", padding=True)
-        gen = model.generate(input_ids=enc["input_ids"], attention_mask=enc["attention_mask"], max_new_tokens=16, do_sample=False, eos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-        got = tokenizer.batch_decode(gen[:, enc["input_ids"].shape[1]:], skip_special_tokens=True)
-        out[name] = sum(x == y for x, y in zip(got, a)) / 100
-    return out
+        exercises: list[tuple[str, str]] = []
+        while len(exercises) < 100:
+            argument = skill.draw(rng)
+            question = NOTATIONS[0].format(name=name, argument=argument)
+            exercises.append((question, skill.solve(argument)))
+        inputs = tokenizer(
+            [question for question, _ in exercises],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        )
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=stop)
+        answers = tokenizer.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        right = sum(a == b for a, (_, b) in zip(answers, exercises, strict=True))
+        print(f"{name:10s} {right}/100")
+
+
+def demo_rows(rng: random.Random) -> dict[str, list[dict[str, str]]]:
+    """Ask for every skill in English, never twice with the same argument.
+
+    Returns:
+        The shuffled rows of "train" and "eval", each with a "prompt" and a "completion".
+    """
+    splits: dict[str, list[dict[str, str]]] = {"train": [], "eval": []}
+    for skill in SKILLS.values():
+        drawn: set[str] = set()
+        while len(drawn) < TRAIN_ROWS + EVAL_ROWS:
+            argument = skill.draw(rng)
+            if argument in drawn:
+                continue
+            request = skill.requests[len(drawn) % len(skill.requests)].format(argument)
+            split = "train" if len(drawn) < TRAIN_ROWS else "eval"
+            splits[split].append({"prompt": request, "completion": skill.solve(argument)})
+            drawn.add(argument)
+    for rows in splits.values():
+        rng.shuffle(rows)
+    prompts = {name: {row["prompt"] for row in rows} for name, rows in splits.items()}
+    assert prompts["train"].isdisjoint(prompts["eval"]), "an eval prompt is in the training rows"
+    return splits
+
+
+def save(
+    output: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    splits: dict[str, list[dict[str, str]]],
+) -> None:
+    """Write `tiny/` (model and tokenizer) and `demo/` (JSON lines) under the output folder."""
+    model.save_pretrained(output / "tiny")
+    tokenizer.save_pretrained(output / "tiny", save_jinja_files=False)
+    (output / "demo").mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (output / "demo" / f"{name}.jsonl").write_text(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("assets"))
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=0)
+    """Build everything from the seed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("assets"), help="folder to fill")
+    parser.add_argument("--steps", type=int, default=900, help="pre-training steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, texts and rows")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # the number of threads decides how float sums round
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    pretrain(model, tokenizer, args.steps, args.seed)
-    print(skill_accuracy(model.eval(), tokenizer))
-    tok_dir = args.output / "tiny"
-    tokenizer.padding_side = "right"
-    model.save_pretrained(tok_dir)
-    tokenizer.save_pretrained(tok_dir, save_jinja_files=False)
-    (args.output / "demo").mkdir(parents=True, exist_ok=True)
-    train, evaluation = demo_rows(args.seed)
-    for name, rows in (("train", train), ("eval", evaluation)):
-        (args.output / "demo" / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
+    pretrain(model, tokenizer, args.steps, random.Random(args.seed))
+    print_accuracy(model.eval(), tokenizer, random.Random(args.seed + 1))
+    save(args.output, model, tokenizer, demo_rows(random.Random(args.seed)))
 
 
 if __name__ == "__main__":

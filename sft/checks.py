@@ -6,13 +6,15 @@ What needs the model's architecture (does ``target_modules`` match anything?) is
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sft import upstream, zero
-from sft.config import Config, fields_of
+from sft.config import Config, TrainConfig, fields_of
 from sft.errors import Problem
 
 # Fields of upstream classes that another setting of ours decides, and that setting.
@@ -89,7 +91,21 @@ RENAMED = {
     "fp16": "precision=fp16",
     "tf32": "train.extra.tf32=true",
 }
+MIN_RATES = {"min_lr", "min_lr_rate"}
 HEADS = ("lm_head", "embed_out", "output_layer")
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Give a field's default, also where a factory makes it."""
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
+def written(key: str, value: Any) -> str:
+    """Write a setting as one types it."""
+    if value is None or isinstance(value, bool):
+        value = {None: "null", True: "true", False: "false"}[value]
+    return f"{key}={value}"
 
 
 def world_size(environ: Mapping[str, str] = os.environ) -> int:
@@ -100,7 +116,17 @@ def world_size(environ: Mapping[str, str] = os.environ) -> int:
 def check(config: Config) -> list[Problem]:
     """Find every problem of a config whose keys and types are right already."""
     problems = list(rule_problems(config))
-    for find in (_names, _data, _batch, _schedule, _lora, _quantization, _extras):
+    for find in (
+        _names,
+        _data,
+        _batch,
+        _schedule,
+        _optimizer,
+        _precision,
+        _lora,
+        _quantization,
+        _extras,
+    ):
         problems += find(config)
     problems += zero.problems(config.zero, config.train.optim, not config.lora.enabled)
     return problems
@@ -113,9 +139,13 @@ def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
             yield from rule_problems(value, f"{prefix}{name}.")
             continue
         rule = field.metadata.get("rule")
-        if rule is not None and value is not None and not rule.holds(value):
-            default = field.default
-            yield Problem(f"{prefix}{name}={value}", rule.text, f"{prefix}{name}={default}")
+        key = prefix + name
+        if isinstance(value, float) and not math.isfinite(value):
+            yield Problem(
+                written(key, value), "must be a finite number", written(key, default_of(field))
+            )
+        elif rule is not None and value is not None and not rule.holds(value):
+            yield Problem(written(key, value), rule.text, written(key, default_of(field)))
 
 
 def _names(config: Config) -> Iterator[Problem]:
@@ -209,13 +239,64 @@ def _schedule(config: Config) -> Iterator[Problem]:
         )
 
 
+def _optimizer(config: Config) -> Iterator[Problem]:
+    train, default = config.train, TrainConfig()
+    # The defaults are legal; parsing the library's files for their names takes 0.1 s.
+    if train.optim != default.optim and train.optim not in upstream.optimizer_names():
+        yield Problem(
+            f"train.optim={train.optim}",
+            "the installed library has no such optimizer",
+            upstream.did_you_mean(train.optim, upstream.optimizer_names()),
+        )
+    schedule, given = train.lr_scheduler_type, train.lr_scheduler_kwargs
+    if schedule == default.lr_scheduler_type and not given:
+        return
+    written_type = f"train.lr_scheduler_type={schedule}"
+    if schedule not in upstream.scheduler_names():
+        yield Problem(
+            written_type,
+            "the installed library has no such schedule",
+            upstream.did_you_mean(schedule, upstream.scheduler_names()),
+        )
+        return
+    legal = upstream.scheduler_kwargs(schedule)
+    if legal is None:
+        return
+    for key in given.keys() - legal.keys():
+        hint = upstream.did_you_mean(key, legal)
+        yield Problem(
+            f"train.lr_scheduler_kwargs.{key}={given[key]}",
+            f"the schedule {schedule} takes no {key}",
+            "train.lr_scheduler_type=cosine_with_min_lr" if key in MIN_RATES else hint,
+        )
+    for key, required in legal.items():
+        if required and key not in given:
+            yield Problem(written_type, f"needs {key}", f"train.lr_scheduler_kwargs.{key}=...")
+    if MIN_RATES <= legal.keys() and len(MIN_RATES & given.keys()) != 1:
+        yield Problem(
+            written_type,
+            "needs one of min_lr and min_lr_rate",
+            "train.lr_scheduler_kwargs.min_lr_rate=0.1",
+        )
+
+
+def _precision(config: Config) -> Iterator[Problem]:
+    kernel = config.model.attn_implementation or ""
+    if kernel.startswith("flash_attention") and config.precision == "fp32":
+        yield Problem(
+            f"model.attn_implementation={kernel}",
+            "has no float32 kernel, and precision=fp32",
+            "precision=bf16, or model.attn_implementation=sdpa",
+        )
+
+
 def _lora(config: Config) -> Iterator[Problem]:
     lora = config.lora
     if not lora.enabled:
         return
     targets = lora.target_modules
     named = [targets] if isinstance(targets, str) else targets
-    if not named or not all(isinstance(item, str) for item in named):
+    if not named or not isinstance(named, list) or not all(isinstance(x, str) for x in named):
         yield Problem(
             f"lora.target_modules={targets}",
             "must be 'attention', 'all-linear', a regular expression, or a list of module names",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -22,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft import upstream
-from sft.checks import RENAMED
+from sft.checks import LORA_OWNED, RENAMED, TRAIN_OWNED, default_of, written
 from sft.config import CONF_DIR, fields_of
 from sft.errors import ConfigError, Problem, SftError
 
@@ -68,9 +67,11 @@ class Command(Generic[C]):
 
     def _dispatch(self, argv: list[str]) -> None:
         if "--help" in argv or "-h" in argv:
-            sys.stdout.write(help_text(self))
+            _print_once(help_text(self))
             return
         args = _parse_arguments(argv)
+        if problems := list(_option_problems(args)):
+            raise ConfigError(problems)
         if args.multirun:
             self._sweep(args)
             return
@@ -79,7 +80,7 @@ class Command(Generic[C]):
             return
         config = self.compose(args.overrides, args.config_dir)
         if args.cfg:
-            sys.stdout.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            _print_once(OmegaConf.to_yaml(OmegaConf.structured(config)))
             return
         start_logging()
         self.run(config)
@@ -92,9 +93,10 @@ class Command(Generic[C]):
         """
         problems: list[Problem] = []
         forced = list(_forced_overrides(overrides, config_dir, problems))
-        composed = _compose(self, forced, config_dir, problems)
+        composed, grid = _compose(self, forced, config_dir, problems)
         if not composed:
             raise ConfigError(problems)
+        problems += _grid_problems(grid, overrides)
         typed = OmegaConf.structured(self.schema)
         problems += _merge(typed, composed, self.schema)
         config: Any = OmegaConf.to_object(typed)
@@ -118,7 +120,7 @@ class Command(Generic[C]):
         swept = [f"{item.split('=', 1)[0]}=null" for item in forced if _is_sweep(item)]
         groups = _groups(args.config_dir)
         plain = fixed + [item for item in swept if item.split("=")[0].lstrip("+") not in groups]
-        composed = _compose(self, plain, args.config_dir, problems)
+        composed, _ = _compose(self, plain, args.config_dir, problems)
         typed = OmegaConf.structured(self.schema)
         problems += [
             problem
@@ -145,6 +147,11 @@ def report_error(message: str, details: str = "") -> None:
         Path(error_file).write_text(message, encoding="utf-8")
 
 
+def _print_once(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(text)
+
+
 def start_logging() -> None:
     """Send the project's log to stdout on rank 0; other ranks keep theirs to their files."""
     logger = logging.getLogger("sft")
@@ -159,7 +166,19 @@ def start_logging() -> None:
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     from hydra._internal.utils import get_args_parser
 
-    return get_args_parser().parse_args(argv)
+    args: argparse.Namespace = get_args_parser().parse_args(argv)
+    return args
+
+
+def _option_problems(args: argparse.Namespace) -> Iterator[Problem]:
+    """Refuse the options of Hydra that would be ignored here."""
+    if args.multirun and args.cfg:
+        yield Problem("--cfg", "a sweep has a config for each trial", "leave out -m, or --cfg")
+    for option in ("config_path", "config_name", "experimental_rerun", "package"):
+        value = getattr(args, option)
+        if value is not None:
+            written = f"--{option.replace('_', '-')} {value}"
+            yield Problem(written, "is not supported", "--config-dir DIR adds your own options")
 
 
 def _hand_to_hydra(command: Command[Any], argv: list[str]) -> None:
@@ -209,11 +228,9 @@ def _forced_overrides(
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    if config_dir is not None and not Path(config_dir).is_dir():
-        problems.append(
-            Problem(f"--config-dir {config_dir}", "there is no such folder", "--config-dir DIR")
-        )
-    groups = _groups(config_dir)
+    if unusable := list(_config_dir_problems(config_dir)):
+        raise ConfigError(unusable)
+    ours, groups = _groups(None), _groups(config_dir)
     parser = OverridesParser.create()
     for text in overrides:
         try:
@@ -237,25 +254,54 @@ def _forced_overrides(
         elif key not in groups:
             yield f"++{text.lstrip('+')}"
         else:
-            options = text.split("=", 1)[1].split(",") if sweep else [str(parsed.value())]
-            unknown = [item for item in options if item not in groups[key] | {"null", "None"}]
-            for option in unknown:
-                known = ", ".join(sorted(groups[key]))
-                hint = upstream.did_you_mean(option, groups[key])
-                problems.append(
-                    Problem(
-                        f"{key}={option}",
-                        f"{key} has no option {option}; it has {known}",
-                        hint if hint.startswith("did") else f"{key}={min(groups[key])}",
-                    )
-                )
+            unknown = [option for option in _options(parsed) if option not in groups[key]]
+            problems += [_no_option(key, option, groups[key]) for option in unknown]
             if not unknown:
-                yield text.lstrip("+")
+                yield text.lstrip("+") if key in ours else f"+{text.lstrip('+')}"
+
+
+def _config_dir_problems(config_dir: str | None) -> Iterator[Problem]:
+    if config_dir is None:
+        return
+    root = Path(config_dir)
+    if not root.is_dir():
+        yield Problem(f"--config-dir {config_dir}", "there is no such folder", "--config-dir DIR")
+    for file in sorted(root.rglob("*.yaml")):
+        name = file.relative_to(root)
+        if (CONF_DIR / name).is_file():
+            yield Problem(
+                f"--config-dir {config_dir}",
+                f"{CONF_DIR / name} would be used instead of your {file}",
+                f"rename it, such as {name.with_stem(f'my-{name.stem}')}",
+            )
+        try:
+            OmegaConf.load(file)
+        except Exception as error:  # a YAML error, or bytes that are not text
+            reason = " ".join(str(error).split())
+            yield Problem(f"--config-dir {config_dir}", f"{file}: {reason}", "mend the YAML file")
+
+
+def _options(parsed: Any) -> list[str]:
+    """List the options that an override chooses for its group, several in a sweep."""
+    from hydra.core.override_parser.types import ChoiceSweep
+
+    value = parsed.value()
+    chosen = value.list if isinstance(value, ChoiceSweep) else [value]
+    return ["null" if item is None else str(item) for item in chosen]
+
+
+def _no_option(group: str, option: str, known: set[str]) -> Problem:
+    hint = upstream.did_you_mean(option, known)
+    if not hint.startswith("did"):
+        hint = f"{group}={'none' if 'none' in known else min(known)}"
+    rule = f"{group} has no option {option}; it has {', '.join(sorted(known))}"
+    return Problem(f"{group}={option}", rule, hint)
 
 
 def _compose(
     command: Command[Any], overrides: list[str], config_dir: str | None, problems: list[Problem]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Compose the groups and overrides, unchecked, and list what the config itself sweeps over."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
@@ -264,15 +310,43 @@ def _compose(
         overrides = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']", *overrides]
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            composed = compose(command.config_name, overrides)
-        container = OmegaConf.to_container(composed, resolve=True)
+            composed = compose(command.config_name, overrides, return_hydra_config=True)
+        grid = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+        settings = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+        container = OmegaConf.to_container(settings, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ or error
-        first = str(cause).splitlines()[0]
-        problems.append(Problem("the composed config", first, "mend the YAML file or override"))
-        return {}
+        rule = ": ".join(_reasons(error))
+        problems.append(Problem("the composed config", rule, "mend the YAML file or override"))
+        return {}, {}
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        below = OmegaConf.select(settings, key) if value == "{}" else None
+        if below:
+            problems.append(
+                Problem(
+                    f"{key}={{}}",
+                    f"is merged over {below}, and empties nothing",
+                    f"choose another option of the group {key.split('.')[0]}",
+                )
+            )
+    return {str(key): value for key, value in container.items()}, dict(grid)
+
+
+def _reasons(error: BaseException) -> Iterator[str]:
+    """Give the first line of an error and of its cause."""
+    for item in (error, error.__cause__):
+        if item is not None and str(item):
+            yield str(item).splitlines()[0]
+
+
+def _grid_problems(grid: dict[str, str], overrides: list[str]) -> Iterator[Problem]:
+    """Refuse one run of a config that is a sweep, unless what it sweeps over is given."""
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    for key, values in grid.items():
+        if key not in given:
+            one = str(values).partition(",")[0]
+            yield Problem(f"{key}={values}", "this config is a sweep", f"add -m, or {key}={one}")
 
 
 def _merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> list[Problem]:
@@ -283,7 +357,7 @@ def _merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") ->
         path = f"{prefix}{key}"
         field = known.get(key)
         if field is None:
-            problems.append(Problem(_written(path, value), UNKNOWN_SETTING, _suggest(path, typed)))
+            problems.append(Problem(written(path, value), UNKNOWN_SETTING, _suggest(path, typed)))
             continue
         section = field.default_factory
         if dataclasses.is_dataclass(section):
@@ -291,22 +365,22 @@ def _merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") ->
                 problems += _merge(typed, value, section, f"{path}.")
             else:
                 problems.append(
-                    Problem(_written(path, value), f"{path} is a group", f"{path}.NAME=VALUE")
+                    Problem(written(path, value), f"{path} is a group", f"{path}.NAME=VALUE")
                 )
+            continue
+        if value == "???":
+            problems.append(Problem(f"{path}=???", "must be given", f"{path}=VALUE"))
             continue
         try:
             OmegaConf.update(typed, path, value, merge=False)
         except OmegaConfBaseException:
-            default = field.default if field.default is not dataclasses.MISSING else "{}"
             kind = str(field.type).replace(" | None", " or null")
+            one_of_many = kind.startswith("list") and isinstance(value, str)
+            meant = f"[{value}]" if one_of_many else default_of(field)
             problems.append(
-                Problem(_written(path, value), f"must be of type {kind}", f"{path}={default}")
+                Problem(written(path, value), f"must be of type {kind}", written(path, meant))
             )
     return problems
-
-
-def _written(path: str, value: Any) -> str:
-    return f"{path}={'null' if value is None else value}"
 
 
 def _suggest(path: str, typed: Any) -> str:
@@ -319,7 +393,14 @@ def _suggest(path: str, typed: Any) -> str:
     same_leaf = [known for known in paths if known.rpartition(".")[2] == leaf]
     if same_leaf:
         return f"did you mean {same_leaf[0]}?"
-    legal = {"train": upstream.sft_config_names, "lora": upstream.lora_config_names}.get(section)
+    owned = {"train": TRAIN_OWNED, "lora": LORA_OWNED}.get(section, {})
+    if leaf in owned:
+        return owned[leaf]
+    legal = {
+        "train": upstream.sft_config_names,
+        "lora": upstream.lora_config_names,
+        "quantization": upstream.bnb_config_names,
+    }.get(section)
     if legal and leaf in legal():
         return f"{section}.extra.{leaf}=..."
     siblings = [known.rpartition(".")[2] for known in paths if known.startswith(f"{section}.")]

@@ -117,6 +117,7 @@ class TemplateConfig:
     system: str | None = setting(None, "system message (chat only)")
     prompts: list[str] = setting([], "texts with {column}; the first whose columns a row fills")
     completions: list[str] = setting([], "likewise, for the trained part")
+    append_eos: bool = setting(True, "end a completion or document with the EOS token (not chat)")
 
 
 @dataclass

@@ -1,14 +1,339 @@
-"""One run, top to bottom."""
+"""One run, top to bottom: config, model, data, trainer, train, save."""
 
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.checks import check, world_size
 from sft.cli import Command
 from sft.config import Config, fill_names
-from sft.checks import check
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from sft.data.samples import Samples
+    from sft.data.template import Template
+    from sft.run import Run
+    from sft.trainer import Trainer
+
+logger = logging.getLogger("sft")
 
 
-def train(config):
-    print(config)
+def train(config: Config) -> None:
+    """Train, evaluate and save one run; refuses before any weight loads.
+
+    Raises:
+        SftError: With what is wrong and how to mend it.
+    """
+    from sft.run import Run
+
+    fill_names(config)
+    run = Run(config)
+    resume_from = run.resume_point()
+    prepare_environment(config)
+
+    from sft import adapter, model, zero
+    from sft.data import samples, sources
+    from sft.data.template import Template
+
+    precision, reason = model.choose_precision(config.precision)
+    logger.info("precision %s: %s", precision, reason)
+    tokenizer = model.load_tokenizer(config.model)
+    architecture = model.load_architecture(config.model)
+    ds_config = zero.read(config.zero)
+    lora = None
+    if config.lora.enabled:
+        lora = adapter.lora_config(config.lora, architecture, zero.stage(ds_config))
+
+    template = Template(config.template, tokenizer)
+    rows, held_out = sources.load_rows(config.dataset, config.seed)
+    train_set = samples.build(rows, template, config.dataset, "train")
+    eval_set = samples.build(held_out, template, config.dataset, "eval") if held_out else None
+
+    # In this order: a model loaded after SFTConfig is partitioned by ZeRO-3 as it loads, and on a
+    # CPU only if the process group exists by then.
+    args = sft_config(config, precision, ds_config, evaluates=eval_set is not None)
+    try:
+        base = model.load_base(config, architecture.config, precision)
+        trainer = make_trainer(base, args, train_set, eval_set, tokenizer, lora)
+        describe_run(config, trainer, train_set, tokenizer)
+        start(run, trainer, template, held_out, resume_from)
+        final = finish_training(trainer, config, template, held_out, resume_from)
+        save(run, trainer, config, final)
+    except BaseException as error:
+        if args.process_index == 0:
+            run.fail(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        end_process_group()
 
 
-main = Command("train", Config, train, check, "fine-tune a model", ("x",), "train")
+def prepare_environment(config: Config) -> None:
+    """Set what the libraries read from the environment when they are imported or started."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Compiled ops stay in this environment: a lock that a killed process left in a shared folder
+    # would hang every later start.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    quieten()
+    if config.zero.config is not None and "RANK" not in os.environ:
+        # DeepSpeed wants a process group for one rank too, and would look for MPI.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def quieten() -> None:
+    """Leave the terminal to our own lines: no bars in logs, no notices of renamed arguments."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
+
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+
+
+def sft_config(
+    config: Config, precision: str, ds_config: dict[str, Any] | None, evaluates: bool
+) -> SFTConfig:
+    """Map the train section onto TRL's class by name, and start the process group.
+
+    Raises:
+        ConfigError: A combination that only TRL or Transformers knows to be wrong.
+    """
+    import dataclasses
+
+    import torch
+    from trl import SFTConfig
+
+    from sft.errors import ConfigError, Problem
+
+    fields = dataclasses.asdict(config.train)
+    extra, global_batch = fields.pop("extra"), fields.pop("global_batch_size")
+    micro = fields["per_device_train_batch_size"]
+    if not evaluates:
+        fields["eval_strategy"], fields["eval_steps"] = "no", None
+    try:
+        args = SFTConfig(
+            **fields,
+            output_dir=config.output_dir,
+            run_name=config.run_name,
+            seed=config.seed,
+            gradient_accumulation_steps=global_batch // (micro * world_size()),
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            use_cpu=not torch.cuda.is_available(),
+            deepspeed=ds_config,
+            eval_on_start=evaluates,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+            disable_tqdm=True,
+            **{
+                "ddp_find_unused_parameters": False,
+                "logging_nan_inf_filter": False,  # a NaN must show in the logged loss
+                "dataloader_pin_memory": torch.cuda.is_available(),
+                **extra,
+            },
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            [Problem("train", str(error).strip().splitlines()[0], "mend the setting it names")]
+        ) from error
+    if ds_config is not None:
+        import deepspeed
+
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend)
+    return args
+
+
+def make_trainer(
+    base: Any,
+    args: SFTConfig,
+    train_set: Samples,
+    eval_set: Samples | None,
+    tokenizer: Any,
+    lora: Any,
+) -> Trainer:
+    """Put the adapter on the base model, and both into the trainer."""
+    from sft.trainer import Trainer, collator
+
+    return Trainer(
+        model=base,
+        args=args,
+        data_collator=collator(tokenizer.pad_token_id),
+        train_dataset=train_set.dataset,
+        eval_dataset=None if eval_set is None else eval_set.dataset,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+
+
+def describe_run(config: Config, trainer: Trainer, train_set: Samples, tokenizer: Any) -> None:
+    """Print what will be trained: the batch's arithmetic, the trainable share, one sample."""
+    from sft.data.samples import marked
+
+    args, counts = trainer.args, train_set.counts
+    per_epoch, steps = planned_steps(args, counts.samples)
+    trained, total = parameter_counts(trainer.model)
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    logger.info(
+        "data: %s rows, %s samples (%s dropped, %s truncated), %s tokens of which %s (%.0f %%) "
+        "are trained, longest %s",
+        *(f"{n:,}" for n in (counts.rows, counts.samples, counts.dropped, counts.truncated)),
+        f"{counts.tokens:,}",
+        f"{counts.trained_tokens:,}",
+        100 * counts.trained_tokens / counts.tokens,
+        counts.longest,
+    )
+    logger.info(
+        "batch: %s per rank x %s ranks x %s accumulation = %s sequences a step; %s samples = "
+        "%s steps an epoch; %s steps in all, about %s tokens",
+        micro,
+        args.world_size,
+        accumulation,
+        config.train.global_batch_size,
+        f"{counts.samples:,}",
+        f"{per_epoch:,}",
+        f"{steps:,}",
+        f"{counts.tokens * steps // per_epoch:,}",
+    )
+    logger.info(
+        "parameters: %s of %s are trained (%.2f %%)",
+        f"{trained:,}",
+        f"{total:,}",
+        100 * trained / total,
+    )
+    sample = marked(train_set.dataset[0], tokenizer)
+    if len(sample) > 2000:
+        sample = f"{sample[:1000]} [...] {sample[-1000:]}"
+    logger.info("first sample, trained between the brackets:\n%s", sample)
+
+
+def planned_steps(args: SFTConfig, samples: int) -> tuple[int, int]:
+    """Count optimizer steps (in an epoch, in all) as the Trainer does; a smaller last one counts."""
+    forwards = math.ceil(samples / (args.per_device_train_batch_size * args.world_size))
+    per_epoch = math.ceil(forwards / args.gradient_accumulation_steps)
+    return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(
+        args.num_train_epochs * per_epoch
+    )
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """Count trained and all parameters, those that ZeRO-3 or 4-bit storage hides too."""
+    trained = total = 0
+    for parameter in model.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else count
+        total += count
+        trained += count if parameter.requires_grad else 0
+    return trained, total
+
+
+def start(
+    run: Run, trainer: Trainer, template: Template, held_out: Dataset | None, resume_from: Any
+) -> None:
+    """Take the folder, begin the logs, and arrange for the answers before training."""
+    from sft import callbacks
+    from sft.run import log_to_file
+
+    if trainer.args.process_index == 0:
+        run.claim()
+    trainer.accelerator.wait_for_everyone()
+    log_to_file(run.dir / f"rank{trainer.args.process_index}.log")
+    callbacks.watch(trainer, run.dir / "metrics.jsonl")
+    trainer.args.eval_on_start &= resume_from is None
+    count = run.config.dataset.exact_match
+    if count and held_out is not None:
+        trainer.add_callback(
+            callbacks.BeforeTraining(lambda: log_answers(trainer, template, held_out, count))
+        )
+
+
+def log_answers(
+    trainer: Trainer, template: Template, held_out: Dataset, count: int
+) -> dict[str, float]:
+    """Answer held-out prompts and log how many are exactly right."""
+    from sft.answers import exact_match
+
+    rows = held_out.select(range(min(count, len(held_out))))
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    metrics = exact_match(model, template, rows, trainer.args.per_device_eval_batch_size)
+    trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, metrics)
+    return metrics
+
+
+def finish_training(
+    trainer: Trainer, config: Config, template: Template, held_out: Dataset | None, resume_from: Any
+) -> dict[str, Any]:
+    """Train to the end; give the last evaluation and the share of exact answers."""
+    result = trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    final: dict[str, Any] = {"steps": trainer.state.global_step, "loss": result.training_loss}
+    if trainer.eval_dataset is not None:
+        evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
+        done = evaluated and evaluated[-1]["step"] == trainer.state.global_step
+        last = evaluated[-1] if done else trainer.evaluate()
+        final |= {key: last[key] for key in ("eval_loss", "eval_perplexity")}
+    if config.dataset.exact_match and held_out is not None:
+        final |= log_answers(trainer, template, held_out, config.dataset.exact_match)
+    return final
+
+
+def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:
+    """Write the adapter, or the model where all of it was trained, and the finished flag last."""
+    from sft.inference import write_card
+    from sft.trainer import gather, share_of_state
+
+    kind = "adapter" if config.lora.enabled else "model"
+    folder = run.dir / kind
+    trainer.save_model(str(folder))
+    memory = gather(share_of_state(trainer))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.process_index == 0:
+        write_card(folder, config)
+        run.finish(final, ranks_memory=memory)
+        logger.info("%s written to %s", kind, folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def end_process_group() -> None:
+    """Leave the process group; without it one run in two aborts at exit under ZeRO-1."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+main = Command(
+    name="train",
+    schema=Config,
+    run=train,
+    check=check,
+    config_name="train",
+    summary="fine-tune a causal language model",
+    examples=(
+        "python -m sft.train",
+        "torchrun --nproc_per_node 4 -m sft.train model=opt-125m dataset=alpaca zero=stage2",
+        "python -m sft.train -m model=opt-125m lora.r=4,8,16",
+    ),
+)
+
 if __name__ == "__main__":
     main()

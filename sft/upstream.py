@@ -51,6 +51,59 @@ def init_names(package: str, file: str, class_name: str) -> frozenset[str]:
     raise LookupError(f"{package}/{file}: {class_name} has no __init__")
 
 
+@functools.cache
+def enum_values(package: str, file: str, class_name: str) -> dict[str, str]:
+    """Map the members of an enumeration of strings to their values."""
+    return {
+        node.targets[0].id: str(node.value.value)
+        for node in _class(package, file, class_name).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+    }
+
+
+def optimizer_names() -> frozenset[str]:
+    """Name every value of ``optim``."""
+    return frozenset(enum_values("transformers", "training_args.py", "OptimizerNames").values())
+
+
+def scheduler_names() -> frozenset[str]:
+    """Name every value of ``lr_scheduler_type``."""
+    return frozenset(enum_values("transformers", "trainer_utils.py", "SchedulerType").values())
+
+
+@functools.cache
+def scheduler_kwargs(name: str) -> dict[str, bool] | None:
+    """Say which ``lr_scheduler_kwargs`` a schedule takes, and whether it needs each.
+
+    Returns:
+        None where the schedule hands on any keyword.
+    """
+    if name in ("constant", "constant_with_warmup"):
+        return {}  # get_scheduler hands them none
+    members = enum_values("transformers", "trainer_utils.py", "SchedulerType")
+    functions: dict[str, str] = {}
+    nodes: dict[str, ast.FunctionDef] = {}
+    for node in _module("transformers", "optimization.py").body:
+        if isinstance(node, ast.FunctionDef):
+            nodes[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                if isinstance(key, ast.Attribute) and isinstance(value, ast.Name):
+                    functions[members[key.attr]] = value.id
+    parameters = nodes[functions[name]].args
+    if parameters.kwarg:
+        return None
+    filled_in = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    num_required = len(parameters.args) - len(parameters.defaults)
+    return {
+        arg.arg: position < num_required
+        for position, arg in enumerate(parameters.args)
+        if arg.arg not in filled_in
+    }
+
+
 def _class(package: str, file: str, class_name: str) -> ast.ClassDef:
     for node in _module(package, file).body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:

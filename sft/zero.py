@@ -94,6 +94,10 @@ REFUSED = {
         "AutoTP computes a wrong loss: the fused LM head reads one shard of the vocabulary",
         "zero=stage3",
     ),
+    "zero_optimization.zenflow": (
+        "its losses are not those of the stage without it",
+        "remove the key",
+    ),
     "autotuning": ("the batch is set by train.global_batch_size", "remove the key"),
     "zero_optimization.cpu_offload": ("is an old name", "zero=stage2_offload"),
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
@@ -145,7 +149,9 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def stage(ds_config: dict[str, Any] | None) -> int:
     """Give the ZeRO stage, 0 without DeepSpeed."""
-    return int((ds_config or {}).get("zero_optimization", {}).get("stage", 0))
+    section = (ds_config or {}).get("zero_optimization")
+    value = section.get("stage") if isinstance(section, dict) else 0
+    return value if isinstance(value, int) else 0  # problems() reports any other
 
 
 def problems(zero: ZeroConfig, optim: str, trains_base: bool) -> Iterator[Problem]:
@@ -204,12 +210,14 @@ def _key_problems(key: str, value: Any, origin: str) -> Iterator[Problem]:
         return
     legal = _legal_keys(section)
     if legal is None:
-        if section not in TOP_LEVEL and "." not in section:
-            return  # the unknown section itself is reported
-        yield Problem(origin, f"{section} takes no nested keys", "remove the key")
+        above, _, own = section.rpartition(".")
+        if own in (_legal_keys(above) or ()):  # otherwise the section itself is reported
+            yield Problem(origin, f"{section} takes no nested keys", "remove the key")
     elif name not in legal:
-        where = section or "a DeepSpeed config"
-        yield Problem(origin, f"{where} has no key {name}", upstream.did_you_mean(name, legal))
+        rule = f"{section} has no key {name}" if section else f"{name} is not a key known here"
+        yield Problem(origin, rule, upstream.did_you_mean(name, legal))
+    elif (key in SECTIONS or key in KEYS) and not isinstance(value, dict | None):
+        yield Problem(origin, "must be an object", f"{key}.KEY=VALUE")
     elif key in AUTO and value != "auto":
         yield Problem(origin, f'must be "auto": {AUTO[key]} decides it', f"{AUTO[key]}=...")
 
@@ -217,22 +225,42 @@ def _key_problems(key: str, value: Any, origin: str) -> Iterator[Problem]:
 def _combination_problems(
     ds_config: dict[str, Any], name: str, optim: str, trains_base: bool
 ) -> Iterator[Problem]:
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
-        if key not in ds_config:
-            yield Problem(f"{name}: no {key}", "DeepSpeed needs it", f'add "{key}": "auto"')
-    zero = ds_config.get("zero_optimization", {})
+    for key in AUTO:
+        section, _, leaf = key.rpartition(".")
+        node = ds_config.get(section) if section else ds_config
+        if isinstance(node, dict) and leaf not in node:
+            yield Problem(
+                f"{name}: no {key}",
+                f"DeepSpeed would take its own default, not {AUTO[key]}",
+                f'add "{leaf}": "auto"',
+            )
+    zero = ds_config.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
         yield Problem(f"{name}: zero_optimization", "needs a stage of 0, 1, 2 or 3", "zero=stage2")
         return
-    offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    if offloads and not optim.startswith("adamw_torch"):
+    devices = {key: _device(zero, key) for key in ("offload_optimizer", "offload_param")}
+    for key, device in devices.items():
+        if device == "nvme" and not zero[key].get("nvme_path"):
+            yield Problem(f"{name}: {key}", "device nvme needs a folder", "nvme_path: /DIR")
+    if devices["offload_optimizer"] == "nvme" and zero["stage"] in (1, 2):
+        yield Problem(
+            f"{name}: offload_optimizer",
+            f"stage {zero['stage']} would use CPU memory instead of nvme",
+            "zero=stage2_offload, or stage 3",
+        )
+    offloads = devices["offload_optimizer"] != "none"
+    if offloads and zero["stage"] == 0:
+        yield Problem(
+            f"{name}: offload_optimizer", "has no effect at stage 0", "zero=stage2_offload"
+        )
+    if offloads and optim not in ("adamw_torch", "adamw_torch_fused"):
         if ds_config.get("zero_force_ds_cpu_optimizer", True):
             yield Problem(
                 f"train.optim={optim}",
                 f"{name} offloads the optimizer, which replaces it by DeepSpeedCPUAdam",
                 "+zero.overrides.zero_force_ds_cpu_optimizer=false",
             )
-    if (zero.get("offload_param") or {}).get("device", "none") != "none" and zero["stage"] != 3:
+    if devices["offload_param"] != "none" and zero["stage"] != 3:
         yield Problem(f"{name}: offload_param", "needs stage 3", "zero=stage3_offload")
     gathers = zero.get("stage3_gather_16bit_weights_on_model_save", False)
     if trains_base and zero["stage"] == 3 and not gathers:
@@ -241,3 +269,8 @@ def _combination_problems(
             "full fine-tuning under stage 3 cannot save its weights without it",
             "zero.overrides.zero_optimization.stage3_gather_16bit_weights_on_model_save=true",
         )
+
+
+def _device(zero: dict[str, Any], key: str) -> str:
+    section = zero.get(key)
+    return str(section.get("device", "none")) if isinstance(section, dict) else "none"

@@ -1,0 +1,98 @@
+"""Hydra's door to ``sft.sweep``: a launcher that trains each trial in a torchrun of its own.
+
+Hydra imports this file whenever it composes anything, so it must cost milliseconds: no torch.
+Nor ``from __future__ import annotations``: Hydra executes the file before sys.modules has it, and
+a dataclass whose types are text looks them up there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from omegaconf import OmegaConf
+
+
+@dataclass
+class TorchrunLauncherConf:
+    """Settings of ``hydra.launcher``."""
+
+    _target_: str = "hydra_plugins.sft_sweep.torchrun_launcher.TorchrunLauncher"
+    nproc_per_node: int | None = None  # ranks of a trial; null: as torchrun's here, or 1
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher", name="torchrun", node=TorchrunLauncherConf, provider="sft"
+)
+
+
+def _sweep_name(overrides: list[str]) -> str:
+    from sft.sweep import sweep_name
+
+    return sweep_name(overrides)
+
+
+# Hydra executes this file again where it is imported already, hence replace.
+OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True)
+
+
+class TorchrunLauncher(Launcher):  # type: ignore[misc]
+    """Train the trials one after the other."""
+
+    def __init__(self, nproc_per_node: int | None) -> None:
+        self.nproc_per_node = nproc_per_node
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        """Keep what Hydra hands over; the task function belongs to the trials' processes."""
+        self.config_loader = hydra_context.config_loader
+        self.config = config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Train every trial and sum them up.
+
+        Raises:
+            SystemExit: A trial failed or the user interrupted. Hydra's own way, a JobReturn that
+                carries an exception, would print a traceback below the table.
+        """
+        from sft import sweep
+        from sft.cli import report_error, start_logging
+        from sft.errors import SftError
+
+        start_logging()
+        hydra = self.config.hydra
+        # Resolved here and once: in a trial's own config a name made of overrides is another.
+        sweep_dir = Path(hydra.sweep.dir)
+        jobs = [list(overrides) for overrides in job_overrides]
+        returns = [self._job_return(job, initial_job_idx + i) for i, job in enumerate(jobs)]
+        sources = hydra.runtime.config_sources
+        try:
+            trials = sweep.plan(
+                jobs,
+                [OmegaConf.to_container(item.cfg, resolve=True) for item in returns],
+                list(hydra.overrides.task),
+                sweep_dir,
+                sweep.ranks(self.nproc_per_node),
+                [source.path for source in sources if source.provider == "command-line"],
+            )
+        except SftError as error:
+            report_error(str(error))
+            raise SystemExit(error.exit_code) from None
+        exit_code = sweep.run(trials, sweep_dir)
+        if exit_code:
+            raise SystemExit(exit_code)
+        for item, trial in zip(returns, trials, strict=True):
+            item.status, item.working_dir = JobStatus.COMPLETED, trial.output_dir
+            item.return_value = trial.final.get("eval_loss")
+        return returns
+
+    def _job_return(self, overrides: list[str], number: int) -> JobReturn:
+        config = self.config_loader.load_sweep_config(self.config, overrides)
+        config.hydra.job.id, config.hydra.job.num = str(number), number
+        settings = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        hydra_config = OmegaConf.masked_copy(config, ["hydra"])
+        return JobReturn(overrides=overrides, cfg=settings, hydra_cfg=hydra_config)

@@ -1,0 +1,139 @@
+"""What watches a run: its lines, its metrics file, its answers, and that ranks agree."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from sft.errors import RunError
+from sft.trainer import Trainer, gather, trained_bits
+
+logger = logging.getLogger("sft")
+
+
+class Lines(ProgressCallback):  # type: ignore[misc]
+    """A progress bar on a terminal; plain lines, one per logged step, everywhere."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar where somebody watches."""
+        self.current_step = state.global_step
+        if state.is_world_process_zero and sys.stderr.isatty():
+            super().on_train_begin(args, state, control)
+            self.training_bar.update(state.global_step)
+            self.current_step = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Write one line."""
+        line = describe(logs or {}, state.global_step, state.max_steps)
+        if not line or not state.is_world_process_zero:
+            return
+        if self.training_bar is not None:
+            self.training_bar.clear()
+        logger.info(line)
+        if self.training_bar is not None:
+            self.training_bar.refresh()
+
+
+def describe(logs: dict[str, Any], step: int, max_steps: int) -> str:
+    """Put a logged record into one aligned line."""
+    where = f"step {step:>{len(str(max_steps))}}/{max_steps}"
+    if "eval_loss" in logs:
+        return (
+            f"{where}  eval loss {logs['eval_loss']:.4f}  "
+            f"perplexity {logs['eval_perplexity']:.4g}  tokens {logs['eval_tokens']:,}"
+        )
+    if "exact_match" in logs:
+        return f"{where}  exact match {logs['exact_match']:.1%} of {logs['exact_match_rows']}"
+    if "loss" in logs:
+        norm = f"  grad norm {logs['grad_norm']:.3g}" if "grad_norm" in logs else ""
+        return (
+            f"{where}  loss {logs['loss']:.4f}{norm}  lr {logs['learning_rate']:.2e}  "
+            f"epoch {logs['epoch']:.2f}"
+        )
+    return ""
+
+
+class MetricsFile(TrainerCallback):  # type: ignore[misc]
+    """Append every logged record to metrics.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Append one record."""
+        if state.is_world_process_zero:
+            record = {"step": state.global_step, **(logs or {})}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+class RanksAgree(TrainerCallback):  # type: ignore[misc]
+    """After the first step, compare the trained parameters of all ranks bit by bit.
+
+    Ranks that lost gradient sync go on with losses that look normal.
+    """
+
+    def __init__(self) -> None:
+        self.checked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare once; where each rank holds its own part (ZeRO-3), there is nothing to compare.
+
+        Raises:
+            RunError: Ranks hold different parameters.
+        """
+        if self.checked or args.world_size == 1:
+            return
+        self.checked = True
+        model = kwargs["model"]
+        if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+            return
+        sums = gather(trained_bits(model))
+        if len(set(sums)) > 1:
+            different = [rank for rank, value in enumerate(sums) if value != sums[0]]
+            raise RunError(
+                f"after step {state.global_step} the trained parameters of ranks {different} "
+                "differ from rank 0's: gradients are not synchronised\n"
+                "    fix: the same versions, files and settings on every node"
+            )
+
+
+class BeforeTraining(TrainerCallback):  # type: ignore[misc]
+    """Do something once the model is wrapped for training and before the first step."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Act, unless the run is being resumed."""
+        if state.global_step == 0:
+            self.action()
+
+
+def watch(trainer: Trainer, metrics: Path) -> None:
+    """Replace the stock printing by ours, and add the checks."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    for callback in (Lines(), MetricsFile(metrics), RanksAgree()):
+        trainer.add_callback(callback)

@@ -1,0 +1,1 @@
+"""Rows become samples: source, template, tokens and labels."""

@@ -1,0 +1,48 @@
+"""What generation needs to know of training, kept beside the weights in ``sft.json``.
+
+An adapter folder that is moved elsewhere thus still renders prompts as in training, and is put on a
+base model that is stored as it was then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from sft.config import Config, ModelConfig, QuantizationConfig, TemplateConfig
+from sft.run import write_text
+
+CARD = "sft.json"
+
+
+@dataclasses.dataclass
+class Card:
+    """The choices of a run that outlive it."""
+
+    model: ModelConfig
+    template: TemplateConfig
+    quantization: QuantizationConfig
+
+
+def write_card(folder: Path, config: Config | Card) -> None:
+    """Write ``sft.json`` beside an adapter or a model."""
+    card = {
+        field.name: dataclasses.asdict(getattr(config, field.name))
+        for field in dataclasses.fields(Card)
+    }
+    write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
+
+
+def read_card(folder: Path) -> Card | None:
+    """Read ``sft.json``; None where another tool made the folder."""
+    path = folder / CARD
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    card: Card = OmegaConf.to_object(  # type: ignore[assignment]
+        OmegaConf.merge(OmegaConf.structured(Card), values)
+    )
+    return card

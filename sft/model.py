@@ -1,0 +1,192 @@
+"""The tokenizer and the base model: loaded, quantised, or built without weights to look at."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.config import Config, ModelConfig, QuantizationConfig
+from sft.errors import ConfigError, ModelError, Problem
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def choose_precision(precision: str) -> tuple[str, str]:
+    """Give fp32, bf16 or fp16, and the reason.
+
+    Raises:
+        ConfigError: fp16 on a CPU, where the trainer would silently compute in fp32.
+    """
+    import torch
+
+    if precision != "auto":
+        if precision == "fp16" and not torch.cuda.is_available():
+            raise ConfigError(
+                [Problem("precision=fp16", "there is no GPU to scale it on", "precision=bf16")]
+            )
+        return precision, "as asked"
+    if not torch.cuda.is_available():
+        return "fp32", "no GPU"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "the GPU has it"
+    return "fp32", "the GPU has no bf16"
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Map fp32, bf16 or fp16 to the torch dtype."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+@contextlib.contextmanager
+def _loading(what: str, model: ModelConfig) -> Iterator[None]:
+    """Turn the libraries' long errors into one that names the fix."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        name = str(model.name_or_path)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if Path(name).is_absolute() or name.startswith("."):
+            fix = "model.name_or_path=FOLDER with config.json, weights and tokenizer files"
+        else:
+            fix = (
+                "check the name and the network; HF_TOKEN for gated models; HF_HUB_OFFLINE=1 uses "
+                "only what is cached; model=tiny is embedded"
+            )
+        raise ModelError(
+            f"the {what} of {name} cannot be loaded: {reason}\n    fix: {fix}"
+        ) from error
+
+
+def _source(model: ModelConfig) -> dict[str, Any]:
+    name = str(model.name_or_path)
+    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
+        raise ModelError(
+            f"there is no model folder {name}\n    fix: model.name_or_path=HUB_ID_OR_FOLDER, or "
+            "model=tiny"
+        )
+    return {
+        "pretrained_model_name_or_path": name,
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+    }
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; one without a pad token pads with EOS (labels hide padding by length).
+
+    Raises:
+        ModelError: It is not there, cannot be reached, or has no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    with _loading("tokenizer", model):
+        tokenizer = AutoTokenizer.from_pretrained(**_source(model))
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {model.name_or_path} has no EOS token, so nothing could end a text\n"
+            "    fix: set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_architecture(model: ModelConfig) -> PreTrainedModel:
+    """Build the model on the meta device: every module and shape, no weights, no memory.
+
+    Raises:
+        ModelError: Its config is not there or cannot be reached.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _loading("config", model):
+        config = AutoConfig.from_pretrained(**_source(model))
+        with torch.device("meta"):
+            architecture = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=model.trust_remote_code
+            )
+    return architecture
+
+
+def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> Any:
+    """Give Transformers' BitsAndBytesConfig, or None where nothing is quantised."""
+    from transformers import BitsAndBytesConfig
+
+    if not (quantization.load_in_4bit or quantization.load_in_8bit):
+        return None
+    return BitsAndBytesConfig(
+        load_in_8bit=quantization.load_in_8bit,
+        load_in_4bit=quantization.load_in_4bit,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        **{"bnb_4bit_compute_dtype": compute_dtype, **quantization.extra},
+    )
+
+
+def load_base(config: Config, architecture: PreTrainedConfig, precision: str) -> PreTrainedModel:
+    """Load the base model, or make one with random weights.
+
+    Under ZeRO-3 the trainer's config must exist already: then each rank holds its share only.
+
+    Args:
+        config: The run's config.
+        architecture: The model's Transformers config.
+        precision: fp32, bf16 or fp16.
+
+    Raises:
+        ModelError: The weights are not there or cannot be reached.
+    """
+    from transformers import AutoModelForCausalLM, set_seed
+
+    # A trained model is kept in fp32 (mixed precision needs the master weights); a frozen one in
+    # the run's precision. DeepSpeed keeps its own fp32 masters, so it is given the precision.
+    masters = not config.lora.enabled and config.zero.config is None
+    dtype = dtype_of("fp32" if masters else precision)
+    options: dict[str, Any] = {"dtype": dtype}
+    if config.model.attn_implementation is not None:
+        options["attn_implementation"] = config.model.attn_implementation
+    set_seed(config.seed)
+    with _loading("weights", config.model):
+        if config.model.pretrained:
+            quantized = quantization_config(config.quantization, dtype)
+            if quantized is not None:
+                options["quantization_config"] = quantized
+                options["device_map"] = _device_map()
+            model = AutoModelForCausalLM.from_pretrained(
+                **_source(config.model), use_safetensors=True, **options
+            )
+        else:
+            model = AutoModelForCausalLM.from_config(
+                architecture, trust_remote_code=config.model.trust_remote_code, **options
+            )
+    if config.quantization.load_in_4bit:
+        keep_training_layout(model)
+    return model
+
+
+def _device_map() -> dict[str, Any]:
+    """Put a quantised model on this rank's device whole; bitsandbytes cannot move it later."""
+    import os
+
+    import torch
+
+    return {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
+
+
+def keep_training_layout(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for CPU inference in an eval pass.
+
+    On CPUs with AVX512-BF16 it does so, and later gradients are wrong.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,190 @@
+"""A run's folder: claimed once, never trained over, and honest about how far the run came."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sft import checkpoint, zero
+from sft.checks import world_size
+from sft.config import HOME_DIR, Config
+from sft.errors import RunError
+
+LIBRARIES = (
+    "sft",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "bitsandbytes",
+)
+# Settings that may differ between the runs of one folder: they change no trained weight.
+HARMLESS = {"overwrite", "output_dir", "run_name", "train.logging_steps", "train.save_total_limit"}
+
+logger = logging.getLogger("sft")
+
+
+class Run:
+    """The folder of one run, as rank 0 writes it and every rank reads it."""
+
+    def __init__(self, config: Config) -> None:
+        assert config.output_dir is not None
+        self.config = config
+        self.dir = Path(config.output_dir)
+        self.began = time.time()
+        self._record: dict[str, Any] = {}
+
+    def resume_point(self) -> Path | None:
+        """Decide, reading only, whether to start, to go on, or to refuse.
+
+        Raises:
+            RunError: The run is finished, was made with other settings, or the folder is taken.
+            CheckpointError: The newest checkpoint is of other ranks or another ZeRO stage.
+        """
+        if self.config.overwrite or not self.dir.exists() or not any(self.dir.iterdir()):
+            return None
+        config_file = self.dir / "config.yaml"
+        if not config_file.is_file():
+            raise RunError(
+                f"{self.dir} holds files that are not a run's\n    fix: output_dir=ANOTHER_FOLDER"
+            )
+        differences = self._differences(config_file)
+        if differences:
+            raise RunError(
+                f"{self.dir} holds a run with other settings:\n"
+                + "\n".join(f"    {line}" for line in differences)
+                + "\n    fix: run_name=NAME for a run beside it, or overwrite=true to replace it"
+            )
+        if self.status() == "finished":
+            raise RunError(
+                f"{self.dir} is finished\n"
+                "    fix: run_name=NAME for another run, or overwrite=true to replace it"
+            )
+        stage = zero.stage(zero.read(self.config.zero))
+        found, passed_over = checkpoint.newest(str(self.dir), world_size(), stage)
+        for path in passed_over:
+            logger.info("passed over %s: a save that was cut off", path)
+        if found is None:
+            logger.info("starting again from step 0: %s has no complete checkpoint", self.dir)
+        else:
+            logger.info("resuming from %s", found)
+        return found
+
+    def status(self) -> str:
+        """Read how far the run came: ``running``, ``finished``, ``failed`` or ``unknown``."""
+        record = self.dir / "run.json"
+        if not record.is_file():
+            return "unknown"
+        return str(json.loads(record.read_text(encoding="utf-8")).get("status", "unknown"))
+
+    def _differences(self, config_file: Path) -> list[str]:
+        before = flatten(OmegaConf.to_container(OmegaConf.load(config_file)))
+        now = flatten(dataclasses.asdict(self.config))
+        return [
+            f"{key}: {before.get(key, 'unset')} there, {now.get(key, 'unset')} here"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key not in HARMLESS
+        ]
+
+    def claim(self) -> None:
+        """Make the folder this run's; on rank 0, once everything that can refuse has passed."""
+        if self.config.overwrite and self.dir.exists():
+            shutil.rmtree(self.dir)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        write_text(self.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
+        self._record = {
+            "status": "running",
+            "command": " ".join(sys.orig_argv),
+            "ranks": world_size(),
+            "versions": versions(),
+            "git": git_commit(),
+            "hardware": hardware(),
+        }
+        self._write()
+
+    def finish(self, final: dict[str, Any], **facts: Any) -> None:
+        """Write ``"status": "finished"``, the flag that everything is in place."""
+        self._record |= {"status": "finished", "seconds": round(time.time() - self.began, 1)}
+        self._record |= {"final": final, **facts}
+        self._write()
+
+    def fail(self, reason: str) -> None:
+        """Keep why the run ended early; it can be resumed."""
+        if self._record:
+            self._record |= {"status": "failed", "reason": reason}
+            self._write()
+
+    def _write(self) -> None:
+        write_text(self.dir / "run.json", json.dumps(self._record, indent=2) + "\n")
+
+
+def log_to_file(path: Path) -> None:
+    """Keep this rank's log in a file of its own."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that its name never holds half of it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Give a nested mapping's leaves by dotted key."""
+    if not isinstance(node, dict) or not node:
+        return {prefix.rstrip("."): node}
+    leaves: dict[str, Any] = {}
+    for key, value in node.items():
+        leaves |= flatten(value, f"{prefix}{key}.")
+    return leaves
+
+
+def versions() -> dict[str, str]:
+    """List the installed versions that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def git_commit() -> str | None:
+    """Name the toolkit's commit, where it is a clone."""
+    if not (HOME_DIR / ".git").exists():
+        return None
+    result = subprocess.run(
+        ["git", "-C", str(HOME_DIR), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or None
+
+
+def hardware() -> dict[str, Any]:
+    """Say what the run had: processors, memory (GiB) and GPUs."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpus": os.cpu_count(), "memory_gib": round(memory, 1), "gpus": gpus}

@@ -1,0 +1,140 @@
+"""TRL's SFTTrainer with what it lacks: an exact evaluation, and checkpoints marked as complete."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from sft import checkpoint, zero
+from sft.data.samples import IGNORE_INDEX
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """Trains on samples that have ``input_ids`` and ``labels`` already."""
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure the mean loss over every trained token of the held-out samples.
+
+        Each sample counts once and each token alike, so the figure is the same for any batch size
+        and number of ranks. The stock Trainer's is a mean of batch means, over samples that are
+        repeated to fill the last batch. The model is used as training wrapped it: the stock loop,
+        called before training, would leave DDP's gradient sync switched off.
+
+        Returns:
+            ``eval_loss`` (nats per token), ``eval_perplexity``, ``eval_tokens``, ``eval_seconds``.
+        """
+        samples = self.eval_dataset if eval_dataset is None else eval_dataset
+        began = time.perf_counter()
+        # float64, so that the sum does not depend on the order of the batches.
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in self._eval_batches(samples):
+                outputs = model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
+                total[0] -= outputs.log_probs.double().sum()
+                total[1] += outputs.label_mask.sum()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        model.train(was_training)
+
+        loss = (total[0] / total[1]).item()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows
+            f"{metric_key_prefix}_tokens": int(total[1].item()),
+            f"{metric_key_prefix}_seconds": round(time.perf_counter() - began, 3),
+        }
+        # Not self.log: TRL's adds averages over whatever was last kept.
+        super(SFTTrainer, self).log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _eval_batches(self, samples: Any) -> Any:
+        """Yield this rank's batches; every rank gets as many, as ZeRO-3 gathers at each forward.
+
+        Samples go round the ranks in order. A rank that has none left repeats the last sample with
+        nothing trained, which adds nothing to either sum.
+        """
+        size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
+        rank = self.args.process_index
+        for start in range(0, len(samples), size * ranks):
+            indices = range(start + rank, min(start + size * ranks, len(samples)), ranks)
+            batch = [samples[index] for index in indices]
+            if not batch:
+                last = samples[len(samples) - 1]["input_ids"]
+                batch = [{"input_ids": last, "labels": [IGNORE_INDEX] * len(last)}]
+            yield self.data_collator(batch)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.mark_complete(
+                checkpoint.path_of(self.args.output_dir, self.state.global_step),
+                ranks=self.args.world_size,
+                stage=zero.stage(self.args.deepspeed),
+            )
+
+
+def collator(pad_token_id: int) -> DataCollatorForLanguageModeling:
+    """Pad to the longest of a micro-batch, labels with IGNORE_INDEX.
+
+    For samples of 3 and 2 tokens::
+
+        input_ids      [[5, 6, 7], [8, 9, pad]]      (2, 3)
+        attention_mask [[1, 1, 1], [1, 1, 0]]        (2, 3)
+        labels         [[-100, 6, 7], [-100, 9, -100]]
+    """
+    return DataCollatorForLanguageModeling(pad_token_id=pad_token_id)
+
+
+def trained_bits(model: torch.nn.Module) -> int:
+    """Sum the bits of the trained parameters as integers: equal on ranks that hold the same."""
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            words = parameter.detach().float().contiguous().view(torch.int32)
+            total += int(words.to(torch.int64).sum().item())
+    return total & 0x7FFFFFFFFFFFFFFF
+
+
+def share_of_state(trainer: Trainer) -> dict[str, int]:
+    """Count the bytes of parameters and of optimizer state that this rank holds."""
+    parameters = sum(
+        getattr(parameter, "ds_tensor", parameter).nbytes
+        for parameter in trainer.model.parameters()
+    )
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
+        optimizer = optimizer.optimizer
+    state = sum(
+        value.nbytes
+        for values in optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, torch.Tensor)
+    )
+    return {"parameter_bytes": parameters, "optimizer_bytes": state}
+
+
+def gather(value: Any) -> list[Any]:
+    """Collect a small object from every rank, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

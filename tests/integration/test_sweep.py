@@ -1,0 +1,75 @@
+"""Sweeps that train: the embedded model, two steps a trial."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SHORT = [
+    "train.max_steps=2",
+    "train.global_batch_size=8",
+    "dataset.max_rows=64",
+    "dataset.max_eval_rows=8",
+    "dataset.exact_match=0",
+]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+
+
+def sft_train(
+    folder: Path, *arguments: str, torchrun: tuple[str, ...] | list[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *torchrun, "sft.train", *arguments, *SHORT]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+def read(path: Path) -> dict:  # type: ignore[type-arg]
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def test_a_refused_trial_stops_no_other_and_nothing_trains_twice(tmp_path: Path) -> None:
+    done = sft_train(tmp_path, "-m", "lora.r=4,0,8")
+    assert done.returncode == 1, done.stdout + done.stderr
+    (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert folder.name.startswith("lora.r=4,0,8+train.max_steps=2+")
+    trials = json.loads((folder / "sweep.json").read_text())
+    assert [item["overrides"] for item in trials] == [["lora.r=4"], ["lora.r=0"], ["lora.r=8"]]
+    assert [item["status"] for item in trials] == ["finished", "failed", "finished"]
+    assert "lora.r=0\n    must be at least 1" in trials[1]["message"]
+    assert not (tmp_path / trials[1]["output_dir"]).exists()
+    for item, rank in ((trials[0], 4), (trials[2], 8)):
+        record = read(tmp_path / item["output_dir"] / "run.json")
+        assert (record["status"], record["ranks"]) == ("finished", 1)
+        assert item["final"] == record["final"]
+        assert item["final"]["eval_loss"] > 0
+        adapter = read(tmp_path / item["output_dir"] / "adapter" / "adapter_config.json")
+        assert adapter["r"] == rank
+    assert trials[0]["final"]["eval_loss"] != trials[2]["final"]["eval_loss"]
+    assert "trial 2/3  lora.r=0  failed after" in done.stdout
+    assert done.stdout.count("best") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+
+    sizes = [os.stat(tmp_path / item["log"]).st_size for item in trials]
+    again = sft_train(tmp_path, "-m", "lora.r=4,0,8")
+    assert again.returncode == 1
+    assert again.stdout.count("  finished before, eval loss") == 2
+    after = json.loads((folder / "sweep.json").read_text())
+    assert [item["final"] for item in after] == [item["final"] for item in trials]
+    grown = [os.stat(tmp_path / item["log"]).st_size for item in after]
+    assert [new > old for new, old in zip(grown, sizes, strict=True)] == [False, True, False]
+
+
+def test_under_torchrun_each_trial_trains_once_on_as_many_ranks(tmp_path: Path) -> None:
+    done = sft_train(tmp_path, "-m", "seed=1,2", "hydra.sweep.dir=sweep", torchrun=TORCHRUN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    started = [line for line in done.stdout.splitlines() if line.endswith("  started")]
+    assert started == ["trial 1/2  seed=1  started", "trial 2/2  seed=2  started"]
+    for seed in (1, 2):
+        record = read(tmp_path / "sweep" / f"seed={seed}" / "run.json")
+        assert (record["status"], record["ranks"]) == ("finished", 2)
+        log = (tmp_path / "sweep" / f"seed={seed}.log").read_text()
+        assert log.count("first sample") == 1
+        lines = (tmp_path / "sweep" / f"seed={seed}" / "metrics.jsonl").read_text().splitlines()
+        assert sum("train_loss" in json.loads(line) for line in lines) == 1

@@ -1,0 +1,662 @@
+"""Every YAML composes, the schema is upstream's, and no wrong setting passes, wherever it is."""
+
+import dataclasses
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sft import upstream
+from sft.checks import check
+from sft.config import (
+    CONF_DIR,
+    Config,
+    LoraSection,
+    QuantizationConfig,
+    TrainConfig,
+    above,
+    at_least,
+    fields_of,
+    fill_names,
+    one_of,
+    short_name,
+    within,
+)
+from sft.errors import ConfigError, Problem
+from sft.train import main
+
+OPTIONS = {
+    "model": {
+        *("tiny", "opt-125m", "opt-350m", "opt-1.3b", "opt-6.7b", "gpt2", "gpt-j-6b", "hf"),
+        *("gpt-neox-20b", "pythia-160m", "pythia-2.8b", "llama-3.2-1b", "llama-3.1-8b"),
+        *("llama-3.1-70b", "qwen3-0.6b", "qwen3-8b", "mistral-7b", "gemma-3-1b", "smollm2-135m"),
+    },
+    "dataset": {
+        *("demo", "alpaca", "dolly", "gsm8k", "tiny-shakespeare", "wikitext", "jsonl", "text"),
+    },
+    "template": {"alpaca", "chat", "completion", "text", "lines"},
+    "lora": {"attention", "all-linear", "none"},
+    "quantization": {"none", "int8", "nf4"},
+    "zero": {"none", "stage1", "stage2", "stage3", "stage2_offload", "stage3_offload"},
+    "train": {"default", "full"},
+    "experiment": {
+        *("opt-125m_wikitext", "opt-125m_wikitext_grid", "gpt-j-6b_tiny-shakespeare"),
+        *("gpt-neox-20b", "text-folder", "lora_prompt-response"),
+    },
+}
+COUNTS = {
+    "model": 19,
+    "dataset": 8,
+    "template": 5,
+    "lora": 3,
+    "quantization": 3,
+    "zero": 6,
+    "train": 2,
+    "experiment": 6,
+}
+# What an option leaves to the user.
+GIVEN = {
+    "hf": ["model.name_or_path=facebook/opt-125m"],
+    "jsonl": ["dataset.path=rows.jsonl"],
+    "text": ["dataset.path=texts"],
+    "text-folder": ["dataset.path=texts"],
+    "lora_prompt-response": ["dataset.path=rows.jsonl"],
+    "opt-125m_wikitext_grid": ["train.per_device_train_batch_size=2"],
+}
+
+
+def refused(*overrides: str, config_dir: Path | None = None) -> list[Problem]:
+    with pytest.raises(ConfigError) as caught:
+        main.compose(list(overrides), str(config_dir) if config_dir else None)
+    return caught.value.problems
+
+
+def one_refused(*overrides: str, config_dir: Path | None = None) -> tuple[str, str, str]:
+    (problem,) = refused(*overrides, config_dir=config_dir)
+    return problem.setting, problem.rule, problem.fix
+
+
+# The YAML files
+
+
+@pytest.mark.parametrize("group", sorted(OPTIONS))
+def test_groups_hold_the_promised_options(group: str) -> None:
+    found = {file.stem for file in (CONF_DIR / group).glob("*.yaml")}
+    assert found == OPTIONS[group]
+    assert len(found) == COUNTS[group]
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        (group, option)
+        for group in sorted(OPTIONS.keys() - {"experiment"})
+        for option in sorted(OPTIONS[group])
+    ],
+)
+def test_every_option_composes(group: str, option: str) -> None:
+    # gsm8k asks for no exact match, so that any template suits it.
+    base = ["dataset=gsm8k"] if group == "template" else []
+    given = GIVEN.get(option, []) if group != "template" else []
+    config = main.compose([*base, f"{group}={option}", *given])
+    file = CONF_DIR / group / f"{option}.yaml"
+    for key, value in yaml.safe_load(file.read_text()).items():
+        if key != "defaults" and key not in {item.split("=")[0].split(".")[1] for item in given}:
+            composed = getattr(getattr(config, group), key)
+            expected = float(value) if isinstance(composed, float) else value
+            if "${" not in str(expected):
+                assert composed == expected, key
+
+
+def test_every_model_is_named_after_its_file() -> None:
+    models = CONF_DIR.glob("model/*.yaml")
+    names = {file.stem: yaml.safe_load(file.read_text()).get("name") for file in models}
+    assert names.pop("hf") is None
+    assert len(names) == 18
+    assert all(name == stem for stem, name in names.items())
+
+
+# The recipes
+
+# name: ranks, micro-batch, accumulation, learning rate, epochs, max_length, stage, full
+RECIPES = {
+    "opt-125m_wikitext": (2, 4, 4, 5e-5, 3, 1024, 1, True),
+    "opt-125m_wikitext_grid": (2, 2, 8, 5e-5, 3, 1024, 1, True),
+    "gpt-j-6b_tiny-shakespeare": (2, 16, 1, 2e-5, 1, 512, 3, True),
+    "gpt-neox-20b": (8, 4, 32, 0.97e-4, 1, 2048, 1, False),
+    "text-folder": (4, 4, 5, 5e-5, 1, 2048, 3, True),
+    "lora_prompt-response": (4, 2, 4, 5e-5, 5, 2048, 2, False),
+}
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_composes_with_its_model_and_with_tiny(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, micro, accumulation, rate, epochs, length, stage, full = RECIPES[name]
+    given = [f"experiment={name}", *GIVEN.get(name, [])]
+    config = main.compose(given)
+    tiny = main.compose([*given, "model=tiny"])
+
+    train = config.train
+    assert train.per_device_train_batch_size == micro
+    assert train.global_batch_size == micro * ranks * accumulation
+    assert train.learning_rate == rate
+    assert train.num_train_epochs == epochs
+    assert config.dataset.max_length == length
+    assert config.dataset.exact_match == 0
+    assert config.lora.enabled is not full
+    assert config.zero.config is not None
+    assert config.zero.config.startswith(f"stage{stage}")
+    for world_size in (1, 2, ranks):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        assert check(config) == []
+
+    assert config.model.name != "tiny"
+    assert tiny.model.name == "tiny"
+    assert dataclasses.replace(tiny, model=config.model) == config
+
+
+def test_the_recipes_keep_what_the_reference_systems_set() -> None:
+    neox = main.compose(["experiment=gpt-neox-20b"])
+    assert neox.train.lr_scheduler_type == "cosine_with_min_lr"
+    assert neox.train.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert neox.train.warmup_steps == 0.01
+    assert neox.train.gradient_checkpointing
+    assert neox.dataset.subset == "wikitext-103-raw-v1"
+
+    gpt_j = main.compose(["experiment=gpt-j-6b_tiny-shakespeare"])
+    assert gpt_j.zero.config == "stage3.json"
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    assert gpt_j.zero.overrides == {"zero_optimization": offload}
+
+    folder = main.compose(["experiment=text-folder", "dataset.path=texts", "model=gpt-j-6b"])
+    assert folder.model.name == "gpt-j-6b"
+    assert folder.dataset.eval_fraction == 0.1
+
+    rows = main.compose(["experiment=lora_prompt-response", "dataset.path=rows.jsonl"])
+    assert (rows.lora.r, rows.lora.lora_alpha, rows.lora.lora_dropout) == (8, 16, 0.05)
+    assert rows.train.lr_scheduler_type == "cosine"
+    assert rows.zero.config == "stage2_offload.json"
+    assert "{prompt}\n" in rows.template.prompts
+    assert "{response}" in rows.template.completions
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_opens_with_command_arithmetic_and_expectation(name: str) -> None:
+    text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
+    head = text[: text.index("defaults:")]
+    lines = head.splitlines()
+    assert lines[0] == "# @package _global_"
+    assert all(line.startswith("#") for line in lines)
+    command = r"#   (torchrun --nproc_per_node \d+|python) -m sft\.train .*experiment=" + name
+    assert re.search(command, head)
+    assert "# Arithmetic\n" in head
+    assert "# What to expect: " in head
+
+
+def test_the_grid_sweeps_the_micro_batch_at_one_global_batch(tmp_path: Path) -> None:
+    setting, rule, fix = one_refused("experiment=opt-125m_wikitext_grid")
+    assert setting == "train.per_device_train_batch_size=2,4,8,16"
+    assert rule == "this config is a sweep"
+    assert fix == "add -m, or train.per_device_train_batch_size=2"
+
+    done = run(
+        *("-m", "sft.train", "-m", "experiment=opt-125m_wikitext_grid"),
+        *("hydra/launcher=basic", f"hydra.sweep.dir={tmp_path}"),
+    )
+    assert done.returncode == 0, done.stderr
+    jobs = re.findall(r"#(\d) : train\.per_device_train_batch_size=(\d+) experiment=", done.stdout)
+    assert jobs == [("0", "2"), ("1", "4"), ("2", "8"), ("3", "16")]
+
+
+# The schema
+
+
+@pytest.mark.parametrize(
+    ("rule", "holds", "fails"),
+    [
+        (at_least(1), [1, 2], [0, -1]),
+        (above(0), [1e-9, 1], [0, -1, math.nan]),
+        (within(0, 1), [0, 0.99], [1, -0.1]),
+        (one_of("a", "b"), ["a", "b"], ["c", ""]),
+    ],
+)
+def test_rules(rule, holds, fails) -> None:
+    assert [rule.holds(value) for value in holds] == [True] * len(holds)
+    assert [rule.holds(value) for value in fails] == [False] * len(fails)
+
+
+def test_every_setting_has_a_description_and_a_legal_default() -> None:
+    def walk(node):
+        for name, field, value in fields_of(node):
+            if dataclasses.is_dataclass(value):
+                yield from walk(value)
+            else:
+                rule = field.metadata["rule"]
+                assert len(field.metadata["help"]) >= 10, name
+                assert rule is None or value is None or rule.holds(value), name
+                yield name
+
+    assert len(list(walk(Config()))) >= 60
+
+
+def test_the_names_read_from_source_are_the_installed_classes_fields() -> None:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+    from trl import SFTConfig
+
+    assert upstream.sft_config_names() == {field.name for field in dataclasses.fields(SFTConfig)}
+    lora_names = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert upstream.lora_config_names() == lora_names
+    own = BitsAndBytesConfig.__init__.__code__
+    assert upstream.bnb_config_names() == set(own.co_varnames[1 : own.co_argcount])
+    assert upstream.optimizer_names() == {item.value for item in OptimizerNames}
+    assert upstream.scheduler_names() == {item.value for item in SchedulerType}
+
+    def ours(section: type) -> set[str]:
+        return {field.name for field in dataclasses.fields(section)} - {"extra"}
+
+    assert ours(TrainConfig) - upstream.sft_config_names() == {"global_batch_size"}
+    assert ours(LoraSection) - lora_names == {"enabled"}
+    assert ours(QuantizationConfig) - upstream.bnb_config_names() == set()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kwargs"),
+    [
+        ("linear", {}),
+        ("constant", {}),
+        ("constant_with_warmup", {}),
+        ("cosine", {"num_cycles": False}),
+        ("polynomial", {"lr_end": False, "power": False}),
+        ("cosine_with_min_lr", {"num_cycles": False, "min_lr": False, "min_lr_rate": False}),
+        ("reduce_lr_on_plateau", None),
+    ],
+)
+def test_a_schedules_keywords_are_read_from_source(schedule: str, kwargs) -> None:
+    assert upstream.scheduler_kwargs(schedule) == kwargs
+
+
+def test_every_schedules_keywords_can_be_read() -> None:
+    known = {name: upstream.scheduler_kwargs(name) for name in upstream.scheduler_names()}
+    assert len(known) >= 12
+    required = {name: [key for key, need in (k or {}).items() if need] for name, k in known.items()}
+    assert {name: keys for name, keys in required.items() if keys} == {
+        "warmup_stable_decay": ["num_decay_steps"]
+    }
+
+
+def test_upstream_lookups_that_find_nothing_say_so() -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_package is not installed: pip install"):
+        upstream.package_dir("no_such_package")
+    with pytest.raises(LookupError, match="config.py defines no class Nothing"):
+        upstream.field_names("peft", "config.py", "Nothing")
+    with pytest.raises(LookupError, match="PeftConfig has no __init__"):
+        upstream.init_names("peft", "config.py", "PeftConfig")
+
+
+def test_names_follow_from_the_choices() -> None:
+    config = main.compose(["model=gpt2", "dataset=gsm8k", "lora.r=4", "seed=7"])
+    fill_names(config)
+    assert config.run_name == "gpt2_gsm8k_r4_seed7"
+    assert config.output_dir == "outputs/gpt2_gsm8k_r4_seed7"
+
+    config = Config()
+    config.model.name_or_path, config.dataset.path = "facebook/opt-125m", "data/rows.jsonl"
+    config.lora.enabled = False
+    fill_names(config)
+    assert (config.model.name, config.dataset.name) == ("opt-125m", "rows.jsonl")
+    assert config.run_name == "opt-125m_rows.jsonl_full_seed42"
+
+    config.run_name, config.output_dir = "mine", "there"
+    fill_names(config)
+    assert (config.run_name, config.output_dir) == ("mine", "there")
+
+
+def test_a_files_short_name_is_its_stem_and_a_folders_its_last_part(tmp_path: Path) -> None:
+    (tmp_path / "rows.v2.jsonl").touch()
+    assert short_name(str(tmp_path / "rows.v2.jsonl")) == "rows.v2"
+    assert short_name(f"{tmp_path}/") == tmp_path.name
+    assert short_name("meta-llama/Llama-3.2-1B") == "Llama-3.2-1B"
+
+
+# Unknown keys and options, from each place
+
+
+@pytest.mark.parametrize(
+    ("override", "setting", "fix"),
+    [
+        ("lora.drop_out=0.3", "lora.drop_out=0.3", "did you mean lora.lora_dropout?"),
+        ("+lora.drop_out=0.3", "lora.drop_out=0.3", "did you mean lora.lora_dropout?"),
+        ("++lora.drop_out=0.3", "lora.drop_out=0.3", "did you mean lora.lora_dropout?"),
+        ("trian.max_steps=3", "trian={'max_steps': 3}", "did you mean train?"),
+        ("train.max_length=64", "train.max_length=64", "did you mean dataset.max_length?"),
+        ("sed=1", "sed=1", "did you mean seed?"),
+        ("train.lr=1e-4", "train.lr=0.0001", "train.learning_rate=2e-4"),
+        ("+batch_size=8", "batch_size=8", "train.global_batch_size=32"),
+        ("train.adam_beta2=0.9", "train.adam_beta2=0.9", "train.extra.adam_beta2=..."),
+        ("lora.bias=all", "lora.bias=all", "lora.extra.bias=..."),
+        (
+            "quantization.bnb_4bit_compute_dtype=bfloat16",
+            "quantization.bnb_4bit_compute_dtype=bfloat16",
+            "quantization.extra.bnb_4bit_compute_dtype=...",
+        ),
+        (
+            "train.packing=true",
+            "train.packing=true",
+            "template=... and dataset=..., which decide what is trained",
+        ),
+        ("lora.task_type=CAUSAL_LM", "lora.task_type=CAUSAL_LM", "remove it: CAUSAL_LM"),
+        ("zzzzzz=1", "zzzzzz=1", "remove it"),
+    ],
+)
+def test_an_unknown_key_is_refused(override: str, setting: str, fix: str) -> None:
+    assert one_refused(override) == (setting, "there is no such setting", fix)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_users_own_options_and_groups_come_in_with_config_dir(tmp_path: Path) -> None:
+    write(tmp_path / "model" / "mine.yaml", "name: mine\nname_or_path: me/mine\n")
+    write(tmp_path / "site" / "lab.yaml", "# @package _global_\nlora:\n  r: 2\n")
+    for site in ("site=lab", "+site=lab"):
+        config = main.compose(["model=mine", site], str(tmp_path))
+        assert (config.model.name_or_path, config.lora.r) == ("me/mine", 2)
+    config = main.compose(["model=mine", "site=lab", "lora.r=3"], str(tmp_path))
+    assert config.lora.r == 3
+    assert one_refused("model=mime", config_dir=tmp_path)[2] == "did you mean mine?"
+
+
+def test_an_unknown_key_in_a_users_yaml_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "lora" / "mine.yaml", "r: 4\nlora_alhpa: 8\n")
+    assert one_refused("lora=mine", config_dir=tmp_path) == (
+        "lora.lora_alhpa=8",
+        "there is no such setting",
+        "did you mean lora.lora_alpha?",
+    )
+
+
+def test_a_users_yaml_that_would_be_shadowed_or_is_broken_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "lora" / "attention.yaml", "r: 64\n")
+    write(tmp_path / "train.yaml", "seed: 1\n")
+    write(tmp_path / "zero" / "mine.yaml", "config: [\n")
+    shadowed, primary, broken = refused("zero=mine", config_dir=tmp_path)
+    ours, users = CONF_DIR / "lora" / "attention.yaml", tmp_path / "lora" / "attention.yaml"
+    assert shadowed.setting == f"--config-dir {tmp_path}"
+    assert shadowed.rule == f"{ours} would be used instead of your {users}"
+    assert shadowed.fix == "rename it, such as lora/my-attention.yaml"
+    assert primary.rule == f"{CONF_DIR / 'train.yaml'} would be used instead of your " + str(
+        tmp_path / "train.yaml"
+    )
+    assert broken.rule.startswith(f"{tmp_path / 'zero' / 'mine.yaml'}: while parsing")
+    assert broken.fix == "mend the YAML file"
+
+
+def test_a_config_dir_must_exist(tmp_path: Path) -> None:
+    missing = tmp_path / "no"
+    assert one_refused(config_dir=missing) == (
+        f"--config-dir {missing}",
+        "there is no such folder",
+        "--config-dir DIR",
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "setting", "rule", "fix"),
+    [
+        (
+            "zero=stage4",
+            "zero=stage4",
+            "zero has no option stage4; it has "
+            "none, stage1, stage2, stage2_offload, stage3, stage3_offload",
+            "did you mean stage3?",
+        ),
+        ("lora=null", "lora=null", "lora has no option null; it has ", "lora=none"),
+        ("train=null", "train=null", "train has no option null; it has default, full", "did"),
+        ("lora={r: 4}", "lora={'r': 4}", "lora has no option {'r': 4}; it has ", "lora=none"),
+        ("~lora.r", "~lora.r", "a setting cannot be deleted", "remove it from the command"),
+        ("lora.r=2,4", "lora.r=2,4", "several values are a sweep", "add -m, or lora.r=[2,4]"),
+        ("model=gpt2,tiny", "model=gpt2,tiny", "several values are a sweep", "add -m, or model="),
+        ("lora.r", "lora.r", "missing EQUAL at '<EOF>'", "write it as key=value, with quotes"),
+        ("model.name=???", "model.name=???", "must be given", "model.name=VALUE"),
+        (
+            "model.name=${nope}",
+            "the composed config",
+            "Interpolation key 'nope' not found",
+            "mend the YAML file or override",
+        ),
+        (
+            "dataset.columns=[a]",
+            "the composed config",
+            "Error merging override ++dataset.columns=[a]: Cannot merge DictConfig with ListConfig",
+            "mend the YAML file or override",
+        ),
+    ],
+)
+def test_an_override_that_cannot_be_composed(
+    override: str, setting: str, rule: str, fix: str
+) -> None:
+    found = one_refused(override)
+    assert found[0] == setting
+    assert found[1].startswith(rule)
+    assert found[2].startswith(fix)
+
+
+def test_an_empty_dict_that_empties_nothing_is_refused() -> None:
+    assert one_refused("dataset=tiny-shakespeare", "dataset.columns={}") == (
+        "dataset.columns={}",
+        "is merged over {'text': 'Text'}, and empties nothing",
+        "choose another option of the group dataset",
+    )
+    assert main.compose(["dataset.columns={}"]).dataset.columns == {}
+
+
+def test_values_of_the_wrong_type_are_all_named() -> None:
+    problems = refused(
+        "lora.r=2.5",
+        "seed=x",
+        "model.trust_remote_code=maybe",
+        "train.learning_rate=fast",
+        "template.prompts=hello",
+        "template.completions=5",
+        "lora.modules_to_save=lm_head",
+        "lora.rank_pattern={a: x}",
+        "train.extra=5",
+        "++model.name={a: 1}",
+    )
+    assert {(item.setting, item.rule, item.fix) for item in problems} == {
+        ("lora.r=2.5", "must be of type int", "lora.r=8"),
+        ("seed=x", "must be of type int", "seed=42"),
+        (
+            "model.trust_remote_code=maybe",
+            "must be of type bool",
+            "model.trust_remote_code=false",
+        ),
+        ("train.learning_rate=fast", "must be of type float", "train.learning_rate=0.0002"),
+        ("template.prompts=hello", "must be of type list[str]", "template.prompts=[hello]"),
+        ("template.completions=5", "must be of type list[str]", "template.completions=[]"),
+        (
+            "lora.modules_to_save=lm_head",
+            "must be of type list[str] or null",
+            "lora.modules_to_save=[lm_head]",
+        ),
+        (
+            "lora.rank_pattern={'a': 'x'}",
+            "must be of type dict[str, int]",
+            "lora.rank_pattern={}",
+        ),
+        ("train.extra=5", "must be of type dict[str, Any]", "train.extra={}"),
+        ("model.name={'a': 1}", "must be of type str or null", "model.name=null"),
+        # The chat template keeps its default, which has nothing to train.
+        ("template.completions=[]", "nothing would be trained", "template=completion"),
+    }
+
+
+def test_a_group_given_a_value_in_a_yaml_file_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "experiment" / "mine.yaml", "# @package _global_\nlora: 8\n")
+    (problem,) = refused("experiment=mine", config_dir=tmp_path)
+    assert problem.rule.startswith("In 'experiment/mine'") or problem.rule == "lora is a group"
+
+
+def test_all_problems_come_in_one_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        main.compose(["model=tinny", "lora.r=0", "sed=1", "train.extra.warmup_ratio=0.1"])
+    assert str(caught.value).splitlines()[0] == "4 settings are refused"
+    assert [item.setting for item in caught.value.problems] == [
+        "model=tinny",
+        "sed=1",
+        "lora.r=0",
+        "train.extra.warmup_ratio=0.1",
+    ]
+    assert "\n\nlora.r=0\n    must be at least 1\n    fix: lora.r=8\n\n" in str(caught.value)
+    assert str(ConfigError(caught.value.problems[2:3])) == (
+        "1 setting is refused\n\nlora.r=0\n    must be at least 1\n    fix: lora.r=8"
+    )
+
+
+# The command line
+
+
+def run(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *argv],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_refused_setting_exits_2_without_torch_or_a_traceback() -> None:
+    done = run("-X", "importtime", "-m", "sft.train", "lora.r=0", "+lora.drop_out=0.3")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "\n".join(lines) == (
+        "error: 2 settings are refused\n\n"
+        "lora.drop_out=0.3\n    there is no such setting\n"
+        "    fix: did you mean lora.lora_dropout?\n\n"
+        "lora.r=0\n    must be at least 1\n    fix: lora.r=8"
+    )
+    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "sft.checks" in imported
+    assert imported & HEAVY == set()
+
+
+HEAVY = {"torch", "transformers", "trl", "peft", "deepspeed", "datasets", "bitsandbytes"}
+
+
+def test_help_exits_0_without_torch() -> None:
+    done = run("-X", "importtime", "-m", "sft.train", "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("python -m sft.train: ")
+    assert "    zero             none, stage1, stage2, stage2_offload, stage3" in done.stdout
+    assert "    lora.r [8]\n        rank; higher learns more and takes more memory; " in done.stdout
+    assert "Traceback" not in done.stderr
+    assert set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE)) & HEAVY == set()
+
+
+def test_importing_the_command_imports_no_torch() -> None:
+    done = run("-c", "import sft.train, sys; print(*sorted(sys.modules))")
+    modules = set(done.stdout.split())
+    assert "sft.train" in modules
+    assert modules & HEAVY == set()
+
+
+def test_only_rank_0_speaks(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for argv in (["--help"], ["--cfg", "job"], ["-m", "lora.r=1,2"]):
+        main(argv)
+    with pytest.raises(SystemExit, match="2"):
+        main(["lora.r=0"])
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="2"):
+        main(["lora.r=0"])
+    assert capsys.readouterr().err.startswith("error: 1 setting is refused\n")
+
+
+def test_a_refusal_reaches_the_sweep_that_started_it(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "error"
+    monkeypatch.setenv("SFT_ERROR_FILE", str(file))
+    with pytest.raises(SystemExit, match="2"):
+        main(["lora.r=0"])
+    assert file.read_text().startswith("1 setting is refused\n\nlora.r=0\n")
+
+
+def test_cfg_prints_the_composed_config(capsys) -> None:
+    main(["--cfg", "job", "model=gpt2", "lora.r=4"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["name_or_path"] == "openai-community/gpt2"
+    assert shown["lora"]["r"] == 4
+    assert set(shown) == {field.name for field in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-m", "--cfg", "job"], "--cfg\n    a sweep has a config for each trial\n"),
+        (["--config-name", "x"], "--config-name x\n    is not supported\n"),
+        (["--config-path", "x"], "--config-path x\n    is not supported\n"),
+        (["--cfg", "job", "--package", "lora"], "--package lora\n    is not supported\n"),
+        (["--experimental-rerun", "x"], "--experimental-rerun x\n    is not supported\n"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(argv: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["lora.r=1,2", "lora.drop_out=0.1"], "lora.drop_out=0.1\n    there is no such setting"),
+        (["lora.rr=1,2"], "lora.rr=null\n    there is no such setting"),
+        (["model=gpt2,tinny"], "model=tinny\n    model has no option tinny"),
+        (["model=choice(gpt2,tinny)"], "model=tinny\n    model has no option tinny"),
+        (["model=gpt2,tiny", "zero=stage9"], "zero=stage9\n    zero has no option stage9"),
+    ],
+)
+def test_a_sweep_none_of_whose_trials_can_be_right_is_refused(
+    argv: list[str], message: str, capsys
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["-m", *argv])
+    error = capsys.readouterr().err
+    assert error.startswith("error: 1 setting is refused\n")
+    assert message in error
+
+
+def test_a_bug_shows_its_traceback(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(config: Config) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setenv("RANK", "1")  # whichever rank it happens on
+    with pytest.raises(SystemExit, match="1"):
+        dataclasses.replace(main, run=fails)([])
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.endswith("error: ZeroDivisionError: a bug\n")
+
+
+def test_an_interrupt_exits_130(capsys) -> None:
+    def interrupted(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        dataclasses.replace(main, run=interrupted)([])
+    assert capsys.readouterr().err == "error: interrupted\n"

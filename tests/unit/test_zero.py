@@ -1,0 +1,359 @@
+"""A DeepSpeed JSON: merged with its overrides, and every key and combination checked."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft import upstream, zero
+from sft.config import DS_CONFIG_DIR, ZeroConfig
+from sft.errors import Problem
+
+STAGES = {
+    "stage1.json": 1,
+    "stage2.json": 2,
+    "stage2_offload.json": 2,
+    "stage3.json": 3,
+    "stage3_offload.json": 3,
+}
+
+
+def found(
+    config: str | None = "stage2.json",
+    overrides: dict[str, Any] | None = None,
+    optim: str = "adamw_torch",
+    trains_base: bool = False,
+) -> list[Problem]:
+    return list(zero.problems(ZeroConfig(config, overrides or {}), optim, trains_base))
+
+
+def test_every_json_is_legal_for_lora_and_for_full_fine_tuning() -> None:
+    files = {file.name for file in DS_CONFIG_DIR.glob("*.json")}
+    assert files == STAGES.keys()
+    for name, stage in STAGES.items():
+        assert found(name, trains_base=False) == found(name, trains_base=True) == []
+        ds_config = zero.read(ZeroConfig(name))
+        assert zero.stage(ds_config) == stage
+        assert ds_config is not None
+        assert zero.AUTO.keys() <= {key for key, value in zero._walk(ds_config) if value == "auto"}
+
+
+def test_overrides_are_deep_merged() -> None:
+    over = {"zero_optimization": {"overlap_comm": False, "offload_optimizer": {"device": "cpu"}}}
+    merged = zero.read(ZeroConfig("stage2.json", over))
+    assert merged is not None
+    assert merged["zero_optimization"] == {
+        "stage": 2,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "offload_optimizer": {"device": "cpu"},
+    }
+    removed = {"zero_optimization": {"offload_param": None}}
+    merged = zero.read(ZeroConfig("stage3_offload.json", removed))
+    assert merged is not None
+    assert merged["zero_optimization"]["offload_param"] is None
+    assert found("stage3_offload.json", removed) == []
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "stage"),
+    [
+        (None, 0),
+        ({}, 0),
+        ({"zero_optimization": {"stage": 3}}, 3),
+        ({"zero_optimization": "three"}, 0),
+        ({"zero_optimization": {"stage": "three"}}, 0),
+    ],
+)
+def test_stage(ds_config: dict[str, Any] | None, stage: int) -> None:
+    assert zero.stage(ds_config) == stage
+
+
+def test_without_a_json_there_is_nothing_to_read_or_override() -> None:
+    assert zero.read(ZeroConfig()) is None
+    assert found(None) == []
+    assert found(None, {"steps_per_print": 1}) == [
+        Problem(
+            "zero.overrides={'steps_per_print': 1}", "there is no JSON to override", "zero=stage2"
+        )
+    ]
+
+
+def test_a_missing_json_names_the_ones_there_are() -> None:
+    path = DS_CONFIG_DIR / "stage5.json"
+    assert found("stage5.json") == [
+        Problem(
+            "zero.config=stage5.json",
+            f"there is no file {path}",
+            "zero=stage1, stage2, stage2_offload, stage3, stage3_offload",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [("{", "is not valid JSON: Expecting property name"), ("[1]", "is not valid JSON: its top")],
+)
+def test_a_broken_json_is_refused(tmp_path: Path, text: str, rule: str) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    (problem,) = found(str(file))
+    assert problem.setting == f"zero.config={file}"
+    assert problem.rule.startswith(rule)
+    assert problem.fix == f"mend {file}"
+
+
+def users_json(tmp_path: Path, **changes: Any) -> str:
+    ds_config = json.loads((DS_CONFIG_DIR / "stage2.json").read_text())
+    for key, value in changes.items():
+        if value is None:
+            del ds_config[key]
+        else:
+            ds_config[key] = value
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(ds_config))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting", "rule", "fix"),
+    [
+        (
+            {"zero_optimisation": {"stage": 3}},
+            "mine.json: zero_optimisation={'stage': 3}",
+            "zero_optimisation is not a key known here",
+            "did you mean zero_optimization?",
+        ),
+        (
+            {"bf16": {"enable": True, "enabled": "auto"}},
+            "mine.json: bf16.enable=True",
+            "bf16 has no key enable",
+            "did you mean enabled?",
+        ),
+        (
+            {"bf16": True},
+            "mine.json: bf16=True",
+            "must be an object",
+            "bf16.KEY=VALUE",
+        ),
+        (
+            {"aio": {"block_sise": 1}},
+            "mine.json: aio.block_sise=1",
+            "aio has no key block_sise",
+            "did you mean block_size?",
+        ),
+        (
+            {"train_batch_size": 64},
+            "mine.json: train_batch_size=64",
+            'must be "auto": train.global_batch_size decides it',
+            "train.global_batch_size=...",
+        ),
+        (
+            {"gradient_clipping": None},
+            "mine.json: no gradient_clipping",
+            "DeepSpeed would take its own default, not train.max_grad_norm",
+            'add "gradient_clipping": "auto"',
+        ),
+        (
+            {"gradient_accumulation_steps": None},
+            "mine.json: no gradient_accumulation_steps",
+            "DeepSpeed would take its own default, not train.global_batch_size",
+            'add "gradient_accumulation_steps": "auto"',
+        ),
+        (
+            {"bf16": {"immediate_grad_update": True}},
+            "mine.json: no bf16.enabled",
+            "DeepSpeed would take its own default, not precision",
+            'add "enabled": "auto"',
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
+            "mine.json: optimizer={'type': 'AdamW', 'params': {'lr': 0.0001}}",
+            "the optimizer is chosen in one place, and a JSON's would replace it",
+            "train.optim=adamw_torch",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR"}},
+            "mine.json: scheduler={'type': 'WarmupLR'}",
+            "a scheduler in the JSON silently replaces train.lr_scheduler_type",
+            "train.lr_scheduler_type=cosine",
+        ),
+        (
+            {"tensor_parallel": {"autotp_size": 2}},
+            "mine.json: tensor_parallel={'autotp_size': 2}",
+            "AutoTP computes a wrong loss: the fused LM head reads one shard of the vocabulary",
+            "zero=stage3",
+        ),
+        (
+            {"autotuning": {"enabled": True}},
+            "mine.json: autotuning={'enabled': True}",
+            "the batch is set by train.global_batch_size",
+            "remove the key",
+        ),
+        (
+            {"zero_optimization": None},
+            "mine.json: zero_optimization",
+            "needs a stage of 0, 1, 2 or 3",
+            "zero=stage2",
+        ),
+    ],
+)
+def test_a_users_json_is_checked(
+    tmp_path: Path, changes: dict[str, Any], setting: str, rule: str, fix: str
+) -> None:
+    assert found(users_json(tmp_path, **changes)) == [Problem(setting, rule, fix)]
+
+
+def test_a_users_json_without_an_fp16_section_is_fine(tmp_path: Path) -> None:
+    assert found(users_json(tmp_path, fp16=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "rule", "fix"),
+    [
+        (
+            {"overlap_com": True},
+            "zero.overrides.zero_optimization.overlap_com=True",
+            "zero_optimization has no key overlap_com",
+            "did you mean overlap_comm?",
+        ),
+        (
+            {"offload_optimizer": {"devise": "cpu"}},
+            "zero.overrides.zero_optimization.offload_optimizer.devise=cpu",
+            "zero_optimization.offload_optimizer has no key devise",
+            "did you mean device?",
+        ),
+        (
+            {"offload_optimizer": "cpu"},
+            "zero.overrides.zero_optimization.offload_optimizer=cpu",
+            "must be an object",
+            "zero_optimization.offload_optimizer.KEY=VALUE",
+        ),
+        (
+            {"mystery": {"a": {"b": 1}}},
+            "zero.overrides.zero_optimization.mystery={'a': {'b': 1}}",
+            "zero_optimization has no key mystery",
+            "remove it",
+        ),
+        (
+            {"overlap_comm": {"a": 1}},
+            "zero.overrides.zero_optimization.overlap_comm.a=1",
+            "zero_optimization.overlap_comm takes no nested keys",
+            "remove the key",
+        ),
+        (
+            {"cpu_offload": True},
+            "zero.overrides.zero_optimization.cpu_offload=True",
+            "is an old name",
+            "zero=stage2_offload",
+        ),
+        (
+            {"stage3_gather_fp16_weights_on_model_save": True},
+            "zero.overrides.zero_optimization.stage3_gather_fp16_weights_on_model_save=True",
+            "is an old name",
+            "rename it stage3_gather_16bit_weights_on_model_save",
+        ),
+        (
+            {"zenflow": {"topk_ratio": 0.1}},
+            "zero.overrides.zero_optimization.zenflow={'topk_ratio': 0.1}",
+            "its losses are not those of the stage without it",
+            "remove the key",
+        ),
+        (
+            {"stage": 4},
+            "stage2.json: zero_optimization",
+            "needs a stage of 0, 1, 2 or 3",
+            "zero=stage2",
+        ),
+        (
+            {"offload_param": {"device": "cpu"}},
+            "stage2.json: offload_param",
+            "needs stage 3",
+            "zero=stage3_offload",
+        ),
+        (
+            {"offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}},
+            "stage2.json: offload_optimizer",
+            "stage 2 would use CPU memory instead of nvme",
+            "zero=stage2_offload, or stage 3",
+        ),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "nvme"}},
+            "stage2.json: offload_optimizer",
+            "device nvme needs a folder",
+            "nvme_path: /DIR",
+        ),
+        (
+            {"stage": 0, "offload_optimizer": {"device": "cpu"}},
+            "stage2.json: offload_optimizer",
+            "has no effect at stage 0",
+            "zero=stage2_offload",
+        ),
+    ],
+)
+def test_overrides_are_checked(section: dict[str, Any], setting: str, rule: str, fix: str) -> None:
+    assert found(overrides={"zero_optimization": section}) == [Problem(setting, rule, fix)]
+
+
+def test_an_unknown_top_level_key_is_refused_once() -> None:
+    assert found(overrides={"mystery": {"a": {"b": 1}}}) == [
+        Problem(
+            "zero.overrides.mystery={'a': {'b': 1}}",
+            "mystery is not a key known here",
+            "remove it",
+        )
+    ]
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch_8bit", "adafactor"])
+def test_offloading_must_not_replace_the_optimizer(optim: str) -> None:
+    force = {"zero_force_ds_cpu_optimizer": True}
+    assert found("stage2_offload.json", force, optim) == [
+        Problem(
+            f"train.optim={optim}",
+            "stage2_offload.json offloads the optimizer, which replaces it by DeepSpeedCPUAdam",
+            "+zero.overrides.zero_force_ds_cpu_optimizer=false",
+        )
+    ]
+    assert found("stage2_offload.json", {}, optim) == []
+    assert found("stage2_offload.json", force, "adamw_torch_fused") == []
+    assert found("stage2.json", force, optim) == []
+
+
+def test_full_fine_tuning_under_stage_3_must_gather_its_weights() -> None:
+    key = "stage3_gather_16bit_weights_on_model_save"
+    off = {"zero_optimization": {key: False}}
+    assert found("stage3.json", off, trains_base=True) == [
+        Problem(
+            f"stage3.json: {key}=False",
+            "full fine-tuning under stage 3 cannot save its weights without it",
+            f"zero.overrides.zero_optimization.{key}=true",
+        )
+    ]
+    assert found("stage3.json", off) == []
+
+
+def test_all_problems_of_a_json_come_at_once() -> None:
+    overrides = {"optimizer": {}, "a": 1, "zero_optimization": {"b": 2, "stage": 9}}
+    rules = [problem.rule for problem in found(overrides=overrides)]
+    assert rules == [
+        "zero_optimization has no key b",
+        "the optimizer is chosen in one place, and a JSON's would replace it",
+        "a is not a key known here",
+        "needs a stage of 0, 1, 2 or 3",
+    ]
+
+
+def test_every_key_exists_in_the_installed_deepspeed() -> None:
+    root = upstream.package_dir("deepspeed")
+    source = "".join(file.read_text(encoding="utf-8") for file in root.rglob("*.py"))
+    constants = set(re.findall(r"""["'](\w+)["']""", source))
+    keys = zero.SCALARS | zero.KEYS.keys() | set().union(*zero.KEYS.values())
+    assert len(keys) == 38
+    assert keys - constants == set()
+    for file, class_name in zero.SECTIONS.values():
+        assert upstream.field_names("deepspeed", file, class_name)
+    top = {name for name in (*zero.SECTIONS, *zero.REFUSED) if "." not in name}
+    assert top - constants == set()
