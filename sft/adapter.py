@@ -179,6 +179,5 @@ def _shared_weights(
 
 
 def _leaf(model: PreTrainedModel, wanted: Any) -> str:
-    return next(
-        path.rpartition(".")[2] for path, module in model.named_modules() if module is wanted
-    )
+    paths = (str(path) for path, module in model.named_modules() if module is wanted)
+    return next(paths).rpartition(".")[2]

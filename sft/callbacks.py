@@ -122,7 +122,7 @@ class RanksAgree(TrainerCallback):  # type: ignore[misc]
 class BeforeTraining(TrainerCallback):  # type: ignore[misc]
     """Do something once the model is wrapped for training and before the first step."""
 
-    def __init__(self, action: Callable[[], None]) -> None:
+    def __init__(self, action: Callable[[], object]) -> None:
         self.action = action
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

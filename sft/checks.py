@@ -296,7 +296,7 @@ def _lora(config: Config) -> Iterator[Problem]:
         return
     targets = lora.target_modules
     named = [targets] if isinstance(targets, str) else targets
-    if not named or not isinstance(named, list) or not all(isinstance(x, str) for x in named):
+    if not targets or not isinstance(named, list) or not all(isinstance(x, str) for x in named):
         yield Problem(
             f"lora.target_modules={targets}",
             "must be 'attention', 'all-linear', a regular expression, or a list of module names",

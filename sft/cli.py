@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sft import upstream
@@ -312,8 +312,9 @@ def _compose(
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             composed = compose(command.config_name, overrides, return_hydra_config=True)
         grid = OmegaConf.select(composed, "hydra.sweeper.params") or {}
-        settings = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-        container = OmegaConf.to_container(settings, resolve=True)
+        with open_dict(composed):
+            del composed["hydra"]
+        container = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         rule = ": ".join(_reasons(error))
         problems.append(Problem("the composed config", rule, "mend the YAML file or override"))
@@ -321,7 +322,7 @@ def _compose(
     assert isinstance(container, dict)
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        below = OmegaConf.select(settings, key) if value == "{}" else None
+        below = OmegaConf.select(composed, key) if value == "{}" else None
         if below:
             problems.append(
                 Problem(

@@ -44,7 +44,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _loading(what: str, model: ModelConfig) -> Iterator[None]:
+def loading(what: str, model: ModelConfig) -> Iterator[None]:
     """Turn the libraries' long errors into one that names the fix."""
     try:
         yield
@@ -63,7 +63,8 @@ def _loading(what: str, model: ModelConfig) -> Iterator[None]:
         ) from error
 
 
-def _source(model: ModelConfig) -> dict[str, Any]:
+def source(model: ModelConfig) -> dict[str, Any]:
+    """Give the arguments that name a model to ``from_pretrained``."""
     name = str(model.name_or_path)
     if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
         raise ModelError(
@@ -85,8 +86,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    with _loading("tokenizer", model):
-        tokenizer = AutoTokenizer.from_pretrained(**_source(model))
+    with loading("tokenizer", model):
+        tokenizer = AutoTokenizer.from_pretrained(**source(model))
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {model.name_or_path} has no EOS token, so nothing could end a text\n"
@@ -106,8 +107,8 @@ def load_architecture(model: ModelConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _loading("config", model):
-        config = AutoConfig.from_pretrained(**_source(model))
+    with loading("config", model):
+        config = AutoConfig.from_pretrained(**source(model))
         with torch.device("meta"):
             architecture = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=model.trust_remote_code
@@ -153,14 +154,14 @@ def load_base(config: Config, architecture: PreTrainedConfig, precision: str) ->
     if config.model.attn_implementation is not None:
         options["attn_implementation"] = config.model.attn_implementation
     set_seed(config.seed)
-    with _loading("weights", config.model):
+    with loading("weights", config.model):
         if config.model.pretrained:
             quantized = quantization_config(config.quantization, dtype)
             if quantized is not None:
                 options["quantization_config"] = quantized
                 options["device_map"] = _device_map()
             model = AutoModelForCausalLM.from_pretrained(
-                **_source(config.model), use_safetensors=True, **options
+                **source(config.model), use_safetensors=True, **options
             )
         else:
             model = AutoModelForCausalLM.from_config(
@@ -169,6 +170,33 @@ def load_base(config: Config, architecture: PreTrainedConfig, precision: str) ->
     if config.quantization.load_in_4bit:
         keep_training_layout(model)
     return model
+
+
+def load_frozen(
+    model: ModelConfig, quantization: QuantizationConfig, dtype: Any = "auto"
+) -> PreTrainedModel:
+    """Load a base model as it was trained on, to answer or to merge into; nothing is trained.
+
+    Args:
+        model: Which.
+        quantization: How it was stored in training.
+        dtype: ``auto`` for the precision that its files have, or a torch dtype.
+
+    Raises:
+        ModelError: It is not there or cannot be reached.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    quantized = quantization_config(quantization, torch.float32 if dtype == "auto" else dtype)
+    if quantized is not None:
+        options |= {"quantization_config": quantized, "device_map": _device_map()}
+    elif torch.cuda.is_available() and dtype == "auto":
+        options["device_map"] = _device_map()
+    with loading("weights", model):
+        base = AutoModelForCausalLM.from_pretrained(**source(model), **options)
+    return base.eval()
 
 
 def _device_map() -> dict[str, Any]:

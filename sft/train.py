@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import socket
-import sys
-import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft import environment
 from sft.checks import check, world_size
 from sft.cli import Command
 from sft.config import Config, fill_names
@@ -38,7 +34,7 @@ def train(config: Config) -> None:
     fill_names(config)
     run = Run(config)
     resume_from = run.resume_point()
-    prepare_environment(config)
+    environment.prepare(distributed=config.zero.config is not None)
 
     from sft import adapter, model, zero
     from sft.data import samples, sources
@@ -73,40 +69,7 @@ def train(config: Config) -> None:
             run.fail(f"{type(error).__name__}: {error}")
         raise
     finally:
-        end_process_group()
-
-
-def prepare_environment(config: Config) -> None:
-    """Set what the libraries read from the environment when they are imported or started."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Compiled ops stay in this environment: a lock that a killed process left in a shared folder
-    # would hang every later start.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    quieten()
-    if config.zero.config is not None and "RANK" not in os.environ:
-        # DeepSpeed wants a process group for one rank too, and would look for MPI.
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def quieten() -> None:
-    """Leave the terminal to our own lines: no bars in logs, no notices of renamed arguments."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
-
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.logging.disable_progress_bar()
+        environment.end_process_group()
 
 
 def sft_config(
@@ -148,6 +111,7 @@ def sft_config(
                 "ddp_find_unused_parameters": False,
                 "logging_nan_inf_filter": False,  # a NaN must show in the logged loss
                 "dataloader_pin_memory": torch.cuda.is_available(),
+                "log_level_replica": "error",
                 **extra,
             },
         )
@@ -227,7 +191,7 @@ def describe_run(config: Config, trainer: Trainer, train_set: Samples, tokenizer
 
 
 def planned_steps(args: SFTConfig, samples: int) -> tuple[int, int]:
-    """Count optimizer steps (in an epoch, in all) as the Trainer does; a smaller last one counts."""
+    """Count optimizer steps, in an epoch and in all, as the Trainer does."""
     forwards = math.ceil(samples / (args.per_device_train_batch_size * args.world_size))
     per_epoch = math.ceil(forwards / args.gradient_accumulation_steps)
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(
@@ -311,14 +275,6 @@ def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> N
         run.finish(final, ranks_memory=memory)
         logger.info("%s written to %s", kind, folder)
     trainer.accelerator.wait_for_everyone()
-
-
-def end_process_group() -> None:
-    """Leave the process group; without it one run in two aborts at exit under ZeRO-1."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 main = Command(

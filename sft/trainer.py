@@ -18,6 +18,8 @@ from sft.data.samples import IGNORE_INDEX
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """Trains on samples that have ``input_ids`` and ``labels`` already."""
 
+    control: Any
+
     def evaluate(
         self,
         eval_dataset: Any = None,

@@ -123,7 +123,13 @@ def test_a_value_against_its_fields_rule(key: str, value: Any, problem: Any) -> 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "a.b=null"), (True, "a.b=true"), (False, "a.b=false"), (0.1, "a.b=0.1"), ([], "a.b=[]")],
+    [
+        (None, "a.b=null"),
+        (True, "a.b=true"),
+        (False, "a.b=false"),
+        (0.1, "a.b=0.1"),
+        ([], "a.b=[]"),
+    ],
 )
 def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
     assert checks.written("a.b", value) == text

@@ -91,26 +91,42 @@ def test_groups_hold_the_promised_options(group: str) -> None:
     assert len(found) == COUNTS[group]
 
 
-@pytest.mark.parametrize(
-    ("group", "option"),
-    [
-        (group, option)
-        for group in sorted(OPTIONS.keys() - {"experiment"})
-        for option in sorted(OPTIONS[group])
-    ],
-)
-def test_every_option_composes(group: str, option: str) -> None:
+def combinations() -> list[dict[str, str]]:
+    """Choose options so that each occurs, and none is left out by another's rules."""
+    lists = {group: sorted(options) for group, options in OPTIONS.items()}
+    # Full fine-tuning and quantisation exclude each other: their lists go in step.
+    lists["lora"], lists["quantization"] = (
+        ["attention", "all-linear", "none"],
+        ["int8", "nf4", "none"],
+    )
+
+    def cycle(count: int, *groups: str) -> list[dict[str, str]]:
+        return [
+            {group: lists[group][row % COUNTS[group]] for group in groups} for row in range(count)
+        ]
+
+    data = cycle(19, "model", "dataset")
     # gsm8k asks for no exact match, so that any template suits it.
-    base = ["dataset=gsm8k"] if group == "template" else []
-    given = GIVEN.get(option, []) if group != "template" else []
-    config = main.compose([*base, f"{group}={option}", *given])
-    file = CONF_DIR / group / f"{option}.yaml"
-    for key, value in yaml.safe_load(file.read_text()).items():
-        if key != "defaults" and key not in {item.split("=")[0].split(".")[1] for item in given}:
-            composed = getattr(getattr(config, group), key)
-            expected = float(value) if isinstance(composed, float) else value
-            if "${" not in str(expected):
-                assert composed == expected, key
+    rest = cycle(6, "template", "lora", "quantization", "zero", "train")
+    return data + [{"dataset": "gsm8k", **row} for row in rest]
+
+
+def test_the_combinations_leave_no_option_out() -> None:
+    for group in OPTIONS.keys() - {"experiment"}:
+        assert {row[group] for row in combinations() if group in row} == OPTIONS[group]
+
+
+@pytest.mark.parametrize("row", combinations(), ids=lambda row: "-".join(row.values()))
+def test_every_option_composes(row: dict[str, str]) -> None:
+    given = [item for option in row.values() for item in GIVEN.get(option, [])]
+    if "template" in row:
+        given = []
+    config = main.compose([f"{group}={option}" for group, option in row.items()] + given)
+    for group, option in row.items():
+        for key, value in yaml.safe_load((CONF_DIR / group / f"{option}.yaml").read_text()).items():
+            composed = getattr(getattr(config, group), key, None)
+            if value is not None and key != "defaults" and "${" not in str(value):
+                assert composed == (float(value) if isinstance(composed, float) else value), key
 
 
 def test_every_model_is_named_after_its_file() -> None:
@@ -331,35 +347,33 @@ def test_a_files_short_name_is_its_stem_and_a_folders_its_last_part(tmp_path: Pa
 # Unknown keys and options, from each place
 
 
-@pytest.mark.parametrize(
-    ("override", "setting", "fix"),
-    [
-        ("lora.drop_out=0.3", "lora.drop_out=0.3", "did you mean lora.lora_dropout?"),
-        ("+lora.drop_out=0.3", "lora.drop_out=0.3", "did you mean lora.lora_dropout?"),
-        ("++lora.drop_out=0.3", "lora.drop_out=0.3", "did you mean lora.lora_dropout?"),
-        ("trian.max_steps=3", "trian={'max_steps': 3}", "did you mean train?"),
-        ("train.max_length=64", "train.max_length=64", "did you mean dataset.max_length?"),
-        ("sed=1", "sed=1", "did you mean seed?"),
-        ("train.lr=1e-4", "train.lr=0.0001", "train.learning_rate=2e-4"),
-        ("+batch_size=8", "batch_size=8", "train.global_batch_size=32"),
-        ("train.adam_beta2=0.9", "train.adam_beta2=0.9", "train.extra.adam_beta2=..."),
-        ("lora.bias=all", "lora.bias=all", "lora.extra.bias=..."),
-        (
-            "quantization.bnb_4bit_compute_dtype=bfloat16",
-            "quantization.bnb_4bit_compute_dtype=bfloat16",
-            "quantization.extra.bnb_4bit_compute_dtype=...",
+def test_unknown_keys_are_refused_however_they_are_typed() -> None:
+    fixes = {
+        "lora.drop_out=0.3": "did you mean lora.lora_dropout?",
+        "+lora.drop=0.3": "remove it",
+        "++lora.dropout=0.3": "did you mean lora.lora_dropout?",
+        "+lora.r_pattern={}": "did you mean lora.rank_pattern?",
+        "trian.max_steps=3": "did you mean train?",
+        "train.max_length=64": "did you mean dataset.max_length?",
+        "sed=1": "did you mean seed?",
+        "train.lr=0.0001": "train.learning_rate=2e-4",
+        "+batch_size=8": "train.global_batch_size=32",
+        "train.adam_beta2=0.9": "train.extra.adam_beta2=...",
+        "lora.bias=all": "lora.extra.bias=...",
+        "quantization.bnb_4bit_compute_dtype=bfloat16": (
+            "quantization.extra.bnb_4bit_compute_dtype=..."
         ),
-        (
-            "train.packing=true",
-            "train.packing=true",
-            "template=... and dataset=..., which decide what is trained",
-        ),
-        ("lora.task_type=CAUSAL_LM", "lora.task_type=CAUSAL_LM", "remove it: CAUSAL_LM"),
-        ("zzzzzz=1", "zzzzzz=1", "remove it"),
-    ],
-)
-def test_an_unknown_key_is_refused(override: str, setting: str, fix: str) -> None:
-    assert one_refused(override) == (setting, "there is no such setting", fix)
+        "train.packing=true": "template=... and dataset=..., which decide what is trained",
+        "lora.task_type=CAUSAL_LM": "remove it: CAUSAL_LM",
+        "zzzzzz=1": "remove it",
+    }
+    problems = {problem.setting: problem for problem in refused(*fixes)}
+    assert len(problems) == len(fixes)
+    for override, fix in fixes.items():
+        setting = override.lstrip("+")
+        if setting.startswith("trian"):
+            setting = "trian={'max_steps': 3}"
+        assert problems[setting] == Problem(setting, "there is no such setting", fix)
 
 
 def write(path: Path, text: str) -> None:

@@ -1,0 +1,5 @@
+"""The merge command for those who look here: `python scripts/merge.py run=outputs/NAME`."""
+
+from sft.merge import main
+
+main()

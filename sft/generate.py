@@ -1,0 +1,167 @@
+"""Text from a run, an adapter, a merged model or any model: one prompt, or a file of rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft import environment
+from sft.checks import rule_problems
+from sft.cli import Command
+from sft.config import ModelConfig, QuantizationConfig, TemplateConfig, above, at_least, setting
+from sft.errors import DataError, ModelError, Problem
+
+if TYPE_CHECKING:
+    from sft.data.template import Template
+
+logger = logging.getLogger("sft")
+
+
+@dataclass
+class GenerateConfig:
+    """Which model, which prompts, and how to sample."""
+
+    run: str | None = setting(None, "a run's folder: its adapter on its base, or its whole model")
+    adapter: str | None = setting(None, "or an adapter folder")
+    model: str | None = setting(None, "or a merged or any other model: folder or hub id")
+    prompt: str | None = setting(None, "one prompt, rendered with the run's template")
+    file: str | None = setting(None, "or a file of rows (.jsonl, .csv, ...), answered in order")
+    output: str | None = setting(None, "write JSONL here instead of text to the terminal")
+    raw: bool = setting(False, "true: the prompt is the text itself; no template")
+    max_new_tokens: int = setting(256, "tokens in an answer, at most", at_least(1))
+    temperature: float | None = setting(None, "null: greedy; else sample at this", above(0))
+    top_p: float = setting(1.0, "sample from this share of probability", above(0))
+    batch_size: int = setting(8, "prompts answered at once", at_least(1))
+    seed: int = setting(0, "of the sampling", at_least(0))
+
+
+def check(config: GenerateConfig) -> list[Problem]:
+    """Find what is wrong with the settings alone."""
+    problems = list(rule_problems(config))
+    if sum(item is not None for item in (config.run, config.adapter, config.model)) != 1:
+        problems.append(Problem("run, adapter, model", "give one of them", "run=outputs/NAME"))
+    if (config.prompt is None) == (config.file is None):
+        problems.append(Problem("prompt, file", "give one of them", "prompt='...'"))
+    if config.output is not None and Path(config.output).exists():
+        problems.append(Problem(f"output={config.output}", "exists", "output=ANOTHER"))
+    return problems
+
+
+def generate(config: GenerateConfig) -> None:
+    """Answer the prompts, in order.
+
+    Raises:
+        ModelError: The model or adapter is not there.
+        DataError: A row does not fit the template.
+    """
+    folder = _folder(config)
+    environment.prepare()
+    from transformers import set_seed
+
+    from sft.answers import complete
+    from sft.data.samples import Encoder
+
+    model, template = _load(config, folder)
+    rows = _rows(config, template)
+    encoder = Encoder(template.tokenizer)
+    chat = template.config.kind == "chat"
+    prompts = [
+        encoder.prompt(row["prompt"], rendered=False)
+        if config.raw
+        else encoder.prompt(template.render_prompt(row), rendered=chat)
+        for row in rows
+    ]
+    options: dict[str, Any] = {}
+    if config.temperature is not None:
+        options = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+    set_seed(config.seed)
+    texts: list[str] = []
+    for start in range(0, len(prompts), config.batch_size):
+        batch = prompts[start : start + config.batch_size]
+        texts += complete(model, template.tokenizer, batch, config.max_new_tokens, **options)
+    _write(config, rows, texts)
+
+
+def _folder(config: GenerateConfig) -> Path:
+    """Find the folder that holds the adapter or the model."""
+    if config.run is not None:
+        for name in ("adapter", "model"):
+            if (Path(config.run) / name).is_dir():
+                return Path(config.run) / name
+        raise ModelError(
+            f"{config.run} holds no adapter and no model\n    fix: run=FOLDER of a finished run"
+        )
+    return Path(str(config.adapter or config.model))
+
+
+def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
+    """Load the model, with its adapter, and the template it was trained with."""
+    from peft import PeftModel
+
+    from sft.data.template import Template
+    from sft.inference import read_card
+    from sft.model import load_frozen, load_tokenizer
+
+    card = read_card(folder)
+    here = ModelConfig(name_or_path=str(folder))
+    tokenizer = load_tokenizer(here)
+    settings = folder / "adapter_config.json"
+    if settings.is_file():
+        named = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = card.model if card else ModelConfig(name_or_path=named)
+        model = load_frozen(base, card.quantization if card else QuantizationConfig())
+        model = PeftModel.from_pretrained(model, str(folder)).eval()
+    elif config.adapter is not None:
+        raise ModelError(f"there is no adapter in {folder}\n    fix: model={folder}")
+    else:
+        model = load_frozen(here, QuantizationConfig())
+    chat = TemplateConfig(name="chat", kind="chat", prompts=["{prompt}"], completions=["{answer}"])
+    plain = TemplateConfig(name="plain", prompts=["{prompt}"], completions=["{answer}"])
+    fallback = chat if tokenizer.chat_template else plain
+    return model, Template(card.template if card else fallback, tokenizer)
+
+
+def _rows(config: GenerateConfig, template: Template) -> list[dict[str, Any]]:
+    if config.prompt is not None:
+        return [{"prompt": config.prompt} if config.raw else template.prompt_row(config.prompt)]
+    from sft.config import DatasetConfig
+    from sft.data.sources import load_rows
+
+    rows, _ = load_rows(DatasetConfig(path=config.file), seed=0)
+    if config.raw and "prompt" not in rows.column_names:
+        raise DataError(f"{config.file} has no column prompt\n    fix: raw=false")
+    return list(rows)
+
+
+def _write(config: GenerateConfig, rows: list[dict[str, Any]], texts: list[str]) -> None:
+    if config.output is None:
+        sys.stdout.write("".join(f"{text}\n" for text in texts))
+        return
+    from sft.run import write_text
+
+    lines = [
+        json.dumps({**row, "generated": text}, ensure_ascii=False)
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    write_text(Path(config.output), "\n".join(lines) + "\n")
+    logger.info("%d answers written to %s", len(texts), config.output)
+
+
+main = Command(
+    name="generate",
+    schema=GenerateConfig,
+    run=generate,
+    check=check,
+    summary="answer prompts with an adapter, a merged model or any model",
+    examples=(
+        "python -m sft.generate run=outputs/NAME prompt='Spell cat backwards.'",
+        "python -m sft.generate model=outputs/NAME/merged file=rows.jsonl output=answers.jsonl",
+    ),
+)
+
+if __name__ == "__main__":
+    main()
