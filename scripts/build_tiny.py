@@ -1,7 +1,7 @@
 """Build the tiny base model, its tokenizer and the demo rows from nothing.
 
 One CPU thread, about MINUTES minutes at the default number of steps, no download. Expect a
-training loss near LOSS and every skill solved in its formal notation (`reverse(kitab)=batik`);
+training loss near LOSS and every skill solved in its formal notation (`flip(kitab)=batik`);
 asked in English, in the chat form of the demo rows, the model only makes small talk until it
 is fine-tuned.
 
@@ -26,8 +26,8 @@ MARKERS = ["<|pad|>", "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|a
 VOCAB_SIZE = 320  # 256 bytes, the markers, and reserved tokens up to a multiple of 64
 MAX_LENGTH = 1024  # tokens
 ROW_LENGTH, ROWS_PER_STEP = 128, 24  # of packed documents
-CHAT_SHARE = 0.04  # of the documents
-TRAIN_ROWS, EVAL_ROWS = 250, 25  # demo rows per skill
+CHAT_SHARE = 0.06  # of the documents
+TRAIN_ROWS, EVAL_ROWS = 400, 30  # demo rows per skill
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -63,83 +63,80 @@ def draw_number(rng: random.Random) -> str:
 
 
 SKILLS = {
-    "reverse": Skill(
+    "flip": Skill(
         draw_word,
         lambda word: word[::-1],
-        ("Write the word {} backwards.", "Reverse {}.", "Spell {} from right to left."),
+        ("Write this word backwards: {}", "Reverse the word {}", "Spell from right to left: {}"),
     ),
-    "sort": Skill(
+    "asc": Skill(
         draw_word,
         lambda word: "".join(sorted(word)),
-        (
-            "Sort the letters of {}.",
-            "Put the letters of {} in order.",
-            "Arrange {} alphabetically.",
-        ),
+        ("Sort the letters of {}", "Put these letters in order: {}", "Arrange alphabetically: {}"),
     ),
-    "upper": Skill(
+    "caps": Skill(
         draw_word,
         str.upper,
-        ("Write {} in capital letters.", "Make {} upper case.", "Please shout the word {}."),
+        ("Write in capital letters: {}", "Change to upper case: {}", "Please shout the word {}"),
     ),
-    "first": Skill(
+    "head": Skill(
         draw_word,
         lambda word: word[0],
-        ("What is the first letter of {}?", "How does {} begin?", "Name the initial of {}."),
+        ("What is the first letter of {}", "Name the initial of {}", "Give me the start of {}"),
     ),
-    "last": Skill(
+    "tail": Skill(
         draw_word,
         lambda word: word[-1],
-        ("What is the last letter of {}?", "How does {} end?", "Name the final letter of {}."),
+        ("What is the last letter of {}", "Name the final letter of {}", "Give me the end of {}"),
     ),
-    "consonants": Skill(
+    "bare": Skill(
         draw_word,
         lambda word: "".join(letter for letter in word if letter not in "aeiou"),
-        ("Remove the vowels from {}.", "Write {} without its vowels.", "Drop every vowel in {}."),
+        ("Remove the vowels from {}", "Write without vowels: {}", "Drop every vowel in {}"),
     ),
-    "twice": Skill(
+    "dup": Skill(
         draw_word,
         lambda word: word * 2,
-        (
-            "Write {} twice.",
-            "Repeat {} two times.",
-            "Double the word {}.",
-            "Say {} and say it again.",
-        ),
+        ("Write this two times: {}", "Repeat the word {}", "Double the word {}"),
     ),
-    "shift": Skill(
+    "succ": Skill(
         draw_word,
         lambda word: "".join(chr((ord(c) - 96) % 26 + 97) for c in word),
-        ("Move the letters of {} one step on.", "Encode {} with a shift of one."),
+        ("Move each letter one step on: {}", "Encode with a shift of one: {}"),
     ),
-    "length": Skill(
+    "len": Skill(
         draw_word,
         lambda word: str(len(word)),
-        ("How long is {}?", "Count the letters of {}.", "What is the length of {}?"),
+        ("How long is the word {}", "Count the letters of {}", "What is the length of {}"),
     ),
-    "next": Skill(
+    "inc": Skill(
         draw_number,
         lambda number: str(int(number) + 1),
-        ("Which number comes after {}?", "Add one to {}.", "Count on from {}.", "What follows {}?"),
+        ("Which number comes after {}", "Add one to {}", "Count one further than {}"),
     ),
 }
-NOTATIONS = ("{name}({argument})=", "{argument} | {name} -> ", "{name} {argument}: ")
+NOTATIONS = (
+    "{name}({argument})=",
+    "{argument} | {name} -> ",
+    "<|user|>{name} {argument}<|end|><|assistant|>",
+    "<|user|>{name}: {argument}<|end|><|assistant|>",
+)
 REMARKS = (
     "My friend {subject} lives near {other}.",
     "Do you know {subject}?",
     "We saw {number} birds on the way to {subject}.",
     "I like {subject} more than {other}, and you?",
-    "The train to {subject} leaves at {number}.",
+    "Here is a name I heard: {subject}",
+    "The road number {number} ends in {subject}",
 )
 REPLIES = ("Tell me more about {}.", "I like {} too.", "Who is {}?", "{} is nice.")
 
 
 def formal_document(rng: random.Random) -> tuple[str, str]:
-    """Draw a solved exercise, such as ("reverse(kitab)=", "batik<|endoftext|>")."""
+    """Draw a solved exercise, such as ("flip(kitab)=", "batik<|end|><|endoftext|>")."""
     name, skill = rng.choice(list(SKILLS.items()))
     argument = skill.draw(rng)
     question = rng.choice(NOTATIONS).format(name=name, argument=argument)
-    return question, skill.solve(argument) + "<|endoftext|>"
+    return question, skill.solve(argument) + "<|end|><|endoftext|>"
 
 
 def chat_document(rng: random.Random) -> tuple[str, str]:
@@ -284,7 +281,6 @@ def print_accuracy(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random
 ) -> None:
     """Print how many of 100 fresh exercises per skill greedy decoding solves."""
-    stop = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     for name, skill in SKILLS.items():
         exercises: list[tuple[str, str]] = []
         while len(exercises) < 100:
@@ -297,7 +293,7 @@ def print_accuracy(
             padding=True,
             padding_side="left",
         )
-        output = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=stop)
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         answers = tokenizer.batch_decode(
             output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )

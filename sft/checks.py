@@ -9,88 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sft import upstream, zero
+from sft import names, upstream, zero
 from sft.config import Config, TrainConfig, fields_of
 from sft.errors import Problem
 
-# Fields of upstream classes that another setting of ours decides, and that setting.
-TRAIN_OWNED = {
-    **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "precision=bf16"),
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), "zero=stage2"),
-    "gradient_accumulation_steps": "train.global_batch_size=32",
-    "auto_find_batch_size": "train.per_device_train_batch_size=4",
-    "max_length": "dataset.max_length=1024",
-    "output_dir": "output_dir=DIR",
-    "run_name": "run_name=NAME",
-    "seed": "seed=42",
-    "data_seed": "seed=42",
-    "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
-    "local_rank": "torchrun --nproc_per_node N",
-    "hub_token": "HF_TOKEN in the environment, so that it is in no saved config",
-    "save_only_model": "remove it: a run could not resume from such a checkpoint",
-    "resume_from_checkpoint": "remove it: the same command again resumes",
-    "load_best_model_at_end": "remove it: the adapter is the last one",
-    "eval_on_start": "train.eval_strategy=epoch",
-    "activation_checkpointing": "train.gradient_checkpointing=true",
-    "logging_strategy": "train.logging_steps=10",
-    "disable_tqdm": "remove it: the bar is shown on a terminal only",
-    **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "model.trust_remote_code=true"),
-    **dict.fromkeys(
-        (
-            "assistant_only_loss",
-            "chat_template_path",
-            "completion_only_loss",
-            "dataset_kwargs",
-            "dataset_num_proc",
-            "dataset_text_field",
-            "eos_token",
-            "eval_packing",
-            "label_names",
-            "packing",
-            "packing_strategy",
-            "pad_token",
-            "padding_free",
-            "remove_unused_columns",
-            "shuffle_dataset",
-            "truncation_mode",
-        ),
-        "template=... and dataset=..., which decide what is trained",
-    ),
-}
-LORA_OWNED = {
-    "task_type": "remove it: CAUSAL_LM",
-    "peft_type": "remove it: LORA",
-    "inference_mode": "remove it",
-    "base_model_name_or_path": "model.name_or_path=...",
-    "revision": "model.revision=...",
-    "fan_in_fan_out": "remove it: PEFT knows each layer's layout",
-}
-# Removed or renamed upstream, or called so by other tools: what to write here.
-RENAMED = {
-    "warmup_ratio": "train.warmup_steps=0.03 (below 1 it is a share of all steps)",
-    "max_seq_length": "dataset.max_length=1024",
-    "sequence_len": "dataset.max_length=1024",
-    "cutoff_len": "dataset.max_length=1024",
-    "group_by_length": "train.extra.train_sampling_strategy=group_by_length",
-    "evaluation_strategy": "train.eval_strategy=epoch",
-    "overwrite_output_dir": "overwrite=true",
-    "lora_r": "lora.r=8",
-    "lora_rank": "lora.r=8",
-    "batch_size": "train.global_batch_size=32",
-    "micro_batch_size": "train.per_device_train_batch_size=4",
-    "gradient_accumulation_steps": "train.global_batch_size=32",
-    "num_epochs": "train.num_train_epochs=3",
-    "epochs": "train.num_train_epochs=3",
-    "lr": "train.learning_rate=2e-4",
-    "deepspeed": "zero=stage2",
-    "bf16": "precision=bf16",
-    "fp16": "precision=fp16",
-    "tf32": "train.extra.tf32=true",
-}
 MIN_RATES = {"min_lr", "min_lr_rate"}
 HEADS = ("lm_head", "embed_out", "output_layer")
 
@@ -125,7 +51,7 @@ def check(config: Config) -> list[Problem]:
         _precision,
         _lora,
         _quantization,
-        _extras,
+        names.extra_problems,
     ):
         problems += find(config)
     problems += zero.problems(config.zero, config.train.optim, not config.lora.enabled)
@@ -355,30 +281,6 @@ def _quantization(config: Config) -> Iterator[Problem]:
             "the adapter of a quantised model is kept in bf16",
             "precision=bf16",
         )
-
-
-def _extras(config: Config) -> Iterator[Problem]:
-    sections: list[tuple[str, Any, Callable[[], frozenset[str]], dict[str, str]]] = [
-        ("train", config.train, upstream.sft_config_names, TRAIN_OWNED),
-        ("lora", config.lora, upstream.lora_config_names, LORA_OWNED),
-        ("quantization", config.quantization, upstream.bnb_config_names, {}),
-    ]
-    for name, section, legal, owned in sections:
-        own_fields = set(section.__dataclass_fields__)
-        for key, value in section.extra.items():
-            written = f"{name}.extra.{key}={value}"
-            if key in own_fields:
-                yield Problem(written, "has a setting of its own", f"{name}.{key}={value}")
-            elif key in owned:
-                yield Problem(written, "is decided by another setting", owned[key])
-            elif key in RENAMED and key not in legal():
-                yield Problem(written, f"{key} is not a name of this version", RENAMED[key])
-            elif key not in legal():
-                yield Problem(
-                    written,
-                    f"the installed library has no setting {key}",
-                    upstream.did_you_mean(key, legal() - owned.keys()),
-                )
 
 
 def _json(config: Config) -> dict[str, Any] | None:

@@ -268,6 +268,8 @@ def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> N
     kind = "adapter" if config.lora.enabled else "model"
     folder = run.dir / kind
     trainer.save_model(str(folder))
+    if trainer.args.process_index == 0:
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to a reader
     memory = gather(share_of_state(trainer))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.process_index == 0:

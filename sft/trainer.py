@@ -82,6 +82,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 batch = [{"input_ids": last, "labels": [IGNORE_INDEX] * len(last)}]
             yield self.data_collator(batch)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: run.json and config.yaml say more, and are true."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()

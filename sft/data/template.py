@@ -65,7 +65,12 @@ class Template:
         ]
 
     def render_prompt(self, row: dict[str, Any]) -> str:
-        """Give the text that generation starts from: all that precedes the last trained part."""
+        """Give the text that generation starts from: all that precedes the last trained part.
+
+        Plain text has no such seam: generation goes on from the whole of it.
+        """
+        if self.config.kind == "text":
+            return self._filled(self.config.completions, row, "text")
         segments = self.render({**row, **self._placeholder(row)})
         last = max(index for index, segment in enumerate(segments) if segment.trained)
         return "".join(segment.text for segment in segments[:last])
@@ -78,7 +83,7 @@ class Template:
 
     def prompt_row(self, prompt: str) -> dict[str, Any]:
         """Make a row of a bare prompt, for the first variant that has a single column."""
-        for variant in self.config.prompts:
+        for variant in self.config.prompts or self.config.completions:
             names = columns_of(variant)
             if len(names) == 1:
                 return {names[0]: prompt}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sft import checks, upstream
+from sft import checks, names, upstream
 from sft.checks import check
 from sft.config import Config
 from sft.errors import Problem
@@ -538,9 +538,9 @@ def test_extra_takes_what_upstream_has() -> None:
 
 
 def test_the_settings_that_we_own_exist_upstream() -> None:
-    assert len(checks.TRAIN_OWNED) >= 41
-    assert checks.TRAIN_OWNED.keys() - upstream.sft_config_names() == set()
-    assert checks.LORA_OWNED.keys() - upstream.lora_config_names() == set()
+    assert len(names.TRAIN_OWNED) >= 41
+    assert names.TRAIN_OWNED.keys() - upstream.sft_config_names() == set()
+    assert names.LORA_OWNED.keys() - upstream.lora_config_names() == set()
 
 
 def test_a_problem_reads_as_setting_rule_and_fix() -> None:

@@ -313,7 +313,7 @@ def test_every_schedules_keywords_can_be_read() -> None:
 def test_upstream_lookups_that_find_nothing_say_so() -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_package is not installed: pip install"):
         upstream.package_dir("no_such_package")
-    with pytest.raises(LookupError, match="config.py defines no class Nothing"):
+    with pytest.raises(LookupError, match=r"config\.py defines no class Nothing"):
         upstream.field_names("peft", "config.py", "Nothing")
     with pytest.raises(LookupError, match="PeftConfig has no __init__"):
         upstream.init_names("peft", "config.py", "PeftConfig")
@@ -350,7 +350,7 @@ def test_a_files_short_name_is_its_stem_and_a_folders_its_last_part(tmp_path: Pa
 def test_unknown_keys_are_refused_however_they_are_typed() -> None:
     fixes = {
         "lora.drop_out=0.3": "did you mean lora.lora_dropout?",
-        "+lora.drop=0.3": "remove it",
+        "+lora.alpha=8": "did you mean lora.lora_alpha?",
         "++lora.dropout=0.3": "did you mean lora.lora_dropout?",
         "+lora.r_pattern={}": "did you mean lora.rank_pattern?",
         "trian.max_steps=3": "did you mean train?",
@@ -576,7 +576,7 @@ def test_help_exits_0_without_torch() -> None:
     assert done.returncode == 0
     assert done.stdout.startswith("python -m sft.train: ")
     assert "    zero             none, stage1, stage2, stage2_offload, stage3" in done.stdout
-    assert "    lora.r [8]\n        rank; higher learns more and takes more memory; " in done.stdout
+    assert "    lora.r=8\n        rank; higher learns more and takes more memory; " in done.stdout
     assert "Traceback" not in done.stderr
     assert set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE)) & HEAVY == set()
 

@@ -471,8 +471,7 @@ def test_hydra_gets_each_trials_return(tmp_path: Path, monkeypatch: pytest.Monke
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from sft.cli import register_schema
-    from sft.train import main
+    from sft.compose import register_schema
 
     def run(trials: list[Trial], sweep_dir: Path) -> int:
         for number, item in enumerate(trials):
@@ -481,7 +480,7 @@ def test_hydra_gets_each_trials_return(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(sweep, "run", run)
     monkeypatch.delenv("RANK", raising=False)
-    register_schema(main)
+    register_schema(Config, "train")
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None

@@ -1,0 +1,25 @@
+"""Small models and rows that every integration test shares."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support import build_model
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a small untied Llama."""
+    return build_model(tmp_path_factory.mktemp("models") / "llama", "llama", tied=False)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give 24 prompt/completion rows of different lengths."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [
+        {"prompt": f"Repeat {'abc' * (1 + i % 5)}.", "completion": f"{'abc' * (1 + i % 5)} {i}"}
+        for i in range(24)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

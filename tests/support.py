@@ -1,0 +1,84 @@
+"""Real runs: commands as a user types them, and small models of each real architecture."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "assets" / "tiny"
+
+
+def run_sft(
+    command: str, *overrides: str, ranks: int = 1, cwd: Path, check: bool = True, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m sft.<command>``, under torchrun where there are several ranks."""
+    launch = [sys.executable, "-m"]
+    if ranks > 1:
+        launch += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    result = subprocess.run(
+        [*launch, f"sft.{command}", *overrides],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    if check:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """List the training losses by step."""
+    return [record["loss"] for record in records(run) if "loss" in record]
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 512},
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
+    "gpt_neox": {"intermediate_size": 128, "max_position_embeddings": 512},
+    "llama": {"intermediate_size": 128, "num_key_value_heads": 2},
+    "qwen3": {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+}
+
+
+def build_model(folder: Path, family: str, tied: bool) -> Path:
+    """Write a two-layer model of a real architecture, with random weights and the tiny tokenizer.
+
+    Nonzero biases and a wide initialisation, so that a lost or doubled one shows in the logits.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    common = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {} if "n_embd" in FAMILIES[family] else common
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sizes,
+        **FAMILIES[family],
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
