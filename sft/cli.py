@@ -131,6 +131,7 @@ def start_logging() -> None:
     logger = logging.getLogger("sft")
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    logger.handlers.clear()
     if os.environ.get("RANK", "0") == "0":
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,0 +1,93 @@
+"""OPT, GPT-J, NeoX, Llama, Qwen and GPT-2, tied and untied: each trains, saves and merges."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from support import FAMILIES, build_model, losses
+from transformers import AutoModelForCausalLM
+
+from sft import merge, train
+
+# GPT-J's head has a bias and is never tied.
+CASES = [(family, tied) for family in FAMILIES for tied in (True, False)]
+CASES.remove(("gptj", True))
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
+@pytest.mark.parametrize("lora", ["attention", "all-linear"])
+def test_family_trains_saves_and_merges(
+    tmp_path: Path, rows: Path, family: str, tied: bool, lora: str
+) -> None:
+    base = build_model(tmp_path / "base", family, tied)
+    run = tmp_path / "run"
+    train.train(
+        train.main.compose(
+            [
+                *("model=hf", f"model.name_or_path={base}", f"lora={lora}", f"output_dir={run}"),
+                *("dataset=jsonl", f"dataset.path={rows}", "template=chat"),
+                *("train.global_batch_size=4", "train.max_steps=6", "train.warmup_steps=0"),
+                *("train.logging_steps=1", "train.learning_rate=2e-2", "train.save_strategy=no"),
+            ]
+        )
+    )
+    found = losses(run)
+    assert len(found) == 6 and found[-1] < found[0] - 0.5
+
+    merge.merge(merge.main.compose([f"run={run}"]))
+    report = json.loads((run / "merged" / "merge_report.json").read_text())
+    assert report["passed"] and report["adapter_effect"] > 1e-2
+
+    ids = torch.arange(200).reshape(2, 100)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged")
+    with torch.no_grad():
+        difference = (adapted(ids).logits - merged(ids).logits).abs().max().item()
+    assert difference < 1e-4
+    assert merged.config.tie_word_embeddings is tied
+    shared = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert shared is tied
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantised_base_trains_and_merges(
+    tmp_path: Path, rows: Path, llama: Path, quantization: str
+) -> None:
+    run = tmp_path / "run"
+    train.train(
+        train.main.compose(
+            [
+                *("model=hf", f"model.name_or_path={llama}", f"quantization={quantization}"),
+                *("dataset=jsonl", f"dataset.path={rows}", "template=chat", f"output_dir={run}"),
+                *("train.global_batch_size=4", "train.max_steps=8", "train.warmup_steps=0"),
+                *("train.logging_steps=1", "train.learning_rate=2e-2", "train.save_strategy=no"),
+            ]
+        )
+    )
+    found = losses(run)
+    assert found[-1] < found[0] - 0.5
+    merge.merge(merge.main.compose([f"run={run}"]))
+    report = json.loads((run / "merged" / "merge_report.json").read_text())
+    assert report["passed"]
+    assert json.loads((run / "merged" / "config.json").read_text()).get("quantization_config") is None
+
+
+def test_full_fine_tuning_writes_a_model(tmp_path: Path, rows: Path, llama: Path) -> None:
+    run = tmp_path / "run"
+    train.train(
+        train.main.compose(
+            [
+                *("model=hf", f"model.name_or_path={llama}", "lora=none", "train=full"),
+                *("dataset=jsonl", f"dataset.path={rows}", "template=chat", f"output_dir={run}"),
+                *("train.global_batch_size=4", "train.max_steps=4", "train.logging_steps=1"),
+                *("train.learning_rate=1e-3", "model.pretrained=false"),
+            ]
+        )
+    )
+    found = losses(run)
+    assert found[-1] < found[0]
+    AutoModelForCausalLM.from_pretrained(run / "model")
+    with pytest.raises(merge.MergeError, match="trained every weight"):
+        merge.merge(merge.main.compose([f"run={run}"]))

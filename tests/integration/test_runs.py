@@ -1,0 +1,221 @@
+"""A run's life: refused before it starts, killed, resumed, finished, and left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from support import losses, records, run_sft
+
+
+@pytest.fixture
+def common(llama: Path, rows: Path) -> list[str]:
+    return [
+        "model=hf",
+        f"model.name_or_path={llama}",
+        "dataset=jsonl",
+        f"dataset.path={rows}",
+        "dataset.eval_fraction=0.34",
+        "template=chat",
+        "train.per_device_train_batch_size=2",
+        "train.global_batch_size=4",
+        "train.logging_steps=1",
+        "train.learning_rate=1e-2",
+    ]
+
+
+def test_a_killed_run_goes_on_where_its_last_checkpoint_was(
+    tmp_path: Path, common: list[str]
+) -> None:
+    """kill -9 between two checkpoints, the same command again: the losses of a straight run."""
+    common = [*common, "train.save_strategy=steps", "train.save_steps=4", "train.num_train_epochs=4"]
+    run_sft("train", *common, "output_dir=straight", cwd=tmp_path)
+    command = [sys.executable, "-m", "sft.train", *common, "output_dir=killed"]
+    child = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("step  6/16"):
+            child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    # What a kill during a save leaves behind is passed over.
+    broken = tmp_path / "killed" / "checkpoint-8"
+    broken.mkdir(exist_ok=True)
+    (broken / "adapter_model.safetensors").write_bytes(b"half")
+    (broken / "complete.json").unlink(missing_ok=True)
+
+    again = run_sft("train", *common, "output_dir=killed", cwd=tmp_path)
+
+    assert "passed over killed/checkpoint-8: a save that was cut off" in again.stdout
+    assert "resuming from killed/checkpoint-4" in again.stdout
+    by_step = {
+        record["step"]: record["loss"]
+        for record in records(tmp_path / "killed")
+        if "loss" in record
+    }
+    assert list(by_step.values()) == losses(tmp_path / "straight")
+    assert len(by_step) == 16
+    straight, killed = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("straight", "killed")
+    )
+    assert all(straight[key].equal(killed[key]) for key in straight)
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, common: list[str]) -> None:
+    short = [*common, "train.max_steps=2", "output_dir=run"]
+    run_sft("train", *short, cwd=tmp_path)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+
+    again = run_sft("train", *short, cwd=tmp_path, check=False)
+    assert again.returncode == 1
+    assert "run is finished\n    fix: run_name=NAME" in again.stderr
+    assert "Traceback" not in again.stderr
+
+    other = run_sft("train", *short, "seed=7", "lora.r=4", cwd=tmp_path, check=False)
+    assert other.returncode == 1
+    assert "lora.r: 8 there, 4 here" in other.stderr
+    assert "seed: 42 there, 7 here" in other.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+    run_sft("train", *short, "seed=7", "overwrite=true", cwd=tmp_path)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["final"]["steps"] == 2
+    assert record["versions"]["trl"].count(".") == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "messages"),
+    [
+        (["lora.r=0", "train.learning_rat=1"], 2, ["2 settings are refused", "lora.r=0"]),
+        (["model.name_or_path=./nowhere"], 1, ["there is no model folder ./nowhere", "model=tiny"]),
+        (
+            ["model.name_or_path=nobody/nothing"],
+            1,
+            ["nobody/nothing cannot be loaded", "HF_HUB_OFFLINE=1", "model=tiny"],
+        ),
+        (["dataset.path=nobody/nothing"], 1, ["nobody/nothing cannot be loaded", "dataset=demo"]),
+        (["dataset.path=missing.jsonl"], 1, ["there is no file or folder missing.jsonl"]),
+        (["dataset.path=empty.jsonl"], 1, ["empty.jsonl is empty"]),
+        (["dataset.columns={prompt: question}"], 1, ["has no column question; it has prompt"]),
+        (
+            ["template=alpaca"],
+            1,
+            ["train row 1", "makes no completion", "needs the columns output", "prompt, completion"],
+        ),
+        (["dataset.max_length=8"], 1, ["tokens, dataset.max_length=8", "overlong=truncate"]),
+        (
+            ["lora.target_modules=[q_proj,qproj]", "lora.rank_pattern={up: 4}"],
+            2,
+            ["target_modules: qproj", "did you mean q_proj?", "rank_pattern: up"],
+        ),
+        (["lora.modules_to_save=[head]"], 2, ["modules_to_save: head", "matches no module"]),
+        (["precision=fp16"], 2, ["there is no GPU"]),
+    ],
+)
+def test_what_is_wrong_is_said_once_and_leaves_nothing_behind(
+    tmp_path: Path,
+    common: list[str],
+    overrides: list[str],
+    code: int,
+    messages: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sft.train import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main([*common, *overrides])
+    assert stopped.value.code == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    for message in messages:
+        assert message in said, said
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_bad_setting_is_said_by_one_rank(tmp_path: Path, common: list[str]) -> None:
+    result = run_sft("train", *common, "lora.r=0", ranks=2, cwd=tmp_path, check=False)
+    assert result.returncode == 1
+    assert result.stderr.count("lora.r=0") == 1
+
+
+def test_evaluation_counts_every_token_once(tmp_path: Path, common: list[str]) -> None:
+    """The figure is the mean over tokens, whatever the batch; a batch mean would differ."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sft.config import fill_names
+    from sft.data import samples, sources
+    from sft.data.template import Template
+    from sft.train import main, train
+
+    found = []
+    for size in (1, 3, 8):
+        config = main.compose(
+            [
+                *common,
+                f"train.per_device_eval_batch_size={size}",
+                "train.max_steps=1",
+                f"output_dir={tmp_path / str(size)}",
+            ]
+        )
+        train(config)
+        found.append(next(r for r in records(tmp_path / str(size)) if "eval_loss" in r))
+    fill_names(config)
+    model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name_or_path)
+    _, held_out = sources.load_rows(config.dataset, config.seed)
+    assert held_out is not None and len(held_out) == 8
+    template = Template(config.template, tokenizer)
+    total, tokens = 0.0, 0
+    for sample in samples.build(held_out, template, config.dataset, "eval").dataset:
+        ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor(sample["labels"])
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].double()
+        kept = labels[1:] != -100
+        total += torch.nn.functional.cross_entropy(
+            logits[kept], labels[1:][kept], reduction="sum"
+        ).item()
+        tokens += int(kept.sum())
+    for record in found:
+        assert record["eval_tokens"] == tokens
+        assert record["eval_loss"] == pytest.approx(total / tokens, abs=2e-6)
+
+
+def test_ctrl_c_ends_a_run_that_can_go_on(tmp_path: Path, common: list[str]) -> None:
+    command = [sys.executable, "-m", "sft.train", *common, "train.num_train_epochs=500"]
+    child = subprocess.Popen(
+        [*command, "train.save_strategy=steps", "train.save_steps=2", "output_dir=run"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "checkpoint-2" / "complete.json").exists():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert errors.endswith("error: interrupted\n")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
