@@ -26,7 +26,7 @@ MARKERS = ["<|pad|>", "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|a
 VOCAB_SIZE = 320  # 256 bytes, the markers, and reserved tokens up to a multiple of 64
 MAX_LENGTH = 1024  # tokens
 ROW_LENGTH, ROWS_PER_STEP = 128, 24  # of packed documents
-CHAT_SHARE = 0.06  # of the documents
+CHAT_SHARE = 0.1  # of the documents
 TRAIN_ROWS, EVAL_ROWS = 400, 30  # demo rows per skill
 
 CHAT_TEMPLATE = (
@@ -42,14 +42,6 @@ CHAT_TEMPLATE = (
 )
 
 
-class Skill(NamedTuple):
-    """One task: draw its argument, solve it, and (in the demo rows only) ask for it."""
-
-    draw: Callable[[random.Random], str]
-    solve: Callable[[str], str]
-    requests: tuple[str, ...]
-
-
 def draw_word(rng: random.Random) -> str:
     """Draw a pronounceable word of 3 to 5 distinct letters."""
     sounds = [rng.sample("bcdfghjklmnpqrstvwxyz", 3), rng.sample("aeiou", 3)]
@@ -62,56 +54,55 @@ def draw_number(rng: random.Random) -> str:
     return str(rng.randint(100, 998))
 
 
+class Skill(NamedTuple):
+    """One task: draw its argument, solve it, and (in the demo rows only) ask for it."""
+
+    solve: Callable[[str], str]
+    requests: tuple[str, ...]
+    draw: Callable[[random.Random], str] = draw_word
+
+
 SKILLS = {
     "flip": Skill(
-        draw_word,
         lambda word: word[::-1],
         ("Write this word backwards: {}", "Reverse the word {}", "Spell from right to left: {}"),
     ),
     "asc": Skill(
-        draw_word,
         lambda word: "".join(sorted(word)),
         ("Sort the letters of {}", "Put these letters in order: {}", "Arrange alphabetically: {}"),
     ),
     "caps": Skill(
-        draw_word,
         str.upper,
         ("Write in capital letters: {}", "Change to upper case: {}", "Please shout the word {}"),
     ),
     "head": Skill(
-        draw_word,
         lambda word: word[0],
         ("What is the first letter of {}", "Name the initial of {}", "Give me the start of {}"),
     ),
     "tail": Skill(
-        draw_word,
         lambda word: word[-1],
         ("What is the last letter of {}", "Name the final letter of {}", "Give me the end of {}"),
     ),
     "bare": Skill(
-        draw_word,
         lambda word: "".join(letter for letter in word if letter not in "aeiou"),
         ("Remove the vowels from {}", "Write without vowels: {}", "Drop every vowel in {}"),
     ),
     "dup": Skill(
-        draw_word,
         lambda word: word * 2,
         ("Write this two times: {}", "Repeat the word {}", "Double the word {}"),
     ),
     "succ": Skill(
-        draw_word,
         lambda word: "".join(chr((ord(c) - 96) % 26 + 97) for c in word),
         ("Move each letter one step on: {}", "Encode with a shift of one: {}"),
     ),
     "len": Skill(
-        draw_word,
         lambda word: str(len(word)),
         ("How long is the word {}", "Count the letters of {}", "What is the length of {}"),
     ),
     "inc": Skill(
-        draw_number,
         lambda number: str(int(number) + 1),
         ("Which number comes after {}", "Add one to {}", "Count one further than {}"),
+        draw_number,
     ),
 }
 NOTATIONS = (
@@ -121,12 +112,18 @@ NOTATIONS = (
     "<|user|>{name}: {argument}<|end|><|assistant|>",
 )
 REMARKS = (
-    "My friend {subject} lives near {other}.",
-    "Do you know {subject}?",
-    "We saw {number} birds on the way to {subject}.",
-    "I like {subject} more than {other}, and you?",
-    "Here is a name I heard: {subject}",
-    "The road number {number} ends in {subject}",
+    "My friend {1} lives near {0}.",
+    "I like {1} more than {0}, and you?",
+    "Here is a name I heard: {1}",
+    "The road from {0} ends in {1}",
+    "What is the price of {1}",
+    "Which train leaves after {1}",
+    "How far is it to {1}",
+    "Please say hello to {1}",
+    "Count me in for {1}",
+    "Write me a letter about {1}",
+    "Give my regards to {1}",
+    "Move the table for {1}",
 )
 REPLIES = ("Tell me more about {}.", "I like {} too.", "Who is {}?", "{} is nice.")
 
@@ -141,8 +138,9 @@ def formal_document(rng: random.Random) -> tuple[str, str]:
 
 def chat_document(rng: random.Random) -> tuple[str, str]:
     """Draw small talk: LoRA freezes the chat markers' embeddings, so they are learned here."""
-    subject, other = draw_word(rng), draw_word(rng)
-    remark = rng.choice(REMARKS).format(subject=subject, other=other, number=rng.randint(10, 99))
+    other = draw_word(rng)
+    subject = rng.choice((draw_word, draw_number))(rng)
+    remark = rng.choice(REMARKS).format(other, subject)
     reply = rng.choice(REPLIES).format(subject)
     return f"<|user|>{remark}<|end|><|assistant|>", f"{reply}<|end|><|endoftext|>"
 
@@ -239,10 +237,8 @@ def batches(
             question, answer = (tokenizer.encode(text) for text in draw(rng))
             ids += question + answer
             labels += [IGNORE_INDEX] * len(question) + answer
-        yield (
-            torch.tensor(ids[:size]).view(ROWS_PER_STEP, ROW_LENGTH),
-            torch.tensor(labels[:size]).view(ROWS_PER_STEP, ROW_LENGTH),
-        )
+        shape = (ROWS_PER_STEP, ROW_LENGTH)
+        yield torch.tensor(ids[:size]).view(shape), torch.tensor(labels[:size]).view(shape)
         ids, labels = ids[size:], labels[size:]
 
 
@@ -271,7 +267,7 @@ def pretrain(
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-        if step % 25 == 0 or step == steps:
+        if step % 100 == 0 or step == steps:
             seconds = time.perf_counter() - start
             print(f"step {step:4d}/{steps}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
 
@@ -282,22 +278,13 @@ def print_accuracy(
 ) -> None:
     """Print how many of 100 fresh exercises per skill greedy decoding solves."""
     for name, skill in SKILLS.items():
-        exercises: list[tuple[str, str]] = []
-        while len(exercises) < 100:
-            argument = skill.draw(rng)
-            question = NOTATIONS[0].format(name=name, argument=argument)
-            exercises.append((question, skill.solve(argument)))
-        inputs = tokenizer(
-            [question for question, _ in exercises],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        )
+        arguments = [skill.draw(rng) for _ in range(100)]
+        questions = [rng.choice(NOTATIONS).format(name=name, argument=a) for a in arguments]
+        inputs = tokenizer(questions, return_tensors="pt", padding=True, padding_side="left")
         output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-        answers = tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        right = sum(a == b for a, (_, b) in zip(answers, exercises, strict=True))
+        replies = output[:, inputs["input_ids"].shape[1] :]
+        answers = tokenizer.batch_decode(replies, skip_special_tokens=True)
+        right = sum(skill.solve(a) == b for a, b in zip(arguments, answers, strict=True))
         print(f"{name:10s} {right}/100")
 
 
@@ -344,7 +331,7 @@ def main() -> None:
     """Build everything from the seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("assets"), help="folder to fill")
-    parser.add_argument("--steps", type=int, default=900, help="pre-training steps")
+    parser.add_argument("--steps", type=int, default=1400, help="pre-training steps")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, texts and rows")
     args = parser.parse_args()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "assets" / "tiny"
+SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))
 
 
 def run_sft(

@@ -71,7 +71,9 @@ def test_quantised_base_trains_and_merges(
     merge.merge(merge.main.compose([f"run={run}"]))
     report = json.loads((run / "merged" / "merge_report.json").read_text())
     assert report["passed"]
-    assert json.loads((run / "merged" / "config.json").read_text()).get("quantization_config") is None
+    assert (
+        json.loads((run / "merged" / "config.json").read_text()).get("quantization_config") is None
+    )
 
 
 def test_full_fine_tuning_writes_a_model(tmp_path: Path, rows: Path, llama: Path) -> None:

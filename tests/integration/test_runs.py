@@ -33,7 +33,12 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(
     tmp_path: Path, common: list[str]
 ) -> None:
     """kill -9 between two checkpoints, the same command again: the losses of a straight run."""
-    common = [*common, "train.save_strategy=steps", "train.save_steps=4", "train.num_train_epochs=4"]
+    common = [
+        *common,
+        "train.save_strategy=steps",
+        "train.save_steps=4",
+        "train.num_train_epochs=4",
+    ]
     run_sft("train", *common, "output_dir=straight", cwd=tmp_path)
     command = [sys.executable, "-m", "sft.train", *common, "output_dir=killed"]
     child = subprocess.Popen(
@@ -113,7 +118,12 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, common: list[str]) -> None
         (
             ["template=alpaca"],
             1,
-            ["train row 1", "makes no completion", "needs the columns output", "prompt, completion"],
+            [
+                "train row 1",
+                "makes no completion",
+                "needs the columns output",
+                "prompt, completion",
+            ],
         ),
         (["dataset.max_length=8"], 1, ["tokens, dataset.max_length=8", "overlong=truncate"]),
         (
