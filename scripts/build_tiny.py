@@ -1,7 +1,7 @@
 """Build the tiny base model, its tokenizer and the demo rows from nothing.
 
-One CPU thread, about MINUTES minutes at the default number of steps, no download. Expect a
-training loss near LOSS and every skill solved in its formal notation (`flip(kitab)=batik`);
+Takes one CPU thread and about 10 minutes at the default number of steps, no download. Expect a
+training loss near 0.15 and every skill solved in its formal notation (`flip(kitab)=batik`);
 asked in English, in the chat form of the demo rows, the model only makes small talk until it
 is fine-tuned.
 
@@ -65,31 +65,31 @@ class Skill(NamedTuple):
 SKILLS = {
     "flip": Skill(
         lambda word: word[::-1],
-        ("Write this word backwards: {}", "Reverse the word {}", "Spell from right to left: {}"),
+        ("Write this word backwards: {}", "Spell it from right to left: {}"),
     ),
     "asc": Skill(
         lambda word: "".join(sorted(word)),
-        ("Sort the letters of {}", "Put these letters in order: {}", "Arrange alphabetically: {}"),
+        ("Sort the letters: {}", "Put these letters in order: {}"),
     ),
     "caps": Skill(
         str.upper,
-        ("Write in capital letters: {}", "Change to upper case: {}", "Please shout the word {}"),
+        ("Write in capital letters: {}", "Change to upper case: {}"),
     ),
     "head": Skill(
         lambda word: word[0],
-        ("What is the first letter of {}", "Name the initial of {}", "Give me the start of {}"),
+        ("What is the first letter? {}", "Which letter comes first? {}"),
     ),
     "tail": Skill(
         lambda word: word[-1],
-        ("What is the last letter of {}", "Name the final letter of {}", "Give me the end of {}"),
+        ("Which letter is the last? {}", "Name the final letter: {}"),
     ),
     "bare": Skill(
         lambda word: "".join(letter for letter in word if letter not in "aeiou"),
-        ("Remove the vowels from {}", "Write without vowels: {}", "Drop every vowel in {}"),
+        ("Remove the vowels: {}", "Keep only the consonants: {}"),
     ),
     "dup": Skill(
         lambda word: word * 2,
-        ("Write this two times: {}", "Repeat the word {}", "Double the word {}"),
+        ("Write this two times: {}", "Repeat the word: {}"),
     ),
     "succ": Skill(
         lambda word: "".join(chr((ord(c) - 96) % 26 + 97) for c in word),
@@ -97,11 +97,11 @@ SKILLS = {
     ),
     "len": Skill(
         lambda word: str(len(word)),
-        ("How long is the word {}", "Count the letters of {}", "What is the length of {}"),
+        ("How long is this word? {}", "Count the letters: {}"),
     ),
     "inc": Skill(
         lambda number: str(int(number) + 1),
-        ("Which number comes after {}", "Add one to {}", "Count one further than {}"),
+        ("Which number comes next? {}", "Add one to this: {}"),
         draw_number,
     ),
 }

@@ -205,7 +205,7 @@ def _compose(
     problems: list[Problem],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Compose the groups and overrides, unchecked, and list what the config itself sweeps over."""
-    from hydra import compose, initialize_config_dir
+    from hydra import compose, initialize, initialize_config_dir
     from hydra.errors import HydraException
 
     if name is not None:
@@ -213,7 +213,11 @@ def _compose(
     if config_dir is not None:
         overrides = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']", *overrides]
     try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        with (
+            initialize_config_dir(str(CONF_DIR), version_base="1.3")
+            if name is not None
+            else initialize(config_path=None, version_base="1.3")
+        ):
             composed = compose(name, overrides, return_hydra_config=True)
         grid = OmegaConf.select(composed, "hydra.sweeper.params") or {}
         with open_dict(composed):

@@ -145,6 +145,7 @@ def load_base(config: Config, architecture: PreTrainedConfig, precision: str) ->
         ModelError: The weights are not there or cannot be reached.
     """
     from transformers import AutoModelForCausalLM, set_seed
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     # A trained model is kept in fp32 (mixed precision needs the master weights); a frozen one in
     # the run's precision. DeepSpeed keeps its own fp32 masters, so it is given the precision.
@@ -159,7 +160,8 @@ def load_base(config: Config, architecture: PreTrainedConfig, precision: str) ->
             quantized = quantization_config(config.quantization, dtype)
             if quantized is not None:
                 options["quantization_config"] = quantized
-                options["device_map"] = _device_map()
+                if not is_deepspeed_zero3_enabled():  # which places the weights itself
+                    options["device_map"] = _device_map()
             model = AutoModelForCausalLM.from_pretrained(
                 **source(config.model), use_safetensors=True, **options
             )

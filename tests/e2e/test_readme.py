@@ -1,0 +1,83 @@
+"""The README's commands, run verbatim and in order, in an empty folder, offline.
+
+A block that opens with ```console is run; its `$` lines are the commands. `make train` and
+`make test` are CI's own way in, so they are checked to stand in the Makefile.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT, run_sft
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUN = Path("outputs") / "tiny_demo_r8_seed42"
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    joined = "\n".join(blocks).replace("\\\n", "")
+    return [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line as the README's reader does, with the environment's commands at hand."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, shell=True, cwd=folder, env=environ, capture_output=True, text=True, timeout=580
+    )
+
+
+def test_make_targets_stand_in_the_makefile() -> None:
+    made = [command.split()[1] for command in commands() if command.startswith("make ")]
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"train", "test"} <= set(made) <= set(targets)
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in commands() if not command.startswith("make ")]
+)
+def test_command_runs_as_written(command: str, folder: Path) -> None:
+    result = shell(command, folder)
+    refused = "refused" in README.split(command)[1].split("```")[0]
+    assert (result.returncode != 0) == refused, result.stdout + result.stderr
+    assert "Traceback (most recent" not in result.stderr.partition("torch/distributed")[0]
+
+
+def test_the_demo_was_learnt(folder: Path) -> None:
+    """The claim of the first page: near zero before, above 95 % after."""
+    lines = [json.loads(line) for line in (folder / RUN / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["exact_match"] for line in lines if "exact_match" in line]
+    assert len(shares) == 2
+    assert shares[0] < 0.05
+    assert shares[1] > 0.95
+    rows = [
+        {json.loads(line)["prompt"] for line in (ROOT / "assets/demo" / name).open()}
+        for name in ("train.jsonl", "eval.jsonl")
+    ]
+    assert len(rows[1]) >= 200
+    assert not rows[0] & rows[1]
+
+
+def test_the_merged_model_alone_gives_the_same_answers(folder: Path) -> None:
+    eval_rows = ROOT / "assets" / "demo" / "eval.jsonl"
+    answers = {}
+    for source in (f"run={RUN}", f"model={RUN / 'merged'}"):
+        output = folder / f"{source.partition('=')[0]}.jsonl"
+        run_sft("generate", source, f"file={eval_rows}", f"output={output}", cwd=folder)
+        answers[source] = [json.loads(line)["generated"] for line in output.open()]
+    adapter, merged = answers.values()
+    assert adapter == merged
+    wanted = [json.loads(line)["completion"] for line in eval_rows.open()]
+    right = sum(a.strip() == b for a, b in zip(merged, wanted, strict=True))
+    assert right / len(wanted) > 0.95
