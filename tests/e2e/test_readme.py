@@ -1,7 +1,7 @@
 """The README's commands, run verbatim and in order, in an empty folder, offline.
 
-A block that opens with ```console is run; its `$` lines are the commands. `make train` and
-`make test` are CI's own way in, so they are checked to stand in the Makefile.
+A block that opens with ```console is run; its `$` lines are the commands. `make test` is what runs
+this; of `make train` the Makefile's own line is run, in the environment that is there already.
 """
 
 import json
@@ -38,17 +38,22 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def recipe_of(target: str) -> str:
+    """Give the Makefile's line of a target, with what make would fill in."""
+    found = re.search(rf"^{target}:.*\n\t(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1].replace("$(BIN)/", "").replace("$(ARGS)", "")
+
+
 def test_make_targets_stand_in_the_makefile() -> None:
     made = [command.split()[1] for command in commands() if command.startswith("make ")]
     targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {"train", "test"} <= set(made) <= set(targets)
 
 
-@pytest.mark.parametrize(
-    "command", [command for command in commands() if not command.startswith("make ")]
-)
+@pytest.mark.parametrize("command", [item for item in commands() if item != "make test"])
 def test_command_runs_as_written(command: str, folder: Path) -> None:
-    result = shell(command, folder)
+    result = shell(recipe_of("train") if command == "make train" else command, folder)
     refused = "refused" in README.split(command)[1].split("```")[0]
     assert (result.returncode != 0) == refused, result.stdout + result.stderr
     assert "Traceback (most recent" not in result.stderr.partition("torch/distributed")[0]
