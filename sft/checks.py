@@ -6,32 +6,18 @@ What needs the model's architecture (does ``target_modules`` match anything?) is
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sft import names, upstream, zero
-from sft.config import Config, TrainConfig, fields_of
+from sft import names, upstream, zero, zero_checks
+from sft.config import Config, TrainConfig
 from sft.errors import Problem
+from sft.rules import rule_problems
 
 MIN_RATES = {"min_lr", "min_lr_rate"}
 HEADS = ("lm_head", "embed_out", "output_layer")
-
-
-def default_of(field: dataclasses.Field[Any]) -> Any:
-    """Give a field's default, also where a factory makes it."""
-    factory = field.default_factory
-    return field.default if factory is dataclasses.MISSING else factory()
-
-
-def written(key: str, value: Any) -> str:
-    """Write a setting as one types it."""
-    if value is None or isinstance(value, bool):
-        value = {None: "null", True: "true", False: "false"}[value]
-    return f"{key}={value}"
 
 
 def world_size(environ: Mapping[str, str] = os.environ) -> int:
@@ -54,24 +40,8 @@ def check(config: Config) -> list[Problem]:
         names.extra_problems,
     ):
         problems += find(config)
-    problems += zero.problems(config.zero, config.train.optim, not config.lora.enabled)
+    problems += zero_checks.problems(config.zero, config.train.optim, not config.lora.enabled)
     return problems
-
-
-def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
-    """Apply each field's own rule, section by section."""
-    for name, field, value in fields_of(node):
-        if hasattr(value, "__dataclass_fields__"):
-            yield from rule_problems(value, f"{prefix}{name}.")
-            continue
-        rule = field.metadata.get("rule")
-        key = prefix + name
-        if isinstance(value, float) and not math.isfinite(value):
-            yield Problem(
-                written(key, value), "must be a finite number", written(key, default_of(field))
-            )
-        elif rule is not None and value is not None and not rule.holds(value):
-            yield Problem(written(key, value), rule.text, written(key, default_of(field)))
 
 
 def _names(config: Config) -> Iterator[Problem]:
@@ -287,4 +257,4 @@ def _json(config: Config) -> dict[str, Any] | None:
     try:
         return zero.read(config.zero)
     except (OSError, ValueError):
-        return None  # zero.problems reports it
+        return None  # zero_checks reports it

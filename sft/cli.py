@@ -16,9 +16,10 @@ from typing import Any, Generic, TypeVar
 from omegaconf import OmegaConf
 
 from sft import compose
-from sft.checks import written
-from sft.config import CONF_DIR, fields_of
+from sft.config import CONF_DIR
 from sft.errors import ConfigError, Problem, SftError
+from sft.overrides import groups
+from sft.rules import fields_of, written
 
 C = TypeVar("C")
 
@@ -173,7 +174,7 @@ def help_text(command: Command[Any]) -> str:
     lines += [f"    {example}" for example in command.examples]
     if command.config_name:
         lines += ["", "Groups, chosen as group=option (your own: --config-dir DIR):", ""]
-        for group, options in sorted(compose.groups(None).items()):
+        for group, options in sorted(groups(None).items()):
             lines.append(f"    {group:<16} {', '.join(sorted(options))}")
         lines += ["", "Options: --cfg job prints the composed config; -m sweeps over a=1,2,3."]
     lines += ["", "Settings, with their defaults:", ""]

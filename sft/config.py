@@ -7,13 +7,13 @@ section maps onto the library's class by name.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from sft.rules import above, at_least, one_of, setting, within
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 # A wheel carries conf/, ds_config/ and assets/ inside the package; a clone has them beside it.
@@ -22,42 +22,6 @@ CONF_DIR = HOME_DIR / "conf"
 DS_CONFIG_DIR = HOME_DIR / "ds_config"
 
 OmegaConf.register_new_resolver("assets", lambda path: str(HOME_DIR / "assets" / path))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a setting's value must satisfy, as a sentence and as a test."""
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-def at_least(bound: float) -> Rule:
-    """Allow the bound and what is above it."""
-    return Rule(f"must be at least {bound}", lambda value: value >= bound)
-
-
-def above(bound: float) -> Rule:
-    """Allow what is above the bound."""
-    return Rule(f"must be greater than {bound}", lambda value: value > bound)
-
-
-def within(low: float, high: float) -> Rule:
-    """A half-open range: ``low`` is allowed and ``high`` is not."""
-    return Rule(f"must be at least {low} and less than {high}", lambda value: low <= value < high)
-
-
-def one_of(*choices: str) -> Rule:
-    """Allow a few names."""
-    return Rule(f"must be one of {', '.join(choices)}", lambda value: value in choices)
-
-
-def setting(default: Any, help: str, rule: Rule | None = None) -> Any:
-    """Declare a field with its one-line description and its rule; None is always legal."""
-    metadata = {"help": help, "rule": rule}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -213,12 +177,6 @@ class Config:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-
-def fields_of(node: Any) -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
-    """Yield (name, field, value) of a section's settings."""
-    for item in dataclasses.fields(node):
-        yield item.name, item, getattr(node, item.name)
 
 
 def short_name(path: str) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import environment
-from sft.checks import rule_problems
 from sft.cli import Command
-from sft.config import ModelConfig, QuantizationConfig, TemplateConfig, above, at_least, setting
+from sft.config import ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import DataError, ModelError, Problem
+from sft.rules import above, at_least, rule_problems, setting
 
 if TYPE_CHECKING:
     from sft.data.template import Template

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import environment
-from sft.checks import rule_problems
 from sft.cli import Command
-from sft.config import ModelConfig, QuantizationConfig, one_of, setting
+from sft.config import ModelConfig, QuantizationConfig
 from sft.errors import MergeError, Problem
+from sft.rules import one_of, rule_problems, setting
 
 if TYPE_CHECKING:
     import torch

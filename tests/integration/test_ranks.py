@@ -99,12 +99,12 @@ def test_ranks_that_part_stop_the_run(tmp_path: Path, llama: Path, rows: Path) -
     """The stock evaluate, called before training, silently switches DDP's gradient sync off."""
     script = tmp_path / "unsynchronised.py"
     script.write_text(
-        "import sys, trl, sft.train\n"
-        "describe = sft.train.describe_run\n"
+        "import sys, trl, sft.summary, sft.train\n"
+        "describe = sft.summary.describe_run\n"
         "def evaluate_first(config, trainer, *rest):\n"
         "    describe(config, trainer, *rest)\n"
         "    trl.SFTTrainer.evaluate(trainer)\n"
-        "sft.train.describe_run = evaluate_first\n"
+        "sft.summary.describe_run = evaluate_first\n"
         "sft.train.main(sys.argv[1:])\n"
     )
     result = subprocess.run(

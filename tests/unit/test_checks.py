@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sft import checks, names, upstream
+from sft import checks, names, rules, upstream
 from sft.checks import check
 from sft.config import Config
 from sft.errors import Problem
@@ -132,7 +132,7 @@ def test_a_value_against_its_fields_rule(key: str, value: Any, problem: Any) -> 
     ],
 )
 def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
-    assert checks.written("a.b", value) == text
+    assert rules.written("a.b", value) == text
 
 
 # Combinations

@@ -21,13 +21,13 @@ from sft.config import (
     TrainConfig,
     above,
     at_least,
-    fields_of,
     fill_names,
     one_of,
     short_name,
     within,
 )
 from sft.errors import ConfigError, Problem
+from sft.rules import fields_of
 from sft.train import main
 
 OPTIONS = {

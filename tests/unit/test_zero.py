@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sft import upstream, zero
+from sft import upstream, zero, zero_checks
 from sft.config import DS_CONFIG_DIR, ZeroConfig
 from sft.errors import Problem
 
@@ -26,7 +26,7 @@ def found(
     optim: str = "adamw_torch",
     trains_base: bool = False,
 ) -> list[Problem]:
-    return list(zero.problems(ZeroConfig(config, overrides or {}), optim, trains_base))
+    return list(zero_checks.problems(ZeroConfig(config, overrides or {}), optim, trains_base))
 
 
 def test_every_json_is_legal_for_lora_and_for_full_fine_tuning() -> None:
@@ -37,7 +37,9 @@ def test_every_json_is_legal_for_lora_and_for_full_fine_tuning() -> None:
         ds_config = zero.read(ZeroConfig(name))
         assert zero.stage(ds_config) == stage
         assert ds_config is not None
-        assert zero.AUTO.keys() <= {key for key, value in zero._walk(ds_config) if value == "auto"}
+        assert zero_checks.AUTO.keys() <= {
+            key for key, value in zero_checks._walk(ds_config) if value == "auto"
+        }
 
 
 def test_overrides_are_deep_merged() -> None:
@@ -350,10 +352,10 @@ def test_every_key_exists_in_the_installed_deepspeed() -> None:
     root = upstream.package_dir("deepspeed")
     source = "".join(file.read_text(encoding="utf-8") for file in root.rglob("*.py"))
     constants = set(re.findall(r"""["'](\w+)["']""", source))
-    keys = zero.SCALARS | zero.KEYS.keys() | set().union(*zero.KEYS.values())
+    keys = zero_checks.SCALARS | zero_checks.KEYS.keys() | set().union(*zero_checks.KEYS.values())
     assert len(keys) == 38
     assert keys - constants == set()
-    for file, class_name in zero.SECTIONS.values():
+    for file, class_name in zero_checks.SECTIONS.values():
         assert upstream.field_names("deepspeed", file, class_name)
-    top = {name for name in (*zero.SECTIONS, *zero.REFUSED) if "." not in name}
+    top = {name for name in (*zero_checks.SECTIONS, *zero_checks.REFUSED) if "." not in name}
     assert top - constants == set()
