@@ -22,6 +22,7 @@ def complete(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
+    device: torch.device,
     **options: Any,
 ) -> list[str]:
     """Continue a batch of encoded prompts.
@@ -31,6 +32,7 @@ def complete(
         tokenizer: Its EOS ends an answer.
         prompts: Token ids; of different lengths, padded on the left here.
         max_new_tokens: At most this many each.
+        device: Where the model computes; offloaded parameters may lie elsewhere.
         **options: Further arguments of ``generate``; greedy unless they say otherwise.
 
     Returns:
@@ -43,8 +45,8 @@ def complete(
     model.eval()
     with torch.no_grad():
         output = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=stop_ids(model, tokenizer),
@@ -64,7 +66,11 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def exact_match(
-    model: PreTrainedModel, template: Template, rows: Dataset, batch_size: int
+    model: PreTrainedModel,
+    template: Template,
+    rows: Dataset,
+    batch_size: int,
+    device: torch.device,
 ) -> dict[str, float]:
     """Answer each row's prompt greedily and compare with its completion, on all ranks together.
 
@@ -73,6 +79,7 @@ def exact_match(
         template: Renders prompts and completions as in training.
         rows: Held-out rows.
         batch_size: Prompts a rank answers at once.
+        device: Where this rank computes.
 
     Returns:
         ``exact_match`` (share), ``exact_match_rows`` and ``exact_match_seconds``.
@@ -86,7 +93,7 @@ def exact_match(
     longest = max(len(encoder.prompt(answer, rendered=True)) for answer in answers) + 2
     rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    right = torch.zeros(1, dtype=torch.int64, device=model.device)
+    right = torch.zeros(1, dtype=torch.int64, device=device)
     for start in range(0, len(prompts), batch_size * ranks):
         indices = list(range(start + rank, min(start + batch_size * ranks, len(prompts)), ranks))
         # A rank that has none left answers one again, uncounted: ZeRO-3 needs every rank.
@@ -95,6 +102,7 @@ def exact_match(
             template.tokenizer,
             [prompts[index] for index in indices or [start]],
             longest,
+            device,
             synced_gpus=ranks > 1,
         )
         right += sum(

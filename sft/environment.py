@@ -20,14 +20,17 @@ def prepare(distributed: bool = False) -> None:
     # Compiled ops stay in this environment: a lock that a killed process left in a folder shared
     # by all would hang every later start.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    if distributed and "RANK" not in os.environ:
+    import torch
+
+    # Without a process group, the Trainer would spread one process over all GPUs (DataParallel),
+    # which TRL refuses: on such a machine too, one process is one rank on one GPU.
+    alone = "RANK" not in os.environ
+    if alone and (distributed or torch.cuda.device_count() > 1):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import torch
-
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
 

@@ -82,7 +82,9 @@ def generate(config: GenerateConfig) -> None:
     texts: list[str] = []
     for start in range(0, len(prompts), config.batch_size):
         batch = prompts[start : start + config.batch_size]
-        texts += complete(model, template.tokenizer, batch, config.max_new_tokens, **options)
+        texts += complete(
+            model, template.tokenizer, batch, config.max_new_tokens, model.device, **options
+        )
     _write(config, rows, texts)
 
 

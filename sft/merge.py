@@ -187,7 +187,7 @@ def _load_base(plan: _Plan) -> tuple[PreTrainedModel, torch.dtype]:
         stored = AutoConfig.from_pretrained(**source(plan.base)).dtype or torch.float32
     base = load_frozen(plan.base, plan.quantization, torch.float32)
     if plan.quantization.load_in_4bit or plan.quantization.load_in_8bit:
-        base = base.dequantize().float()
+        base = base.dequantize().float().to("cpu")
     return base, stored
 
 

@@ -176,7 +176,8 @@ def log_answers(
 
     rows = held_out.select(range(min(count, len(held_out))))
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    metrics = exact_match(model, template, rows, trainer.args.per_device_eval_batch_size)
+    batch_size, device = trainer.args.per_device_eval_batch_size, trainer.args.device
+    metrics = exact_match(model, template, rows, batch_size, device)
     trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, metrics)
     return metrics
 

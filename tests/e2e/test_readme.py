@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a line as the README's reader does, with the environment's commands at hand."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environ = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    environ = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, shell=True, cwd=folder, env=environ, capture_output=True, text=True, timeout=580
     )
