@@ -23,6 +23,7 @@ def complete(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     device: torch.device,
+    stop_id: int | None = None,
     **options: Any,
 ) -> list[str]:
     """Continue a batch of encoded prompts.
@@ -33,6 +34,7 @@ def complete(
         prompts: Token ids; of different lengths, padded on the left here.
         max_new_tokens: At most this many each.
         device: Where the model computes; offloaded parameters may lie elsewhere.
+        stop_id: Another token that ends an answer, such as a chat template's end of turn.
         **options: Further arguments of ``generate``; greedy unless they say otherwise.
 
     Returns:
@@ -49,20 +51,23 @@ def complete(
             attention_mask=torch.tensor(mask, device=device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stop_ids(model, tokenizer),
+            eos_token_id=stop_ids(model, tokenizer, stop_id),
             use_cache=True,
-            **{"do_sample": False, **options},
+            # The model's own generation config may hold a penalty, which is not plain greedy.
+            **{"do_sample": False, "repetition_penalty": 1.0, **options},
         )
     model.train(was_training)
     texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return texts
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """List what ends an answer: the tokenizer's EOS, and what the model's own config adds."""
+def stop_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
+) -> list[int]:
+    """List what ends an answer: the tokenizer's EOS, the model's own, and the template's."""
     own = model.generation_config.eos_token_id
-    more = own if isinstance(own, list) else [own] if own is not None else []
-    return [tokenizer.eos_token_id, *(token for token in more if token != tokenizer.eos_token_id)]
+    found = [tokenizer.eos_token_id, stop_id, *(own if isinstance(own, list) else [own])]
+    return sorted({token for token in found if token is not None})
 
 
 def exact_match(
@@ -88,9 +93,12 @@ def exact_match(
     encoder = Encoder(template.tokenizer)
     chat = template.config.kind == "chat"
     prompts = [encoder.prompt(template.render_prompt(row), chat) for row in rows]
-    answers = [template.answer(row).strip() for row in rows]
-    # One token more than the longest answer: what has not stopped by then is wrong anyhow.
-    longest = max(len(encoder.prompt(answer, rendered=True)) for answer in answers) + 2
+    wanted = [encoder.prompt(template.answer(row), rendered=True) for row in rows]
+    answers = [
+        text.strip() for text in template.tokenizer.batch_decode(wanted, skip_special_tokens=True)
+    ]
+    # Two tokens more than the longest answer: what has not stopped by then is wrong anyhow.
+    longest, stop_id = max(map(len, wanted)) + 2, template.stop_id()
     rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     right = torch.zeros(1, dtype=torch.int64, device=device)
@@ -103,6 +111,7 @@ def exact_match(
             [prompts[index] for index in indices or [start]],
             longest,
             device,
+            stop_id,
             synced_gpus=ranks > 1,
         )
         right += sum(

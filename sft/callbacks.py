@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft.errors import RunError
+from sft.run import to_json, write_text
 from sft.trainer import Trainer, gather, trained_bits
 
 logger = logging.getLogger("sft")
@@ -85,27 +86,36 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             record = {"step": state.global_step, **(logs or {})}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(to_json(record) + "\n")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take out what a resumed run will log again: the steps after its checkpoint."""
+        if state.is_world_process_zero and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            kept = kept if state.global_step else []
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
 
 
 class RanksAgree(TrainerCallback):  # type: ignore[misc]
-    """After the first step, compare the trained parameters of all ranks bit by bit.
+    """After the first two steps, compare the trained parameters of all ranks bit by bit.
 
-    Ranks that lost gradient sync go on with losses that look normal.
+    Ranks that lost gradient sync go on with losses that look normal. Two, because with a warm-up
+    the first step has rate 0 and changes nothing.
     """
 
     def __init__(self) -> None:
-        self.checked = False
+        self.steps = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare once; where each rank holds its own part (ZeRO-3), there is nothing to compare.
+        """Compare; where each rank holds its own part (ZeRO-3), there is nothing to compare.
 
         Raises:
             RunError: Ranks hold different parameters.
         """
-        if self.checked or args.world_size == 1:
+        self.steps += 1
+        if self.steps > 2 or args.world_size == 1:
             return
-        self.checked = True
         model = kwargs["model"]
         if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
             return

@@ -7,12 +7,13 @@ What needs the model's architecture (does ``target_modules`` match anything?) is
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sft import names, upstream, zero, zero_checks
-from sft.config import Config, TrainConfig
+from sft.config import Config, TrainConfig, columns_of
 from sft.errors import Problem
 from sft.rules import rule_problems
 
@@ -85,6 +86,18 @@ def _data(config: Config) -> Iterator[Problem]:
         )
     if template.kind == "completion" and not template.prompts:
         yield Problem("template.prompts=[]", "needs a prompt", "template=completion")
+    for text in [*template.prompts, *template.completions]:
+        try:
+            columns = columns_of(text)
+        except ValueError as error:
+            columns = [f"({error})"]
+        wrong = [name for name in columns if not re.fullmatch(r"[\w .-]+", name)]
+        if wrong:
+            yield Problem(
+                f"template {template.name}: {text!r}",
+                f"has no column name between its braces: {wrong[0]}",
+                "write {{ and }} for braces that are text",
+            )
     if not template.completions:
         yield Problem("template.completions=[]", "nothing would be trained", "template=completion")
 
@@ -206,7 +219,28 @@ def _lora(config: Config) -> Iterator[Problem]:
                 f"LoRA on {head} would never train: the loss reads the head's weight directly",
                 f"lora.modules_to_save=[{head}]",
             )
+    if not config.model.pretrained:
+        yield Problem(
+            "model.pretrained=false",
+            "LoRA would train on random weights that are saved nowhere",
+            "lora=none",
+        )
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield Problem(
+                f"lora.target_modules={targets}",
+                f"is no regular expression: {error}",
+                "lora.target_modules=all-linear",
+            )
     init = lora.extra.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith("pissa_niter"):
+        yield Problem(
+            f"lora.extra.init_lora_weights={init}",
+            "is random: the adapter would be put on another base when it is loaded",
+            "lora.extra.init_lora_weights=pissa",
+        )
     if init in ("eva", "corda", "lora_ga", "loftq"):
         yield Problem(
             f"lora.extra.init_lora_weights={init}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -179,6 +180,15 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+def columns_of(text: str) -> list[str]:
+    """List the ``{column}`` fields of a template's text.
+
+    Raises:
+        ValueError: Its braces do not match.
+    """
+    return [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+
+
 def short_name(path: str) -> str:
     """Name a model or dataset after its path: ``facebook/opt-125m`` is ``opt-125m``."""
     return Path(path.rstrip("/")).stem if Path(path).is_file() else path.rstrip("/").split("/")[-1]
@@ -192,6 +202,9 @@ def fill_names(config: Config) -> None:
     ):
         if section.name is None and path:
             section.name = short_name(path)
+    # A folder of the user's is found again from anywhere.
+    if config.model.name_or_path and Path(config.model.name_or_path).is_dir():
+        config.model.name_or_path = str(Path(config.model.name_or_path).resolve())
     if config.run_name is None:
         size = f"r{config.lora.r}" if config.lora.enabled else "full"
         config.run_name = f"{config.model.name}_{config.dataset.name}_{size}_seed{config.seed}"

@@ -28,6 +28,7 @@ class GenerateConfig:
     run: str | None = setting(None, "a run's folder: its adapter on its base, or its whole model")
     adapter: str | None = setting(None, "or an adapter folder")
     model: str | None = setting(None, "or a merged or any other model: folder or hub id")
+    base: str | None = setting(None, "the adapter's base model; null: the one it names")
     prompt: str | None = setting(None, "one prompt, rendered with the run's template")
     file: str | None = setting(None, "or a file of rows (.jsonl, .csv, ...), answered in order")
     output: str | None = setting(None, "write JSONL here instead of text to the terminal")
@@ -78,12 +79,20 @@ def generate(config: GenerateConfig) -> None:
     options: dict[str, Any] = {}
     if config.temperature is not None:
         options = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+        options["top_k"] = 0  # Transformers' default of 50 would cut the tail unasked
+    stop_id = None if config.raw else template.stop_id()
     set_seed(config.seed)
     texts: list[str] = []
     for start in range(0, len(prompts), config.batch_size):
         batch = prompts[start : start + config.batch_size]
         texts += complete(
-            model, template.tokenizer, batch, config.max_new_tokens, model.device, **options
+            model,
+            template.tokenizer,
+            batch,
+            config.max_new_tokens,
+            model.device,
+            stop_id,
+            **options,
         )
     _write(config, rows, texts)
 
@@ -105,16 +114,14 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
     from peft import PeftModel
 
     from sft.data.template import Template
-    from sft.inference import read_card
+    from sft.inference import ADAPTER_SETTINGS, base_of, read_card
     from sft.model import load_frozen, load_tokenizer
 
     card = read_card(folder)
     here = ModelConfig(name_or_path=str(folder))
     tokenizer = load_tokenizer(here)
-    settings = folder / "adapter_config.json"
-    if settings.is_file():
-        named = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        base = card.model if card else ModelConfig(name_or_path=named)
+    if (folder / ADAPTER_SETTINGS).is_file():
+        base = base_of(folder, card, config.base)
         model = load_frozen(base, card.quantization if card else QuantizationConfig())
         model = PeftModel.from_pretrained(model, str(folder)).eval()
     elif config.adapter is not None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from sft.config import Config, ModelConfig, QuantizationConfig, TemplateConfig
+from sft.errors import ModelError
 from sft.run import write_text
 
 CARD = "sft.json"
+ADAPTER_SETTINGS = "adapter_config.json"
 
 
 @dataclasses.dataclass
@@ -46,3 +48,22 @@ def read_card(folder: Path) -> Card | None:
         OmegaConf.merge(OmegaConf.structured(Card), values)
     )
     return card
+
+
+def base_of(adapter: Path, card: Card | None, asked: str | None) -> ModelConfig:
+    """Say which base model an adapter goes on: as asked, as in training, or as PEFT noted.
+
+    Raises:
+        ModelError: The adapter's settings are damaged, or nothing names a base.
+    """
+    if card is not None:
+        named = card.model if asked is None else dataclasses.replace(card.model, name_or_path=asked)
+        return named
+    path = adapter / ADAPTER_SETTINGS
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged: {error}\n    fix: train or copy it anew") from error
+    if not asked and not noted:
+        raise ModelError(f"{path} names no base model\n    fix: base=HUB_ID_OR_FOLDER")
+    return ModelConfig(name_or_path=asked or noted)

@@ -72,17 +72,15 @@ def merge(config: MergeConfig) -> None:
     """
     plan = _plan(config)
     _check_adapter(plan.adapter)
-    if plan.output.exists() and not config.overwrite:
-        raise MergeError(
-            f"{plan.output} exists\n    fix: overwrite=true to replace it, or output=ANOTHER"
-        )
+    partial = plan.output.with_name(f"{plan.output.name}.partial")
+    for folder in (plan.output, partial):
+        _check_output(folder, config.overwrite or folder is partial)
     environment.prepare()
     import torch
     from peft import PeftModel
 
     from sft.model import load_tokenizer
 
-    partial = plan.output.with_name(f"{plan.output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(plan.adapter)))
     base, stored = _load_base(plan)
@@ -121,7 +119,7 @@ def merge(config: MergeConfig) -> None:
 
 
 def _plan(config: MergeConfig) -> _Plan:
-    from sft.inference import read_card
+    from sft.inference import ADAPTER_SETTINGS, base_of, read_card
 
     if config.run is not None:
         run = Path(config.run)
@@ -133,18 +131,29 @@ def _plan(config: MergeConfig) -> _Plan:
     else:
         assert config.adapter is not None and config.output is not None
         adapter, output = Path(config.adapter), Path(config.output)
-    settings_file = adapter / "adapter_config.json"
+    settings_file = adapter / ADAPTER_SETTINGS
     if not settings_file.is_file():
         raise MergeError(
             f"there is no adapter in {adapter}\n    fix: run=FOLDER of a finished LoRA run, or "
             "adapter=FOLDER with adapter_config.json"
         )
     card = read_card(adapter)
-    named = json.loads(settings_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    base = card.model if card else ModelConfig(name_or_path=named)
-    if config.base is not None:
-        base = ModelConfig(name_or_path=config.base)
+    base = base_of(adapter, card, config.base)
     return _Plan(adapter, output, base, card.quantization if card else QuantizationConfig())
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Refuse to replace anything but what a merge has made."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise MergeError(
+            f"{output} exists\n    fix: overwrite=true to replace it, or output=ANOTHER"
+        )
+    made = {"merge_report.json", "model.safetensors", "model.safetensors.index.json"}
+    ours = output.is_dir() and not output.is_symlink() and not (output / "config.yaml").exists()
+    if not ours or not made & {path.name for path in output.iterdir()}:
+        raise MergeError(f"{output} is not a merged model of ours\n    fix: output=ANOTHER")
 
 
 def _check_adapter(adapter: Path) -> None:

@@ -46,9 +46,11 @@ def dtype_of(precision: str) -> torch.dtype:
 @contextlib.contextmanager
 def loading(what: str, model: ModelConfig) -> Iterator[None]:
     """Turn the libraries' long errors into one that names the fix."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         name = str(model.name_or_path)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if Path(name).is_absolute() or name.startswith("."):
@@ -162,9 +164,7 @@ def load_base(config: Config, architecture: PreTrainedConfig, precision: str) ->
                 options["quantization_config"] = quantized
                 if not is_deepspeed_zero3_enabled():  # which places the weights itself
                     options["device_map"] = _device_map()
-            model = AutoModelForCausalLM.from_pretrained(
-                **source(config.model), use_safetensors=True, **options
-            )
+            model = _whole(config.model, **options)
         else:
             model = AutoModelForCausalLM.from_config(
                 architecture, trust_remote_code=config.model.trust_remote_code, **options
@@ -172,6 +172,22 @@ def load_base(config: Config, architecture: PreTrainedConfig, precision: str) ->
     if config.quantization.load_in_4bit:
         keep_training_layout(model)
     return model
+
+
+def _whole(model: ModelConfig, **options: Any) -> PreTrainedModel:
+    """Load weights, all of them: what a file lacks would silently be random."""
+    from transformers import AutoModelForCausalLM
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        **source(model), use_safetensors=True, output_loading_info=True, **options
+    )
+    lacking = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
+    if lacking:
+        raise ModelError(
+            f"the weights of {model.name_or_path} lack {len(lacking)} tensors that its config "
+            f"names, such as {lacking[0]}\n    fix: download or save the model again"
+        )
+    return loaded
 
 
 def load_frozen(
@@ -188,17 +204,15 @@ def load_frozen(
         ModelError: It is not there or cannot be reached.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype}
     quantized = quantization_config(quantization, torch.float32 if dtype == "auto" else dtype)
     if quantized is not None:
         options |= {"quantization_config": quantized, "device_map": _device_map()}
     elif torch.cuda.is_available() and dtype == "auto":
         options["device_map"] = _device_map()
     with loading("weights", model):
-        base = AutoModelForCausalLM.from_pretrained(**source(model), **options)
-    return base.eval()
+        return _whole(model, **options).eval()
 
 
 def _device_map() -> dict[str, Any]:

@@ -30,6 +30,8 @@ TRAIN_OWNED = {
     "eval_on_start": "train.eval_strategy=epoch",
     "activation_checkpointing": "train.gradient_checkpointing=true",
     "logging_strategy": "train.logging_steps=10",
+    "enable_jit_checkpoint": "remove it: a run so stopped would look finished",
+    "dataloader_drop_last": "remove it: rows would be dropped unseen",
     "disable_tqdm": "remove it: the bar is shown on a terminal only",
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "model.trust_remote_code=true"),
     **dict.fromkeys(

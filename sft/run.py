@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -13,7 +15,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
@@ -34,6 +36,7 @@ LIBRARIES = (
     "bitsandbytes",
 )
 # Settings that may differ between the runs of one folder: they change no trained weight.
+LOCK = "lock"
 HARMLESS = {"overwrite", "output_dir", "run_name", "train.logging_steps", "train.save_total_limit"}
 
 logger = logging.getLogger("sft")
@@ -48,6 +51,7 @@ class Run:
         self.dir = Path(config.output_dir)
         self.began = time.time()
         self._record: dict[str, Any] = {}
+        self._lock: IO[str] | None = None  # held for life: the kernel frees it when we die
 
     def resume_point(self) -> Path | None:
         """Decide, reading only, whether to start, to go on, or to refuse.
@@ -56,13 +60,15 @@ class Run:
             RunError: The run is finished, was made with other settings, or the folder is taken.
             CheckpointError: The newest checkpoint is of other ranks or another ZeRO stage.
         """
-        if self.config.overwrite or not self.dir.exists() or not any(self.dir.iterdir()):
+        if not self.dir.exists() or {path.name for path in self.dir.iterdir()} <= {LOCK}:
             return None
         config_file = self.dir / "config.yaml"
         if not config_file.is_file():
             raise RunError(
                 f"{self.dir} holds files that are not a run's\n    fix: output_dir=ANOTHER_FOLDER"
             )
+        if self.config.overwrite:
+            return None
         differences = self._differences(config_file)
         if differences:
             raise RunError(
@@ -102,10 +108,28 @@ class Run:
         ]
 
     def claim(self) -> None:
-        """Make the folder this run's; on rank 0, once everything that can refuse has passed."""
-        if self.config.overwrite and self.dir.exists():
-            shutil.rmtree(self.dir)
-        self.dir.mkdir(parents=True, exist_ok=True)
+        """Make the folder this run's; on rank 0, once everything that can refuse has passed.
+
+        Raises:
+            RunError: Another process trains in it, or it cannot be written to.
+        """
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.dir / LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"another process trains in {self.dir}\n    fix: run_name=NAME, or wait"
+            raise RunError(message) from None
+        except OSError as error:
+            raise RunError(
+                f"{self.dir} cannot be used: {error}\n    fix: output_dir=DIR"
+            ) from error
+        if self.config.overwrite:
+            for path in self.dir.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
         write_text(self.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
         self._record = {
             "status": "running",
@@ -130,7 +154,7 @@ class Run:
             self._write()
 
     def _write(self) -> None:
-        write_text(self.dir / "run.json", json.dumps(self._record, indent=2) + "\n")
+        write_text(self.dir / "run.json", to_json(self._record, indent=2) + "\n")
 
 
 def log_to_file(path: Path) -> None:
@@ -145,6 +169,19 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def to_json(record: dict[str, Any], indent: int | None = None) -> str:
+    """Write JSON proper: a NaN or infinite figure, which has no number there, is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), indent=indent)
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from sft import environment
 from sft.checks import check, world_size
 from sft.cli import Command
 from sft.config import Config, fill_names
+from sft.errors import RunError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -186,8 +187,15 @@ def finish_training(
     trainer: Trainer, config: Config, template: Template, held_out: Dataset | None, resume_from: Any
 ) -> dict[str, Any]:
     """Train to the end; give the last evaluation and the share of exact answers."""
-    result = trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
-    final: dict[str, Any] = {"steps": trainer.state.global_step, "loss": result.training_loss}
+    trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        raise RunError(
+            f"training stopped at step {state.global_step} of {state.max_steps}\n"
+            "    fix: the same command again resumes"
+        )
+    losses = [log["loss"] for log in state.log_history if "loss" in log]
+    final: dict[str, Any] = {"steps": state.global_step, "loss": losses[-1] if losses else None}
     if trainer.eval_dataset is not None:
         evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
         done = evaluated and evaluated[-1]["step"] == trainer.state.global_step

@@ -82,6 +82,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 batch = [{"input_ids": last, "labels": [IGNORE_INDEX] * len(last)}]
             yield self.data_collator(batch)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train no step more where a run was cut off after its last checkpoint."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: run.json and config.yaml say more, and are true."""
 

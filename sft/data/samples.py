@@ -110,7 +110,7 @@ def build(rows: Dataset, template: Template, config: DatasetConfig, name: str) -
     from datasets import Dataset
 
     counts = Counts(rows=len(rows))
-    encoded = _encoded(rows, template, name)
+    encoded = _encoded(rows, template, counts, name)
     kept = (
         _blocks(encoded, config.max_length)
         if template.config.kind == "text"
@@ -132,7 +132,10 @@ def build(rows: Dataset, template: Template, config: DatasetConfig, name: str) -
     return Samples(Dataset.from_dict(samples), counts)
 
 
-def _encoded(rows: Dataset, template: Template, name: str) -> Iterator[tuple[list[int], list[int]]]:
+def _encoded(
+    rows: Dataset, template: Template, counts: Counts, name: str
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Encode the rows; one whose completion or text is empty has nothing to train and is dropped."""
     encoder = Encoder(template.tokenizer)
     chat = template.config.kind == "chat"
     eos_id = template.tokenizer.eos_token_id if template.config.append_eos and not chat else None
@@ -140,11 +143,14 @@ def _encoded(rows: Dataset, template: Template, name: str) -> Iterator[tuple[lis
     for batch in _batched(rows):
         rendered = []
         for row in batch:
+            position += 1
+            if template.is_empty(row):
+                counts.dropped += 1
+                continue
             try:
                 rendered.append(template.render(row))
             except DataError as error:
-                raise DataError(f"{name} row {position + 1}: {error}") from None
-            position += 1
+                raise DataError(f"{name} row {position}: {error}") from None
         # Plain text is one stream: a BOS would stand in the middle of it, before every row.
         yield from encoder.samples(
             rendered, bos=template.config.kind == "completion", eos_id=eos_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,8 @@ def _load_local(path: Path) -> Dataset:
         files, reader = [str(path)], READERS[path.suffix]
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty\n    fix: dataset.path=FILE with at least one row")
+    # The reader takes names for patterns.
+    files = [glob.escape(file) for file in files]
     options = {"sample_by": "document"} if reader == "text" else {}
     try:
         return load_dataset(reader, data_files=files, split="train", **options)
@@ -113,12 +116,16 @@ def _renamed(rows: Dataset, config: DatasetConfig, path: str) -> Dataset:
                 f"{path} has no column {column}; it has {', '.join(rows.column_names)}\n"
                 f"    fix: dataset.columns.{field}=COLUMN"
             )
-        if field == column:
-            continue
-        if field in rows.column_names:
-            rows = rows.remove_columns(field)
-        rows = rows.rename_column(column, field)
-    return rows
+    names = {column: field for field, column in config.columns.items()}
+    if len(names) < len(config.columns):
+        raise DataError(
+            f"dataset.columns={config.columns} takes two fields from one column\n"
+            "    fix: a template of your own that names the column twice"
+        )
+    hidden = [field for field in config.columns if field in rows.column_names]
+    return rows.remove_columns([field for field in hidden if field not in names]).rename_columns(
+        names
+    )
 
 
 def _split(rows: Dataset, config: DatasetConfig, seed: int) -> tuple[Dataset, Dataset]:

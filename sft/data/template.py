@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from string import Formatter
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sft.config import TemplateConfig
+from sft.config import TemplateConfig, columns_of
 from sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,11 +17,6 @@ class Segment(NamedTuple):
 
     text: str
     trained: bool
-
-
-def columns_of(text: str) -> list[str]:
-    """List the ``{column}`` fields of a template's text."""
-    return [name for _, name, _, _ in Formatter().parse(text) if name]
 
 
 def fill(variants: list[str], row: dict[str, Any]) -> str | None:
@@ -47,6 +42,14 @@ class Template:
                 "the tokenizer has no chat template\n"
                 "    fix: template=completion or template=alpaca, or an instruction-tuned model"
             )
+
+    def is_empty(self, row: dict[str, Any]) -> bool:
+        """Tell whether a row has the columns to be trained, and nothing in any of them."""
+        if self.config.kind == "chat" and row.get("messages"):
+            return False
+        names = {name for text in self.config.completions for name in columns_of(text)}
+        values = [row[name] for name in names if name in row]
+        return bool(values) and all(value is None or value == "" for value in values)
 
     def render(self, row: dict[str, Any]) -> list[Segment]:
         """Give a row's text in segments.
@@ -76,10 +79,17 @@ class Template:
         return "".join(segment.text for segment in segments[:last])
 
     def answer(self, row: dict[str, Any]) -> str:
-        """Give what a perfect model would say to the row's prompt."""
-        if self.config.kind == "chat":
-            return str(self._messages(row)[-1]["content"])
-        return self._filled(self.config.completions, row, "completion")
+        """Give the last trained part of a row: what a perfect model would say to its prompt."""
+        return [segment.text for segment in self.render(row) if segment.trained][-1]
+
+    def stop_id(self) -> int | None:
+        """Give the token that ends an assistant's turn, which need not be the tokenizer's EOS."""
+        if self.config.kind != "chat":
+            return None
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
+        text = next(segment.text for segment in self._chat_segments(turn) if segment.trained)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids[-1]
 
     def prompt_row(self, prompt: str) -> dict[str, Any]:
         """Make a row of a bare prompt, for the first variant that has a single column."""
@@ -92,9 +102,14 @@ class Template:
             "    fix: give a file of rows, file=rows.jsonl"
         )
 
-    def _placeholder(self, row: dict[str, Any]) -> dict[str, str]:
+    def _placeholder(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill in some completion, where a row to be answered has none."""
-        if "messages" in row or fill(self.config.completions, row) is not None:
+        if row.get("messages"):
+            messages = list(row["messages"])
+            if messages[-1].get("role") != "assistant":
+                messages.append({"role": "assistant", "content": "?"})
+            return {"messages": messages}
+        if fill(self.config.completions, row) is not None:
             return {}
         return dict.fromkeys(columns_of(self.config.completions[0]), "?")
 
@@ -166,15 +181,15 @@ class Template:
         return str(text)
 
     def _up_to_end_of_turn(self, text: str) -> str:
-        """Leave out what follows the turn's last special token, such as a newline."""
-        ends = [
-            text.rfind(token) + len(token)
-            for token in self.tokenizer.get_added_vocab()
-            if token in text
-        ]
-        if not ends:
+        """Leave out what follows the token that ends the turn: newlines, a second EOS."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        special = "|".join(re.escape(token.content) for token in tokens if token.special)
+        end = (
+            re.fullmatch(rf"(.*?({special}))(\s|{special})*", text, re.DOTALL) if special else None
+        )
+        if end is None:
             raise DataError(
                 "the chat template ends an assistant turn with no special token, so the model "
                 "would never learn to stop\n    fix: template=completion, or another chat template"
             )
-        return text[: max(ends)]
+        return end[1]
