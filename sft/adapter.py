@@ -105,7 +105,9 @@ def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[
             f"lora.target_modules={lora.target_modules}",
             f"matches no module of {type(model).__name__}; its linear layers are "
             + ", ".join(known),
-            "lora.target_modules=all-linear",
+            f"lora.target_modules=[{lora.target_modules}]"
+            if lora.target_modules in known
+            else "lora.target_modules=all-linear",
         )
     entries = {"target_modules": lora.target_modules, "modules_to_save": lora.modules_to_save}
     for setting, names in entries.items():

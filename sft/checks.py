@@ -46,6 +46,8 @@ def check(config: Config) -> list[Problem]:
 
 
 def _names(config: Config) -> Iterator[Problem]:
+    if config.output_dir == "":
+        yield Problem("output_dir=", "is empty", "output_dir=DIR, or leave it out")
     if not config.model.name_or_path:
         yield Problem(
             "model.name_or_path=null", "a base model is needed", "model.name_or_path=HUB_ID_OR_DIR"
@@ -275,10 +277,6 @@ def _quantization(config: Config) -> Iterator[Problem]:
         )
     if not config.lora.enabled:
         yield Problem("lora=none", "quantised weights cannot be trained", "lora=all-linear")
-    if not config.model.pretrained:
-        yield Problem(
-            "model.pretrained=false", "random weights need no quantising", "quantization=none"
-        )
     if config.precision == "fp16":
         yield Problem(
             "precision=fp16",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,7 +57,8 @@ class Command(Generic[C]):
             report_error(str(error))
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            report_error("interrupted")
+            resumes = "; the same command again resumes" if self.name == "train" else ""
+            report_error(f"interrupted{resumes}")
             sys.exit(130)
         except Exception as error:
             report_error(f"{type(error).__name__}: {error}", traceback.format_exc())
@@ -87,8 +90,10 @@ class Command(Generic[C]):
         Raises:
             ConfigError: With every problem that was found.
         """
-        config, problems = compose.typed_config(
-            self.schema, self.config_name, overrides, config_dir
+        config, problems = (
+            compose.plain_config(self.schema, overrides)
+            if self.config_name is None
+            else compose.typed_config(self.schema, self.config_name, overrides, config_dir)
         )
         problems += self.check(config)
         if problems:
@@ -112,14 +117,23 @@ class Command(Generic[C]):
 
 
 def report_error(message: str, details: str = "") -> None:
-    """Say an error once: rank 0 on stderr, and to the sweep that started this trial."""
-    if os.environ.get("RANK", "0") != "0" and not details:
-        return
+    """Say an error once: on stderr, in torchrun's closing table, and to the sweep of this trial.
+
+    Ranks mostly fail alike. The first to exit makes torchrun end the others, so all but rank 0 wait
+    until it has spoken; who is alive after that failed alone, and speaks.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(5)
+        message = f"rank {rank}: {message}"
     sys.stderr.write(f"{details}error: {message}\n")
     sys.stderr.flush()
-    error_file = os.environ.get("SFT_ERROR_FILE")
-    if error_file and os.environ.get("RANK", "0") == "0":
-        Path(error_file).write_text(message, encoding="utf-8")
+    if torchrun_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"timestamp": str(int(time.time()))}
+        report = {"message": {"message": message, "extraInfo": extra}}
+        Path(torchrun_file).write_text(json.dumps(report), encoding="utf-8")
+    if sweep_file := os.environ.get("SFT_ERROR_FILE"):
+        Path(sweep_file).write_text(message, encoding="utf-8")
 
 
 def _print_once(text: str) -> None:
@@ -142,7 +156,7 @@ def start_logging() -> None:
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     from hydra._internal.utils import get_args_parser
 
-    args: argparse.Namespace = get_args_parser().parse_args(argv)
+    args: argparse.Namespace = get_args_parser().parse_intermixed_args(argv)
     return args
 
 

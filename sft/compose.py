@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,13 +26,13 @@ UNKNOWN_SETTING = "there is no such setting"
 
 
 def typed_config(
-    schema: type[C], name: str | None, overrides: list[str], config_dir: str | None
+    schema: type[C], name: str, overrides: list[str], config_dir: str | None
 ) -> tuple[C, list[Problem]]:
     """Compose one config.
 
     Args:
         schema: The dataclass of all settings.
-        name: The primary YAML in conf/; None for a command without groups.
+        name: The primary YAML in conf/.
         overrides: As on the command line.
         config_dir: A folder with the user's own groups.
 
@@ -42,11 +43,34 @@ def typed_config(
         ConfigError: The YAML files themselves cannot be composed.
     """
     problems: list[Problem] = []
-    accepted = list(forced(name, overrides, config_dir, problems))
+    accepted = list(forced(overrides, config_dir, problems))
     composed, grid = _compose(schema, name, accepted, config_dir, problems)
     problems += _grid_problems(grid, overrides)
     typed = OmegaConf.structured(schema)
     problems += _merge(typed, composed, schema)
+    config: Any = OmegaConf.to_object(typed)
+    return config, problems
+
+
+def plain_config(schema: type[C], overrides: list[str]) -> tuple[C, list[Problem]]:
+    """Make the config of a command without groups: each value is taken as it is typed.
+
+    Hydra's grammar would refuse most prompts that a person writes, for a comma or a question mark.
+    """
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or key in values:
+            rule = "is given twice" if equals else "is no setting"
+            problems.append(Problem(text, rule, "write each setting once, as key=value"))
+            continue
+        is_text = kinds.get(key, "str").startswith("str")
+        typed_text = None if value == "null" else value.replace("${", r"\${")
+        values[key] = typed_text if is_text else yaml.safe_load(value)
+    typed = OmegaConf.structured(schema)
+    problems += _merge(typed, values, schema)
     config: Any = OmegaConf.to_object(typed)
     return config, problems
 
@@ -63,7 +87,7 @@ def sweep_overrides(
         ConfigError: With every such problem.
     """
     problems: list[Problem] = []
-    accepted = list(forced(name, overrides, config_dir, problems, sweep=True))
+    accepted = list(forced(overrides, config_dir, problems, sweep=True))
     fixed = [item for item in accepted if not is_sweep(item)]
     swept = [f"{item.split('=', 1)[0]}=null" for item in accepted if is_sweep(item)]
     options = groups(config_dir)
@@ -96,25 +120,20 @@ def register_schema(schema: Any, name: str) -> None:
 
 def _compose(
     schema: Any,
-    name: str | None,
+    name: str,
     overrides: list[str],
     config_dir: str | None,
     problems: list[Problem],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Compose the groups and overrides, unchecked, and list what the config itself sweeps over."""
-    from hydra import compose, initialize, initialize_config_dir
+    from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    if name is not None:
-        register_schema(schema, name)
+    register_schema(schema, name)
     if config_dir is not None:
         overrides = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']", *overrides]
     try:
-        with (
-            initialize_config_dir(str(CONF_DIR), version_base="1.3")
-            if name is not None
-            else initialize(config_path=None, version_base="1.3")
-        ):
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             composed = compose(name, overrides, return_hydra_config=True)
         grid = OmegaConf.select(composed, "hydra.sweeper.params") or {}
         with open_dict(composed):

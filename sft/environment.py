@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -35,11 +36,13 @@ def prepare(distributed: bool = False) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
 
     import datasets
+    import huggingface_hub
     import transformers
 
     for library in ("transformers", "torch", "trl", "peft"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity(logging.ERROR)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()

@@ -13,6 +13,7 @@ from sft import environment
 from sft.cli import Command
 from sft.config import ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import DataError, ModelError, Problem
+from sft.inference import ADAPTER_SETTINGS
 from sft.rules import above, at_least, rule_problems, setting
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def check(config: GenerateConfig) -> list[Problem]:
     problems = list(rule_problems(config))
     if sum(item is not None for item in (config.run, config.adapter, config.model)) != 1:
         problems.append(Problem("run, adapter, model", "give one of them", "run=outputs/NAME"))
+    if config.prompt == "":
+        problems.append(Problem("prompt=", "is empty", "prompt='...'"))
     if (config.prompt is None) == (config.file is None):
         problems.append(Problem("prompt, file", "give one of them", "prompt='...'"))
     if config.output is not None and Path(config.output).exists():
@@ -60,6 +63,8 @@ def generate(config: GenerateConfig) -> None:
         DataError: A row does not fit the template.
     """
     folder = _folder(config)
+    if config.file is not None and not Path(config.file).is_file():
+        raise DataError(f"there is no file {config.file}\n    fix: file=ROWS.jsonl")
     environment.prepare()
     from transformers import set_seed
 
@@ -106,7 +111,13 @@ def _folder(config: GenerateConfig) -> Path:
         raise ModelError(
             f"{config.run} holds no adapter and no model\n    fix: run=FOLDER of a finished run"
         )
-    return Path(str(config.adapter or config.model))
+    if config.adapter is not None:
+        if not (Path(config.adapter) / ADAPTER_SETTINGS).is_file():
+            inside = (Path(config.adapter) / "adapter").is_dir()
+            fix = f"run={config.adapter}" if inside else "adapter=FOLDER, or model=FOLDER"
+            raise ModelError(f"there is no adapter in {config.adapter}\n    fix: {fix}")
+        return Path(config.adapter)
+    return Path(str(config.model))
 
 
 def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
@@ -114,18 +125,16 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
     from peft import PeftModel
 
     from sft.data.template import Template
-    from sft.inference import ADAPTER_SETTINGS, base_of, read_card
+    from sft.inference import base_of, read_card
     from sft.model import load_frozen, load_tokenizer
 
     card = read_card(folder)
-    here = ModelConfig(name_or_path=str(folder))
+    here = ModelConfig(name_or_path=config.model or str(folder.resolve()))
     tokenizer = load_tokenizer(here)
     if (folder / ADAPTER_SETTINGS).is_file():
         base = base_of(folder, card, config.base)
         model = load_frozen(base, card.quantization if card else QuantizationConfig())
         model = PeftModel.from_pretrained(model, str(folder)).eval()
-    elif config.adapter is not None:
-        raise ModelError(f"there is no adapter in {folder}\n    fix: model={folder}")
     else:
         model = load_frozen(here, QuantizationConfig())
     chat = TemplateConfig(name="chat", kind="chat", prompts=["{prompt}"], completions=["{answer}"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from sft.errors import ConfigError, ModelError, Problem
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from sft.data.samples import Samples
 
 
 def choose_precision(precision: str) -> tuple[str, str]:
@@ -53,6 +55,8 @@ def loading(what: str, model: ModelConfig) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         name = str(model.name_or_path)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if not Path(name).exists():
+            reason = f"it is no folder here, and not to be had from the hub: {reason}"
         if Path(name).is_absolute() or name.startswith("."):
             fix = "model.name_or_path=FOLDER with config.json, weights and tokenizer files"
         else:
@@ -116,6 +120,30 @@ def load_architecture(model: ModelConfig) -> PreTrainedModel:
                 config, trust_remote_code=model.trust_remote_code
             )
     return architecture
+
+
+def check_fits(
+    architecture: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Sequence[Samples]
+) -> None:
+    """Refuse token ids and positions that the model has no row for.
+
+    Raises:
+        ModelError: The tokenizer is another model's, or a sample is longer than the positions.
+    """
+    rows = architecture.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.pad_token_id, *(samples.counts.largest_id for samples in sets))
+    if largest >= rows:
+        raise ModelError(
+            f"the data has token {largest}, the model's embedding {rows} rows\n"
+            "    fix: the model's own tokenizer"
+        )
+    longest = max(samples.counts.longest for samples in sets)
+    positions = getattr(architecture.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ModelError(
+            f"a sample has {longest} tokens, the model {positions} positions\n"
+            f"    fix: dataset.max_length={positions}, or a model with a longer context"
+        )
 
 
 def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> Any:

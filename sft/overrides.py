@@ -12,6 +12,14 @@ from sft import upstream
 from sft.config import CONF_DIR
 from sft.errors import ConfigError, Problem
 
+# What other tools call an option.
+MEANT = {
+    ("quantization", "4bit"): "quantization=nf4",
+    ("quantization", "int4"): "quantization=nf4",
+    ("quantization", "8bit"): "quantization=int8",
+    ("lora", "full"): "lora=none",
+}
+
 
 def is_sweep(override: str) -> bool:
     """Tell whether an override gives several values."""
@@ -33,11 +41,7 @@ def groups(config_dir: str | None) -> dict[str, set[str]]:
 
 
 def forced(
-    name: str | None,
-    overrides: list[str],
-    config_dir: str | None,
-    problems: list[Problem],
-    sweep: bool = False,
+    overrides: list[str], config_dir: str | None, problems: list[Problem], sweep: bool = False
 ) -> Iterator[str]:
     """Make each override one that Hydra accepts, and collect what is wrong with it.
 
@@ -49,16 +53,23 @@ def forced(
 
     if unusable := list(_config_dir_problems(config_dir)):
         raise ConfigError(unusable)
-    ours, known = (groups(None), groups(config_dir)) if name else ({}, {})
+    ours, known = groups(None), groups(config_dir)
     parser = OverridesParser.create()
+    given: set[str] = set()
     for text in overrides:
         try:
             parsed = parser.parse_override(text)
         except HydraException as error:
             rule = str(error).splitlines()[0] if str(error) else "cannot be parsed"
-            problems.append(Problem(text, rule, "write it as key=value, with quotes around spaces"))
+            key, equals, value = text.partition("=")
+            quoted = f"""quote the value twice: "{key}='{value}'\""""
+            problems.append(Problem(text, rule, quoted if equals else "write it as key=value"))
             continue
         key = parsed.key_or_group
+        if key in given:
+            problems.append(Problem(text, f"{key} is given twice", "keep one of them"))
+            continue
+        given.add(key)
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
             yield text
         elif parsed.is_delete():
@@ -111,7 +122,17 @@ def _options(parsed: Any) -> list[str]:
 
 def _no_option(group: str, option: str, known: set[str]) -> Problem:
     hint = upstream.did_you_mean(option, known)
-    if not hint.startswith("did"):
-        hint = f"{group}={'none' if 'none' in known else min(known)}"
+    if option == "null" and "none" in known:
+        hint = f"{group}=none"
+    elif f"stage{option}" in known:
+        hint = f"{group}=stage{option}"
+    elif (group, option) in MEANT:
+        hint = MEANT[group, option]
+    elif "/" in option and group == "model":
+        hint = f"model=hf model.name_or_path={option}"
+    elif "/" in option or option.endswith((".jsonl", ".json", ".csv")):
+        hint = f"dataset=jsonl dataset.path={option}"
+    elif not hint.startswith("did"):
+        hint = "choose one of them"
     rule = f"{group} has no option {option}; it has {', '.join(sorted(known))}"
     return Problem(f"{group}={option}", rule, hint)

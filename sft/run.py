@@ -60,6 +60,8 @@ class Run:
             RunError: The run is finished, was made with other settings, or the folder is taken.
             CheckpointError: The newest checkpoint is of other ranks or another ZeRO stage.
         """
+        if self.dir.exists() and not self.dir.is_dir():
+            raise RunError(f"{self.dir} is a file\n    fix: output_dir=FOLDER")
         if not self.dir.exists() or {path.name for path in self.dir.iterdir()} <= {LOCK}:
             return None
         config_file = self.dir / "config.yaml"

@@ -54,6 +54,8 @@ def train(config: Config) -> None:
     train_set = samples.build(rows, template, config.dataset, "train")
     eval_set = samples.build(held_out, template, config.dataset, "eval") if held_out else None
 
+    model.check_fits(architecture, tokenizer, [train_set, *([eval_set] if eval_set else [])])
+
     # In this order: a model loaded after SFTConfig is partitioned by ZeRO-3 as it loads, and on a
     # CPU only if the process group exists by then.
     args = sft_config(config, precision, ds_config, evaluates=eval_set is not None)
@@ -138,7 +140,7 @@ def make_trainer(
     """Put the adapter on the base model, and both into the trainer."""
     from sft.trainer import Trainer, collator
 
-    return Trainer(
+    trainer = Trainer(
         model=base,
         args=args,
         data_collator=collator(tokenizer.pad_token_id),
@@ -147,6 +149,13 @@ def make_trainer(
         processing_class=tokenizer,
         peft_config=lora,
     )
+    if args.deepspeed is None and not getattr(base, "is_quantized", False):
+        # PEFT keeps LoRA in float32, and modules_to_save in the base's precision, in which AdamW
+        # would lose small updates. DeepSpeed has float32 masters of its own.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer
 
 
 def start(

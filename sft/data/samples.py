@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ class Counts:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
+    largest_id: int = 0
 
 
 @dataclass
@@ -123,6 +126,7 @@ def build(rows: Dataset, template: Template, config: DatasetConfig, name: str) -
         counts.tokens += len(input_ids)
         counts.trained_tokens += len(labels) - labels.count(IGNORE_INDEX)
         counts.longest = max(counts.longest, len(input_ids))
+        counts.largest_id = max(counts.largest_id, *input_ids)
     counts.samples = len(samples["input_ids"])
     if counts.trained_tokens == 0:
         raise DataError(
@@ -135,7 +139,7 @@ def build(rows: Dataset, template: Template, config: DatasetConfig, name: str) -
 def _encoded(
     rows: Dataset, template: Template, counts: Counts, name: str
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Encode the rows; one whose completion or text is empty has nothing to train and is dropped."""
+    """Encode the rows; one with an empty completion or text has nothing to train: dropped."""
     encoder = Encoder(template.tokenizer)
     chat = template.config.kind == "chat"
     eos_id = template.tokenizer.eos_token_id if template.config.append_eos and not chat else None
@@ -150,7 +154,9 @@ def _encoded(
             try:
                 rendered.append(template.render(row))
             except DataError as error:
-                raise DataError(f"{name} row {position}: {error}") from None
+                # Held-out rows were shuffled away, so a number alone would not find the row.
+                shown = textwrap.shorten(json.dumps(row, ensure_ascii=False), 120)
+                raise DataError(f"{name} row {position}, {shown}\n    {error}") from None
         # Plain text is one stream: a BOS would stand in the middle of it, before every row.
         yield from encoder.samples(
             rendered, bos=template.config.kind == "completion", eos_id=eos_id

@@ -120,10 +120,11 @@ class Template:
                 " + ".join(columns_of(variant)) or repr(variant) for variant in variants
             )
             given = ", ".join(name for name, value in row.items() if value not in (None, ""))
+            fix = f"dataset.columns.{columns_of(variants[0])[0]}=COLUMN, or another template"
             raise DataError(
                 f"the template {self.config.name} makes no {what} of this row: it needs the "
                 f"columns {needed}; the row fills {given or 'none'}\n"
-                f"    fix: dataset.columns.{columns_of(variants[0])[0]}=COLUMN, or another template"
+                f"    fix: {'template=chat' if row.get('messages') else fix}"
             )
         return text
 
@@ -184,9 +185,8 @@ class Template:
         """Leave out what follows the token that ends the turn: newlines, a second EOS."""
         tokens = self.tokenizer.added_tokens_decoder.values()
         special = "|".join(re.escape(token.content) for token in tokens if token.special)
-        end = (
-            re.fullmatch(rf"(.*?({special}))(\s|{special})*", text, re.DOTALL) if special else None
-        )
+        pattern = rf"(.*?(?:{special}))(?:\s|{special})*"
+        end = re.fullmatch(pattern, text, re.DOTALL) if special else None
         if end is None:
             raise DataError(
                 "the chat template ends an assistant turn with no special token, so the model "

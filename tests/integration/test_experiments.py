@@ -21,19 +21,13 @@ GRID = "opt-125m_wikitext_grid"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Give text, a folder of texts, and prompt/response rows."""
-    lines = "".join(
-        f"Line {i} of a text that says little, and says it {i} times.\n" for i in range(40)
-    )
-    (tmp_path / "text.txt").write_text(lines)
+    text = "".join(f"Line {i} of a text that says little, {i} times over.\n" for i in range(40))
+    (tmp_path / "text.txt").write_text(text)
     (tmp_path / "texts" / "more").mkdir(parents=True)
     for i in range(10):
-        (tmp_path / "texts" / ("more" if i % 2 else "") / f"{i}.txt").write_text(
-            lines[i * 20 :][:400]
-        )
-    rows = [
-        {"prompt": f"Count to {i}.", "response": " ".join(map(str, range(i)))} for i in range(9)
-    ]
-    rows[0]["response"] = "Done."
+        path = tmp_path / "texts" / ("more" if i % 2 else "") / f"{i}.txt"
+        path.write_text(text[i * 20 :][:400])
+    rows = [{"prompt": f"Write {i} a.", "response": "a" * i} for i in range(1, 10)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 

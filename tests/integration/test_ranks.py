@@ -114,7 +114,7 @@ def test_ranks_that_part_stop_the_run(tmp_path: Path, llama: Path, rows: Path) -
             str(script),
             *("model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"),
             *("template=chat", "train.per_device_train_batch_size=2", "train.global_batch_size=4"),
-            *("train.warmup_steps=0", "train.max_steps=3"),
+            "train.max_steps=3",
         ],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

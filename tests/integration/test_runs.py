@@ -227,5 +227,5 @@ def test_ctrl_c_ends_a_run_that_can_go_on(tmp_path: Path, common: list[str]) -> 
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert errors.endswith("error: interrupted\n")
+    assert errors.endswith("error: interrupted; the same command again resumes\n")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

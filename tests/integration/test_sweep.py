@@ -8,7 +8,7 @@ from pathlib import Path
 
 SHORT = [
     "train.max_steps=2",
-    "train.global_batch_size=8",
+    "train.global_batch_size=16",
     "dataset.max_rows=64",
     "dataset.max_eval_rows=8",
     "dataset.exact_match=0",

@@ -356,7 +356,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
                     "quantization=none",
                 ),
             )
-            for init in ("pissa", "pissa_niter_16", "olora", "orthogonal")
+            for init in ("pissa", "olora", "orthogonal")
         ],
         (
             {"lora__extra": {"init_lora_weights": "mica"}, "zero__config": "stage3.json"},
@@ -379,8 +379,40 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             ("lora=none", "quantised weights cannot be trained", "lora=all-linear"),
         ),
         (
-            {"quantization__load_in_4bit": True, "model__pretrained": False},
-            ("model.pretrained=false", "random weights need no quantising", "quantization=none"),
+            {"model__pretrained": False},
+            (
+                "model.pretrained=false",
+                "LoRA would train on random weights that are saved nowhere",
+                "lora=none",
+            ),
+        ),
+        (
+            {"lora__extra": {"init_lora_weights": "pissa_niter_16"}},
+            (
+                "lora.extra.init_lora_weights=pissa_niter_16",
+                "is random: the adapter would be put on another base when it is loaded",
+                "lora.extra.init_lora_weights=pissa",
+            ),
+        ),
+        (
+            {"lora__target_modules": "q_proj("},
+            (
+                "lora.target_modules=q_proj(",
+                "is no regular expression: missing ), unterminated subpattern at position 6",
+                "lora.target_modules=all-linear",
+            ),
+        ),
+        (
+            {"template__prompts": ['{"q": "{prompt}"}']},
+            (
+                """template None: '{"q": "{prompt}"}'""",
+                'has no column name between its braces: "q"',
+                "write {{ and }} for braces that are text",
+            ),
+        ),
+        (
+            {"output_dir": ""},
+            ("output_dir=", "is empty", "output_dir=DIR, or leave it out"),
         ),
         (
             {"quantization__load_in_4bit": True, "precision": "fp16"},

@@ -1,6 +1,7 @@
 """Every YAML composes, the schema is upstream's, and no wrong setting passes, wherever it is."""
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -43,7 +44,7 @@ OPTIONS = {
     "lora": {"attention", "all-linear", "none"},
     "quantization": {"none", "int8", "nf4"},
     "zero": {"none", "stage1", "stage2", "stage3", "stage2_offload", "stage3_offload"},
-    "train": {"default", "full"},
+    "train": {"default", "demo", "full"},
     "experiment": {
         *("opt-125m_wikitext", "opt-125m_wikitext_grid", "gpt-j-6b_tiny-shakespeare"),
         *("gpt-neox-20b", "text-folder", "lora_prompt-response"),
@@ -56,7 +57,7 @@ COUNTS = {
     "lora": 3,
     "quantization": 3,
     "zero": 6,
-    "train": 2,
+    "train": 3,
     "experiment": 6,
 }
 # What an option leaves to the user.
@@ -437,12 +438,12 @@ def test_a_config_dir_must_exist(tmp_path: Path) -> None:
             "did you mean stage3?",
         ),
         ("lora=null", "lora=null", "lora has no option null; it has ", "lora=none"),
-        ("train=null", "train=null", "train has no option null; it has default, full", "did"),
-        ("lora={r: 4}", "lora={'r': 4}", "lora has no option {'r': 4}; it has ", "lora=none"),
+        ("train=null", "train=null", "train has no option null; it has default, demo", "did"),
+        ("lora={r: 4}", "lora={'r': 4}", "lora has no option {'r': 4}; it has ", "choose one"),
         ("~lora.r", "~lora.r", "a setting cannot be deleted", "remove it from the command"),
         ("lora.r=2,4", "lora.r=2,4", "several values are a sweep", "add -m, or lora.r=[2,4]"),
         ("model=gpt2,tiny", "model=gpt2,tiny", "several values are a sweep", "add -m, or model="),
-        ("lora.r", "lora.r", "missing EQUAL at '<EOF>'", "write it as key=value, with quotes"),
+        ("lora.r", "lora.r", "missing EQUAL at '<EOF>'", "write it as key=value"),
         ("model.name=???", "model.name=???", "must be given", "model.name=VALUE"),
         (
             "model.name=${nope}",
@@ -588,17 +589,71 @@ def test_importing_the_command_imports_no_torch() -> None:
     assert modules & HEAVY == set()
 
 
-def test_only_rank_0_speaks(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_speaks_first(capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another rank waits: torchrun ends it meanwhile, unless it alone has failed."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
     for argv in (["--help"], ["--cfg", "job"], ["-m", "lora.r=1,2"]):
         main(argv)
+    assert capsys.readouterr() == ("", "")
     with pytest.raises(SystemExit, match="2"):
         main(["lora.r=0"])
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr().err.startswith("error: rank 1: 1 setting is refused\n")
+    assert waited == [5]
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit, match="2"):
         main(["lora.r=0"])
     assert capsys.readouterr().err.startswith("error: 1 setting is refused\n")
+    assert waited == [5]
+    told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert told.startswith("1 setting is refused\n\nlora.r=0\n")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["What's this, é?", "Tell me: what, why?", "[1]", "${x}", 'say "hi"', "a=b;c\n#d"]
+)
+def test_a_prompt_is_taken_as_it_is_typed(prompt: str) -> None:
+    from sft.generate import main as generate
+
+    assert generate.compose([f"prompt={prompt}", "model=m", "temperature=0.5"]).prompt == prompt
+
+
+def test_plain_settings_are_typed_and_given_once() -> None:
+    from sft.merge import main as merge
+
+    config = merge.compose(["adapter=a", "output=b", "overwrite=true", "base=null"])
+    assert (config.overwrite, config.base) == (True, None)
+    with pytest.raises(ConfigError) as caught:
+        merge.compose(["run=a", "run=b", "overwrite=maybe", "dtype=bf16", "--x", "outptu=c"])
+    settings = [problem.setting for problem in caught.value.problems]
+    assert settings == ["run=b", "--x", "overwrite=maybe", "outptu=c", "dtype=bf16"]
+
+
+def test_a_setting_given_twice_is_refused() -> None:
+    assert [problem.setting for problem in refused("lora.r=4", "lora.r=8")] == ["lora.r=8"]
+    assert refused("model=tiny", "model=gpt2")[0].rule == "model is given twice"
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("zero=2", "zero=stage2"),
+        ("quantization=4bit", "quantization=nf4"),
+        ("model=Qwen/Qwen3-0.6B", "model=hf model.name_or_path=Qwen/Qwen3-0.6B"),
+        ("dataset=my.jsonl", "dataset=jsonl dataset.path=my.jsonl"),
+        ("experiment=foo", "choose one of them"),
+    ],
+)
+def test_what_was_meant_by_an_option(override: str, fix: str) -> None:
+    assert one_refused(override)[2] == fix
+
+
+def test_options_may_stand_between_overrides(tmp_path: Path, capsys) -> None:
+    main(["lora.r=4", "--config-dir", str(tmp_path), "seed=7", "--cfg", "job"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["lora"]["r"], shown["seed"]) == (4, 7)
 
 
 def test_a_refusal_reaches_the_sweep_that_started_it(
@@ -664,7 +719,7 @@ def test_a_bug_shows_its_traceback(capsys, monkeypatch: pytest.MonkeyPatch) -> N
         dataclasses.replace(main, run=fails)([])
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
-    assert error.endswith("error: ZeroDivisionError: a bug\n")
+    assert error.endswith("error: rank 1: ZeroDivisionError: a bug\n")
 
 
 def test_an_interrupt_exits_130(capsys) -> None:
@@ -673,4 +728,4 @@ def test_an_interrupt_exits_130(capsys) -> None:
 
     with pytest.raises(SystemExit, match="130"):
         dataclasses.replace(main, run=interrupted)([])
-    assert capsys.readouterr().err == "error: interrupted\n"
+    assert capsys.readouterr().err == "error: interrupted; the same command again resumes\n"

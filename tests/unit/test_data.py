@@ -55,7 +55,44 @@ def test_completion_trains_the_completion_and_eos(tokenizer: PreTrainedTokenizer
     assert vars(built.counts) == {
         **{"rows": 1, "samples": 1, "dropped": 0, "truncated": 0},
         **{"tokens": 6, "trained_tokens": 3, "longest": 6},
+        "largest_id": tokenizer.eos_token_id,
     }
+
+
+def test_empty_completions_and_blank_lines_are_dropped_and_counted(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}]
+    counts = build(rows, template(tokenizer, "completion")).counts
+    assert (counts.rows, counts.samples, counts.dropped) == (2, 1, 1)
+    lines = build([{"text": ""}, {"text": "ab\n"}, {"text": ""}], template(tokenizer, "lines"))
+    assert (lines.counts.rows, lines.counts.dropped, lines.counts.tokens) == (3, 2, 3)
+
+
+def test_only_the_token_that_ends_the_turn_is_trained(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A template may write a newline and a second EOS after it, and an answer a special token."""
+    tokenizer.chat_template = CHATML.replace("<|end|>\n", "<|end|>\n<|endoftext|>")
+    made = template(tokenizer, "chat")
+    answer = "one <|system|> two"
+    row = {"prompt": "P", "completion": answer}
+    assert made.render(row)[1] == Segment(f"{answer}<|end|>", True)
+    assert made.stop_id() == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert template(tokenizer, "completion").stop_id() is None
+
+
+def test_columns_are_renamed_all_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "C", "completion": "P", "answer": "A"}\n')
+    swap = {"prompt": "completion", "completion": "prompt"}
+    rows, _ = sources.load_rows(DatasetConfig(path=str(path), columns=swap), seed=0)
+    assert rows[0] == {"prompt": "P", "completion": "C", "answer": "A"}
+    rows, _ = sources.load_rows(
+        DatasetConfig(path=str(path), columns={"completion": "answer"}), seed=0
+    )
+    assert rows[0] == {"prompt": "C", "completion": "A"}
+    with pytest.raises(DataError, match="takes two fields from one column"):
+        columns = {"completion": "answer", "prompt": "answer"}
+        sources.load_rows(DatasetConfig(path=str(path), columns=columns), seed=0)
 
 
 def test_eos_that_the_data_ends_with_is_not_doubled(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -144,7 +181,7 @@ def test_tokenizer_without_chat_template_is_refused(tokenizer: PreTrainedTokeniz
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "P", "completion": ""}, "makes no completion of this row"),
+        ({"prompt": "P"}, "makes no completion of this row"),
         ({"completion": "C"}, "makes no prompt of this row: it needs the columns prompt or"),
         ({"messages": [{"role": "user", "content": "U"}]}, "not the assistant's"),
     ],
@@ -152,10 +189,10 @@ def test_tokenizer_without_chat_template_is_refused(tokenizer: PreTrainedTokeniz
 def test_row_that_does_not_fit_is_named(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], message: str
 ) -> None:
-    rows = [{"prompt": "P", "completion": "C"}] * 2
     name = "chat" if "messages" in row else "completion"
-    with pytest.raises(DataError, match=rf"train row 3: .*{message}"):
-        build([*({**dict.fromkeys(row), **good} for good in rows), row], template(tokenizer, name))
+    made = template(tokenizer, name)
+    with pytest.raises(DataError, match=rf"(?s)train row 1, \{{.*{message}"):
+        build([row], made)
 
 
 def test_text_is_cut_into_blocks_without_losing_a_token(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -275,11 +312,11 @@ def test_rows_are_held_out_by_seed_and_a_single_text_at_its_end(tmp_path: Path) 
 
 def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    for name in ("b.txt", "a.md", "deep/c.txt"):
+    for name in ("b [1].txt", "a.md", "deep/c.txt"):
         (tmp_path / name).write_text(f"{name}\nsecond line")
     (tmp_path / "ignored.bin").write_bytes(b"\x00")
     rows, _ = sources.load_rows(DatasetConfig(path=str(tmp_path)), seed=0)
-    assert [text.splitlines()[0] for text in rows["text"]] == ["a.md", "b.txt", "deep/c.txt"]
+    assert [text.splitlines()[0] for text in rows["text"]] == ["a.md", "b [1].txt", "deep/c.txt"]
 
 
 @pytest.mark.parametrize(
