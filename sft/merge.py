@@ -6,6 +6,7 @@ trained on a 4- or 8-bit base is merged onto that base dequantised, which is wha
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -18,6 +19,7 @@ from sft.cli import Command
 from sft.config import ModelConfig, QuantizationConfig
 from sft.errors import MergeError, Problem
 from sft.rules import one_of, rule_problems, setting
+from sft.run import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sft")
 
+REPORT = "merge_report.json"
 # Largest logit difference that rounding explains, as a share of the largest logit.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
@@ -82,6 +85,8 @@ def merge(config: MergeConfig) -> None:
     from sft.model import load_tokenizer
 
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_text(partial / REPORT, '{"passed": false}\n')  # until it has been verified
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(plan.adapter)))
     base, stored = _load_base(plan)
     dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -95,7 +100,7 @@ def merge(config: MergeConfig) -> None:
     _save(merged.to(dtype), tokenizer, plan, partial)
     del base, adapted, merged
     report = _verify(partial, probe, wanted, base_logits, dtype)
-    (partial / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_text(partial / REPORT, json.dumps(report, indent=2) + "\n")
     if not report["passed"]:
         raise MergeError(
             f"the merged model is not the trained one: logits differ by "
@@ -150,9 +155,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise MergeError(
             f"{output} exists\n    fix: overwrite=true to replace it, or output=ANOTHER"
         )
-    made = {"merge_report.json", "model.safetensors", "model.safetensors.index.json"}
-    ours = output.is_dir() and not output.is_symlink() and not (output / "config.yaml").exists()
-    if not ours or not made & {path.name for path in output.iterdir()}:
+    if not (output / REPORT).is_file():
         raise MergeError(f"{output} is not a merged model of ours\n    fix: output=ANOTHER")
 
 
@@ -210,14 +213,18 @@ def _probe(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel) -> torch.T
 
 
 def _save(merged: Any, tokenizer: Any, plan: _Plan, folder: Path) -> None:
-    from sft.inference import CARD
+    from sft.answers import stop_ids
+    from sft.data.template import Template
+    from sft.inference import read_card, write_card
 
+    card = read_card(plan.adapter)
+    if card is not None:
+        stop_id = Template(card.template, tokenizer).stop_id()
+        merged.generation_config.eos_token_id = stop_ids(merged, tokenizer, stop_id)
+        # The merged weights are whole, and need no base.
+        write_card(folder, dataclasses.replace(card, quantization=QuantizationConfig()))
     merged.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
-    if (plan.adapter / CARD).is_file():
-        card = json.loads((plan.adapter / CARD).read_text(encoding="utf-8"))
-        card["quantization"] = {}  # the merged weights are whole
-        (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def _verify(

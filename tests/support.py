@@ -52,7 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def build_model(folder: Path, family: str, tied: bool) -> Path:
+def build_model(folder: Path, family: str, tied: bool, **changed: Any) -> Path:
     """Write a two-layer model of a real architecture, with random weights and the tiny tokenizer.
 
     Nonzero biases and a wide initialisation, so that a lost or doubled one shows in the logits.
@@ -73,7 +73,7 @@ def build_model(folder: Path, family: str, tied: bool) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **sizes,
-        **FAMILIES[family],
+        **{**FAMILIES[family], **changed},
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support import losses, records, run_sft
+from support import build_model, losses, records, run_sft
 
 
 @pytest.fixture
@@ -229,3 +229,105 @@ def test_ctrl_c_ends_a_run_that_can_go_on(tmp_path: Path, common: list[str]) -> 
     assert child.returncode == 130
     assert errors.endswith("error: interrupted; the same command again resumes\n")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path: Path, common: list[str]) -> None:
+    from sft.errors import RunError
+    from sft.train import main, train
+
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    for overwrite in ("true", "false"):
+        with pytest.raises(RunError, match="holds files that are not a run's"):
+            train(main.compose([*common, f"output_dir={precious}", f"overwrite={overwrite}"]))
+    assert [path.name for path in precious.iterdir()] == ["thesis.txt"]
+    with pytest.raises(RunError, match="is a file"):
+        train(main.compose([*common, f"output_dir={precious / 'thesis.txt'}"]))
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path, common: list[str]) -> None:
+    import fcntl
+
+    from sft.errors import RunError
+    from sft.train import main, train
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another process trains in"):
+            train(main.compose([*common, f"output_dir={tmp_path / 'run'}"]))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_a_run_cut_off_after_its_last_checkpoint_trains_no_step_more(
+    tmp_path: Path, common: list[str]
+) -> None:
+    from sft.train import main, train
+
+    run = tmp_path / "run"
+    short = [*common, "train.max_steps=2", "train.save_strategy=steps", "train.save_steps=1"]
+    short += ["train.lr_scheduler_type=constant", "train.warmup_steps=0", f"output_dir={run}"]
+    train(main.compose(short))
+    before = load_file(run / "adapter" / "adapter_model.safetensors")
+    first = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**first, "status": "running"}))
+    train(main.compose(short))
+    again = json.loads((run / "run.json").read_text())
+    assert again["status"] == "finished"
+    assert again["final"]["steps"] == 2
+    assert again["final"]["loss"] == first["final"]["loss"]
+    after = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(after[key].equal(before[key]) for key in before)
+    assert [record["step"] for record in records(run) if "loss" in record] == [1, 2]
+
+
+def test_weights_that_a_file_lacks_are_not_made_up(
+    tmp_path: Path, llama: Path, common: list[str]
+) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from sft.errors import ModelError
+    from sft.train import main, train
+
+    broken = tmp_path / "broken"
+    shutil.copytree(llama, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    config = main.compose([*common, f"output_dir={tmp_path / 'run'}"])
+    config.model.name_or_path = str(broken)
+    with pytest.raises(
+        ModelError, match=r"lack 1 tensors .* model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
+        train(config)
+    (broken / "model.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(ModelError, match=r"weights of .* cannot be loaded"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_longer_than_the_positions_is_refused(
+    tmp_path: Path, rows: Path, common: list[str]
+) -> None:
+    from sft.errors import ModelError
+    from sft.train import main, train
+
+    base = build_model(tmp_path / "base", "gpt2", True, n_positions=16)
+    config = main.compose([*common, f"output_dir={tmp_path / 'run'}"])
+    config.model.name_or_path = str(base)
+    with pytest.raises(ModelError, match="tokens, the model 16 positions"):
+        train(config)
+
+
+def test_modules_to_save_have_float32_masters(tmp_path: Path, common: list[str]) -> None:
+    from sft.train import main, train
+
+    run = tmp_path / "run"
+    extra = ["precision=bf16", "lora.modules_to_save=[lm_head]", "train.max_steps=2"]
+    train(main.compose([*common, *extra, f"output_dir={run}"]))
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.float32"}
+    assert any("lm_head" in key for key in tensors)
