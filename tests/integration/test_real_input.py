@@ -65,13 +65,13 @@ def test_opt_125m_learns_real_rows_under_zero_2(tmp_path: Path, opt_125m: Path, 
     from transformers import AutoModelForCausalLM
 
     text = (SHARED / "data" / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
-    (tmp_path / "shakespeare.txt").write_text(text[:9_000], encoding="utf-8")
+    (tmp_path / "shakespeare.txt").write_text(text[:7_000], encoding="utf-8")
     run_sft(
         "train",
         *("model=opt-125m", f"model.name_or_path={opt_125m}", "zero=stage2", "output_dir=run"),
         *(item.format(data=SHARED / "data") for item in SOURCES[name]),
-        *("dataset.max_rows=32", "dataset.max_eval_rows=4", "dataset.max_length=96"),
-        *("train.per_device_train_batch_size=2", "train.global_batch_size=8"),
+        *("dataset.max_rows=32", "dataset.max_eval_rows=2", "dataset.max_length=64"),
+        *("train.per_device_train_batch_size=2", "train.global_batch_size=4"),
         *("train.max_steps=8", "train.learning_rate=2e-3", "train.warmup_steps=0"),
         *("train.logging_steps=1", "train.save_strategy=no", "train.eval_strategy=no"),
         ranks=2,
