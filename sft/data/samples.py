@@ -155,12 +155,11 @@ def _encoded(
                 rendered.append(template.render(row))
             except DataError as error:
                 # Held-out rows were shuffled away, so a number alone would not find the row.
-                shown = textwrap.shorten(json.dumps(row, ensure_ascii=False), 120)
+                shown = textwrap.shorten(json.dumps(row, ensure_ascii=False, default=str), 120)
                 raise DataError(f"{name} row {position}, {shown}\n    {error}") from None
-        # Plain text is one stream: a BOS would stand in the middle of it, before every row.
-        yield from encoder.samples(
-            rendered, bos=template.config.kind == "completion", eos_id=eos_id
-        )
+        # A rendered chat holds its BOS. Plain text is one stream: no BOS before each row of it.
+        if rendered:
+            yield from encoder.samples(rendered, template.config.kind == "completion", eos_id)
 
 
 def _batched(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

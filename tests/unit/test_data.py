@@ -65,6 +65,8 @@ def test_empty_completions_and_blank_lines_are_dropped_and_counted(
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}]
     counts = build(rows, template(tokenizer, "completion")).counts
     assert (counts.rows, counts.samples, counts.dropped) == (2, 1, 1)
+    with pytest.raises(DataError, match="nothing is left of the train data: 1 rows, 1 dropped"):
+        build(rows[1:], template(tokenizer, "completion"))
     lines = build([{"text": ""}, {"text": "ab\n"}, {"text": ""}], template(tokenizer, "lines"))
     assert (lines.counts.rows, lines.counts.dropped, lines.counts.tokens) == (3, 2, 3)
 
