@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from sft.data.samples import Encoder
-from sft.data.template import Template
+from sft.data.encode import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,33 +71,33 @@ def stop_ids(
 
 def exact_match(
     model: PreTrainedModel,
-    template: Template,
-    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Dataset,
     batch_size: int,
     device: torch.device,
+    stop_id: int | None,
 ) -> dict[str, float]:
-    """Answer each row's prompt greedily and compare with its completion, on all ranks together.
+    """Answer each sample's prompt greedily and compare with its answer, on all ranks together.
+
+    The prompt is all that precedes the last trained stretch, the answer that stretch: the very
+    tokens of training.
 
     Args:
         model: Any rank's model; under ZeRO-3 every rank takes part in every forward.
-        template: Renders prompts and completions as in training.
-        rows: Held-out rows.
+        tokenizer: Of the samples.
+        samples: Held-out samples, one document each.
         batch_size: Prompts a rank answers at once.
         device: Where this rank computes.
+        stop_id: What ends an answer, besides EOS.
 
     Returns:
         ``exact_match`` (share), ``exact_match_rows`` and ``exact_match_seconds``.
     """
     began = time.perf_counter()
-    encoder = Encoder(template.tokenizer)
-    chat = template.config.kind == "chat"
-    prompts = [encoder.prompt(template.render_prompt(row), chat) for row in rows]
-    wanted = [encoder.prompt(template.answer(row), rendered=True) for row in rows]
-    answers = [
-        text.strip() for text in template.tokenizer.batch_decode(wanted, skip_special_tokens=True)
-    ]
+    prompts, wanted = zip(*(_last_answer(sample) for sample in samples), strict=True)
+    answers = [text.strip() for text in tokenizer.batch_decode(wanted, skip_special_tokens=True)]
     # Two tokens more than the longest answer: what has not stopped by then is wrong anyhow.
-    longest, stop_id = max(map(len, wanted)) + 2, template.stop_id()
+    longest = max(map(len, wanted)) + 2
     rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     right = torch.zeros(1, dtype=torch.int64, device=device)
@@ -107,7 +106,7 @@ def exact_match(
         # A rank that has none left answers one again, uncounted: ZeRO-3 needs every rank.
         texts = complete(
             model,
-            template.tokenizer,
+            tokenizer,
             [prompts[index] for index in indices or [start]],
             longest,
             device,
@@ -124,3 +123,15 @@ def exact_match(
         "exact_match_rows": len(prompts),
         "exact_match_seconds": round(time.perf_counter() - began, 3),
     }
+
+
+def _last_answer(sample: dict[str, list[int]]) -> tuple[list[int], list[int]]:
+    """Cut a sample into what precedes its last trained stretch, and that stretch."""
+    ids, labels = sample["input_ids"], sample["labels"]
+    stop = len(labels)
+    while labels[stop - 1] == IGNORE_INDEX:
+        stop -= 1
+    start = stop
+    while start and labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    return ids[:start], ids[start:stop]

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft.errors import RunError
-from sft.run import to_json, write_text
+from sft.files import to_json, write_text
 from sft.trainer import Trainer, gather, trained_bits
 
 logger = logging.getLogger("sft")

@@ -12,10 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sft import lora_checks, names, upstream, zero_checks
-from sft.config import Config, TrainConfig, columns_of
+from sft.config import CHECKS, Config, DatasetConfig, TemplateConfig, TrainConfig, columns_of
 from sft.errors import Problem
-from sft.rules import rule_problems
+from sft.rules import rule_problems, written
 
+TRAIN_ON = {
+    "completion": ("completion", "all"),
+    "chat": ("assistant", "last_assistant", "all"),
+    "text": ("all",),
+}
+MIX_KEYS = {"path", "subset", "split", "columns", "weight"}
 MIN_RATES = {"min_lr", "min_lr_rate"}
 
 
@@ -50,8 +56,6 @@ def _names(config: Config) -> Iterator[Problem]:
         yield Problem(
             "model.name_or_path=null", "a base model is needed", "model.name_or_path=HUB_ID_OR_DIR"
         )
-    if not config.dataset.path:
-        yield Problem("dataset.path=null", "data is needed", "dataset.path=FILE_OR_HUB_ID")
     if config.run_name is not None and Path(config.run_name).name != config.run_name:
         yield Problem(f"run_name={config.run_name}", "must be a plain name", "output_dir=DIR")
 
@@ -72,17 +76,28 @@ def _data(config: Config) -> Iterator[Problem]:
             "needs held-out rows to answer",
             "dataset.eval_fraction=0.05",
         )
+    yield from _sources(data)
+    yield from _samples(data, template)
     if template.kind == "text" and data.exact_match:
         yield Problem(
             f"dataset.exact_match={data.exact_match}",
             "plain text has no prompt to answer",
             "dataset.exact_match=0",
         )
-    if template.kind != "chat" and template.system is not None:
+    if template.kind != "chat":
+        for key in ("system", "chat_template"):
+            if getattr(template, key) is not None:
+                yield Problem(
+                    f"template.{key}={getattr(template, key)!r}",
+                    f"only a chat has a {key.replace('_', ' ')}",
+                    "template=chat",
+                )
+    legal = TRAIN_ON.get(template.kind, ())
+    if template.train_on is not None and template.train_on not in legal:
         yield Problem(
-            f"template.system={template.system!r}",
-            "only a chat template has a system message",
-            "template=chat",
+            f"template.train_on={template.train_on}",
+            f"a template of kind {template.kind} trains on {' or '.join(legal)}",
+            f"template.train_on={legal[0] if legal else 'null'}",
         )
     if template.kind == "completion" and not template.prompts:
         yield Problem("template.prompts=[]", "needs a prompt", "template=completion")
@@ -100,6 +115,68 @@ def _data(config: Config) -> Iterator[Problem]:
             )
     if not template.completions:
         yield Problem("template.completions=[]", "nothing would be trained", "template=completion")
+
+
+def _sources(data: DatasetConfig) -> Iterator[Problem]:
+    """Find what is wrong with where rows come from."""
+    if not data.path and not data.mix:
+        yield Problem("dataset.path=null", "data is needed", "dataset.path=FILE_OR_HUB_ID")
+    if data.path and data.mix:
+        yield Problem("dataset.path, dataset.mix", "give one of them", "dataset.path=null")
+    if data.mix and data.eval_split:
+        yield Problem(
+            f"dataset.eval_split={data.eval_split}",
+            "a mixture has no split of its own",
+            "dataset.eval_fraction=0.05, or dataset.eval_path=FILE",
+        )
+    for name, item in data.mix.items():
+        key = f"dataset.mix.{name}"
+        if not isinstance(item, dict) or not item.get("path"):
+            yield Problem(f"{key}={item}", "needs a path", f"{key}={{path: FILE, weight: 1}}")
+            continue
+        for unknown in item.keys() - MIX_KEYS:
+            yield Problem(
+                f"{key}.{unknown}={item[unknown]}",
+                f"a source has {', '.join(sorted(MIX_KEYS))}",
+                upstream.did_you_mean(unknown, MIX_KEYS),
+            )
+        weight = item.get("weight", 1)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+            yield Problem(f"{key}.weight={weight}", "must be above 0", f"{key}.weight=1")
+
+
+def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]:
+    """Find what is wrong with how rows become samples."""
+    default = DatasetConfig()
+    joined = data.packing in ("wrapped", "boundary")
+    if joined and template.kind != "text":
+        yield Problem(
+            f"dataset.packing={data.packing}",
+            "would cut prompts from their answers; it is for plain text",
+            "dataset.packing=bfd",
+        )
+    for key, holds, rule in (
+        ("order", joined, "only documents that are joined have an order (the trainer shuffles)"),
+        (
+            "boundary",
+            data.packing == "boundary",
+            "is of dataset.packing=boundary",
+        ),
+        ("sanitize", template.kind == "text", "is for plain text only"),
+    ):
+        value = getattr(data, key)
+        if value != getattr(default, key) and not holds:
+            yield Problem(
+                f"dataset.{key}={value!r}", rule, written(f"dataset.{key}", getattr(default, key))
+            )
+    for section in ("stop_above", "warn_above"):
+        for check, share in getattr(data, section).items():
+            key = f"dataset.{section}.{check}"
+            if check not in CHECKS:
+                hint = upstream.did_you_mean(check, CHECKS)
+                yield Problem(f"{key}={share}", f"the checks are {', '.join(CHECKS)}", hint)
+            elif not 0 <= share <= 1:
+                yield Problem(f"{key}={share}", "must be a share from 0 to 1", f"{key}=1")
 
 
 def _batch(config: Config) -> Iterator[Problem]:

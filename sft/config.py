@@ -14,13 +14,34 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sft.rules import above, at_least, one_of, setting, within
+from sft.rules import above, at_least, one_of, setting, share, within
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 # A wheel carries conf/, ds_config/ and assets/ inside the package; a clone has them beside it.
 HOME_DIR = PACKAGE_DIR if (PACKAGE_DIR / "conf").is_dir() else PACKAGE_DIR.parent
 CONF_DIR = HOME_DIR / "conf"
 DS_CONFIG_DIR = HOME_DIR / "ds_config"
+
+FORMAT_NAMES = (
+    "prompt_completion",
+    "alpaca",
+    "question_answer",
+    "messages",
+    "sharegpt",
+    "text",
+    "tokenized",
+    "columns",
+)
+# What the audit looks for in the documents, and how it says so.
+CHECKS = {
+    "nothing_trained": "have nothing trained, or had it cut away, and are left out",
+    "never_stops": "have no trained token that ends the answer, so the model would not stop",
+    "answer_cut": "had the end of the answer cut off by dataset.max_length",
+    "double_bos": "begin with two BOS tokens",
+    "control_tokens": "write a control token in their text",
+    "duplicates": "are exact copies of another",
+    "eval_in_train": "are held out and also trained on",
+}
 
 OmegaConf.register_new_resolver("assets", lambda path: str(HOME_DIR / "assets" / path))
 
@@ -46,21 +67,63 @@ class DatasetConfig:
     """Where rows come from, which are kept for evaluation, and how long a sample may be."""
 
     name: str | None = setting(None, "short name, used in run_name; null: from path")
-    path: str | None = setting(None, "hub id, local file, or folder of text files")
+    path: str | None = setting(None, "file, folder, pattern, URL (s3://, ...) or hub id")
     subset: str | None = setting(None, "the hub dataset's configuration name")
     split: str = setting("train", "hub split to train on")
     eval_path: str | None = setting(None, "file or folder of held-out rows")
     eval_split: str | None = setting(None, "hub split to evaluate on")
     eval_fraction: float = setting(0.0, "share of rows held out for evaluation", within(0, 1))
+    mix: dict[str, Any] = setting(
+        {}, "several sources instead of path: {name: {path: ..., weight: times seen an epoch}}"
+    )
+    format: str = setting(
+        "auto",
+        "what a row is; auto: told by its columns",
+        one_of("auto", *FORMAT_NAMES),
+    )
     columns: dict[str, str] = setting({}, "template field: column of the data that holds it")
-    max_rows: int | None = setting(None, "train on the first rows only", at_least(1))
+    max_rows: int | None = setting(None, "read the first rows of each source only", at_least(1))
     max_eval_rows: int | None = setting(None, "evaluate on the first rows only", at_least(1))
     max_length: int = setting(1024, "tokens in a sample, at most", at_least(8))
     overlong: str = setting(
         "error",
-        "samples over max_length: cut at the end, drop, or stop; counted and shown",
-        one_of("truncate", "drop", "error"),
+        "documents over max_length: stop, cut at the end, drop, or split; counted and shown",
+        one_of("truncate", "drop", "split", "error"),
     )
+    packing: str = setting(
+        "none",
+        "what a sample is. none: a document; bfd: as many as fit, none cut (bfd_split: long ones "
+        "split); wrapped: documents joined, cut every max_length; boundary: cut after dataset."
+        "boundary. Documents never see each other",
+        one_of("none", "bfd", "bfd_split", "wrapped", "boundary"),
+    )
+    boundary: str = setting("\n", "packing=boundary: a block begins after the last such token")
+    sanitize: bool = setting(False, "plain text: no carriage returns, tabs, blank lines, spaces")
+    order: str = setting(
+        "given",
+        "of documents that are joined",
+        one_of("given", "shortest", "longest", "random"),
+    )
+    sample: float = setting(1.0, "share of the blocks kept, evenly spaced", share())
+    max_bad_fraction: float = setting(
+        0.0, "share of rows that may not fit before the run is stopped", within(0, 1)
+    )
+    stop_above: dict[str, float] = setting(
+        {"nothing_trained": 0.05, "never_stops": 0.5, "double_bos": 0.0},
+        "audit check: share of documents above which the run is stopped; 1: never",
+    )
+    warn_above: dict[str, float] = setting(
+        {
+            "nothing_trained": 0.0,
+            "never_stops": 0.0,
+            "answer_cut": 0.0,
+            "control_tokens": 0.0,
+            "duplicates": 0.01,
+            "eval_in_train": 0.0,
+        },
+        "likewise, above which a warning is shown",
+    )
+    num_proc: int | None = setting(None, "processes that tokenise; null: all cores", at_least(1))
     exact_match: int = setting(
         0,
         "eval rows answered greedily before and after training and compared; 0: none",
@@ -78,6 +141,14 @@ class TemplateConfig:
         "completion: prompt + trained completion; chat: the tokenizer's chat template; "
         "text: the whole row is trained",
         one_of("completion", "chat", "text"),
+    )
+    train_on: str | None = setting(
+        None,
+        "what the loss sees; null: completion, or every assistant turn, or all of a text",
+        one_of("completion", "assistant", "last_assistant", "all"),
+    )
+    chat_template: str | None = setting(
+        None, "chat only: Jinja, a .jinja file, or one of TRL's (qwen3, llama3, ...); null: its own"
     )
     system: str | None = setting(None, "system message (chat only)")
     prompts: list[str] = setting([], "texts with {column}; the first whose columns a row fills")
@@ -154,6 +225,8 @@ class TrainConfig:
     )
     save_steps: int = setting(500, "steps between checkpoints", at_least(1))
     save_total_limit: int = setting(2, "checkpoints kept", at_least(2))
+    padding_free: bool = setting(False, "join a micro-batch into one row instead of padding it")
+    pad_to_multiple_of: int | None = setting(None, "round a batch's length up", at_least(1))
     dataloader_num_workers: int = setting(0, "processes that prepare batches", at_least(0))
     extra: dict[str, Any] = setting({}, "any other field of trl.SFTConfig")
 
@@ -205,6 +278,8 @@ def fill_names(config: Config) -> None:
     # A folder of the user's is found again from anywhere.
     if config.model.name_or_path and Path(config.model.name_or_path).is_dir():
         config.model.name_or_path = str(Path(config.model.name_or_path).resolve())
+    if config.dataset.name is None and config.dataset.mix:
+        config.dataset.name = "+".join(config.dataset.mix)
     if config.run_name is None:
         size = f"r{config.lora.r}" if config.lora.enabled else "full"
         config.run_name = f"{config.model.name}_{config.dataset.name}_{size}_seed{config.seed}"

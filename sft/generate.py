@@ -69,7 +69,7 @@ def generate(config: GenerateConfig) -> None:
     from transformers import set_seed
 
     from sft.answers import complete
-    from sft.data.samples import Encoder
+    from sft.data.encode import Encoder
 
     model, template = _load(config, folder)
     rows = _rows(config, template)
@@ -146,20 +146,25 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
 def _rows(config: GenerateConfig, template: Template) -> list[dict[str, Any]]:
     if config.prompt is not None:
         return [{"prompt": config.prompt} if config.raw else template.prompt_row(config.prompt)]
-    from sft.config import DatasetConfig
-    from sft.data.sources import load_rows
+    from sft.data.readers import BadRow, read
 
-    rows, _ = load_rows(DatasetConfig(path=config.file), seed=0)
-    if config.raw and "prompt" not in rows.column_names:
+    rows = []
+    for row in read(str(config.file)):
+        if isinstance(row, BadRow):
+            raise DataError(f"{row.file}:{row.line}: {row.reason}\n    fix: mend or remove it")
+        rows.append(row.values)
+    if not rows:
+        raise DataError(f"{config.file} holds no rows\n    fix: file=FILE with at least one row")
+    if config.raw and "prompt" not in rows[0]:
         raise DataError(f"{config.file} has no column prompt\n    fix: raw=false")
-    return list(rows)
+    return rows
 
 
 def _write(config: GenerateConfig, rows: list[dict[str, Any]], texts: list[str]) -> None:
     if config.output is None:
         sys.stdout.write("".join(f"{text}\n" for text in texts))
         return
-    from sft.run import write_text
+    from sft.files import write_text
 
     lines = [
         json.dumps({**row, "generated": text}, ensure_ascii=False)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from sft.config import Config, ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import ModelError
-from sft.run import write_text
+from sft.files import write_text
 
 CARD = "sft.json"
 ADAPTER_SETTINGS = "adapter_config.json"
@@ -35,6 +35,7 @@ def write_card(folder: Path, config: Config | Card) -> None:
         field.name: dataclasses.asdict(getattr(config, field.name))
         for field in dataclasses.fields(Card)
     }
+    card["template"]["chat_template"] = None  # it is saved with the tokenizer, which lies beside
     write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
 
 

@@ -18,8 +18,8 @@ from sft import environment
 from sft.cli import Command
 from sft.config import ModelConfig, QuantizationConfig
 from sft.errors import MergeError, Problem
+from sft.files import write_text
 from sft.rules import one_of, rule_problems, setting
-from sft.run import write_text
 
 if TYPE_CHECKING:
     import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from sft.data.samples import Samples
+    from sft.data.audit import Counts
 
 
 def choose_precision(precision: str) -> tuple[str, str]:
@@ -123,7 +123,7 @@ def load_architecture(model: ModelConfig) -> PreTrainedModel:
 
 
 def check_fits(
-    architecture: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Sequence[Samples]
+    architecture: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: Iterable[Counts]
 ) -> None:
     """Refuse token ids and positions that the model has no row for.
 
@@ -131,13 +131,14 @@ def check_fits(
         ModelError: The tokenizer is another model's, or a sample is longer than the positions.
     """
     rows = architecture.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.pad_token_id, *(samples.counts.largest_id for samples in sets))
+    counts = list(parts)
+    largest = max(tokenizer.pad_token_id, *(part.largest_id for part in counts))
     if largest >= rows:
         raise ModelError(
             f"the data has token {largest}, the model's embedding {rows} rows\n"
             "    fix: the model's own tokenizer"
         )
-    longest = max(samples.counts.longest for samples in sets)
+    longest = max(part.longest for part in counts)
     positions = getattr(architecture.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise ModelError(

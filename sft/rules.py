@@ -34,6 +34,11 @@ def within(low: float, high: float) -> Rule:
     return Rule(f"must be at least {low} and less than {high}", lambda value: low <= value < high)
 
 
+def share() -> Rule:
+    """A share of something, which is neither nothing nor more than all."""
+    return Rule("must be greater than 0 and at most 1", lambda value: 0 < value <= 1)
+
+
 def one_of(*choices: str) -> Rule:
     """Allow a few names."""
     return Rule(f"must be one of {', '.join(choices)}", lambda value: value in choices)

@@ -6,7 +6,6 @@ import dataclasses
 import fcntl
 import json
 import logging
-import math
 import os
 import platform
 import shutil
@@ -23,6 +22,7 @@ from sft import checkpoint, zero
 from sft.checks import world_size
 from sft.config import HOME_DIR, Config
 from sft.errors import RunError
+from sft.files import to_json, write_text
 
 LIBRARIES = (
     "sft",
@@ -143,6 +143,16 @@ class Run:
         }
         self._write()
 
+    def keep_audit(self, prepared: Path) -> None:
+        """Keep what was said of the data beside the run, which outlives the cache."""
+        for source, name in (
+            (prepared / "data.json", "data.json"),
+            (prepared / "meta.json", "data.json"),  # of an artefact
+            (prepared / "dropped.jsonl", "dropped.jsonl"),
+        ):
+            if source.is_file():
+                write_text(self.dir / name, source.read_text(encoding="utf-8"))
+
     def finish(self, final: dict[str, Any], **facts: Any) -> None:
         """Write ``"status": "finished"``, the flag that everything is in place."""
         self._record |= {"status": "finished", "seconds": round(time.time() - self.began, 1)}
@@ -164,26 +174,6 @@ def log_to_file(path: Path) -> None:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that its name never holds half of it."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def to_json(record: dict[str, Any], indent: int | None = None) -> str:
-    """Write JSON proper: a NaN or infinite figure, which has no number there, is null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(record), indent=indent)
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

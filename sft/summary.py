@@ -6,7 +6,9 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-from sft.data.samples import Samples, marked
+from sft.data import audit
+from sft.data.prepare import Prepared
+from sft.data.preview import marked
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -17,21 +19,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft")
 
 
-def describe_run(config: Config, trainer: Trainer, train_set: Samples, tokenizer: Any) -> None:
+def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer: Any) -> None:
     """Print what will be trained: the batch's arithmetic, the trainable share, one sample."""
-    args, counts = trainer.args, train_set.counts
+    args, counts = trainer.args, prepared.train.counts
     per_epoch, steps = planned_steps(args, counts.samples)
     trained, total = parameter_counts(trainer.model)
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    logger.info(
-        "data: %s rows, %s samples (%s dropped, %s truncated), %s tokens of which %s (%.0f %%) "
-        "are trained, longest %s",
-        *(f"{n:,}" for n in (counts.rows, counts.samples, counts.dropped, counts.truncated)),
-        f"{counts.tokens:,}",
-        f"{counts.trained_tokens:,}",
-        100 * counts.trained_tokens / counts.tokens,
-        counts.longest,
-    )
+    for line in audit.lines(prepared.parts):
+        logger.info("%s", line)
     logger.info(
         "batch: %s per rank x %s ranks x %s accumulation = %s sequences a step; %s samples = "
         "%s steps an epoch; %s steps in all, about %s tokens",
@@ -50,7 +45,7 @@ def describe_run(config: Config, trainer: Trainer, train_set: Samples, tokenizer
         f"{total:,}",
         100 * trained / total,
     )
-    sample = marked(train_set.dataset[0], tokenizer)
+    sample = marked(prepared.train.dataset[0], tokenizer)
     if len(sample) > 2000:
         sample = f"{sample[:1000]} [...] {sample[-1000:]}"
     logger.info("first sample, trained between the brackets:\n%s", sample)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import ConfigError, Problem
-from sft.run import write_text
+from sft.files import write_text
 from sft.trial import Trial, signals_as_interrupt
 
 logger = logging.getLogger("sft")

@@ -12,11 +12,9 @@ from sft.config import Config, fill_names
 from sft.errors import RunError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from trl import SFTConfig
 
-    from sft.data.samples import Samples
-    from sft.data.template import Template
+    from sft.data.prepare import Prepared
     from sft.run import Run
     from sft.trainer import Trainer
 
@@ -37,7 +35,8 @@ def train(config: Config) -> None:
     environment.prepare(distributed=config.zero.config is not None)
 
     from sft import adapter, model, summary, zero
-    from sft.data import samples, sources
+    from sft.data import artefact
+    from sft.data.prepare import prepare
     from sft.data.template import Template
 
     precision, reason = model.choose_precision(config.precision)
@@ -49,22 +48,20 @@ def train(config: Config) -> None:
     if config.lora.enabled:
         lora = adapter.lora_config(config.lora, architecture, zero.stage(ds_config))
 
-    template = Template(config.template, tokenizer)
-    rows, held_out = sources.load_rows(config.dataset, config.seed)
-    train_set = samples.build(rows, template, config.dataset, "train")
-    eval_set = samples.build(held_out, template, config.dataset, "eval") if held_out else None
-
-    model.check_fits(architecture, tokenizer, [train_set, *([eval_set] if eval_set else [])])
+    config.template = artefact.template_of(config.dataset.path) or config.template
+    template = Template(config.template, tokenizer, config.dataset.format)
+    prepared = prepare(config.dataset, template, config.seed)
+    model.check_fits(architecture, tokenizer, prepared.parts.values())
 
     # In this order: a model loaded after SFTConfig is partitioned by ZeRO-3 as it loads, and on a
     # CPU only if the process group exists by then.
-    args = sft_config(config, precision, ds_config, evaluates=eval_set is not None)
+    args = sft_config(config, precision, ds_config, evaluates=prepared.eval is not None)
     try:
         base = model.load_base(config, architecture.config, precision)
-        trainer = make_trainer(base, args, train_set, eval_set, tokenizer, lora)
-        summary.describe_run(config, trainer, train_set, tokenizer)
-        start(run, trainer, template, held_out, resume_from)
-        final = finish_training(trainer, config, template, held_out, resume_from)
+        trainer = make_trainer(base, args, prepared, tokenizer, lora)
+        summary.describe_run(config, trainer, prepared, tokenizer)
+        start(run, trainer, prepared, template.stop_id(), resume_from)
+        final = finish_training(trainer, config, template.stop_id(), resume_from)
         save(run, trainer, config, final)
     except BaseException as error:
         if args.process_index == 0:
@@ -91,6 +88,8 @@ def sft_config(
 
     fields = dataclasses.asdict(config.train)
     extra, global_batch = fields.pop("extra"), fields.pop("global_batch_size")
+    for name in ("padding_free", "pad_to_multiple_of"):  # our collator's
+        del fields[name]
     micro = fields["per_device_train_batch_size"]
     if not evaluates:
         fields["eval_strategy"], fields["eval_steps"] = "no", None
@@ -132,8 +131,7 @@ def sft_config(
 def make_trainer(
     base: Any,
     args: SFTConfig,
-    train_set: Samples,
-    eval_set: Samples | None,
+    prepared: Prepared,
     tokenizer: Any,
     lora: Any,
 ) -> Trainer:
@@ -144,8 +142,8 @@ def make_trainer(
         model=base,
         args=args,
         data_collator=collator(tokenizer.pad_token_id),
-        train_dataset=train_set.dataset,
-        eval_dataset=None if eval_set is None else eval_set.dataset,
+        train_dataset=prepared.train.dataset,
+        eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
         processing_class=tokenizer,
         peft_config=lora,
     )
@@ -159,7 +157,7 @@ def make_trainer(
 
 
 def start(
-    run: Run, trainer: Trainer, template: Template, held_out: Dataset | None, resume_from: Any
+    run: Run, trainer: Trainer, prepared: Prepared, stop_id: int | None, resume_from: Any
 ) -> None:
     """Take the folder, begin the logs, and arrange for the answers before training."""
     from sft import callbacks
@@ -167,33 +165,35 @@ def start(
 
     if trainer.args.process_index == 0:
         run.claim()
+        run.keep_audit(prepared.folder)
     trainer.accelerator.wait_for_everyone()
     log_to_file(run.dir / f"rank{trainer.args.process_index}.log")
     callbacks.watch(trainer, run.dir / "metrics.jsonl")
     trainer.args.eval_on_start &= resume_from is None
     count = run.config.dataset.exact_match
-    if count and held_out is not None:
-        trainer.add_callback(
-            callbacks.BeforeTraining(lambda: log_answers(trainer, template, held_out, count))
-        )
+    if count:
+        trainer.add_callback(callbacks.BeforeTraining(lambda: log_answers(trainer, count, stop_id)))
 
 
-def log_answers(
-    trainer: Trainer, template: Template, held_out: Dataset, count: int
-) -> dict[str, float]:
+def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, float]:
     """Answer held-out prompts and log how many are exactly right."""
     from sft.answers import exact_match
 
-    rows = held_out.select(range(min(count, len(held_out))))
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    batch_size, device = trainer.args.per_device_eval_batch_size, trainer.args.device
-    metrics = exact_match(model, template, rows, batch_size, device)
+    samples = trainer.eval_dataset.select(range(min(count, len(trainer.eval_dataset))))
+    metrics = exact_match(
+        trainer.accelerator.unwrap_model(trainer.model_wrapped),
+        trainer.processing_class,
+        samples,
+        trainer.args.per_device_eval_batch_size,
+        trainer.args.device,
+        stop_id,
+    )
     trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, metrics)
     return metrics
 
 
 def finish_training(
-    trainer: Trainer, config: Config, template: Template, held_out: Dataset | None, resume_from: Any
+    trainer: Trainer, config: Config, stop_id: int | None, resume_from: Any
 ) -> dict[str, Any]:
     """Train to the end; give the last evaluation and the share of exact answers."""
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
@@ -210,8 +210,8 @@ def finish_training(
         done = evaluated and evaluated[-1]["step"] == trainer.state.global_step
         last = evaluated[-1] if done else trainer.evaluate()
         final |= {key: last[key] for key in ("eval_loss", "eval_perplexity")}
-    if config.dataset.exact_match and held_out is not None:
-        final |= log_answers(trainer, template, held_out, config.dataset.exact_match)
+    if config.dataset.exact_match:
+        final |= log_answers(trainer, config.dataset.exact_match, stop_id)
     return final
 
 

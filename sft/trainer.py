@@ -12,7 +12,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sft import checkpoint, zero
-from sft.data.samples import IGNORE_INDEX
+from sft.data.encode import IGNORE_INDEX
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]

@@ -1,0 +1,312 @@
+"""Rendered rows become token ids, and which of them are trained: a batch of rows at a time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from sft.data.chat import SEAM
+from sft.data.formats import normalise, recognise
+from sft.data.readers import BadRow, Row
+from sft.data.template import Empty, Segment, Template
+from sft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+Stretch = tuple[list[int], bool, str]  # ids, trained, role
+
+
+# Whose a token is; a token's mark is twice the role's number, plus one where it is trained.
+ROLES = ("prompt", "completion", "text", "system", "user", "assistant", "tool", "all")
+MARKS = {(role, flag): 2 * number + flag for number, role in enumerate(ROLES) for flag in (0, 1)}
+# What is known of a document, however long it is.
+DOCUMENT = np.dtype(
+    [
+        ("length", np.int64),  # tokens
+        ("trained", np.int64),  # of them trained
+        ("last", np.int64),  # position of the last trained token; -1: none
+        ("last_id", np.int32),  # and its id
+        ("hash", np.uint64),  # of its tokens
+        ("row", np.int64),  # number of its row, in the order of reading
+        ("line", np.int64),  # where that row begins in its file
+        ("file", np.int32),  # index into the list of files
+        ("source", np.int32),  # index into the list of sources
+        ("control", np.bool_),  # its text holds a control token
+        ("double_bos", np.bool_),
+        ("unrolled", np.bool_),  # one of several that its row became
+    ]
+)
+
+
+@dataclass
+class Encoded:
+    """The documents of a batch of rows, joined.
+
+    Attributes:
+        ids: Token ids, shape (tokens,).
+        marks: Role and trained flag of each, shape (tokens,).
+        documents: What is known of each document, shape (documents,); ``row`` counts from the
+            batch's first.
+        bad: Rows that do not fit, with the reason.
+        empty: Rows with nothing to train.
+    """
+
+    ids: NDArray[np.int32]
+    marks: NDArray[np.uint8]
+    documents: NDArray[Any]
+    bad: list[BadRow]
+    empty: list[BadRow]
+
+
+class Encoder:
+    """Encodes segments one by one, as generation does: a prompt's ids never depend on the answer.
+
+    A tokenizer that would merge across the seam of prompt and completion thus cannot: the ids of
+    the prompt are the same in training and in generation.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._fast = None
+        if tokenizer.is_fast:
+            from tokenizers import Tokenizer
+
+            # A copy, that neither truncates nor pads whatever the tokenizer's file says.
+            self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            self._fast.no_truncation()
+            self._fast.no_padding()
+        plain = self.encode(["a"])[0]
+        special = tokenizer("a")["input_ids"]
+        self.bos_ids: list[int] = special[: special.index(plain[0])] if plain else []
+        # SentencePiece puts a space before the first word of a text; not inside one. Encoded after
+        # a lead, which is then taken off, a segment keeps its own beginning.
+        first = tokenizer.convert_ids_to_tokens(plain)[0]
+        self._leads = ("\n", "a") if first.startswith(("\u2581", "\u0120")) else ()
+        self._lead_ids = {lead: self.encode([lead])[0] for lead in self._leads}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Encode texts as they are, without special tokens around them."""
+        if self._fast is not None:
+            # Without offsets, which nothing here needs.
+            found = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+            return [encoding.ids for encoding in found]
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def prompt(self, text: str, rendered: bool) -> list[int]:
+        """Encode what generation starts from; a rendered chat holds its BOS already."""
+        ids = self._parts([text], [True])[0]
+        return ids if rendered else self._with_bos(ids)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """Begin with what the tokenizer begins a text with, unless the text itself does."""
+        return ids if ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids + ids
+
+    def _parts(self, texts: Sequence[str], first: Sequence[bool]) -> list[list[int]]:
+        """Encode stretches of text; ``first`` tells which of them begin one."""
+        if not any(SEAM in text for text in texts):
+            return self._led(texts, first)
+        flat, starts, owners = [], [], []
+        for index, (text, begins) in enumerate(zip(texts, first, strict=True)):
+            for number, part in enumerate(text.split(SEAM)):
+                flat.append(part)
+                starts.append(begins and number == 0)
+                owners.append(index)
+        joined: list[list[int]] = [[] for _ in texts]
+        for owner, ids in zip(owners, self._led(flat, starts), strict=True):
+            joined[owner] += ids
+        return joined
+
+    def _led(self, texts: Sequence[str], first: Sequence[bool]) -> list[list[int]]:
+        if not self._leads:
+            return self.encode(list(texts))
+        # A lead that a segment's own newline could merge with would be no lead.
+        leads = [
+            "" if begins else self._leads[text[:1].isspace()]
+            for text, begins in zip(texts, first, strict=True)
+        ]
+        encoded = self.encode([lead + text for lead, text in zip(leads, texts, strict=True)])
+        result = []
+        for lead, ids, text in zip(leads, encoded, texts, strict=True):
+            head = self._lead_ids.get(lead, [])
+            if ids[: len(head)] != head:
+                raise DataError(
+                    f"the tokenizer cannot encode {text[:40]!r} by itself"
+                )
+            result.append(ids[len(head) :])
+        return result
+
+    def samples(
+        self, rows: Sequence[list[Segment]], bos: bool, eos_id: int | None
+    ) -> list[list[Stretch]]:
+        """Give each row's (ids, trained, role), stretch by stretch.
+
+        Args:
+            rows: Each row's segments.
+            bos: Whether to begin with what the tokenizer begins a text with.
+            eos_id: Trained after the last segment, unless it is there already.
+        """
+        texts = [segment.text for row in rows for segment in row]
+        first = [index == 0 for row in rows for index in range(len(row))]
+        encoded = iter(self._parts(texts, first))
+        result = []
+        for row in rows:
+            stretches = [(next(encoded), segment.trained, segment.role) for segment in row]
+            if bos:
+                ids, trained, role = stretches[0]
+                head = self._with_bos(ids)[: len(self.bos_ids)] if self.bos_ids else []
+                if ids[: len(head)] != head:
+                    stretches.insert(0, (head, False, role))
+            last, trained, role = stretches[-1]
+            if eos_id is not None and last[-1:] != [eos_id]:
+                stretches[-1] = ([*last, eos_id], trained, role)
+            result.append(stretches)
+        return result
+
+
+class RowEncoder:
+    """Turns batches of rows into samples, all by itself: a worker process holds one."""
+
+    def __init__(self, template: Template, sanitize: bool = False) -> None:
+        self.template = template
+        self.sanitize = sanitize
+        self.encoder = Encoder(template.tokenizer)
+        chat = template.config.kind == "chat"
+        ends = template.config.append_eos and not chat
+        self.eos_id = template.tokenizer.eos_token_id if ends else None
+        # A rendered chat holds its BOS. Plain text is one stream: no BOS before each row of it.
+        self.bos = template.config.kind == "completion"
+        tokens = template.tokenizer.added_tokens_decoder.values()
+        self.control = tuple(token.content for token in tokens if token.special)
+
+    def __call__(self, rows: Sequence[Row | BadRow]) -> Encoded:
+        """Encode a batch."""
+        rendered: list[list[Segment]] = []
+        owners: list[tuple[int, bool, bool]] = []  # row, control, unrolled
+        ready: list[tuple[tuple[int, bool, bool], list[Stretch]]] = []
+        bad: list[BadRow] = []
+        empty: list[BadRow] = []
+        for index, row in enumerate(rows):
+            if isinstance(row, BadRow):
+                bad.append(row)
+                continue
+            try:
+                if self._is_tokenized(row.values):
+                    ready.append(((index, False, False), _tokenized(row.values)))
+                    continue
+                samples = self.template.render(self._clean(row.values))
+            except Empty as error:
+                empty.append(BadRow(row.file, row.line, str(error), _shown(row.values)))
+            except (DataError, AttributeError, TypeError, KeyError) as error:
+                bad.append(BadRow(row.file, row.line, _reason(error), _shown(row.values)))
+            else:
+                rendered += samples
+                owner = (index, self._holds_control(samples), len(samples) > 1)
+                owners += [owner] * len(samples)
+        encoded = self.encoder.samples(rendered, self.bos, self.eos_id) if rendered else []
+        both = sorted([*zip(owners, encoded, strict=True), *ready], key=lambda item: item[0][0])
+        ids, marks, documents = self._joined(both)
+        documents["line"] = [rows[index].line for (index, _, _), _ in both]
+        return Encoded(ids, marks, documents, bad, empty)
+
+    def _clean(self, values: dict[str, Any]) -> dict[str, Any]:
+        if not self.sanitize:
+            return values
+        return {k: sanitized(v) if isinstance(v, str) else v for k, v in values.items()}
+
+    def _is_tokenized(self, values: dict[str, Any]) -> bool:
+        format = self.template.format
+        return format == "tokenized" or (format == "auto" and recognise(values) == "tokenized")
+
+    def _holds_control(self, samples: list[list[Segment]]) -> bool:
+        """Tell whether data writes a control token; in a chat it is marked, elsewhere it acts."""
+        if self.template.chat is not None:
+            return any(SEAM in segment.text for segments in samples for segment in segments)
+        text = "".join(segment.text for segments in samples for segment in segments)
+        return any(name in text for name in self.control)
+
+    def _joined(
+        self, samples: Sequence[tuple[tuple[int, bool, bool], list[Stretch]]]
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[Any]]:
+        """Join documents into flat arrays, and describe each."""
+        stretches = [stretch for _, sample in samples for stretch in sample]
+        sizes = np.fromiter((len(ids) for ids, _, _ in stretches), np.int64, len(stretches))
+        flat = itertools.chain.from_iterable(ids for ids, _, _ in stretches)
+        ids = np.fromiter(flat, np.int32, int(sizes.sum()))
+        kinds = (MARKS[role, trained] for _, trained, role in stretches)
+        marks = np.repeat(np.fromiter(kinds, np.uint8, len(stretches)), sizes)
+
+        documents = np.zeros(len(samples), DOCUMENT)
+        if not samples:
+            return ids, marks, documents
+        counts = np.fromiter((len(sample) for _, sample in samples), np.int64, len(samples))
+        firsts = np.cumsum(counts) - counts
+        documents["length"] = np.add.reduceat(sizes, firsts)
+        begins = np.cumsum(documents["length"]) - documents["length"]
+        trained = marks & 1
+        documents["trained"] = np.add.reduceat(trained, begins, dtype=np.int64)
+        places = np.where(trained, np.arange(len(ids)), -1)
+        last = np.maximum.reduceat(places, begins)
+        documents["last_id"] = np.where(last >= 0, ids[last], -1)
+        documents["last"] = np.where(last >= 0, last - begins, -1)
+        ends = (begins + documents["length"]).tolist()
+        pairs = zip(begins.tolist(), ends, strict=True)
+        documents["hash"] = [xxhash.xxh3_64_intdigest(ids[a:b].tobytes()) for a, b in pairs]
+        documents["row"], documents["control"], documents["unrolled"] = zip(
+            *(owner for owner, _ in samples), strict=True
+        )
+        if len(self.encoder.bos_ids) == 1 and len(ids) > 1:
+            after = ids[np.minimum(begins + 1, len(ids) - 1)]
+            bos = self.encoder.bos_ids[0]
+            both = (ids[begins] == bos) & (after == bos) & (documents["length"] > 1)
+            documents["double_bos"] = both
+        return ids, marks, documents
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+
+
+def _shown(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False, default=str)[:10_000]
+
+
+def _tokenized(values: dict[str, Any]) -> list[Stretch]:
+    """Take ids and labels as they are; without labels everything is trained."""
+    normalise(values, "tokenized")
+    ids, labels = values["input_ids"], values.get("labels")
+    if not ids:
+        raise Empty("there is nothing to train: input_ids is empty")
+    if labels is None:
+        return [(list(ids), True, "text")]
+    if len(labels) != len(ids):
+        raise DataError(f"{len(ids)} input_ids and {len(labels)} labels")
+    wrong = [i for i, label in enumerate(labels) if label not in (IGNORE_INDEX, ids[i])]
+    if wrong:
+        raise DataError(
+            f"label {labels[wrong[0]]} at {wrong[0]} is neither {IGNORE_INDEX} nor the token "
+            "there: labels are not shifted here"
+        )
+    stretches: list[Stretch] = []
+    pairs = zip(ids, labels, strict=True)
+    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
+        role = "completion" if trained else "prompt"
+        stretches.append(([token for token, _ in group], trained, role))
+    return stretches
+
+
+def sanitized(text: str) -> str:
+    """Drop carriage returns, blank lines and superfluous spaces; a written \\n is a newline."""
+    text = text.replace("\r", "").replace("\\n", "\n").replace("\t", " ")
+    lines = (re.sub(" +", " ", line).strip(" ") for line in text.split("\n"))
+    return re.sub("\n{2,}", "\n", "\n".join(lines))
