@@ -1,6 +1,12 @@
 """What every test shares."""
 
+import os
+import tempfile
+
 import pytest
+
+# Prepared data of the tests, apart from the user's; processes that tests start inherit it.
+os.environ["SFT_CACHE_DIR"] = tempfile.mkdtemp(prefix="sft-cache-")
 
 
 @pytest.fixture(autouse=True)

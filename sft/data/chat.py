@@ -219,6 +219,10 @@ class Chat:
         for index, message in enumerate(messages):
             role, content = str(message["role"]), message["content"].strip()
             at = whole.find(content, position)
+            if role == "assistant" and index + 1 < len(messages):
+                # An earlier answer may have been dropped, and a later one say the same.
+                then = messages[index + 1]["content"].strip()
+                at = at if whole.find(then, at + len(content)) >= 0 else -1
             if at < 0 and role in ("system", "user"):
                 raise DataError(
                     f"the chat template leaves out message {index + 1}, the {role}'s"

@@ -1,16 +1,18 @@
 """Exactly which tokens are trained, and that no row is lost without being counted."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
 from support import SHARED, TINY
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sft.config import DatasetConfig, TemplateConfig
-from sft.data import samples, sources
+from sft.data.encode import IGNORE_INDEX, Encoder
+from sft.data.prepare import Samples, prepare
+from sft.data.preview import marked
 from sft.data.template import Segment, Template
 from sft.errors import DataError
 from sft.train import main
@@ -35,12 +37,15 @@ def template(tokenizer: PreTrainedTokenizerBase, name: str, **fields: Any) -> Te
     return Template(config, tokenizer)
 
 
-def build(rows: list[dict[str, Any]], made: Template, **fields: Any) -> samples.Samples:
-    return samples.build(Dataset.from_list(rows), made, DatasetConfig(**fields), "train")
+def build(rows: list[dict[str, Any]], made: Template, **fields: Any) -> Samples:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return prepare(DatasetConfig(path=str(path), **fields), made, seed=0).train
 
 
 def trained_text(made: Template, sample: dict[str, list[int]]) -> str:
-    kept = [label for label in sample["labels"] if label != samples.IGNORE_INDEX]
+    kept = [label for label in sample["labels"] if label != IGNORE_INDEX]
     return str(made.tokenizer.decode(kept))
 
 
@@ -51,11 +56,14 @@ def test_completion_trains_the_completion_and_eos(tokenizer: PreTrainedTokenizer
     assert tokenizer.decode(sample["input_ids"]) == "ab\ncd<|end|>"
     assert sample["labels"] == [-100] * 3 + sample["input_ids"][3:]
     assert trained_text(made, sample) == "cd<|end|>"
-    assert samples.marked(sample, tokenizer) == "ab\n⟦cd<|end|>⟧"
-    assert vars(built.counts) == {
-        **{"rows": 1, "samples": 1, "dropped": 0, "truncated": 0},
-        **{"tokens": 6, "trained_tokens": 3, "longest": 6},
-        "largest_id": tokenizer.eos_token_id,
+    assert marked(sample, tokenizer) == "ab\n⟦cd<|end|>⟧"
+    counts = built.counts
+    assert (counts.rows, counts.samples, counts.dropped, counts.truncated) == (1, 1, 0, 0)
+    assert (counts.tokens, counts.trained_tokens, counts.longest) == (6, 3, 6)
+    assert counts.largest_id == tokenizer.eos_token_id
+    assert counts.roles == {
+        "prompt": {"tokens": 3, "trained": 0},
+        "completion": {"tokens": 3, "trained": 3},
     }
 
 
@@ -65,7 +73,7 @@ def test_empty_completions_and_blank_lines_are_dropped_and_counted(
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}]
     counts = build(rows, template(tokenizer, "completion")).counts
     assert (counts.rows, counts.samples, counts.dropped) == (2, 1, 1)
-    with pytest.raises(DataError, match="nothing is left of the train data: 1 rows, 1 dropped"):
+    with pytest.raises(DataError, match="nothing is left of the data"):
         build(rows[1:], template(tokenizer, "completion"))
     lines = build([{"text": ""}, {"text": "ab\n"}, {"text": ""}], template(tokenizer, "lines"))
     assert (lines.counts.rows, lines.counts.dropped, lines.counts.tokens) == (3, 2, 3)
@@ -76,25 +84,25 @@ def test_only_the_token_that_ends_the_turn_is_trained(tokenizer: PreTrainedToken
     tokenizer.chat_template = CHATML.replace("<|end|>\n", "<|end|>\n<|endoftext|>")
     made = template(tokenizer, "chat")
     answer = "one <|system|> two"
-    row = {"prompt": "P", "completion": answer}
-    assert made.render(row)[1] == Segment(f"{answer}<|end|>", True)
+    sample = build([{"prompt": "P", "completion": answer}], made).dataset[0]
+    assert marked(sample, tokenizer).endswith(f"⟦{answer}<|end|>⟧\n<|endoftext|>")
+    # What the data writes is text, and begins no turn.
+    assert tokenizer.convert_tokens_to_ids("<|system|>") not in sample["input_ids"]
     assert made.stop_id() == tokenizer.convert_tokens_to_ids("<|end|>")
     assert template(tokenizer, "completion").stop_id() is None
 
 
-def test_columns_are_renamed_all_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "C", "completion": "P", "answer": "A"}\n')
+def test_columns_are_renamed_all_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    made = template(tokenizer, "completion")
+    row = {"prompt": "C", "completion": "P", "answer": "A"}
     swap = {"prompt": "completion", "completion": "prompt"}
-    rows, _ = sources.load_rows(DatasetConfig(path=str(path), columns=swap), seed=0)
-    assert rows[0] == {"prompt": "P", "completion": "C", "answer": "A"}
-    rows, _ = sources.load_rows(
-        DatasetConfig(path=str(path), columns={"completion": "answer"}), seed=0
-    )
-    assert rows[0] == {"prompt": "C", "completion": "A"}
+    assert marked(build([row], made, columns=swap).dataset[0], tokenizer) == "P\n⟦C<|end|>⟧"
+    other = build([row], made, columns={"completion": "answer"}).dataset[0]
+    assert marked(other, tokenizer) == "C\n⟦A<|end|>⟧"
     with pytest.raises(DataError, match="takes two fields from one column"):
-        columns = {"completion": "answer", "prompt": "answer"}
-        sources.load_rows(DatasetConfig(path=str(path), columns=columns), seed=0)
+        build([row], made, columns={"completion": "answer", "prompt": "answer"})
+    with pytest.raises(DataError, match="has no column x; it has prompt, completion, answer"):
+        build([row], made, columns={"completion": "x"})
 
 
 def test_eos_that_the_data_ends_with_is_not_doubled(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -114,11 +122,17 @@ def test_chat_trains_every_assistant_turn_with_its_end(tokenizer: PreTrainedToke
         {"role": "assistant", "content": "A2"},
     ]
     assert made.render({"messages": messages}) == [
-        Segment("<|system|>\nS<|end|>\n<|user|>\nU1<|end|>\n<|assistant|>\n", False),
-        Segment("A1<|end|>", True),
-        Segment("\n<|user|>\nU2<|end|>\n<|assistant|>\n", False),
-        Segment("A2<|end|>", True),
-        Segment("\n", False),  # the template's own newline is nothing to learn
+        [
+            Segment("<|system|>\nS<|end|>\n", False, "system"),
+            Segment("<|user|>\nU1<|end|>\n", False, "user"),
+            Segment("<|assistant|>\n", False, "assistant"),
+            Segment("A1<|end|>", True, "assistant"),
+            Segment("\n", False, "assistant"),  # the template's own newline is nothing to learn
+            Segment("<|user|>\nU2<|end|>\n", False, "user"),
+            Segment("<|assistant|>\n", False, "assistant"),
+            Segment("A2<|end|>", True, "assistant"),
+            Segment("\n", False, "assistant"),
+        ]
     ]
     sample = build([{"messages": messages}], made).dataset[0]
     assert trained_text(made, sample) == "A1<|end|>A2<|end|>"
@@ -131,22 +145,23 @@ def test_prompt_is_the_same_text_in_training_and_generation(
     row = {"instruction": "I", "input": "X", "output": "Y", "prompt": "P", "completion": "C"}
     for name in ("alpaca", "chat", "completion"):
         made = template(tokenizer, name)
-        segments = made.render(row)
-        assert made.render_prompt(row) == segments[0].text
+        [segments] = made.render(row)
+        prompt = "".join(segment.text for segment in segments if not segment.trained)
+        assert made.render_prompt(row) == prompt
         unanswered = {key: row[key] for key in ("instruction", "input", "prompt")}
-        assert made.render_prompt(unanswered) == segments[0].text
-        assert made.answer(row) in segments[1].text
+        assert made.render_prompt(unanswered) == prompt
 
 
 def test_system_message_is_added_once(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = CHATML
     made = template(tokenizer, "chat", system="S")
-    assert made.render({"prompt": "P", "completion": "C"})[0].text.startswith("<|system|>\nS<")
+    assert made.render({"prompt": "P", "completion": "C"})[0][0].text.startswith("<|system|>\nS<")
     given = [{"role": "system", "content": "T"}, {"role": "assistant", "content": "A"}]
-    assert made.render({"messages": given})[0].text.startswith("<|system|>\nT<")
+    assert made.render({"messages": given})[0][0].text.startswith("<|system|>\nT<")
 
 
-def test_chat_template_that_rewrites_history_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_rewritten_history_makes_a_sample_of_each_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Each turn is trained in the very context in which it would be generated."""
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and not loop.last %}"
         "(dropped){% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
@@ -154,9 +169,15 @@ def test_chat_template_that_rewrites_history_is_refused(tokenizer: PreTrainedTok
     )
     turn = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
     made = template(tokenizer, "chat")
-    assert made.render({"messages": turn})[1] == Segment("A<|end|>", True)
-    with pytest.raises(DataError, match="differently from the whole"):
-        made.render({"messages": turn + turn})
+    assert len(made.render({"messages": turn})) == 1
+    built = build([{"messages": turn + turn}], made)
+    assert [marked(sample, tokenizer) for sample in built.dataset] == [
+        "<|user|>U<|end|><|assistant|>⟦A<|end|>⟧",
+        "<|user|>U<|end|><|assistant|>(dropped)<|end|><|user|>U<|end|><|assistant|>⟦A<|end|>⟧",
+    ]
+    assert (built.counts.rows, built.counts.unrolled, built.counts.samples) == (1, 1, 2)
+    last = template(tokenizer, "chat", train_on="last_assistant")
+    assert len(last.render({"messages": turn + turn})) == 1
 
 
 @pytest.mark.parametrize(
@@ -176,7 +197,7 @@ def test_chat_template_that_cannot_be_trained_is_refused(
 
 def test_tokenizer_without_chat_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="has no chat template\n    fix: template=completion"):
+    with pytest.raises(DataError, match="has no chat template\n    fix: template=plain-chat"):
         template(tokenizer, "chat")
 
 
@@ -193,18 +214,10 @@ def test_row_that_does_not_fit_is_named(
 ) -> None:
     name = "chat" if "messages" in row else "completion"
     made = template(tokenizer, name)
-    with pytest.raises(DataError, match=rf"(?s)train row 1, \{{.*{message}"):
+    with pytest.raises(
+        DataError, match=rf"(?s)none of the first 1 rows of .*rows.jsonl:1: .*{message}"
+    ):
         build([row], made)
-
-
-def test_text_is_cut_into_blocks_without_losing_a_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [{"text": "abcdefghij"}, {"text": "klmno"}]
-    built = build(rows, template(tokenizer, "text"), max_length=8)
-    blocks = [tokenizer.decode(sample["input_ids"]) for sample in built.dataset]
-    assert blocks == ["abcdefgh", "ij<|end|>klmno"]  # the last EOS alone has nothing before it
-    assert built.counts.tokens == built.counts.trained_tokens == 16
-    lines = build(rows, template(tokenizer, "lines"), max_length=8)
-    assert [tokenizer.decode(s["input_ids"]) for s in lines.dataset] == ["abcdefgh", "ijklmno"]
 
 
 def test_overlong_rows_are_counted_or_stop(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -214,15 +227,32 @@ def test_overlong_rows_are_counted_or_stop(tokenizer: PreTrainedTokenizerBase) -
         {"prompt": "a", "completion": "b" * 20},
         {"prompt": "a", "completion": "b"},
     ]
-    with pytest.raises(DataError, match=r"train row 1 has 23 tokens, dataset\.max_length=8"):
+    fields: dict[str, Any] = {"max_length": 8, "stop_above": {}}
+    with pytest.raises(DataError, match=r"2 train .* first with 23 tokens at .*rows\.jsonl:1"):
         build(rows, made, max_length=8)
-    dropped = build(rows, made, max_length=8, overlong="drop").counts
+    dropped = build(rows, made, overlong="drop", **fields).counts
     assert (dropped.samples, dropped.dropped, dropped.truncated) == (1, 2, 0)
-    cut = build(rows, made, max_length=8, overlong="truncate").counts
+    cut = build(rows, made, overlong="truncate", **fields).counts
     # Nothing of the first row's completion is left, so it would train nothing.
     assert (cut.samples, cut.dropped, cut.truncated, cut.longest) == (2, 1, 1, 8)
-    with pytest.raises(DataError, match="nothing is left of the train data: 1 rows, 1 dropped"):
-        build(rows[:1], made, max_length=8, overlong="drop")
+    assert (cut.checks["nothing_trained"], cut.checks["answer_cut"]) == (1, 1)
+    with pytest.raises(
+        DataError, match=r"1 \(33.3%\) have nothing trained.*\n.*stop_above.nothing"
+    ):
+        build(rows, made, max_length=8, overlong="truncate")
+    with pytest.raises(DataError, match="nothing is left of the train data: 1 rows"):
+        build(rows[:1], made, overlong="drop", **fields)
+
+
+def test_split_trains_every_token_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    made = template(tokenizer, "completion")
+    rows = [{"prompt": "p" * 12, "completion": "abcdefghijklmno"}]
+    built = build(rows, made, max_length=8, overlong="split")
+    assert [marked(sample, tokenizer) for sample in built.dataset] == [
+        "ppppp\n⟦ab⟧",  # the piece before it held only a prompt
+        "b⟦cdefghi⟧",
+        "i⟦jklmno<|end|>⟧",
+    ]
 
 
 def spaced_tokenizer() -> PreTrainedTokenizerFast:
@@ -252,7 +282,7 @@ def test_bos_comes_once_and_no_space_into_the_seam() -> None:
     tokens = tokenizer.convert_ids_to_tokens(sample["input_ids"])
     assert tokens == ["<s>", "\u2581a", "b", "</s>"]
     assert sample["labels"] == [-100, -100, *sample["input_ids"][2:]]
-    prompt = samples.Encoder(tokenizer).prompt("a", rendered=False)
+    prompt = Encoder(tokenizer).prompt("a", rendered=False)
     assert prompt == sample["input_ids"][:2]
 
 
@@ -262,9 +292,11 @@ def test_alpaca_prompt_is_the_published_one(tokenizer: PreTrainedTokenizerBase) 
     made = template(tokenizer, "alpaca")
     row = {"instruction": "Do it.", "input": "with this", "output": "Y"}
     expected = vectors["alpaca_prompt"]["with_input"].format(**row)
-    assert made.render(row) == [Segment(expected, False), Segment("Y", True)]
+    prompt, completion = made.render(row)[0]
+    assert prompt == Segment(expected, False, "prompt")
+    assert completion == Segment("Y", True, "completion")
     without = vectors["alpaca_prompt"]["without_input"].format(**row)
-    assert made.render({**row, "input": ""})[0].text == without
+    assert made.render({**row, "input": ""})[0][0].text == without
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real input: {SHARED} is absent")
@@ -274,69 +306,75 @@ def test_alpaca_prompt_is_the_published_one(tokenizer: PreTrainedTokenizerBase) 
 def test_real_tokenizers_train_the_answer_and_one_eos(name: str, bos: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
     made = template(tokenizer, "completion")
-    rows = sources.load_rows(
-        DatasetConfig(
-            path=str(SHARED / "data" / "gsm8k" / "test.jsonl"),
-            columns={"prompt": "question", "completion": "answer"},
-        ),
-        seed=0,
-    )[0].select(range(200))
-    built = samples.build(rows, made, DatasetConfig(max_length=2048), "train")
+    path = SHARED / "data" / "gsm8k" / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:200]]
+    built = build(rows, made, max_length=2048)
     assert built.counts.samples == 200
     eos = tokenizer.eos_token_id
     for row, sample in zip(rows, built.dataset, strict=True):
         assert sample["input_ids"].count(eos) == 1 + bos  # OPT's BOS is its EOS
         assert sample["labels"][-1] == eos
-        assert trained_text(made, sample) == row["completion"] + tokenizer.eos_token
-        hidden = sample["labels"].count(samples.IGNORE_INDEX)
-        assert tokenizer.decode(sample["input_ids"][bos:hidden]) == row["prompt"] + "\n"
+        assert trained_text(made, sample) == row["answer"] + tokenizer.eos_token
+        hidden = sample["labels"].count(IGNORE_INDEX)
+        assert tokenizer.decode(sample["input_ids"][bos:hidden]) == row["question"] + "\n"
 
 
-def test_rows_are_held_out_by_seed_and_a_single_text_at_its_end(tmp_path: Path) -> None:
+def test_rows_are_held_out_by_seed_and_a_single_text_at_its_end(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": i}) + "\n" for i in range(10)))
-    config = DatasetConfig(path=str(path), eval_fraction=0.2)
-    train, held_out = sources.load_rows(config, seed=1)
-    assert held_out is not None and (len(train), len(held_out)) == (8, 2)
-    assert sorted([*train["prompt"], *held_out["prompt"]]) == list(range(10))
-    again = sources.load_rows(config, seed=1)[1]
-    other = sources.load_rows(config, seed=2)[1]
-    assert again is not None and again[:] == held_out[:]
-    assert other is not None and other[:] != held_out[:]
+    path.write_text(
+        "".join(json.dumps({"prompt": "p", "completion": str(i)}) + "\n" for i in range(10))
+    )
+    made = template(tokenizer, "completion")
+
+    def parts(seed: int) -> tuple[list[str], list[str]]:
+        prepared = prepare(DatasetConfig(path=str(path), eval_fraction=0.2), made, seed)
+        assert prepared.eval is not None
+        return tuple(
+            [trained_text(made, sample)[0] for sample in part.dataset]
+            for part in (prepared.train, prepared.eval)
+        )  # type: ignore[return-value]
+
+    train, held_out = parts(1)
+    assert (len(train), len(held_out)) == (8, 2)
+    assert sorted([*train, *held_out]) == list("0123456789")
+    assert parts(1) == (train, held_out)
+    assert parts(2) != (train, held_out)
 
     text = tmp_path / "one.txt"
     text.write_text("".join(f"line {i}\n" for i in range(10)))
-    train, held_out = sources.load_rows(DatasetConfig(path=str(text), eval_fraction=0.2), seed=1)
-    assert held_out is not None
-    assert train[0]["text"] + held_out[0]["text"] == text.read_text()
-    assert held_out[0]["text"] == "line 8\nline 9\n"
-
-
-def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    for name in ("b [1].txt", "a.md", "deep/c.txt"):
-        (tmp_path / name).write_text(f"{name}\nsecond line")
-    (tmp_path / "ignored.bin").write_bytes(b"\x00")
-    rows, _ = sources.load_rows(DatasetConfig(path=str(tmp_path)), seed=0)
-    assert [text.splitlines()[0] for text in rows["text"]] == ["a.md", "b [1].txt", "deep/c.txt"]
+    config = DatasetConfig(path=str(text), eval_fraction=0.2, packing="wrapped")
+    prepared = prepare(config, template(tokenizer, "text"), seed=1)
+    assert prepared.eval is not None
+    assert tokenizer.decode(prepared.eval.dataset[0]["input_ids"]) == "line 8\nline 9\n<|end|>"
+    assert tokenizer.decode(prepared.train.dataset[0]["input_ids"]).endswith("line 7\n<|end|>")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bad.jsonl", "{]\n", "cannot be read as json"),
+        ("bad.jsonl", "{]\n", "(?s)none of the first 1 rows.*bad.jsonl:1: the line is no JSON"),
         ("data.xml", "<a/>", "is of no known kind"),
-        ("folder", None, "holds no .txt or .md file"),
-        ("short.jsonl", '{"prompt": 1}\n', "leave none to train on"),
+        ("folder", None, "holds no file of a known kind"),
+        ("empty.jsonl", "", "is empty"),
+        ("blank.jsonl", "\n\n", "holds no rows"),
+        ("short.jsonl", '{"prompt": 1, "completion": 2}\n', "leaves none to train on"),
+        ("lines.txt", "one line", "cannot be split between lines"),
     ],
 )
 def test_source_that_cannot_be_read(
-    tmp_path: Path, name: str, content: str | None, message: str
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    content: str | None,
+    message: str,
 ) -> None:
     path = tmp_path / name
     if content is None:
         path.mkdir()
     else:
         path.write_text(content)
+    made = template(tokenizer, "text" if name.endswith(".txt") else "completion")
     with pytest.raises(DataError, match=message):
-        sources.load_rows(DatasetConfig(path=str(path), eval_fraction=0.5), seed=0)
+        prepare(DatasetConfig(path=str(path), eval_fraction=0.5), made, seed=0)
