@@ -132,12 +132,13 @@ class RanksAgree(TrainerCallback):  # type: ignore[misc]
 class BeforeTraining(TrainerCallback):  # type: ignore[misc]
     """Do something once the model is wrapped for training and before the first step."""
 
-    def __init__(self, action: Callable[[], object]) -> None:
+    def __init__(self, action: Callable[[], object], on_resume: bool = False) -> None:
         self.action = action
+        self.on_resume = on_resume
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Act, unless the run is being resumed."""
-        if state.global_step == 0:
+        """Act; on a run that is resumed only if asked to."""
+        if state.global_step == 0 or self.on_resume:
             self.action()
 
 

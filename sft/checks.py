@@ -85,11 +85,11 @@ def _data(config: Config) -> Iterator[Problem]:
             "dataset.exact_match=0",
         )
     if template.kind != "chat":
-        for key in ("system", "chat_template"):
+        for key, what in (("system", "system message"), ("chat_template", "Jinja template")):
             if getattr(template, key) is not None:
                 yield Problem(
                     f"template.{key}={getattr(template, key)!r}",
-                    f"only a chat has a {key.replace('_', ' ')}",
+                    f"only a chat template has a {what}",
                     "template=chat",
                 )
     legal = TRAIN_ON.get(template.kind, ())

@@ -57,8 +57,10 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
     attn_implementation: str | None = setting(
         None,
-        "attention kernel; null: the architecture's default",
-        one_of("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
+        "attention kernel; null: packed (ours) where samples are packed, else the architecture's",
+        one_of(
+            "packed", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
+        ),
     )
 
 

@@ -162,7 +162,9 @@ def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.d
     )
 
 
-def load_base(config: Config, architecture: PreTrainedConfig, precision: str) -> PreTrainedModel:
+def load_base(
+    config: Config, architecture: PreTrainedConfig, precision: str, kernel: str | None
+) -> PreTrainedModel:
     """Load the base model, or make one with random weights.
 
     Under ZeRO-3 the trainer's config must exist already: then each rank holds its share only.
@@ -171,6 +173,7 @@ def load_base(config: Config, architecture: PreTrainedConfig, precision: str) ->
         config: The run's config.
         architecture: The model's Transformers config.
         precision: fp32, bf16 or fp16.
+        kernel: The attention implementation; None: the architecture's own.
 
     Raises:
         ModelError: The weights are not there or cannot be reached.
@@ -183,8 +186,8 @@ def load_base(config: Config, architecture: PreTrainedConfig, precision: str) ->
     masters = not config.lora.enabled and config.zero.config is None
     dtype = dtype_of("fp32" if masters else precision)
     options: dict[str, Any] = {"dtype": dtype}
-    if config.model.attn_implementation is not None:
-        options["attn_implementation"] = config.model.attn_implementation
+    if kernel is not None:
+        options["attn_implementation"] = kernel
     set_seed(config.seed)
     with loading("weights", config.model):
         if config.model.pretrained:

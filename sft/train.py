@@ -14,6 +14,7 @@ from sft.errors import RunError
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+    from sft.data.collator import Collator
     from sft.data.prepare import Prepared
     from sft.run import Run
     from sft.trainer import Trainer
@@ -34,8 +35,9 @@ def train(config: Config) -> None:
     resume_from = run.resume_point()
     environment.prepare(distributed=config.zero.config is not None)
 
-    from sft import adapter, model, summary, zero
+    from sft import adapter, attention, model, summary, zero
     from sft.data import artefact
+    from sft.data.collator import Collator
     from sft.data.prepare import prepare
     from sft.data.template import Template
 
@@ -52,13 +54,21 @@ def train(config: Config) -> None:
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed)
     model.check_fits(architecture, tokenizer, prepared.parts.values())
+    packed = config.train.padding_free or "seq_lengths" in prepared.train.dataset.column_names
+    kernel = attention.choose(architecture, config.model.attn_implementation, packed)
+    collator = Collator(
+        tokenizer.pad_token_id,
+        padding_free=config.train.padding_free or (packed and kernel in attention.FLASH),
+        pad_to_multiple_of=config.train.pad_to_multiple_of,
+        documents=kernel == attention.NAME,
+    )
 
     # In this order: a model loaded after SFTConfig is partitioned by ZeRO-3 as it loads, and on a
     # CPU only if the process group exists by then.
     args = sft_config(config, precision, ds_config, evaluates=prepared.eval is not None)
     try:
-        base = model.load_base(config, architecture.config, precision)
-        trainer = make_trainer(base, args, prepared, tokenizer, lora)
+        base = model.load_base(config, architecture.config, precision, kernel)
+        trainer = make_trainer(base, args, prepared, collator, tokenizer, lora)
         summary.describe_run(config, trainer, prepared, tokenizer)
         start(run, trainer, prepared, template.stop_id(), resume_from)
         final = finish_training(trainer, config, template.stop_id(), resume_from)
@@ -132,16 +142,17 @@ def make_trainer(
     base: Any,
     args: SFTConfig,
     prepared: Prepared,
+    collator: Collator,
     tokenizer: Any,
     lora: Any,
 ) -> Trainer:
     """Put the adapter on the base model, and both into the trainer."""
-    from sft.trainer import Trainer, collator
+    from sft.trainer import Trainer
 
     trainer = Trainer(
         model=base,
         args=args,
-        data_collator=collator(tokenizer.pad_token_id),
+        data_collator=collator,
         train_dataset=prepared.train.dataset,
         eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
         processing_class=tokenizer,
@@ -170,9 +181,19 @@ def start(
     log_to_file(run.dir / f"rank{trainer.args.process_index}.log")
     callbacks.watch(trainer, run.dir / "metrics.jsonl")
     trainer.args.eval_on_start &= resume_from is None
+    if "seq_lengths" in prepared.train.dataset.column_names or trainer.data_collator.padding_free:
+        trainer.add_callback(callbacks.BeforeTraining(lambda: prove(trainer), on_resume=True))
     count = run.config.dataset.exact_match
     if count:
         trainer.add_callback(callbacks.BeforeTraining(lambda: log_answers(trainer, count, stop_id)))
+
+
+def prove(trainer: Trainer) -> None:
+    """Show that documents in one sample do not see each other in this very model."""
+    from sft.attention import prove_isolation
+
+    model, device = trainer.model_wrapped, trainer.args.device
+    prove_isolation(model, trainer.data_collator, device, len(trainer.processing_class))
 
 
 def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, float]:

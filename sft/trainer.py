@@ -4,15 +4,57 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sft import checkpoint, zero
 from sft.data.encode import IGNORE_INDEX
+
+
+class Fillers(torch.utils.data.Dataset[dict[str, Any]]):
+    """A dataset followed by samples in which nothing is trained, up to whole batches on all ranks.
+
+    They add nothing to the loss, which is the mean over trained tokens.
+    """
+
+    def __init__(self, samples: Any, multiple: int, pad_token_id: int) -> None:
+        self.samples = samples
+        self.length = math.ceil(len(samples) / multiple) * multiple
+        self.filler = {"input_ids": [pad_token_id] * 2, "labels": [IGNORE_INDEX] * 2}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample: dict[str, Any] = (
+            self.samples[index] if index < len(self.samples) else dict(self.filler)
+        )
+        return sample
+
+
+class Shuffle(torch.utils.data.Sampler[int]):
+    """All samples in an order of the seed and the epoch, then the fillers."""
+
+    def __init__(self, dataset: Fillers, seed: int) -> None:
+        self.count, self.length = len(dataset.samples), len(dataset)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; the Trainer calls it, on resuming too."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        yield from order.tolist()
+        yield from range(self.count, self.length)
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -66,6 +108,26 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         )
         return metrics
 
+    def get_train_dataloader(self) -> Any:
+        """Give every sample once an epoch, on any number of ranks, in an order of the seed alone.
+
+        Sample k of an epoch's order is in step k // global_batch_size, whatever the ranks and the
+        micro-batch. The stock sampler repeats samples until the last batch is full.
+        """
+        fillers = Fillers(
+            self.train_dataset,
+            self._train_batch_size * self.args.world_size,
+            self.data_collator.pad_token_id,
+        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return self._get_dataloader(
+            dataset=fillers,
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=lambda dataset: Shuffle(dataset, seed),
+            is_training=True,
+        )
+
     def _eval_batches(self, samples: Any) -> Any:
         """Yield this rank's batches; every rank gets as many, as ZeRO-3 gathers at each forward.
 
@@ -99,18 +161,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 ranks=self.args.world_size,
                 stage=zero.stage(self.args.deepspeed),
             )
-
-
-def collator(pad_token_id: int) -> DataCollatorForLanguageModeling:
-    """Pad to the longest of a micro-batch, labels with IGNORE_INDEX.
-
-    For samples of 3 and 2 tokens::
-
-        input_ids      [[5, 6, 7], [8, 9, pad]]      (2, 3)
-        attention_mask [[1, 1, 1], [1, 1, 0]]        (2, 3)
-        labels         [[-100, 6, 7], [-100, 9, -100]]
-    """
-    return DataCollatorForLanguageModeling(pad_token_id=pad_token_id)
 
 
 def trained_bits(model: torch.nn.Module) -> int:

@@ -45,7 +45,7 @@ def data(config: DataConfig) -> None:
     environment.prepare()
 
     from sft import model
-    from sft.data import artefact, preview, report
+    from sft.data import artefact, page, preview, report
     from sft.data.prepare import prepare
     from sft.data.template import Template
 
@@ -62,7 +62,7 @@ def data(config: DataConfig) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figures = report.figures(prepared.parts, config.dataset)
         path.write_text(
-            preview.page(samples, tokenizer, str(config.run_name), figures), encoding="utf-8"
+            page.page(samples, tokenizer, str(config.run_name), figures), encoding="utf-8"
         )
         logger.info("the same as a page: %s", path)
     if config.output is not None:

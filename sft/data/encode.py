@@ -140,9 +140,7 @@ class Encoder:
         for lead, ids, text in zip(leads, encoded, texts, strict=True):
             head = self._lead_ids.get(lead, [])
             if ids[: len(head)] != head:
-                raise DataError(
-                    f"the tokenizer cannot encode {text[:40]!r} by itself"
-                )
+                raise DataError(f"the tokenizer cannot encode {text[:40]!r} by itself")
             result.append(ids[len(head) :])
         return result
 
@@ -306,7 +304,7 @@ def _tokenized(values: dict[str, Any]) -> list[Stretch]:
 
 
 def sanitized(text: str) -> str:
-    """Drop carriage returns, blank lines and superfluous spaces; a written \\n is a newline."""
+    """Drop carriage returns, blank lines and superfluous spaces; a written newline is one."""
     text = text.replace("\r", "").replace("\\n", "\n").replace("\t", " ")
     lines = (re.sub(" +", " ", line).strip(" ") for line in text.split("\n"))
     return re.sub("\n{2,}", "\n", "\n".join(lines))

@@ -344,7 +344,8 @@ class _Part:
             reason = "nothing of it is trained" if empty else f"it has {record['length']} tokens"
             file = self.store.files[record["file"]]
             self.dropped.add(self.name, file, int(record["line"]), reason)
-        return self.documents[~out]
+        kept: NDArray[np.int64] = self.documents[~out]
+        return kept
 
     def _first_trained(self, document: int) -> int:
         """Find where the first token that the loss would see stands."""
@@ -403,7 +404,8 @@ class _Part:
         if c.trained_tokens == 0:
             raise DataError(
                 f"nothing is left of the {self.name} data: {c.rows:,} rows, {c.bad:,} do not fit, "
-                f"{c.dropped:,} dropped, {c.truncated:,} truncated\n    fix: dataset.max_length=2048"
+                f"{c.dropped:,} dropped, {c.truncated:,} truncated\n"
+                "    fix: dataset.max_length=2048"
             )
 
 
@@ -549,7 +551,8 @@ def _held_out(
     documents = store.documents
     separate = np.array([source.held_out for source in given])
     if not config.eval_fraction:
-        return separate[documents["source"]]
+        apart: NDArray[np.bool_] = separate[documents["source"]]
+        return apart
     rows = np.unique(documents["row"])
     count = max(1, round(len(rows) * config.eval_fraction))
     if count >= len(rows):

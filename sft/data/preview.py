@@ -1,13 +1,200 @@
-"""TEMP."""
+"""Samples as a person reads them in the terminal: exactly what is trained."""
+
+from __future__ import annotations
 
 import itertools
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
 from sft.data.encode import IGNORE_INDEX
 
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
 
-def marked(sample, tokenizer):
-    text = ""
-    pairs = zip(sample["input_ids"], sample["labels"], strict=True)
+Sample = Mapping[str, Any]
+
+# Controls, formats (such as a change of direction), lone surrogates, line and paragraph separators.
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# White on dark green, of the fixed colours: no theme, light or dark, makes it unreadable.
+TRAINED = "color(231) on color(22)"
+# How byte-level BPE spells bytes in its vocabulary (bytes_to_unicode of GPT-2's encoder.py).
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTES = {chr(byte): byte for byte in _PRINTABLE}
+BYTES |= {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
+
+
+class Stretch(NamedTuple):
+    """Neighbouring tokens of one document that are all trained, or all not."""
+
+    trained: bool
+    ids: list[int]
+    before: list[int]  # the one token before them, if any
+    text: str
+
+
+class Token(NamedTuple):
+    """One token, as text that is safe to print."""
+
+    text: str
+    id: int
+    trained: bool
+    special: bool
+
+
+def marked(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode a sample, with its trained stretches between ⟦ and ⟧."""
+    stretches = _stretches(sample["input_ids"], sample["labels"], tokenizer)
+    return "".join(f"⟦{text}⟧" if trained else text for trained, *_, text in stretches)
+
+
+def show(
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: bool = False,
+    color: bool | None = None,
+    file: IO[str] | None = None,
+) -> None:
+    """Print samples; what is trained is coloured or, without colour, between ⟦ and ⟧.
+
+    Args:
+        samples: ``input_ids`` and ``labels``, and ``seq_lengths`` where they are packed.
+        tokenizer: The one that made them.
+        tokens: Whether to show token by token, the ids beneath.
+        color: Whether to colour; by default, if the terminal can and NO_COLOR is not set.
+        file: Where to print; by default, standard output.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=file, color_system="256" if color else "auto" if color is None else None)
+    colored = color or (color is None and bool(console.color_system) and not console.no_color)
+    console.no_color = not colored
+    for number, sample in enumerate(samples, 1):
+        lines = [Text()] if number > 1 else []
+        documents, heading = documents_of(sample, tokenizer)
+        lines.append(Text.assemble((f"sample {number}", "bold"), "  ", heading))
+        for position, document in enumerate(documents, 1):
+            if "seq_lengths" in sample:
+                rule = f"── document {position} of {len(documents)}: {figures_of(document)} ──"
+                lines.append(Text(rule, "dim"))
+            if tokens:
+                lines += _rows(tokens_of(document, tokenizer), console.width, colored)
+                continue
+            lines.append(Text())
+            for trained, *_, text in document:
+                before, after = ("⟦", "⟧") if trained and not colored else ("", "")
+                lines[-1].append(
+                    before + visible(text) + after, TRAINED if trained and colored else None
+                )
+        # Soft, because rich's own wrapping takes away the spaces at the ends of lines.
+        console.print(Text("\n").join(lines), soft_wrap=True)
+
+
+def visible(text: str, around: str = "{}") -> str:
+    """Show where lines end, and escape what a terminal would obey or no one would see.
+
+    Args:
+        text: As decoded.
+        around: What is written around that which stands for a character.
+    """
+
+    def shown(char: str) -> str:
+        if char == "\n":
+            return around.format("↵") + char
+        # Joiners stay: emoji and several scripts are written with them.
+        if char not in "\u200c\u200d" and unicodedata.category(char) in HIDDEN:
+            return around.format(char.encode("unicode_escape").decode())
+        return char
+
+    return "".join(map(shown, text))
+
+
+def documents_of(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[Stretch]], str]:
+    """Cut a sample into documents, one unless it is packed, and these into stretches.
+
+    Returns:
+        The stretches of each document, and the sample's figures in words.
+    """
+    input_ids, labels = sample["input_ids"], sample["labels"]
+    ends = list(itertools.accumulate(sample.get("seq_lengths", [len(input_ids)])))
+    documents = [
+        list(_stretches(input_ids[start:end], labels[start:end], tokenizer))
+        for start, end in itertools.pairwise([0, *ends])
+    ]
+    heading = figures_of(itertools.chain(*documents))
+    if "seq_lengths" in sample:
+        heading += f", {len(ends)} document" + "s" * (len(ends) != 1)
+    return documents, heading
+
+
+def _stretches(
+    input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Stretch]:
+    pairs = zip(input_ids, labels, strict=True)
+    before: list[int] = []
     for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
-        decoded = tokenizer.decode([token for token, _ in group])
-        text += f"⟦{decoded}⟧" if trained else decoded
-    return text
+        ids = [token for token, _ in group]
+        yield Stretch(trained, ids, before, _decode(ids, before, tokenizer))
+        before = ids[-1:]
+
+
+def _decode(ids: list[int], before: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode tokens as they read after another: SentencePiece drops a text's first space."""
+    head, whole = tokenizer.decode(before), tokenizer.decode(before + ids)
+    # A head that ends inside a character would merge with what follows.
+    cut = whole.startswith(head) and "\ufffd" not in head
+    return str(whole[len(head) :] if cut else tokenizer.decode(ids))
+
+
+def tokens_of(document: list[Stretch], tokenizer: PreTrainedTokenizerBase) -> Iterator[Token]:
+    """Give a document token by token."""
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for trained, ids, before, _ in document:
+        for token in ids:
+            text = _decode([token], before, tokenizer)
+            if not text or "\ufffd" in tokenizer.decode([token]):
+                # A part of a character, or nothing by itself: its name in the vocabulary.
+                text = tokenizer.convert_ids_to_tokens(token) or ""
+                if BYTES.keys() >= set(text):
+                    text = bytes(BYTES[char] for char in text).decode(errors="backslashreplace")
+            yield Token(visible(text.replace(" ", "␣")), token, trained, token in special)
+            before = [token]
+
+
+def _rows(tokens: Iterable[Token], width: int, colored: bool) -> list[Text]:
+    """Lay tokens out in rows of two lines, each token over its id."""
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    lines: list[Text] = []
+    inside = ended = False
+    for token in tokens:
+        text, number = token.text.replace("\n", ""), str(token.id)
+        size = max(cell_len(text), len(number))
+        if ended or not lines or lines[-1].cell_len + size + 2 > width:
+            if lines:
+                lines[-2].append("⟧" if inside else "·", "dim")
+            lines += [Text(), Text()]
+            inside = False
+        bracket = token.trained != inside and not colored
+        lines[-2].append(("⟦" if token.trained else "⟧") if bracket else "·", "dim")
+        style = TRAINED if token.trained and colored else ""
+        lines[-2].append(text + " " * (size - cell_len(text)), style + " bold" * token.special)
+        lines[-1].append(f" {number:<{size}}", "dim")
+        inside, ended = token.trained and not colored, "\n" in token.text
+    lines[-2].append("⟧" if inside else "·", "dim")
+    return lines
+
+
+def figures_of(stretches: Iterable[Stretch]) -> str:
+    """Say how many tokens there are, and how many of them are trained."""
+    tokens = trained = 0
+    for stretch in stretches:
+        tokens += len(stretch.ids)
+        trained += len(stretch.ids) * stretch.trained
+    return f"{tokens:,} tokens, {trained:,} trained ({100 * trained / tokens:.0f} %)"

@@ -81,7 +81,7 @@ def test_published_renderings(vector: dict[str, Any]) -> None:
         answers = [m["content"] for m in messages if m["role"] == "assistant" and m["content"]]
         found = [text for text in trained if "<tool_call>" not in text]
         assert [text.rpartition("<")[0] for text in found] == answers
-        assert all(text.endswith((">")) for text in trained)  # and with the end of the turn
+        assert all(text.endswith(">") for text in trained)  # and with the end of the turn
 
 
 @needs_shared
@@ -148,7 +148,7 @@ def test_what_a_template_leaves_out_is_refused() -> None:
     for row, message in cases:
         with pytest.raises(DataError, match=message):
             template.render(row)
-    text, trained = joined(chat("qwen3"), cases[3][0])
+    _, trained = joined(chat("qwen3"), cases[3][0])
     assert trained == ["<think>\nR\n</think>\n\nA<|im_end|>"]
 
 

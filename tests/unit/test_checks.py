@@ -81,7 +81,7 @@ def test_the_base_of_these_tests_is_legal() -> None:
             "cut",
             (
                 "dataset.overlong=cut",
-                "must be one of truncate, drop, error",
+                "must be one of truncate, drop, split, error",
                 "dataset.overlong=error",
             ),
         ),

@@ -39,8 +39,9 @@ OPTIONS = {
     },
     "dataset": {
         *("demo", "alpaca", "dolly", "gsm8k", "tiny-shakespeare", "wikitext", "jsonl", "text"),
+        *("mix", "pretokenized"),
     },
-    "template": {"alpaca", "chat", "completion", "text", "lines"},
+    "template": {"alpaca", "chat", "chatml", "completion", "plain-chat", "text", "lines"},
     "lora": {"attention", "all-linear", "none"},
     "quantization": {"none", "int8", "nf4"},
     "zero": {"none", "stage1", "stage2", "stage3", "stage2_offload", "stage3_offload"},
@@ -52,8 +53,8 @@ OPTIONS = {
 }
 COUNTS = {
     "model": 19,
-    "dataset": 8,
-    "template": 5,
+    "dataset": 10,
+    "template": 7,
     "lora": 3,
     "quantization": 3,
     "zero": 6,
@@ -65,6 +66,8 @@ GIVEN = {
     "hf": ["model.name_or_path=facebook/opt-125m"],
     "jsonl": ["dataset.path=rows.jsonl"],
     "text": ["dataset.path=texts"],
+    "mix": ["dataset.mix.a.path=rows.jsonl"],
+    "pretokenized": ["dataset.path=folder"],
     "text-folder": ["dataset.path=texts"],
     "lora_prompt-response": ["dataset.path=rows.jsonl"],
     "opt-125m_wikitext_grid": ["train.per_device_train_batch_size=2"],
@@ -108,7 +111,7 @@ def combinations() -> list[dict[str, str]]:
 
     data = cycle(19, "model", "dataset")
     # gsm8k asks for no exact match, so that any template suits it.
-    rest = cycle(6, "template", "lora", "quantization", "zero", "train")
+    rest = cycle(7, "template", "lora", "quantization", "zero", "train")
     return data + [{"dataset": "gsm8k", **row} for row in rest]
 
 
@@ -126,7 +129,7 @@ def test_every_option_composes(row: dict[str, str]) -> None:
     for group, option in row.items():
         for key, value in yaml.safe_load((CONF_DIR / group / f"{option}.yaml").read_text()).items():
             composed = getattr(getattr(config, group), key, None)
-            if value is not None and key != "defaults" and "${" not in str(value):
+            if value not in (None, {}) and key != "defaults" and "${" not in str(value):
                 assert composed == (float(value) if isinstance(composed, float) else value), key
 
 
@@ -364,7 +367,7 @@ def test_unknown_keys_are_refused_however_they_are_typed() -> None:
         "quantization.bnb_4bit_compute_dtype=bfloat16": (
             "quantization.extra.bnb_4bit_compute_dtype=..."
         ),
-        "train.packing=true": "template=... and dataset=..., which decide what is trained",
+        "train.packing=true": "did you mean dataset.packing?",
         "lora.task_type=CAUSAL_LM": "remove it: CAUSAL_LM",
         "zzzzzz=1": "remove it",
     }

@@ -1,0 +1,195 @@
+"""Attention over packed documents, each of which sees itself alone, and the proof that it does."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from sft.data.collator import Collator
+from sft.errors import ConfigError, ModelError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "packed"
+FLASH = ("flash_attention_2", "flash_attention_3")
+# Their models build the causal mask without positions, so that stock kernels see no documents.
+LEAKS = {"biogpt", "bloom", "falcon", "mpt", "opt", "xglm"}
+UNPACKED = "dataset.packing=none"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend causally within each document; without ``cu_seq_lens_q``, as sdpa does.
+
+    Args:
+        module: The model's attention module.
+        query: (batch, heads, length, head_dim).
+        key: (batch, key heads, length, head_dim); fewer heads than the query's are shared.
+        value: As key.
+        attention_mask: Of generation; documents need none.
+        dropout: On the attention's weights.
+        scaling: Of the scores; None: 1 / sqrt(head_dim).
+        cu_seq_lens_q: Where documents begin and end in the batch * length tokens, from 0.
+        sliding_window: A token sees as many, itself included.
+        **kwargs: What other kernels take.
+
+    Returns:
+        (batch, length, heads, head_dim), and no weights.
+
+    Raises:
+        ModelError: The model wants what this kernel has not.
+    """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"attn_implementation={NAME} has no {name}, which this model needs\n"
+                "    fix: model.attn_implementation=eager (or flex_attention)"
+            )
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    batch, _, length, _ = query.shape
+    # (heads, batch * length, head_dim): a document may not reach over rows, but ends with one.
+    query, key, value = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
+    bounds = cu_seq_lens_q.tolist()
+    parts = []
+    for begin, end in itertools.pairwise(bounds):
+        window = None
+        if sliding_window is not None and end - begin > sliding_window:
+            place = torch.arange(end - begin, device=query.device)
+            distance = place[:, None] - place[None, :]
+            window = (distance >= 0) & (distance < sliding_window)
+        q, k, v = (x[None, :, begin:end] for x in (query, key, value))
+        parts.append(
+            F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=window,
+                dropout_p=dropout,
+                is_causal=window is None,
+                scale=scaling,
+                enable_gqa=query.shape[0] != key.shape[0],
+            )[0]
+        )
+    # (heads, batch * length, head_dim) -> (batch, length, heads, head_dim)
+    output = torch.cat(parts, dim=1).view(len(query), batch, length, -1).permute(1, 2, 0, 3)
+    return output.contiguous(), None
+
+
+def _packed_mask(
+    *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """Make a mask for generation only: documents come without one, and need none."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def register() -> None:
+    """Make ``attn_implementation="packed"`` known to Transformers."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _packed_mask)
+
+
+def choose(architecture: PreTrainedModel, asked: str | None, packing: bool) -> str | None:
+    """Choose the attention kernel; None is the architecture's own.
+
+    Args:
+        architecture: The model, weights or none.
+        asked: ``model.attn_implementation``.
+        packing: Whether samples hold several documents.
+
+    Raises:
+        ConfigError: Documents in one sample would see each other.
+    """
+    register()
+    takes_ours = getattr(architecture, "_supports_attention_backend", False)
+    kind = architecture.config.model_type
+    if asked == NAME and not takes_ours:
+        raise ConfigError(
+            [
+                Problem(
+                    f"model.attn_implementation={NAME}",
+                    f"the architecture {kind} has its own attention, which no kernel replaces",
+                    "model.attn_implementation=null",
+                )
+            ]
+        )
+    if not packing:
+        return asked
+    if asked is None and takes_ours:
+        return NAME
+    if kind in LEAKS and asked not in (NAME, *FLASH):
+        raise ConfigError(
+            [
+                Problem(
+                    f"dataset.packing with model.attn_implementation={asked or 'null'}",
+                    f"documents that are packed together would see each other in {kind}",
+                    f"model.attn_implementation={NAME}, or {UNPACKED}"
+                    if takes_ours
+                    else f"{UNPACKED}",
+                )
+            ]
+        )
+    return asked
+
+
+@torch.no_grad()
+def prove_isolation(model: Any, collator: Collator, device: torch.device, vocabulary: int) -> None:
+    """Require that what one document of a pack says changes nothing in the others.
+
+    Two documents are packed into a row and run through the model itself; then the first is changed.
+    The logits of the second must be the same to the last bit. Every rank takes part.
+
+    Raises:
+        ModelError: They are not, so that training would leak.
+    """
+    was_training = model.training
+    model.eval()
+    found = []
+    for shift in (0, 1):
+        first = [(7 * place + shift) % vocabulary for place in range(6)]
+        second = [(5 * place + 3) % vocabulary for place in range(5)]
+        sample = {"input_ids": first + second, "labels": first + second, "seq_lengths": [6, 5]}
+        batch = collator([sample])
+        batch.pop("labels")
+        inputs = {
+            key: value.to(device) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }
+        found.append(model(**inputs, use_cache=False).logits[0, 6:11])
+    model.train(was_training)
+    if not torch.equal(found[0], found[1]):
+        kernel = getattr(getattr(model, "module", model).config, "_attn_implementation", None)
+        raise ModelError(
+            f"with attn_implementation={kernel}, documents that are packed together see each other "
+            f"in this model (logits differ by {(found[0] - found[1]).abs().max():.2g})\n"
+            f"    fix: {UNPACKED}"
+        )

@@ -1,0 +1,98 @@
+"""Samples become a batch: padded, packed, or joined into one row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sft.data.encode import IGNORE_INDEX
+
+
+@dataclass
+class Collator:
+    """Make a batch of samples that have ``input_ids``, ``labels`` and perhaps ``seq_lengths``.
+
+    Padded, for samples of 3 and 2 tokens::
+
+        input_ids       [[5, 6, 7], [8, 9, 0]]              (2, 3)
+        attention_mask  [[1, 1, 1], [1, 1, 0]]              (2, 3)
+        labels          [[-100, 6, 7], [-100, 9, -100]]     (2, 3)
+
+    Packed, where the first holds documents of 2 and 1 tokens (``seq_lengths`` [2, 1]); padding is
+    a document of its own, so that no mask is needed::
+
+        input_ids       [[5, 6, 7], [8, 9, 0]]              (2, 3)
+        position_ids    [[0, 1, 0], [0, 1, 0]]              (2, 3)
+        labels          [[-100, 6, -100], [-100, 9, -100]]  (2, 3)
+
+    Padding-free, the same two::
+
+        input_ids       [[5, 6, 7, 8, 9]]                   (1, 5)
+        position_ids    [[0, 1, 0, 0, 1]]                   (1, 5)
+        labels          [[-100, 6, -100, -100, 9]]          (1, 5)
+
+    With ``documents``, for ``sft.attention``, also where each begins and ends in the joined rows::
+
+        cu_seq_lens_q   [0, 2, 3, 5, 6]   int32, and cu_seq_lens_k; padding is [5, 6)
+        max_length_q    2                 and max_length_k
+
+    Attributes:
+        pad_token_id: What rows are filled up with; no loss sees it.
+        padding_free: Join the samples into one row.
+        pad_to_multiple_of: Round the length up.
+        documents: Say where documents begin and end, in every mode.
+    """
+
+    pad_token_id: int
+    padding_free: bool = False
+    pad_to_multiple_of: int | None = None
+    documents: bool = False
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Collate."""
+        ids = [np.asarray(sample["input_ids"], np.int64) for sample in samples]
+        labels = [np.array(sample["labels"], np.int64) for sample in samples]
+        sizes = [
+            np.asarray(sample.get("seq_lengths") or [len(row)], np.int64)
+            for sample, row in zip(samples, ids, strict=True)
+        ]
+        for row, lengths in zip(labels, sizes, strict=True):
+            # Nothing precedes the first token of a document, so nothing can predict it.
+            row[np.cumsum(lengths) - lengths] = IGNORE_INDEX
+        packed = any("seq_lengths" in sample for sample in samples)
+        if self.padding_free:
+            ids, labels = [np.concatenate(ids)], [np.concatenate(labels)]
+            sizes = [np.concatenate(sizes)]
+        width = max(map(len, ids))
+        width += -width % (self.pad_to_multiple_of or 1)
+        batch: dict[str, Any] = {
+            "input_ids": _filled(ids, width, self.pad_token_id),
+            "labels": _filled(labels, width, IGNORE_INDEX),
+        }
+        if not (packed or self.padding_free or self.documents):
+            batch["attention_mask"] = _filled([np.ones_like(row) for row in ids], width, 0)
+            return batch
+        sizes = [
+            np.append(lengths, width - len(row)) if len(row) < width else lengths
+            for row, lengths in zip(ids, sizes, strict=True)
+        ]
+        places = [np.concatenate([np.arange(n) for n in lengths]) for lengths in sizes]
+        batch["position_ids"] = torch.from_numpy(np.stack(places))
+        if self.documents:
+            lengths = np.concatenate(sizes)
+            bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.from_numpy(bounds)
+            batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
+        return batch
+
+
+def _filled(rows: list[Any], width: int, value: int) -> torch.Tensor:
+    """Stack rows of different lengths, filled up on the right."""
+    table = np.full((len(rows), width), value, np.int64)
+    for index, row in enumerate(rows):
+        table[index, : len(row)] = row
+    return torch.from_numpy(table)

@@ -1,0 +1,251 @@
+"""The preview and the audit as one HTML page, which needs neither a network nor scripts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import string
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from sft.data.preview import (
+    Sample,
+    Stretch,
+    Token,
+    documents_of,
+    figures_of,
+    tokens_of,
+    visible,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def page(
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    title: str,
+    audit: Mapping[str, Any] | None,
+) -> str:
+    """Write samples as one HTML page, which needs neither a network nor scripts.
+
+    Args:
+        samples: As in ``show``.
+        tokenizer: The one that made them.
+        title: The page's heading.
+        audit: Figures by name, nested as deep as they are, shown above the samples. A
+            ``histogram``, rows of [from, to, count], becomes a chart, and a ``max_length``
+            beside or above it a line in the chart.
+    """
+    body = f'<section class="card">{_audit(audit)}</section>\n' if audit else ""
+    for number, sample in enumerate(samples, 1):
+        documents, heading = documents_of(sample, tokenizer)
+        strip = "".join(
+            f'<i{" class=on" * stretch.trained} style="flex:{len(stretch.ids)}"></i>'
+            for stretch in itertools.chain(*documents)
+        )
+        body += f'<article class="card">\n<h2>Sample {number} <small>{heading}</small></h2>\n'
+        body += f'<div class="strip" aria-hidden="true">{strip}</div>\n'
+        for position, document in enumerate(documents, 1):
+            if "seq_lengths" in sample:
+                name = f"document {position} of {len(documents)}"
+                body += f'<h3 class="rule">{name} <small>{figures_of(document)}</small></h3>\n'
+            body += f'<pre class="text">{"".join(map(_stretch_html, document))}</pre>\n'
+            tokens = "".join(map(_token_html, tokens_of(document, tokenizer)))
+            body += f'<pre class="tokens">{tokens}</pre>\n'
+        body += "</article>\n"
+    return PAGE.substitute(title=escape(visible(title)), body=body)
+
+
+def _stretch_html(stretch: Stretch) -> str:
+    # What stands for a character looks different: the data may hold the same in letters.
+    text = visible(escape(stretch.text), '<span class="esc">{}</span>')
+    return f"<mark>{text}</mark>" if stretch.trained else text
+
+
+def _token_html(token: Token) -> str:
+    kinds = "token" + " on" * token.trained + " special" * token.special
+    text, end = escape(token.text).replace("\n", ""), "<br>" * ("\n" in token.text)
+    return f'<span class="{kinds}">{text}<i>{token.id}</i></span>{end}'
+
+
+def _audit(figures: Mapping[str, Any], level: int = 2, limit: int | None = None) -> str:
+    """Write figures: single ones as rows, tables as tables, what is deeper under a heading."""
+    limit = figures.get("max_length", limit)
+    rows = sections = ""
+    for key, value in figures.items():
+        name = _name(key)
+        head = f"<section>\n<h{level}>{name}</h{level}>\n"
+        if key == "histogram" and value:
+            sections += _chart(value, limit)
+        elif not isinstance(value, Mapping) or not value:
+            rows += f"<tr><th>{name}</th>{_cell(key, value)}</tr>\n"
+        elif all(_is_flat(row) for row in value.values()):
+            columns = list(dict.fromkeys(itertools.chain(*value.values())))
+            sections += head + "<table>\n<tr><td></td>"
+            sections += "".join(f"<th>{_name(c)}</th>" for c in columns) + "</tr>\n"
+            for label, row in value.items():
+                cells = "".join(_cell(c, row.get(c)) for c in columns)
+                sections += f"<tr><th>{_name(label)}</th>{cells}</tr>\n"
+            sections += "</table>\n</section>\n"
+        else:
+            sections += f"{head}{_audit(value, min(level + 1, 6), limit)}</section>\n"
+    table = f"<table>\n{rows}</table>\n" if rows else ""
+    return f'<div class="figures">\n{table}{sections}</div>\n'
+
+
+def _is_flat(row: object) -> bool:
+    return isinstance(row, Mapping) and not any(isinstance(v, Mapping | list) for v in row.values())
+
+
+def _name(key: object) -> str:
+    return escape(visible(str(key).replace("_", " ")))
+
+
+def _cell(name: str, value: object) -> str:
+    """Write a table's cell: numbers to be read, and shares in percent."""
+    kind = ""
+    if value is None or value in ({}, []):
+        text = "-"
+    elif isinstance(value, float):
+        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        text = f"{100 * value:.3g} %" if name.endswith("share") else text
+    elif isinstance(value, int) and not isinstance(value, bool):
+        text = f"{value:,}"
+    else:
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if name == "verdict":
+            kind = ' class="ok"' if value == "ok" else ' class="alert"'
+    return f"<td{kind}>{escape(visible(text))}</td>"
+
+
+def _chart(rows: Sequence[Sequence[float]], limit: float | None) -> str:
+    """Draw a histogram of lengths; a limit far beyond them is named at the right edge."""
+    start, end, most = rows[0][0], rows[-1][1], max(row[2] for row in rows)
+    far = limit is not None and limit - start > 2 * (end - start)
+    if limit is not None and not far:
+        end = max(end, limit)
+
+    def x(value: float) -> float:
+        return round(64 + 520 * (value - start) / (end - start), 1)
+
+    svg = ""
+    for low, high, count in rows:
+        height = round(140 * count / most, 1) if most else 0
+        svg += f'<rect class="bar" x="{x(low)}" y="{170 - height}" height="{height}" '
+        svg += f'width="{max(x(high) - x(low) - 1, 1):.1f}">'
+        svg += f"<title>{low:,} to {high:,}: {count:,}</title></rect>\n"
+    edges = [*(row[0] for row in rows), rows[-1][1]]
+    for edge in edges[:: math.ceil(len(edges) / 9)]:
+        svg += f'<text x="{x(edge)}" y="187" text-anchor="middle">{edge:,}</text>\n'
+    if limit is not None:
+        at, name = 584.0 if far else x(limit), f"max_length {limit:,}{' →' * far}"
+        anchor = "start" if at < 200 else "end"
+        svg += f'<line class="limit" x1="{at}" x2="{at}" y1="20" y2="170"/>\n'
+        svg += f'<text class="limit" x="{at}" y="14" text-anchor="{anchor}">{name}</text>\n'
+    return f"""<svg viewBox="0 0 600 212" role="img" aria-label="Histogram of lengths">
+<line x1="64" x2="584" y1="30" y2="30"/><line class="axis" x1="64" x2="584" y1="170" y2="170"/>
+<text x="56" y="34" text-anchor="end">{most:,}</text><text x="56" y="174" text-anchor="end">0</text>
+<text x="324" y="207" text-anchor="middle">tokens</text>
+<text transform="translate(12 100) rotate(-90)" text-anchor="middle">samples</text>
+{svg}</svg>
+"""
+
+
+PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>$title</title>
+<style>
+:root {
+  color-scheme: light dark;
+  --page: #f7f7f4; --card: #fff; --ink: #1f2421; --soft: #6a726d; --line: #e3e5e0;
+  --on: #dcefdf; --edge: #4f9d69; --alert: #a8480b;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #141615; --card: #1c1f1d; --ink: #e3e7e4; --soft: #929b95; --line: #2f3431;
+    --on: #1d4029; --edge: #58a973; --alert: #f0a060;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  max-width: 64rem; margin: 0 auto; padding: 3rem 1.5rem 5rem;
+  background: var(--page); color: var(--ink); font: 15px/1.6 system-ui, sans-serif;
+}
+h1 { margin: 0 0 .5rem; font-size: 1.7rem; font-weight: 650; letter-spacing: -.01em; }
+h2, h3, h4, h5, h6 { margin: 0 0 .6rem; font-size: 1.1rem; font-weight: 600; }
+h3, h4, h5, h6 { margin-bottom: .2rem; font-size: .9rem; }
+small { font-size: .85rem; font-weight: 400; color: var(--soft); }
+.legend {
+  position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem;
+  margin: 0 0 1rem; padding: .7rem 0; background: var(--page);
+  border-bottom: 1px solid var(--line); font-size: .9rem;
+}
+.legend label { margin-left: auto; cursor: pointer; }
+.card {
+  margin: 1.5rem 0; padding: 1.4rem 1.6rem; background: var(--card);
+  border: 1px solid var(--line); border-radius: 10px;
+}
+.card > h2 { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: baseline; }
+.card > h2 small { margin-left: auto; font-variant-numeric: tabular-nums; }
+.strip { display: flex; height: 4px; margin-bottom: 1.1rem; background: var(--line);
+  border-radius: 2px; overflow: hidden; }
+.strip .on { background: var(--edge); }
+.rule { display: flex; gap: .8rem; align-items: center; margin: 1.4rem 0 .6rem; }
+.rule::after { content: ""; flex: 1; border-top: 1px dashed var(--soft); opacity: .5; }
+pre { margin: 0; font: 13.5px/1.75 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono",
+  monospace; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; }
+.text { unicode-bidi: plaintext; }
+mark { padding: .1em 0; color: inherit; background: var(--on); border-bottom: 2px solid var(--edge);
+  -webkit-box-decoration-break: clone; box-decoration-break: clone; }
+.esc { color: var(--soft); font-size: .85em; user-select: none; }
+.tokens, body:has(#toggle:checked) .text { display: none; }
+body:has(#toggle:checked) .tokens { display: block; }
+.token { display: inline-block; max-width: 100%; margin: 0 2px 5px 0; padding: 0 3px;
+  vertical-align: top; line-height: 1.5; border: 1px solid var(--line); border-radius: 3px; }
+.token.on { background: var(--on); border-color: var(--on); border-bottom-color: var(--edge); }
+.token.special { font-weight: 700; }
+.token i { display: block; font: 10px/1.4 system-ui, sans-serif; color: var(--soft); }
+.figures { display: flex; flex-wrap: wrap; gap: 1.6rem 3rem; align-items: flex-start; }
+.figures > table { min-width: 13rem; }
+.figures > section:has(svg) { flex-basis: 100%; order: 1; }
+.card > .figures > section { flex-basis: 100%; }
+.card > .figures > section + section { padding-top: 1.6rem; border-top: 1px solid var(--line); }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .22rem 0 .22rem 1.5rem; text-align: right; font-weight: 400;
+  border-bottom: 1px solid var(--line); }
+th { color: var(--soft); }
+th:first-child { padding-left: 0; text-align: left; }
+.ok { color: var(--edge); }
+.alert { color: var(--alert); font-weight: 600; }
+svg { width: 34rem; max-width: 100%; font: 12px system-ui, sans-serif; }
+svg text { fill: var(--soft); }
+svg line { stroke: var(--line); }
+svg .axis { stroke: var(--soft); }
+svg .bar { fill: var(--edge); opacity: .8; }
+svg line.limit { stroke: var(--alert); stroke-dasharray: 4 3; }
+svg text.limit { fill: var(--alert); }
+@media print {
+  :root { --page: #fff; --card: #fff; --ink: #000; --soft: #555; --line: #ccc;
+    --on: #dcefdf; --edge: #2f7d4a; --alert: #a8480b; }
+  body { max-width: none; padding: 0; font-size: 9.5pt; print-color-adjust: exact;
+    -webkit-print-color-adjust: exact; }
+  .figures { gap: 1.2rem 1.5rem; }
+  .figures > table { min-width: 10rem; }
+  .legend { position: static; }
+  .legend label { display: none; }
+  .card { border: 0; padding: 0; }
+  h2, h3, .strip { break-after: avoid; }
+  table, svg { break-inside: avoid; }
+}
+</style>
+<h1>$title</h1>
+<p class="legend"><span><mark>trained</mark></span> <span>not trained</span>
+<label><input type="checkbox" id="toggle"> token boundaries and ids</label></p>
+$body</html>
+""")

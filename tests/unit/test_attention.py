@@ -1,0 +1,141 @@
+"""Packed documents are trained exactly as they would be alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import build_model
+from transformers import AutoModelForCausalLM
+
+from sft import attention
+from sft.data.collator import Collator
+from sft.errors import ConfigError, ModelError
+
+LENGTHS = [[9, 4, 1, 7], [5, 12]]
+# Family, what is changed of it, and the kernels that are allowed with packing on a CPU.
+CASES = [
+    ("opt", {}, ("packed",)),
+    ("llama", {}, ("packed", "sdpa", "eager")),
+    ("gpt_neox", {}, ("packed", "sdpa", "eager")),
+    ("qwen3", {}, ("packed", "sdpa", "eager")),
+    (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+        ("packed",),
+    ),
+    ("gpt2", {}, ("packed", "sdpa")),
+    ("gptj", {}, ("eager",)),
+]
+
+
+def model_of(tmp_path: Path, family: str, changed: dict[str, Any], kernel: str | None) -> Any:
+    folder = build_model(tmp_path / family, family, tied=False, **changed)
+    attention.register()
+    options = {} if kernel is None else {"attn_implementation": kernel}
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def samples(seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for lengths in LENGTHS:
+        ids = torch.randint(0, 256, (sum(lengths),), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": list(ids), "seq_lengths": lengths})
+    return made
+
+
+def documents(packs: list[dict[str, Any]]) -> list[list[int]]:
+    found = []
+    for pack in packs:
+        start = 0
+        for length in pack["seq_lengths"]:
+            found.append(pack["input_ids"][start : start + length])
+            start += length
+    return found
+
+
+def loss_and_gradients(
+    model: Any, batches: list[dict[str, Any]]
+) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        labels = batch.pop("labels")
+        logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        loss.backward()
+        total += loss.item()
+    return total, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(("family", "changed", "kernels"), CASES, ids=lambda v: str(v)[:20])
+def test_a_pack_is_the_same_as_its_documents(
+    tmp_path: Path, family: str, changed: dict[str, Any], kernels: tuple[str, ...]
+) -> None:
+    packs = samples()
+    alone = model_of(tmp_path, family, changed, None)
+    one_by_one = [Collator(0)([{"input_ids": ids, "labels": ids}]) for ids in documents(packs)]
+    expected, gradients = loss_and_gradients(alone, one_by_one)
+    largest = max(float(gradient.abs().max()) for gradient in gradients)
+    for kernel in kernels:
+        model = model_of(tmp_path, family, changed, kernel)
+        ours = kernel == attention.NAME
+        for padding_free in (False, True):
+            collate = Collator(0, padding_free, pad_to_multiple_of=8, documents=ours)
+            loss, found = loss_and_gradients(model, [collate(packs)])
+            assert loss == pytest.approx(expected, rel=2e-6), kernel
+            for a, b in zip(gradients, found, strict=True):
+                torch.testing.assert_close(b, a, rtol=1e-4, atol=largest * 1e-6)
+            # One document changes; every other one's logits stay, to the last bit.
+            collate = Collator(0, padding_free, documents=ours)
+            changed_packs = samples()
+            changed_packs[0]["input_ids"][10] ^= 1  # in the second document of the first pack
+            with torch.no_grad():
+                batches = [collate(packs), collate(changed_packs)]
+                for batch in batches:
+                    batch.pop("labels")
+                before, after = (model(**b, use_cache=False).logits for b in batches)
+            same = torch.ones(before.shape[:2], dtype=torch.bool)
+            same[0, 9:13] = False
+            assert torch.equal(before[same], after[same]), kernel
+            assert not torch.equal(before[~same], after[~same])
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_opt_leaks_with_stock_kernels_and_is_refused(tmp_path: Path, kernel: str) -> None:
+    model = model_of(tmp_path, "opt", {}, kernel)
+    with pytest.raises(ModelError, match=rf"attn_implementation={kernel}, documents .* see each"):
+        attention.prove_isolation(model, Collator(0), torch.device("cpu"), 256)
+    with pytest.raises(ConfigError, match=rf"attn_implementation={kernel}\n.*in opt\n.*=packed"):
+        attention.choose(model, kernel, packing=True)
+    assert attention.choose(model, kernel, packing=False) == kernel
+    assert attention.choose(model, None, packing=True) == "packed"
+
+
+def test_proof_holds_with_our_kernel_and_restores_the_mode(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "opt", {}, "packed").train()
+    attention.prove_isolation(model, Collator(0, documents=True), torch.device("cpu"), 256)
+    assert model.training
+
+
+def test_kernels_that_cannot_be(tmp_path: Path) -> None:
+    gptj = model_of(tmp_path, "gptj", {}, None)
+    assert attention.choose(gptj, None, packing=True) is None
+    with pytest.raises(ConfigError, match="gptj has its own attention"):
+        attention.choose(gptj, "packed", packing=False)
+    q = torch.zeros(1, 1, 2, 8)
+    with pytest.raises(ModelError, match="has no softcap"):
+        attention.packed_attention(torch.nn.Identity(), q, q, q, None, softcap=30.0)
+
+
+def test_generation_with_our_kernel_is_sdpas(tmp_path: Path) -> None:
+    ids = torch.tensor([[5, 6, 7, 8], [0, 9, 10, 11]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    for family in ("opt", "llama"):
+        texts = []
+        for kernel in ("sdpa", "packed"):
+            model = model_of(tmp_path, family, {}, kernel)
+            options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+            texts.append(model.generate(ids, attention_mask=mask, **options))
+        assert torch.equal(*texts)
