@@ -134,7 +134,9 @@ def _cached(config: DatasetConfig, template: Template, seed: int) -> Prepared:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Identify a tokenizer by what it does, not by its name."""
     if tokenizer.is_fast:
-        text = tokenizer.backend_tokenizer.to_str()
+        settings = json.loads(tokenizer.backend_tokenizer.to_str())
+        # These it changes itself, from call to call.
+        text = json.dumps({**settings, "truncation": None, "padding": None})
     else:
         text = json.dumps(sorted(tokenizer.get_vocab().items()))
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)

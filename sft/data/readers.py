@@ -177,7 +177,7 @@ def _object(text: bytes, path: str, line: int) -> Row | BadRow:
         if isinstance(values, dict):
             return Row(values, path, line)
         reason = f"is no object but {type(values).__name__}"
-    return BadRow(path, line, f"the line {reason}", text.decode("utf-8", "replace")[:SHOWN])
+    return BadRow(path, line, f"the line {reason}", text.decode("utf-8", "replace").strip()[:SHOWN])
 
 
 def _json_lines(path: str) -> Iterator[Row | BadRow]:

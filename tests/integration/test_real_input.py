@@ -13,7 +13,11 @@ pytestmark = pytest.mark.skipif(
     not (SHARED / "facts").is_dir(), reason=f"no real input: {SHARED} is absent"
 )
 SOURCES = {
-    "dolly": ["dataset=dolly", "dataset.path={data}/dolly-15k/dolly-sample-5000.jsonl"],
+    "dolly": [
+        "dataset=dolly",
+        "dataset.stop_above.nothing_trained=1",
+        "dataset.path={data}/dolly-15k/dolly-sample-5000.jsonl",
+    ],
     "gsm8k": [
         "dataset=gsm8k",
         "dataset.path={data}/gsm8k/train.jsonl",

@@ -125,13 +125,13 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, common: list[str]) -> None
             ["template=alpaca"],
             1,
             [
-                "train row 1",
+                "rows.jsonl:1: the template alpaca",
                 "makes no completion",
                 "needs the columns output",
                 "prompt, completion",
             ],
         ),
-        (["dataset.max_length=8"], 1, ["tokens, dataset.max_length=8", "overlong=truncate"]),
+        (["dataset.max_length=8"], 1, ["longer than dataset.max_length=8", "overlong=truncate"]),
         (
             ["lora.target_modules=[q_proj,qproj]", "lora.rank_pattern={up: 4}"],
             2,
@@ -181,7 +181,7 @@ def test_evaluation_counts_every_token_once(tmp_path: Path, common: list[str]) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from sft.config import fill_names
-    from sft.data import samples, sources
+    from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.train import main, train
 
@@ -200,11 +200,10 @@ def test_evaluation_counts_every_token_once(tmp_path: Path, common: list[str]) -
     fill_names(config)
     model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(config.model.name_or_path)
-    _, held_out = sources.load_rows(config.dataset, config.seed)
-    assert held_out is not None and len(held_out) == 8
-    template = Template(config.template, tokenizer)
+    held_out = prepare(config.dataset, Template(config.template, tokenizer), config.seed).eval
+    assert held_out is not None and len(held_out.dataset) == 8
     total, tokens = 0.0, 0
-    for sample in samples.build(held_out, template, config.dataset, "eval").dataset:
+    for sample in held_out.dataset:
         ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor(sample["labels"])
         with torch.no_grad():
             logits = model(ids).logits[0, :-1].double()
