@@ -22,6 +22,7 @@ from sft.files import write_text
 JSON_LINES = (".jsonl", ".ndjson")
 TEXT = (".txt", ".md")
 TABLES = (".json", *JSON_LINES, ".csv", ".tsv", ".parquet", ".arrow")
+LINES = (*JSON_LINES, ".csv", ".tsv")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SHOWN = 10_000  # characters of a bad row that are kept
 FRESH = 2.0  # seconds in which a file may change without its time stamp telling
@@ -49,9 +50,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SFT_CACHE_DIR") or Path.home() / ".cache" / "sft")
 
 
-def read(
-    path: str, subset: str | None = None, split: str = "train", streaming: bool = False
-) -> Iterator[Row | BadRow]:
+def read(path: str, subset: str | None = None, split: str = "train") -> Iterator[Row | BadRow]:
     """Yield the rows of a file, folder, pattern, URL or hub dataset.
 
     JSON is read as it is: Arrow would give every tool call the arguments of all the others.
@@ -66,7 +65,7 @@ def read(
         for file in files:
             yield from _file(file)
     else:
-        yield from _hub(path, subset, split, streaming)
+        yield from _hub(path, subset, split)
 
 
 def files_of(path: str) -> list[str]:
@@ -292,6 +291,19 @@ def _damaged(path: str) -> Iterator[None]:
         raise DataError(f"{path} is damaged: {error}\n    fix: write or copy it anew") from error
 
 
+def estimated_rows(path: str) -> int | None:
+    """Count the rows of local files by their lines; None for what must be read to be counted."""
+    files = [] if "://" in path else files_of(path)
+    if any(Path(file).suffix not in LINES for file in files):
+        return None
+    total = 0
+    for name in files:
+        with open(name, "rb") as file:
+            while block := file.read(1 << 22):
+                total += block.count(b"\n")
+    return total or None
+
+
 def _saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
@@ -312,16 +324,16 @@ def _from_disk(folder: Path, split: str) -> Iterator[Row]:
         yield Row(values, str(folder), number)
 
 
-def _hub(path: str, subset: str | None, split: str, streaming: bool) -> Iterator[Row]:
-    for number, values in enumerate(_hub_rows(path, subset, split, streaming), 1):
+def _hub(path: str, subset: str | None, split: str) -> Iterator[Row]:
+    for number, values in enumerate(_hub_rows(path, subset, split), 1):
         yield Row(values, path, number)
 
 
-def _hub_rows(path: str, subset: str | None, split: str, streaming: bool) -> Any:
+def _hub_rows(path: str, subset: str | None, split: str) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(path, subset, split=split, streaming=streaming)
+        return load_dataset(path, subset, split=split)
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise DataError(
@@ -345,7 +357,7 @@ def fingerprint(path: str, subset: str | None = None, split: str = "train") -> s
         if "://" in path:
             return " ".join(map(_remote_digest, files))
         return _digest(files, local if local.is_dir() else Path(files[0]).parent)
-    return f"{_hub_rows(path, subset, split, streaming=False)._fingerprint}"
+    return f"{_hub_rows(path, subset, split)._fingerprint}"
 
 
 def _remote_digest(path: str) -> str:

@@ -41,13 +41,20 @@ class Source:
         content = readers.fingerprint(self.path, self.subset, self.split)
         return f"{content} {self.columns} {self.weight} {self.held_out} {self.max_rows}"
 
-    def rows(self, streaming: bool = False) -> Iterator[Row | BadRow]:
+    def estimated_rows(self) -> int | None:
+        """Count the rows, for a progress bar; None where that is not cheap."""
+        count = readers.estimated_rows(self.path)
+        if count is None or self.max_rows is None:
+            return count
+        return min(count, self.max_rows)
+
+    def rows(self) -> Iterator[Row | BadRow]:
         """Read the rows, their columns renamed.
 
         Raises:
             DataError: The source cannot be read, is empty, or lacks a column.
         """
-        found = readers.read(self.path, self.subset, self.split, streaming)
+        found = readers.read(self.path, self.subset, self.split)
         first = next(found, None)
         if first is None:
             raise DataError(

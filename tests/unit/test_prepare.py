@@ -1,4 +1,4 @@
-"""Prepared once, by content; nothing is lost without being counted, and nothing wrong is trained."""
+"""Prepared once, by content; nothing is lost uncounted, and nothing wrong is trained."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from support import SHARED, TINY
 from transformers import AutoTokenizer
 
 from sft.config import DatasetConfig, TemplateConfig
-from sft.data import artefact, prepare
+from sft.data import artefact, prepare, store
 from sft.data.audit import describe_lengths
 from sft.data.template import Template
 from sft.errors import DataError
@@ -115,7 +115,8 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path: Path, own_ca
         "from sft.config import DatasetConfig; from sft.data import prepare\n"
         "from sft.data.template import Template; from transformers import AutoTokenizer\n"
         "from sft.config import TemplateConfig\n"
-        f"template = TemplateConfig('pairs', prompts=['{{prompt}}'], completions=['{{completion}}'])\n"
+        "pair = {'prompts': ['{prompt}'], 'completions': ['{completion}']}\n"
+        "template = TemplateConfig('pairs', **pair)\n"
         f"made = Template(template, AutoTokenizer.from_pretrained({str(TINY)!r}))\n"
         f"prepare.prepare(DatasetConfig(path={path!r}), made, 0)\n"
     )
@@ -137,7 +138,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path: Path, own_ca
 
 
 def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "BATCH_ROWS", 50)
+    monkeypatch.setattr(store, "BATCH_ROWS", 50)
     path = write(tmp_path / "rows.jsonl", [pair(n) for n in range(900)] + ["{"])
     alone = made(path, num_proc=1, max_bad_fraction=0.1)
     monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path / "other"))

@@ -1,0 +1,285 @@
+"""What becomes of the documents of one part, train or eval: kept, cut, packed, counted, written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sft.config import CHECKS, DatasetConfig
+from sft.data import packing, sources
+from sft.data.audit import Counts, describe_lengths
+from sft.data.encode import IGNORE_INDEX, ROLES
+from sft.data.store import Dropped, Store
+from sft.data.template import Template
+from sft.errors import DataError
+
+BLOCKS = 1000  # blocks written at once
+
+
+def held_out(
+    store: Store, given: Sequence[sources.Source], config: DatasetConfig, seed: int
+) -> NDArray[np.bool_]:
+    """Mark the held-out documents: those of a source of their own, or of a share of the rows."""
+    documents = store.documents
+    separate = np.array([source.held_out for source in given])
+    if not config.eval_fraction:
+        apart: NDArray[np.bool_] = separate[documents["source"]]
+        return apart
+    rows = np.unique(documents["row"])
+    count = max(1, round(len(rows) * config.eval_fraction))
+    if count >= len(rows):
+        raise DataError(
+            f"{len(rows)} rows with dataset.eval_fraction={config.eval_fraction} leave none to "
+            "train on\n    fix: dataset.eval_fraction=0"
+        )
+    # Two halves of one text (see sources.halves): its end is held out.
+    halves = store.read[given[0].name]["rows"] == 2 and len(given) == 1
+    chosen = rows[-1:] if halves else np.random.default_rng(seed).permutation(rows)[:count]
+    return np.isin(documents["row"], chosen)
+
+
+class Part:
+    """The documents to train on, or the held-out ones, on their way to samples."""
+
+    def __init__(
+        self,
+        name: str,
+        store: Store,
+        documents: NDArray[np.int64],
+        config: DatasetConfig,
+        template: Template,
+        dropped: Dropped,
+    ) -> None:
+        self.name, self.store, self.documents = name, store, documents
+        self.config, self.template, self.dropped = config, template, dropped
+        self.text = template.config.kind == "text"
+        # Rows that no EOS ends go on with one another: they are one document.
+        self.isolated = not self.text or template.config.append_eos
+        self.counts = Counts(max_length=config.max_length)
+
+    def count_read(self, given: Sequence[sources.Source]) -> None:
+        """Count the rows, and what the checks find in the documents."""
+        found, counts = self.store.documents[self.documents], self.counts
+        counts.rows = len(np.unique(found["row"]))
+        for source in given:
+            read = self.store.read[source.name]
+            counts.sources[source.name] = {**read, "weight": source.weight}
+            counts.rows += read["bad"] + read["empty"]
+            counts.bad += read["bad"]
+            counts.empty += read["empty"]
+        counts.dropped = counts.bad + counts.empty
+        counts.unrolled = len(np.unique(found["row"][found["unrolled"]]))
+        counts.lengths = describe_lengths(found["length"])
+        counts.checks = dict.fromkeys(CHECKS, 0) | {
+            "control_tokens": int(found["control"].sum()),
+            "double_bos": int(found["double_bos"].sum()),
+            "duplicates": len(found) - len(np.unique(found["hash"])),
+        }
+        if not self.text:
+            # What generation stops at: EOS, or the token that ends an assistant's turn.
+            stops = [self.template.tokenizer.eos_token_id, self.template.stop_id()]
+            ends = np.isin(found["last_id"], [stop for stop in stops if stop is not None])
+            counts.checks["never_stops"] = int((~ends & (found["trained"] > 0)).sum())
+
+    def planned(self, seed: int) -> packing.Plan:
+        """Decide what goes into which block."""
+        config, counts, store = self.config, self.counts, self.store
+        lengths = store.documents["length"]
+        # Held-out documents are not packed: each is scored in a row of its own.
+        strategy = config.packing if self.name == "train" or self.text else "none"
+        if strategy in ("wrapped", "boundary"):
+            order = self._ordered(seed)
+            if strategy == "wrapped":
+                plan = packing.wrapped(order, lengths, config.max_length, self.isolated)
+            else:
+                plan = self._at_boundaries(order)
+            counts.documents = len(order)
+            return plan.keep(config.sample)
+        overlong = "split" if strategy == "bfd_split" else config.overlong
+        documents = self._trainable(overlong)
+        if overlong == "split":
+            plan = packing.split(documents, lengths, config.max_length)
+            plan = self._with_labels(plan)
+        else:
+            plan = packing.whole(documents, lengths, config.max_length)
+        counts.documents = len(np.unique(plan.document))
+        if strategy == "none":
+            return plan.keep(config.sample)
+        return packing.best_fit(plan, config.max_length).keep(config.sample)
+
+    def _ordered(self, seed: int) -> NDArray[np.int64]:
+        """Put the documents into the order in which they are joined."""
+        lengths = self.store.documents["length"][self.documents]
+        if self.config.order == "random":
+            return np.random.default_rng(seed).permutation(self.documents)
+        if self.config.order in ("shortest", "longest"):
+            sign = 1 if self.config.order == "shortest" else -1
+            return self.documents[np.argsort(sign * lengths, kind="stable")]
+        return self.documents
+
+    def _trainable(self, overlong: str) -> NDArray[np.int64]:
+        """Leave out what is too long, or has nothing (left) to train, and count it."""
+        config, counts = self.config, self.counts
+        found = self.store.documents[self.documents]
+        long = found["length"] > config.max_length
+        counts.overlong = int(long.sum())
+        nothing = found["trained"] == 0
+        out = nothing.copy()
+        if overlong == "error" and counts.overlong:
+            first = found[long][0]
+            raise DataError(
+                f"{counts.overlong:,} {self.name} documents are longer than dataset.max_length="
+                f"{config.max_length}, the first with {first['length']} tokens at "
+                f"{self.store.files[first['file']]}:{first['line']}\n"
+                f"    fix: dataset.max_length={counts.lengths['max_length_for_all']}, or "
+                "dataset.overlong=split, truncate (the end is cut, EOS with it) or drop"
+            )
+        if overlong == "drop":
+            out |= long
+        if overlong == "truncate":
+            first = np.array([self._first_trained(index) for index in self.documents[long]])
+            lost = np.zeros(len(found), bool)
+            lost[long] = first >= config.max_length
+            nothing |= lost
+            out |= lost
+            counts.truncated = int((long & ~out).sum())
+            cut = long & ~out & (found["last"] >= config.max_length)
+            counts.checks["answer_cut"] = int(cut.sum())
+        counts.checks["nothing_trained"] = int(nothing.sum())
+        counts.dropped += int(out.sum())
+        for record, empty in zip(found[out], nothing[out], strict=True):
+            reason = "nothing of it is trained" if empty else f"it has {record['length']} tokens"
+            file = self.store.files[record["file"]]
+            self.dropped.add(self.name, file, int(record["line"]), reason)
+        kept: NDArray[np.int64] = self.documents[~out]
+        return kept
+
+    def _first_trained(self, document: int) -> int:
+        """Find where the first token that the loss would see stands."""
+        begin = self.store.begins[document]
+        marks = self.store.marks[begin : begin + self.store.documents["length"][document]]
+        places = np.flatnonzero(marks[1:] & 1)  # nothing predicts the first token
+        return int(places[0]) + 1 if len(places) else len(marks)
+
+    def _with_labels(self, plan: packing.Plan) -> packing.Plan:
+        """Leave out pieces of split documents that hold only a prompt."""
+        begins = self.store.begins[plan.document]
+        kept = [
+            index
+            for index, (low, high) in enumerate(
+                zip((begins + plan.start + 1).tolist(), (begins + plan.stop).tolist(), strict=True)
+            )
+            if (self.store.marks[low:high] & 1).any()
+        ]
+        return plan.take([np.array([index]) for index in kept])
+
+    def _at_boundaries(self, order: NDArray[np.int64]) -> packing.Plan:
+        tokenizer, store = self.template.tokenizer, self.store
+        ids = tokenizer(self.config.boundary, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise DataError(
+                f"dataset.boundary={self.config.boundary!r} is {len(ids)} tokens, not one\n"
+                "    fix: dataset.boundary with one token, or dataset.packing=wrapped"
+            )
+        lengths = store.documents["length"][order]
+        stream = np.concatenate(
+            [
+                store.ids[begin : begin + length]
+                for begin, length in zip(store.begins[order], lengths, strict=True)
+            ]
+        )
+
+        def whole_character(stop: int) -> int:
+            for back in range(4):  # a character has at most 4 bytes
+                tail = stream[max(0, stop - back - 4) : stop - back].tolist()
+                if not tokenizer.decode(tail).endswith("\ufffd"):
+                    return stop - back
+            return stop
+
+        boundaries = np.flatnonzero(stream == ids[0])
+        return packing.at_boundaries(
+            order,
+            store.documents["length"],
+            self.config.max_length,
+            boundaries,
+            whole_character,
+        )
+
+    def require_something(self) -> None:
+        """Refuse a part that trains nothing."""
+        c = self.counts
+        if c.trained_tokens == 0:
+            raise DataError(
+                f"nothing is left of the {self.name} data: {c.rows:,} rows, {c.bad:,} do not fit, "
+                f"{c.dropped:,} dropped, {c.truncated:,} truncated\n"
+                "    fix: dataset.max_length=2048"
+            )
+
+
+def weighted(
+    plan: packing.Plan, store: Store, given: Sequence[sources.Source], seed: int
+) -> packing.Plan:
+    """Repeat each source's blocks as often as its weight says; a part of them for a fraction."""
+    sources_of = store.documents["source"][plan.document[plan.first[:-1]]]
+    generator = np.random.default_rng(seed)
+    chosen: list[NDArray[np.int64]] = []
+    for number, source in enumerate(given):
+        blocks = np.flatnonzero(sources_of == number)
+        times, part = divmod(source.weight, 1)
+        chosen += [blocks] * int(times)
+        extra = generator.permutation(blocks)[: round(part * len(blocks))]
+        chosen.append(np.sort(extra))
+    order = np.concatenate(chosen)
+    return plan.take([np.arange(plan.first[i], plan.first[i + 1]) for i in order.tolist()])
+
+
+def write_blocks(path: Path, store: Store, plan: packing.Plan, part: Part) -> None:
+    """Write the blocks as an Arrow file, and count their tokens."""
+    counts, config = part.counts, part.config
+    packed = part.isolated and bool((np.diff(plan.first) > 1).any())
+    names = ["input_ids", "labels", *(["seq_lengths"] if packed else [])]
+    kind = pa.list_(pa.int32())
+    roles = np.zeros(2 * len(ROLES), np.int64)
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, pa.schema([(name, kind) for name in names])) as writer,
+    ):
+        for low, high in packing.chunks(plan, BLOCKS):
+            pieces = slice(plan.first[low], plan.first[high])
+            sizes = plan.stop[pieces] - plan.start[pieces]
+            begins = store.begins[plan.document[pieces]] + plan.start[pieces]
+            spans = list(zip(begins.tolist(), (begins + sizes).tolist(), strict=True))
+            ids = np.concatenate([store.ids[a:b] for a, b in spans])
+            marks = np.concatenate([store.marks[a:b] for a, b in spans])
+            firsts = np.cumsum(sizes) - sizes
+            offsets = plan.first[low : high + 1] - plan.first[low]
+            edges = np.concatenate([firsts, [len(ids)]])[offsets]
+            labels = np.where(marks & 1, ids, IGNORE_INDEX).astype(np.int32)
+            # Nothing precedes the first token of a document, so nothing can predict it.
+            labels[firsts if part.isolated else edges[:-1]] = IGNORE_INDEX
+            columns = [_lists(ids, edges), _lists(labels, edges)]
+            if packed:
+                columns.append(_lists(sizes.astype(np.int32), offsets))
+            writer.write_batch(pa.record_batch(columns, names))
+            seen = labels != IGNORE_INDEX
+            counts.samples += high - low
+            counts.tokens += len(ids)
+            counts.trained_tokens += int(seen.sum())
+            counts.longest = max(counts.longest, int(np.diff(edges).max()))
+            counts.largest_id = max(counts.largest_id, int(ids.max()))
+            roles += np.bincount(2 * (marks // 2) + seen, minlength=len(roles))
+    counts.roles = {
+        role: {"tokens": int(pair.sum()), "trained": int(pair[1])}
+        for role, pair in zip(ROLES, roles.reshape(-1, 2), strict=True)
+        if pair.sum()
+    }
+    if packed or (part.text and config.packing != "none"):
+        counts.efficiency = counts.tokens / max(1, counts.samples * config.max_length)
+
+
+def _lists(values: NDArray[np.int32], edges: NDArray[np.int64]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(edges, pa.int32()), pa.array(values))

@@ -1,0 +1,209 @@
+"""Every row of every source, encoded to disk: in parallel, in order, in bounded memory."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from sft.config import DatasetConfig
+from sft.data import sources
+from sft.data.encode import DOCUMENT, Encoded, RowEncoder
+from sft.data.readers import BadRow, Row
+from sft.data.template import Template
+from sft.errors import DataError
+
+BATCH_ROWS = 1000  # rows a tokenizer call; large enough for its threads, small in memory
+BATCH_CHARACTERS = 2_000_000  # of plain text
+ALONE = 4  # batches encoded in this process before others are started: most data needs none
+
+
+@dataclass
+class Store:
+    """Every document of the data: tokens on disk, one record each in memory.
+
+    Attributes:
+        ids: Token ids, shape (tokens,).
+        marks: Role and trained flag of each token, shape (tokens,).
+        documents: Records of ``encode.DOCUMENT``, shape (documents,).
+        begins: Where each begins in ``ids``, shape (documents,).
+        files: Names that ``documents["file"]`` points to.
+        read: Source's name: what was read of it.
+    """
+
+    ids: NDArray[np.int32]
+    marks: NDArray[np.uint8]
+    documents: NDArray[Any]
+    begins: NDArray[np.int64]
+    files: list[str]
+    read: dict[str, dict[str, Any]]
+
+
+class Dropped:
+    """Keeps every row that is left out, with its place and the reason."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+        self.first: list[str] = []
+
+    def add(self, part: str, file: str, line: int, reason: str, text: str = "") -> None:
+        """Note one."""
+        reason = reason.split("\n    fix:")[0] if text else reason
+        record = {"part": part, "file": file, "line": line, "reason": reason, "row": text}
+        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def encoded(
+    given: Sequence[sources.Source],
+    template: Template,
+    config: DatasetConfig,
+    folder: Path,
+    dropped: Dropped,
+) -> Store:
+    """Encode every row of every source, in order, to files in a folder."""
+    maker = RowEncoder(template, config.sanitize)
+    files: dict[str, int] = {}
+    tables: list[NDArray[Any]] = []
+    read: dict[str, dict[str, Any]] = {}
+    row = 0
+    with (folder / "ids.bin").open("wb") as ids, (folder / "marks.bin").open("wb") as marks:
+        for number, source in enumerate(given):
+            tally = {"rows": 0, "bad": 0, "empty": 0}
+            part = "eval" if source.held_out else "train"
+            batches = _batches(_rows(source, template, config), template.config.kind == "text")
+            bar = tqdm(
+                desc=f"tokenising {source.path}",
+                total=source.estimated_rows(),
+                unit=" rows",
+                delay=2,  # what is quick needs no bar
+                disable=not sys.stderr.isatty(),
+            )
+            for batch, done in _in_parallel(maker, batches, config.num_proc):
+                bar.update(len(batch))
+                done.ids.tofile(ids)
+                done.marks.tofile(marks)
+                table = done.documents
+                table["file"] = [
+                    files.setdefault(batch[index].file, len(files)) for index in table["row"]
+                ]
+                table["row"] += row
+                table["source"] = number
+                tables.append(table)
+                row += len(batch)
+                tally["rows"] += len(batch)
+                tally["bad"] += len(done.bad)
+                tally["empty"] += len(done.empty)
+                for item in [*done.bad, *done.empty]:
+                    dropped.add(part, *item)
+                if done.bad and len(dropped.first) < 3:
+                    dropped.first += [f"{b.file}:{b.line}: {b.reason}" for b in done.bad[:3]]
+                if tally["bad"] == tally["rows"] >= 1:
+                    _refuse(tally["bad"], dropped, source.path)
+            bar.close()
+            read[source.name] = tally
+    documents = np.concatenate(tables) if tables else np.zeros(0, DOCUMENT)
+    if not len(documents):
+        counts = ", ".join(f"{name}: {tally}" for name, tally in read.items())
+        raise DataError(f"nothing is left of the data ({counts})\n    fix: other rows")
+    lengths = documents["length"]
+    return Store(
+        np.memmap(folder / "ids.bin", np.int32, "r"),
+        np.memmap(folder / "marks.bin", np.uint8, "r"),
+        documents,
+        np.cumsum(lengths) - lengths,
+        list(files),
+        read,
+    )
+
+
+def _refuse(count: int, dropped: Dropped, path: str) -> None:
+    """Stop at once where the first rows all do not fit: the settings are wrong, not the rows."""
+    raise DataError(
+        f"none of the first {count:,} rows of {path} fits:\n"
+        + "\n".join(f"    {line}" for line in dropped.first[:1])
+    )
+
+
+def _rows(
+    source: sources.Source, template: Template, config: DatasetConfig
+) -> Iterator[Row | BadRow]:
+    """Read a source's rows; a single one that is to be held out from is cut in two."""
+    rows = source.rows()
+    if source.held_out or not config.eval_fraction:
+        yield from rows
+        return
+    first, second = next(rows), next(rows, None)
+    if second is None and isinstance(first, Row):
+        yield from sources.halves(first, template.config, config)
+        return
+    yield first
+    if second is not None:
+        yield second
+    yield from rows
+
+
+def _batches(rows: Iterator[Row | BadRow], text: bool) -> Iterator[list[Row | BadRow]]:
+    """Group rows; of plain text, whose rows may be whole books, by their characters too."""
+    batch: list[Row | BadRow] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        if text and isinstance(row, Row):
+            size += len(str(row.values.get("text", "")))
+        if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+_maker: RowEncoder | None = None
+
+
+def _begin_worker(maker: RowEncoder) -> None:
+    global _maker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _maker = maker
+
+
+def _work(batch: list[Row | BadRow]) -> Encoded:
+    assert _maker is not None
+    return _maker(batch)
+
+
+def _in_parallel(
+    maker: RowEncoder, batches: Iterator[list[Row | BadRow]], num_proc: int | None
+) -> Iterator[tuple[list[Row | BadRow], Encoded]]:
+    """Encode batches, in order; the first in this process, more of them in others beside it."""
+    for batch in itertools.islice(batches, ALONE):
+        yield batch, maker(batch)
+    processes = num_proc or len(os.sched_getaffinity(0))
+    following = next(batches, None)
+    if following is None or processes == 1:
+        for batch in itertools.chain([] if following is None else [following], batches):
+            yield batch, maker(batch)
+        return
+    # Forked, so that the tokenizer is there already; no thread of ours is running yet.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, context, _begin_worker, (maker,)) as pool:
+        running: collections.deque[tuple[list[Row | BadRow], Future[Encoded]]]
+        running = collections.deque()
+        for batch in itertools.chain([following], batches):
+            running.append((batch, pool.submit(_work, batch)))
+            if len(running) > 2 * processes:  # so that memory stays bounded
+                first, done = running.popleft()
+                yield first, done.result()
+        for first, done in running:
+            yield first, done.result()
