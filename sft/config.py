@@ -34,9 +34,9 @@ FORMAT_NAMES = (
 )
 # What the audit looks for in the documents, and how it says so.
 CHECKS = {
-    "nothing_trained": "have nothing trained, or had it cut away, and are left out",
-    "never_stops": "have no trained token that ends the answer, so the model would not stop",
-    "answer_cut": "had the end of the answer cut off by dataset.max_length",
+    "nothing_trained": "have nothing trained, and are left out",
+    "never_stops": "train no token that ends the answer",
+    "answer_cut": "lost the end of the answer to max_length",
     "double_bos": "begin with two BOS tokens",
     "control_tokens": "write a control token in their text",
     "duplicates": "are exact copies of another",

@@ -411,6 +411,75 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             ),
         ),
         (
+            {"dataset__packing": "wrapped"},
+            (
+                "dataset.packing=wrapped",
+                "would cut prompts from their answers; it is for plain text",
+                "dataset.packing=bfd",
+            ),
+        ),
+        (
+            {"dataset__order": "random"},
+            (
+                "dataset.order='random'",
+                "only documents that are joined have an order (the trainer shuffles)",
+                "dataset.order=given",
+            ),
+        ),
+        (
+            {"dataset__sanitize": True},
+            ("dataset.sanitize=True", "is for plain text only", "dataset.sanitize=false"),
+        ),
+        (
+            {"dataset__warn_above": {"duplicate": 0.1}},
+            (
+                "dataset.warn_above.duplicate=0.1",
+                "the checks are nothing_trained, never_stops, answer_cut, double_bos, "
+                "control_tokens, duplicates, eval_in_train",
+                "did you mean duplicates?",
+            ),
+        ),
+        (
+            {"dataset__stop_above": {"duplicates": 2}},
+            (
+                "dataset.stop_above.duplicates=2",
+                "must be a share from 0 to 1",
+                "dataset.stop_above.duplicates=1",
+            ),
+        ),
+        (
+            {"dataset__mix": {"a": {"path": "b.jsonl"}}},
+            ("dataset.path, dataset.mix", "give one of them", "dataset.path=null"),
+        ),
+        (
+            {"dataset__path": None, "dataset__mix": {"a": {"wieght": 2}}},
+            (
+                "dataset.mix.a={'wieght': 2}",
+                "needs a path",
+                "dataset.mix.a={path: FILE, weight: 1}",
+            ),
+        ),
+        (
+            {"dataset__path": None, "dataset__mix": {"a": {"path": "b", "wieght": 2}}},
+            (
+                "dataset.mix.a.wieght=2",
+                "a source has columns, path, split, subset, weight",
+                "did you mean weight?",
+            ),
+        ),
+        (
+            {"dataset__path": None, "dataset__mix": {"a": {"path": "b", "weight": 0}}},
+            ("dataset.mix.a.weight=0", "must be above 0", "dataset.mix.a.weight=1"),
+        ),
+        (
+            {"template__train_on": "assistant"},
+            (
+                "template.train_on=assistant",
+                "a template of kind completion trains on completion or all",
+                "template.train_on=completion",
+            ),
+        ),
+        (
             {"output_dir": ""},
             ("output_dir=", "is empty", "output_dir=DIR, or leave it out"),
         ),
