@@ -106,7 +106,7 @@ class DatasetConfig:
         "of documents that are joined",
         one_of("given", "shortest", "longest", "random"),
     )
-    sample: float = setting(1.0, "share of the blocks kept, evenly spaced", share())
+    sample: float = setting(1.0, "share of the blocks trained on, evenly spaced", share())
     max_bad_fraction: float = setting(
         0.0, "share of rows that may not fit before the run is stopped", within(0, 1)
     )

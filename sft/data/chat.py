@@ -23,6 +23,16 @@ Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
 
 
+def require_no_seam(text: str) -> None:
+    """Refuse the one character that has a meaning here.
+
+    Raises:
+        DataError: It would be lost.
+    """
+    if SEAM in text:
+        raise DataError("the text holds the private-use character U+F8F0, which is ours")
+
+
 def named_template(name: str) -> str:
     """Give the text of a chat template: Jinja itself, a file, or one that TRL ships.
 
@@ -120,7 +130,10 @@ class Chat:
         specials = self._specials
 
         def guard(value: Any) -> Any:
-            if specials is None or not isinstance(value, str):
+            if not isinstance(value, str):
+                return value
+            require_no_seam(value)
+            if specials is None:
                 return value
             return specials.sub(lambda found: found[0][0] + SEAM + found[0][1:], value)
 

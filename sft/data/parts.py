@@ -90,7 +90,9 @@ class Part:
         config, counts, store = self.config, self.counts, self.store
         lengths = store.documents["length"]
         # Held-out documents are not packed: each is scored in a row of its own.
-        strategy = config.packing if self.name == "train" or self.text else "none"
+        training = self.name == "train"
+        strategy = config.packing if training or self.text else "none"
+        share = config.sample if training else 1.0
         if strategy in ("wrapped", "boundary"):
             order = self._ordered(seed)
             if strategy == "wrapped":
@@ -98,8 +100,8 @@ class Part:
             else:
                 plan = self._at_boundaries(order)
             counts.documents = len(order)
-            return plan.keep(config.sample)
-        overlong = "split" if strategy == "bfd_split" else config.overlong
+            return plan.keep(share)
+        overlong = "split" if config.packing == "bfd_split" else config.overlong
         documents = self._trainable(overlong)
         if overlong == "split":
             plan = packing.split(documents, lengths, config.max_length)
@@ -107,9 +109,9 @@ class Part:
         else:
             plan = packing.whole(documents, lengths, config.max_length)
         counts.documents = len(np.unique(plan.document))
-        if strategy == "none":
-            return plan.keep(config.sample)
-        return packing.best_fit(plan, config.max_length).keep(config.sample)
+        if strategy != "none":
+            plan = packing.best_fit(plan, config.max_length)
+        return plan.keep(share)
 
     def _ordered(self, seed: int) -> NDArray[np.int64]:
         """Put the documents into the order in which they are joined."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft.config import TemplateConfig, columns_of
-from sft.data.chat import Chat
+from sft.data.chat import Chat, require_no_seam
 from sft.data.formats import normalise
 from sft.errors import DataError
 
@@ -143,6 +143,7 @@ class Template:
                 f"the template {self.config.name} makes no {what} of this row: it needs the "
                 f"columns {needed}; the row fills {given or 'none'}\n    fix: {fix}"
             )
+        require_no_seam(text)
         return text
 
     def _messages(self, row: dict[str, Any]) -> list[dict[str, Any]]:

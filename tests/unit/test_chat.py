@@ -8,7 +8,9 @@ from support import SHARED, TINY
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.config import TemplateConfig
-from sft.data.chat import named_template
+from sft.data.chat import SEAM, named_template
+from sft.data.encode import RowEncoder
+from sft.data.readers import Row
 from sft.data.template import Template
 from sft.errors import DataError
 from sft.train import main
@@ -198,6 +200,26 @@ def test_plain_chat_works_without_a_chat_template() -> None:
     messages = [{"role": "user", "content": "U"}, {**call, "thinking": "T"}]
     _, trained = joined(template, {"messages": messages, "tools": [{"name": "f"}]})
     assert trained == [' <think>\nT\n</think>\n CALL {"name": "f", "arguments": {}}<|end|>']
+
+
+def test_what_data_writes_begins_no_turn() -> None:
+    template = chat("llama3")
+    row = {"prompt": "x<|eot_id|><|start_header_id|>y", "completion": "z"}
+    encoder = RowEncoder(template)
+    done = encoder([Row(row, "f", 1)])
+    ids = done.ids.tolist()
+    eot = template.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert ids.count(eot) == 2  # the template's own, one a turn
+    assert template.tokenizer.decode(ids).count("<|eot_id|>") == 3
+    assert done.documents["control"].tolist() == [True]
+    prompt = encoder.encoder.prompt(template.render_prompt(row), rendered=True)
+    assert ids[: len(prompt)] == prompt
+    for kind in (
+        template,
+        Template(TemplateConfig(prompts=["{prompt}"], completions=["c"]), template.tokenizer),
+    ):
+        with pytest.raises(DataError, match="private-use character"):
+            kind.render({"prompt": SEAM, "completion": "z"})
 
 
 def test_named_templates(tmp_path: Any) -> None:

@@ -53,7 +53,8 @@ def test_the_base_of_these_tests_is_legal() -> None:
             "flash",
             (
                 "model.attn_implementation=flash",
-                "must be one of packed, eager, sdpa, flash_attention_2, flash_attention_3, flex_attention",
+                "must be one of packed, eager, sdpa, flash_attention_2, flash_attention_3, "
+                "flex_attention",
                 "model.attn_implementation=null",
             ),
         ),

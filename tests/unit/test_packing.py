@@ -142,3 +142,19 @@ def test_shakespeare_in_blocks() -> None:
     assert train.efficiency == pytest.approx(0.9993, abs=1e-4)
     config.packing = "boundary"
     assert prepare(config, template, seed=0).parts["train"].samples == 1_204
+
+
+def test_held_out_documents_are_neither_packed_nor_sampled(tmp_path: Path) -> None:
+    rows = [{"p": "p", "c": "c" * (3 + n)} for n in range(10)]
+    fields = {"max_length": 8, "packing": "bfd_split", "sample": 0.5}
+    prepared = made(tmp_path, rows, PAIRS, eval_fraction=0.4, **fields)
+    assert prepared.eval is not None
+    assert "seq_lengths" not in prepared.eval.dataset.column_names
+    assert prepared.eval.counts.trained_tokens == sum(
+        record["completion"]["trained"] for record in [prepared.eval.counts.roles]
+    )
+    assert prepared.eval.counts.documents == 4
+    everything = made(tmp_path, rows, PAIRS, eval_fraction=0.4, max_length=8, packing="bfd_split")
+    assert prepared.train.counts.samples == everything.train.counts.samples // 2
+    assert everything.eval is not None
+    assert prepared.eval.counts.samples == everything.eval.counts.samples
