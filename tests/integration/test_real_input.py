@@ -25,6 +25,7 @@ SOURCES = {
         "dataset.eval_split=null",
         "dataset.eval_path={data}/gsm8k/test.jsonl",
         "dataset.overlong=truncate",
+        "dataset.stop_above.nothing_trained=1",
     ],
     "tiny-shakespeare": [
         "dataset=text",

@@ -131,7 +131,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, common: list[str]) -> None
                 "prompt, completion",
             ],
         ),
-        (["dataset.max_length=8"], 1, ["longer than dataset.max_length=8", "overlong=truncate"]),
+        (["dataset.max_length=8"], 1, ["longer than dataset.max_length=8", "overlong=split"]),
         (
             ["lora.target_modules=[q_proj,qproj]", "lora.rank_pattern={up: 4}"],
             2,
