@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from sft.data.bpe import BytePairs
 from sft.data.chat import SEAM
 from sft.data.formats import normalise, recognise
 from sft.data.readers import BadRow, Row
@@ -20,6 +21,7 @@ from sft.data.template import Empty, Segment, Template
 from sft.errors import DataError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
@@ -77,7 +79,8 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._fast = None
+        self._fast: Tokenizer | None = None
+        self._pairs: BytePairs | None = None
         if tokenizer.is_fast:
             from tokenizers import Tokenizer
 
@@ -94,8 +97,15 @@ class Encoder:
         self._leads = ("\n", "a") if first.startswith(("\u2581", "\u0120")) else ()
         self._lead_ids = {lead: self.encode([lead])[0] for lead in self._leads}
 
+    def accelerate(self) -> None:
+        """Prepare for much text: worth a second's work where tiktoken can do the encoding."""
+        if self._fast is not None and self._pairs is None:
+            self._pairs = BytePairs.of(self._fast)
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Encode texts as they are, without special tokens around them."""
+        if self._pairs is not None:
+            return self._pairs.encode(texts)
         if self._fast is not None:
             # Without offsets, which nothing here needs.
             found = self._fast.encode_batch_fast(texts, add_special_tokens=False)

@@ -191,8 +191,11 @@ def _in_parallel(
         yield batch, maker(batch)
     processes = num_proc or len(os.sched_getaffinity(0))
     following = next(batches, None)
-    if following is None or processes == 1:
-        for batch in itertools.chain([] if following is None else [following], batches):
+    if following is None:
+        return
+    maker.encoder.accelerate()
+    if processes == 1:
+        for batch in itertools.chain([following], batches):
             yield batch, maker(batch)
         return
     # Forked, so that the tokenizer is there already; no thread of ours is running yet.
