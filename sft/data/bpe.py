@@ -31,16 +31,16 @@ class BytePairs:
     each character is compared before it is first relied on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any], ranks: _Ranks) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, settings: dict[str, Any], pattern: str, tokens: dict[bytes, int]
+    ) -> None:
         import tiktoken
 
         self._tokenizer = tokenizer
-        self._ids = ranks.ids
+        self._ids = list(tokens.values())  # by rank
+        ranks = {token: rank for rank, token in enumerate(tokens)}
         self._encode = tiktoken.Encoding(
-            "bytes",
-            pat_str=_pattern(settings["pre_tokenizer"]),
-            mergeable_ranks=ranks.of_bytes,
-            special_tokens={},
+            "bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         ).encode_ordinary
         self._composes = settings["normalizer"] is not None
         self._added = {token["content"]: token["id"] for token in settings["added_tokens"]}
@@ -54,6 +54,7 @@ class BytePairs:
         """Take over a tokenizer's settings; None where they are others than we can prove."""
         settings = json.loads(tokenizer.to_str())
         model, added = settings["model"], settings["added_tokens"]
+        pattern = _pattern(settings["pre_tokenizer"])
         groups = [
             {char for token in added if token["normalized"] is flag for char in token["content"]}
             for flag in (False, True)
@@ -62,14 +63,14 @@ class BytePairs:
             model["type"] != "BPE"
             or any(model.get(name) for name in ("dropout", "byte_fallback", *AFFIXES))
             or settings["normalizer"] not in (None, {"type": "NFC"})
-            or _pattern(settings["pre_tokenizer"]) is None
+            or pattern is None
             or any(token[name] for token in added for name in ("lstrip", "rstrip", "single_word"))
             or not all(token["content"].isascii() for token in added)
             or groups[0] & groups[1]
         ):
             return None
-        ranks = _Ranks.of(settings)
-        return None if ranks is None else cls(tokenizer, settings, ranks)
+        tokens = _reachable(settings)
+        return None if tokens is None else cls(tokenizer, settings, pattern, tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts as they are, without special tokens around them."""
@@ -126,8 +127,8 @@ class BytePairs:
 def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     """Give the one pattern that a text is cut by; None where it is done in another way."""
     match pre_tokenizer:
-        case {"type": "ByteLevel", "add_prefix_space": False}:
-            return GPT2 if pre_tokenizer.get("use_regex", True) else None
+        case {"type": "ByteLevel", "add_prefix_space": False, **others}:
+            return GPT2 if others.get("use_regex", True) else None
         case {
             "type": "Sequence",
             "pretokenizers": [
@@ -144,46 +145,33 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     return None
 
 
-class _Ranks:
-    """The tokens that merging can reach, ranked by when they are merged."""
+def _reachable(settings: dict[str, Any]) -> dict[bytes, int] | None:
+    """Give the ids of the tokens that merging can reach, in the order in which they are merged.
 
-    def __init__(self, of_bytes: dict[bytes, int], ids: list[int]) -> None:
-        self.of_bytes = of_bytes
-        self.ids = ids  # by rank
+    None where a text may have other tokens, or cannot be told in these.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    @classmethod
-    def of(cls, settings: dict[str, Any]) -> _Ranks | None:
-        """Rank a model's tokens; None where some are found in another way than by merging."""
-        from tokenizers import Tokenizer
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-        model = settings["model"]
-        vocabulary: dict[str, int] = model["vocab"]
-        letters = {byte: letter for byte, letter in bytes_to_unicode().items() if byte in UTF8}
-        if not vocabulary.keys() >= set(letters.values()):
+    model = settings["model"]
+    vocabulary: dict[str, int] = model["vocab"]
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items() if byte in UTF8}
+    if not vocabulary.keys() >= byte_of.keys():
+        return None
+    merges = [tuple(merge) for merge in model["merges"]]
+    made = ("".join(merge) for merge in merges)
+    tokens = list(dict.fromkeys([*byte_of, *(t for t in made if byte_of.keys() >= set(t))]))
+    # Merging alone: a token's own letters, neither cut nor looked up whole.
+    alone = Tokenizer(BPE(vocab=vocabulary, merges=merges))
+    merged = alone.encode_batch_fast(tokens, add_special_tokens=False)
+    reached = [
+        token
+        for token, encoding in zip(tokens, merged, strict=True)
+        if encoding.ids == [vocabulary[token]]
+    ]
+    if model.get("ignore_merges"):
+        added = {token["content"] for token in settings["added_tokens"]}
+        if vocabulary.keys() - added - set(bytes_to_unicode().values()) - set(reached):
             return None
-        byte_of = {letter: byte for byte, letter in letters.items()}
-        made = ("".join(merge) for merge in model["merges"])
-        order = dict.fromkeys([*letters.values(), *(t for t in made if byte_of.keys() >= set(t))])
-        # Merging alone: a token's own letters, neither cut nor looked up whole.
-        alone = Tokenizer.from_str(
-            json.dumps(
-                settings
-                | {"normalizer": None, "pre_tokenizer": None, "post_processor": None}
-                | {"added_tokens": [], "model": model | {"ignore_merges": False}}
-            )
-        )
-        merged = alone.encode_batch_fast(list(order), add_special_tokens=False)
-        reached = [
-            token
-            for token, encoding in zip(order, merged, strict=True)
-            if encoding.ids == [vocabulary[token]]
-        ]
-        if model.get("ignore_merges"):
-            added = {token["content"] for token in settings["added_tokens"]}
-            if vocabulary.keys() - added != set(reached):
-                return None
-        return cls(
-            {bytes(byte_of[letter] for letter in t): rank for rank, t in enumerate(reached)},
-            [vocabulary[token] for token in reached],
-        )
+    return {bytes(byte_of[letter] for letter in t): vocabulary[t] for t in reached}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sft.data.bpe import BytePairs
 from sft.data.chat import SEAM
 from sft.data.formats import normalise, recognise
-from sft.data.readers import BadRow, Row
+from sft.data.readers import SHOWN, BadRow, Row
 from sft.data.template import Empty, Segment, Template
 from sft.errors import DataError
 
@@ -213,6 +213,7 @@ class RowEncoder:
                     ready.append(((index, False, False), _tokenized(row.values)))
                     continue
                 samples = self.template.render(self._clean(row.values))
+                _require_whole_characters(samples)
             except Empty as error:
                 empty.append(BadRow(row.file, row.line, str(error), _shown(row.values)))
             except (DataError, AttributeError, TypeError, KeyError) as error:
@@ -234,7 +235,8 @@ class RowEncoder:
 
     def _is_tokenized(self, values: dict[str, Any]) -> bool:
         format = self.template.format
-        return format == "tokenized" or (format == "auto" and recognise(values) == "tokenized")
+        ready = "input_ids" in values and recognise(values) == "tokenized"
+        return format == "tokenized" or (format == "auto" and ready)
 
     def _holds_control(self, samples: list[list[Segment]]) -> bool:
         """Tell whether data writes a control token; in a chat it is marked, elsewhere it acts."""
@@ -286,7 +288,18 @@ def _reason(error: Exception) -> str:
 
 
 def _shown(values: dict[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False, default=str)[:10_000]
+    text = json.dumps(values, ensure_ascii=False, default=str)[:SHOWN]
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _require_whole_characters(samples: list[list[Segment]]) -> None:
+    """Refuse what is no text: JSON can write one half of a surrogate pair."""
+    for segment in (segment for segments in samples for segment in segments):
+        try:
+            segment.text.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(segment.text[error.start])
+            raise DataError(f"the text holds {half}, which is half a character") from None
 
 
 def _tokenized(values: dict[str, Any]) -> list[Stretch]:

@@ -32,8 +32,9 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 def recognise(row: dict[str, Any]) -> str:
     """Name a row's format after the columns that it has."""
+    filled = {column for column, value in row.items() if value is not None}
     for name, columns in FORMATS.items():
-        if all(row.get(column) is not None for column in columns):
+        if filled.issuperset(columns):
             return name
     return COLUMNS
 

@@ -27,7 +27,7 @@ from sft.errors import DataError
 
 BATCH_ROWS = 1000  # rows a tokenizer call; large enough for its threads, small in memory
 BATCH_CHARACTERS = 2_000_000  # of plain text
-ALONE = 4  # batches encoded in this process before others are started: most data needs none
+ALONE = 2  # batches encoded in this process before more is made ready: most data needs none
 
 
 @dataclass
