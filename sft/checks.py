@@ -76,6 +76,12 @@ def _data(config: Config) -> Iterator[Problem]:
             "needs held-out rows to answer",
             "dataset.eval_fraction=0.05",
         )
+    if data.streaming and config.train.max_steps < 1:
+        yield Problem(
+            "dataset.streaming=true",
+            "reads the rows that train.max_steps takes, and no more; it is not set",
+            "train.max_steps=1000",
+        )
     yield from _sources(data)
     yield from _samples(data, template)
     if template.kind == "text" and data.exact_match:

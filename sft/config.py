@@ -75,6 +75,9 @@ class DatasetConfig:
     eval_path: str | None = setting(None, "file or folder of held-out rows")
     eval_split: str | None = setting(None, "hub split to evaluate on")
     eval_fraction: float = setting(0.0, "share of rows held out for evaluation", within(0, 1))
+    streaming: bool = setting(
+        False, "read only as many rows as train.max_steps takes; for what does not fit a disk"
+    )
     mix: dict[str, Any] = setting(
         {}, "several sources instead of path: {name: {path: ..., weight: times seen an epoch}}"
     )
@@ -267,6 +270,13 @@ def columns_of(text: str) -> list[str]:
 def short_name(path: str) -> str:
     """Name a model or dataset after its path: ``facebook/opt-125m`` is ``opt-125m``."""
     return Path(path.rstrip("/")).stem if Path(path).is_file() else path.rstrip("/").split("/")[-1]
+
+
+def streamed_samples(config: Config) -> int | None:
+    """Count the samples that a run takes, where its rows are streamed; None: all there are."""
+    if not config.dataset.streaming:
+        return None
+    return config.train.max_steps * config.train.global_batch_size
 
 
 def fill_names(config: Config) -> None:

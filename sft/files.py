@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and JSON that every reader accepts."""
+"""Files that are whole or absent, JSON that every reader accepts, and where the cache is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import math
 import os
 from pathlib import Path
 from typing import Any
+
+
+def cache_dir() -> Path:
+    """Give the folder for what can be made again: $SFT_CACHE_DIR, or ~/.cache/sft."""
+    return Path(os.environ.get("SFT_CACHE_DIR") or Path.home() / ".cache" / "sft")
 
 
 def write_text(path: Path, text: str) -> None:

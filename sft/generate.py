@@ -69,7 +69,7 @@ def generate(config: GenerateConfig) -> None:
     from transformers import set_seed
 
     from sft.answers import complete
-    from sft.data.encode import Encoder
+    from sft.data.encoder import Encoder
 
     model, template = _load(config, folder)
     rows = _rows(config, template)
@@ -146,7 +146,8 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
 def _rows(config: GenerateConfig, template: Template) -> list[dict[str, Any]]:
     if config.prompt is not None:
         return [{"prompt": config.prompt} if config.raw else template.prompt_row(config.prompt)]
-    from sft.data.readers import BadRow, read
+    from sft.data.locations import read
+    from sft.data.readers import BadRow
 
     rows = []
     for row in read(str(config.file)):

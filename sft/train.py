@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sft import environment
 from sft.checks import check, world_size
 from sft.cli import Command
-from sft.config import Config, fill_names
+from sft.config import Config, fill_names, streamed_samples
 from sft.errors import RunError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def train(config: Config) -> None:
 
     config.template = artefact.template_of(config.dataset.path) or config.template
     template = Template(config.template, tokenizer, config.dataset.format)
-    prepared = prepare(config.dataset, template, config.seed)
+    prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     model.check_fits(architecture, tokenizer, prepared.parts.values())
     packed = config.train.padding_free or "seq_lengths" in prepared.train.dataset.column_names
     kernel = attention.choose(architecture, config.model.attn_implementation, packed)

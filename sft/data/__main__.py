@@ -10,7 +10,7 @@ from pathlib import Path
 from sft import environment
 from sft.checks import check
 from sft.cli import Command
-from sft.config import Config, fill_names
+from sft.config import Config, fill_names, streamed_samples
 from sft.errors import Problem
 from sft.rules import at_least, setting
 
@@ -52,7 +52,8 @@ def data(config: DataConfig) -> None:
     tokenizer = model.load_tokenizer(config.model)
     chosen = artefact.template_of(config.dataset.path) or config.template
     template = Template(chosen, tokenizer, config.dataset.format)
-    prepared = prepare(config.dataset, template, config.seed, show=report.show)
+    needed = streamed_samples(config)
+    prepared = prepare(config.dataset, template, config.seed, needed, show=report.show)
     logger.info("data.json and dropped.jsonl are in %s", prepared.folder)
     if config.preview:
         count = min(config.preview, len(prepared.train.dataset))

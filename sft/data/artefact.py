@@ -71,6 +71,8 @@ def load(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared 
     if meta is None:
         return None
     folder = Path(str(config.path)).expanduser()
+    if config.streaming:
+        raise DataError(f"{folder} is prepared already\n    fix: dataset.streaming=false")
     if meta["tokenizer"] != tokenizer_hash(tokenizer):
         raise DataError(
             f"{folder} was made with another tokenizer than the model's\n"

@@ -1,23 +1,18 @@
-"""What becomes of the documents of one part, train or eval: kept, cut, packed, counted, written."""
+"""What becomes of the documents of one part, train or eval: kept, cut, packed, counted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.config import CHECKS, DatasetConfig
 from sft.data import packing, sources
 from sft.data.audit import Counts, describe_lengths
-from sft.data.encode import IGNORE_INDEX, ROLES
 from sft.data.store import Dropped, Store
 from sft.data.template import Template
 from sft.errors import DataError
-
-BLOCKS = 1000  # blocks written at once
 
 
 def held_out(
@@ -188,26 +183,27 @@ class Part:
                 "    fix: dataset.boundary with one token, or dataset.packing=wrapped"
             )
         lengths = store.documents["length"][order]
-        stream = np.concatenate(
-            [
-                store.ids[begin : begin + length]
-                for begin, length in zip(store.begins[order], lengths, strict=True)
-            ]
-        )
+        ends = np.cumsum(lengths)
+        shifts = store.begins[order] - (ends - lengths)  # from places in the stream to the store's
 
         def whole_character(stop: int) -> int:
-            for back in range(4):  # a character has at most 4 bytes
-                tail = stream[max(0, stop - back - 4) : stop - back].tolist()
+            document = int(np.searchsorted(ends, stop))
+            begin, end = int(store.begins[order[document]]), stop + int(shifts[document])
+            for back in range(min(4, end - begin)):  # a character has at most 4 bytes
+                tail = store.ids[max(begin, end - back - 4) : end - back].tolist()
                 if not tokenizer.decode(tail).endswith("\ufffd"):
                     return stop - back
             return stop
 
-        boundaries = np.flatnonzero(stream == ids[0])
+        found = [
+            np.flatnonzero(store.ids[begin : begin + length] == ids[0]) + begin - shift
+            for begin, length, shift in zip(store.begins[order], lengths, shifts, strict=True)
+        ]
         return packing.at_boundaries(
             order,
             store.documents["length"],
             self.config.max_length,
-            boundaries,
+            np.concatenate(found),
             whole_character,
         )
 
@@ -220,68 +216,3 @@ class Part:
                 f"{c.dropped:,} dropped, {c.truncated:,} truncated\n"
                 "    fix: dataset.max_length=2048"
             )
-
-
-def weighted(
-    plan: packing.Plan, store: Store, given: Sequence[sources.Source], seed: int
-) -> packing.Plan:
-    """Repeat each source's blocks as often as its weight says; a part of them for a fraction."""
-    sources_of = store.documents["source"][plan.document[plan.first[:-1]]]
-    generator = np.random.default_rng(seed)
-    chosen: list[NDArray[np.int64]] = []
-    for number, source in enumerate(given):
-        blocks = np.flatnonzero(sources_of == number)
-        times, part = divmod(source.weight, 1)
-        chosen += [blocks] * int(times)
-        extra = generator.permutation(blocks)[: round(part * len(blocks))]
-        chosen.append(np.sort(extra))
-    order = np.concatenate(chosen)
-    return plan.take([np.arange(plan.first[i], plan.first[i + 1]) for i in order.tolist()])
-
-
-def write_blocks(path: Path, store: Store, plan: packing.Plan, part: Part) -> None:
-    """Write the blocks as an Arrow file, and count their tokens."""
-    counts, config = part.counts, part.config
-    packed = part.isolated and bool((np.diff(plan.first) > 1).any())
-    names = ["input_ids", "labels", *(["seq_lengths"] if packed else [])]
-    kind = pa.list_(pa.int32())
-    roles = np.zeros(2 * len(ROLES), np.int64)
-    with (
-        pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_stream(sink, pa.schema([(name, kind) for name in names])) as writer,
-    ):
-        for low, high in packing.chunks(plan, BLOCKS):
-            pieces = slice(plan.first[low], plan.first[high])
-            sizes = plan.stop[pieces] - plan.start[pieces]
-            begins = store.begins[plan.document[pieces]] + plan.start[pieces]
-            spans = list(zip(begins.tolist(), (begins + sizes).tolist(), strict=True))
-            ids = np.concatenate([store.ids[a:b] for a, b in spans])
-            marks = np.concatenate([store.marks[a:b] for a, b in spans])
-            firsts = np.cumsum(sizes) - sizes
-            offsets = plan.first[low : high + 1] - plan.first[low]
-            edges = np.concatenate([firsts, [len(ids)]])[offsets]
-            labels = np.where(marks & 1, ids, IGNORE_INDEX).astype(np.int32)
-            # Nothing precedes the first token of a document, so nothing can predict it.
-            labels[firsts if part.isolated else edges[:-1]] = IGNORE_INDEX
-            columns = [_lists(ids, edges), _lists(labels, edges)]
-            if packed:
-                columns.append(_lists(sizes.astype(np.int32), offsets))
-            writer.write_batch(pa.record_batch(columns, names))
-            seen = labels != IGNORE_INDEX
-            counts.samples += high - low
-            counts.tokens += len(ids)
-            counts.trained_tokens += int(seen.sum())
-            counts.longest = max(counts.longest, int(np.diff(edges).max()))
-            counts.largest_id = max(counts.largest_id, int(ids.max()))
-            roles += np.bincount(2 * (marks // 2) + seen, minlength=len(roles))
-    counts.roles = {
-        role: {"tokens": int(pair.sum()), "trained": int(pair[1])}
-        for role, pair in zip(ROLES, roles.reshape(-1, 2), strict=True)
-        if pair.sum()
-    }
-    if packed or (part.text and config.packing != "none"):
-        counts.efficiency = counts.tokens / max(1, counts.samples * config.max_length)
-
-
-def _lists(values: NDArray[np.int32], edges: NDArray[np.int64]) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(edges, pa.int32()), pa.array(values))

@@ -17,11 +17,11 @@ import numpy as np
 from sft.config import PACKAGE_DIR, DatasetConfig
 from sft.data import artefact, sources
 from sft.data.audit import Counts, gate
-from sft.data.parts import Part, held_out, weighted, write_blocks
-from sft.data.readers import cache_dir
+from sft.data.blocks import weighted, write_blocks
+from sft.data.parts import Part, held_out
 from sft.data.store import Dropped, encoded
 from sft.data.template import Template
-from sft.files import write_text
+from sft.files import cache_dir, write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,6 +66,7 @@ def prepare(
     config: DatasetConfig,
     template: Template,
     seed: int,
+    samples: int | None = None,
     show: Callable[[dict[str, Counts], DatasetConfig], None] | None = None,
 ) -> Prepared:
     """Tokenise, pack and audit the data, or read what was made of the same before.
@@ -77,12 +78,21 @@ def prepare(
         config: The dataset section.
         template: What is rendered, and what of it is trained.
         seed: Of the held-out rows, and of what is random in the mixture.
+        samples: How many the run takes, where rows are streamed: no more of them are read.
         show: Is given the counts before they are held against their limits.
 
     Raises:
         DataError: The data cannot be read, or must not be trained on.
     """
-    prepared = artefact.load(config, template.tokenizer) or _cached(config, template, seed)
+    prepared = artefact.load(config, template.tokenizer)
+    if prepared is None:
+        prepared = _cached(config, template, seed, samples)
+        if samples and prepared.train.counts.samples < samples:
+            logger.info(
+                "warning: the source ended after %s samples; the run takes %s, some of them again",
+                f"{prepared.train.counts.samples:,}",
+                f"{samples:,}",
+            )
     if show is not None:
         show(prepared.parts, config)
     for warning in gate(prepared.parts, config, str(prepared.folder / "dropped.jsonl")):
@@ -90,10 +100,10 @@ def prepare(
     return prepared
 
 
-def _cached(config: DatasetConfig, template: Template, seed: int) -> Prepared:
+def _cached(config: DatasetConfig, template: Template, seed: int, samples: int | None) -> Prepared:
     from filelock import FileLock
 
-    key = _key(config, template, seed)
+    key = _key(config, template, seed, samples)
     folder = cache_dir() / "data" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "data.json").is_file():
@@ -105,7 +115,7 @@ def _cached(config: DatasetConfig, template: Template, seed: int) -> Prepared:
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.mkdir()
                 try:
-                    _make(config, template, seed, partial)
+                    _make(config, template, seed, samples, partial)
                 except BaseException:
                     shutil.rmtree(partial, ignore_errors=True)
                     raise
@@ -132,17 +142,18 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256((text + special).encode()).hexdigest()[:32]
 
 
-def _key(config: DatasetConfig, template: Template, seed: int) -> str:
+def _key(config: DatasetConfig, template: Template, seed: int, samples: int | None) -> str:
     """Name what the samples are made from: data, tokenizer, template, options and our own code."""
     code = hashlib.sha256()
     for path in sorted((PACKAGE_DIR / "data").glob("*.py")):
         code.update(path.read_bytes())
     settings = dataclasses.asdict(config)
-    uses_seed = config.eval_fraction or config.mix or config.order == "random"
+    uses_seed = config.eval_fraction or config.mix or config.streaming or config.order == "random"
     chat = template.chat is not None
     ingredients = {
         "code": code.hexdigest(),
-        "sources": [source.fingerprint() for source in sources.of(config)],
+        "sources": [source.fingerprint() for source in sources.of(config, seed)],
+        "samples": samples,
         "settings": {key: settings[key] for key in sorted(settings.keys() - NOT_IN_KEY)},
         "template": dataclasses.asdict(template.config),
         "chat_template": template.tokenizer.chat_template if chat else None,
@@ -153,12 +164,14 @@ def _key(config: DatasetConfig, template: Template, seed: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _make(config: DatasetConfig, template: Template, seed: int, folder: Path) -> None:
+def _make(
+    config: DatasetConfig, template: Template, seed: int, samples: int | None, folder: Path
+) -> None:
     """Prepare every part into a folder; ``data.json`` comes last."""
-    given = sources.of(config)
+    given = sources.of(config, seed)
     with (folder / "dropped.jsonl").open("w", encoding="utf-8") as file:
         dropped = Dropped(file)
-        store = encoded(given, template, config, folder, dropped)
+        store = encoded(given, template, config, folder, dropped, samples)
         is_held_out = held_out(store, given, config, seed)
         parts: dict[str, Counts] = {}
         for name, mask in (("train", ~is_held_out), ("eval", is_held_out)):
@@ -167,7 +180,7 @@ def _make(config: DatasetConfig, template: Template, seed: int, folder: Path) ->
             part = Part(name, store, np.flatnonzero(mask), config, template, dropped)
             part.count_read([s for s in given if s.held_out == (name == "eval")])
             plan = part.planned(seed)
-            if name == "train" and config.mix:
+            if name == "train" and config.mix and not config.streaming:
                 plan = weighted(plan, store, given, seed)
             write_blocks(folder / f"{name}.arrow", store, plan, part)
             part.require_something()

@@ -1,31 +1,24 @@
-"""Rows of any source, each with its place, read lazily: a file may be larger than memory."""
+"""The rows of one file of any known kind, each with its place, read lazily."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import glob
 import io
 import json
-import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import xxhash
-
 from sft.errors import DataError
-from sft.files import write_text
 
 JSON_LINES = (".jsonl", ".ndjson")
 TEXT = (".txt", ".md")
 TABLES = (".json", *JSON_LINES, ".csv", ".tsv", ".parquet", ".arrow")
-LINES = (*JSON_LINES, ".csv", ".tsv")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+BLOCK = 1 << 20  # characters of a JSON array that are read at once
 SHOWN = 10_000  # characters of a bad row that are kept
-FRESH = 2.0  # seconds in which a file may change without its time stamp telling
 
 
 class Row(NamedTuple):
@@ -45,52 +38,7 @@ class BadRow(NamedTuple):
     text: str
 
 
-def cache_dir() -> Path:
-    """Give the folder for what can be made again: $SFT_CACHE_DIR, or ~/.cache/sft."""
-    return Path(os.environ.get("SFT_CACHE_DIR") or Path.home() / ".cache" / "sft")
-
-
-def read(path: str, subset: str | None = None, split: str = "train") -> Iterator[Row | BadRow]:
-    """Yield the rows of a file, folder, pattern, URL or hub dataset.
-
-    JSON is read as it is: Arrow would give every tool call the arguments of all the others.
-
-    Raises:
-        DataError: The source is missing or is of no known kind.
-    """
-    local = Path(path).expanduser()
-    if local.is_dir() and _saved(local):
-        yield from _from_disk(local, split)
-    elif files := files_of(path):
-        for file in files:
-            yield from _file(file)
-    else:
-        yield from _hub(path, subset, split)
-
-
-def files_of(path: str) -> list[str]:
-    """List the files that a path names, in order; none if it is a hub id.
-
-    Raises:
-        DataError: It can only be a file or folder, and is not there.
-    """
-    if "://" in path:
-        return _remote(path)
-    local = Path(path).expanduser()
-    if local.is_file():
-        return [str(local)]
-    if local.is_dir():
-        return _folder(local)
-    if found := sorted(glob.glob(str(local), recursive=True)):
-        return [file for file in found if Path(file).is_file()]
-    if _kind(path) or local.is_absolute() or path.startswith(".") or glob.has_magic(path):
-        raise DataError(
-            f"there is no file or folder {path}\n    fix: dataset.path=FILE, from {Path.cwd()}"
-        )
-    return []
-
-
-def _kind(path: str) -> str | None:
+def kind_of(path: str) -> str | None:
     """Give a file's ending, that of a compressed one too; None if it is not known."""
     suffixes = Path(path.partition("?")[0]).suffixes
     if suffixes and suffixes[-1] in COMPRESSED:
@@ -98,42 +46,15 @@ def _kind(path: str) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in (*TEXT, *TABLES) else None
 
 
-def _folder(folder: Path) -> list[str]:
-    texts = sorted(file for file in folder.rglob("*") if _kind(file.name) in TEXT)
-    if texts:
-        return [str(file) for file in texts]
-    tables = sorted(file for file in folder.rglob("*") if _kind(file.name))
-    kinds = sorted({str(_kind(file.name)) for file in tables})
-    if len(kinds) != 1:
-        found = (
-            f"files of several kinds: {', '.join(kinds)}" if kinds else "no file of a known kind"
-        )
-        raise DataError(
-            f"the folder {folder} holds {found}\n    fix: dataset.path='{folder}/*.jsonl', or "
-            f"a folder of one of {', '.join((*TEXT, *TABLES))}"
-        )
-    return [str(file) for file in tables]
-
-
 @contextlib.contextmanager
-def _remote_errors(path: str) -> Iterator[None]:
+def remote_errors(path: str) -> Iterator[None]:
+    """Say which address could not be read."""
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read: {error}\n    fix: check the address and your access to it"
         ) from error
-
-
-def _remote(path: str) -> list[str]:
-    import fsspec
-
-    with _remote_errors(path):
-        files = fsspec.open_files(path)
-        names = [file.fs.unstrip_protocol(file.path) for file in files]
-    if not names:
-        raise DataError(f"there is nothing at {path}\n    fix: dataset.path=URL of a file")
-    return names
 
 
 @contextlib.contextmanager
@@ -143,14 +64,19 @@ def _opened(path: str, binary: bool) -> Iterator[IO[Any]]:
 
     mode = {"mode": "rb"} if binary else {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
     packed = path.endswith(COMPRESSED)
-    with _remote_errors(path):
+    with remote_errors(path):
         file = fsspec.open(path, compression="infer" if packed else None, **mode).open()
     with file:
         yield file
 
 
-def _file(path: str) -> Iterator[Row | BadRow]:
-    kind = _kind(path)
+def read_file(path: str) -> Iterator[Row | BadRow]:
+    """Yield the rows of one file, local or remote, compressed or not.
+
+    Raises:
+        DataError: It is empty, damaged or of no known kind.
+    """
+    kind = kind_of(path)
     if kind is None:
         known = ", ".join((*TABLES, *TEXT))
         raise DataError(f"{path} is of no known kind\n    fix: a file that ends in {known}")
@@ -191,53 +117,72 @@ def _json_lines(path: str) -> Iterator[Row | BadRow]:
 def _json(path: str) -> Iterator[Row | BadRow]:
     """Read an array of objects, an object that holds one, or JSON lines by another name."""
     with _opened(path, binary=False) as file:
-        text = file.read()
-    head = text.lstrip()[:1]
-    start = len(text) - len(text.lstrip())
-    if head == "{":
-        try:
-            values = json.loads(text)
-        except ValueError:
-            yield from _json_lines(path)
+        head = file.read(BLOCK)
+        begin = head.lstrip()[:1]
+        if begin == "[":
+            yield from _array(head, head.index("[") + 1, file, path)
             return
-        lists = [key for key, value in values.items() if isinstance(value, list)]
-        if len(lists) != 1:
-            raise DataError(
-                f"{path} is one JSON object with {len(lists)} lists; rows would be one list\n"
-                "    fix: an array of objects, or one object a line in a .jsonl file"
-            )
-        start = re.compile(rf'"{re.escape(lists[0])}"\s*:\s*').search(text).end()  # type: ignore[union-attr]
-    elif head != "[":
-        raise DataError(f"{path} holds no JSON array or object\n    fix: an array of objects")
-    yield from _array(text, start + 1, path)
+        if begin != "{":
+            raise DataError(f"{path} holds no JSON array or object\n    fix: an array of objects")
+        text = head + file.read()
+    try:
+        values = json.loads(text)
+    except ValueError:
+        yield from _json_lines(path)
+        return
+    lists = [key for key, value in values.items() if isinstance(value, list)]
+    if len(lists) != 1:
+        raise DataError(
+            f"{path} is one JSON object with {len(lists)} lists; rows would be one list\n"
+            "    fix: an array of objects, or one object a line in a .jsonl file"
+        )
+    start = re.compile(rf'"{re.escape(lists[0])}"\s*:\s*\[').search(text)
+    assert start is not None
+    yield from _array(text, start.end(), io.StringIO(), path)
 
 
-def _array(text: str, place: int, path: str) -> Iterator[Row | BadRow]:
-    """Walk an array's elements, so that each is known by the line it begins in."""
+def _array(text: str, place: int, file: IO[str], path: str) -> Iterator[Row | BadRow]:
+    """Walk an array's elements, so that each is known by the line it begins in.
+
+    Args:
+        text: What was read of the file so far.
+        place: Where in it the first element begins.
+        file: The rest, of which no more is held than an element and a block.
+        path: The file's name.
+    """
     decoder = json.JSONDecoder()
     blank = re.compile(r"[\s,]*")
-    line, counted = 1, 0
+    line = 1 + text.count("\n", 0, place)
     while True:
-        place = blank.match(text, place).end()  # type: ignore[union-attr]
-        line += text.count("\n", counted, place)
-        counted = place
+        after = blank.match(text, place).end()  # type: ignore[union-attr]
+        line += text.count("\n", place, after)
+        place = after
         if text[place : place + 1] == "]":
             return
+        damage = "it does not end"
         try:
             values, end = decoder.raw_decode(text, place)
         except ValueError as error:
-            raise DataError(f"{path}:{line}: the JSON is damaged: {error}") from None
+            damage, end = str(error), len(text)
+        if end == len(text):  # there may be more of the element: 12 of 123
+            # Twice as much each time: a long element is not begun anew for every block of it.
+            more = file.read(max(BLOCK, len(text) - place))
+            if not more:
+                raise DataError(f"{path}:{line}: the JSON is damaged: {damage}")
+            text, place = text[place:] + more, 0
+            continue
         if isinstance(values, dict):
             yield Row(values, path, line)
         else:
             reason = f"the element is no object but {type(values).__name__}"
             yield BadRow(path, line, reason, text[place:end][:SHOWN])
+        line += text.count("\n", place, end)
         place = end
 
 
 def _csv(path: str) -> Iterator[Row | BadRow]:
     csv.field_size_limit(2**31 - 1)
-    tabs = _kind(path) == ".tsv"
+    tabs = kind_of(path) == ".tsv"
     with _opened(path, binary=False) as file:
         rows = csv.reader(file, delimiter="\t" if tabs else ",", strict=True)
         header = next(rows, [])
@@ -289,113 +234,3 @@ def _damaged(path: str) -> Iterator[None]:
         yield
     except pa.ArrowException as error:
         raise DataError(f"{path} is damaged: {error}\n    fix: write or copy it anew") from error
-
-
-def estimated_rows(path: str) -> int | None:
-    """Count the rows of local files by their lines; None for what must be read to be counted."""
-    files = [] if "://" in path else files_of(path)
-    if any(Path(file).suffix not in LINES for file in files):
-        return None
-    total = 0
-    for name in files:
-        with open(name, "rb") as file:
-            while block := file.read(1 << 22):
-                total += block.count(b"\n")
-    return total or None
-
-
-def _saved(folder: Path) -> bool:
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-
-
-def _from_disk(folder: Path, split: str) -> Iterator[Row]:
-    """Read what Datasets saved."""
-    from datasets import DatasetDict, load_from_disk
-
-    rows = load_from_disk(str(folder))
-    if isinstance(rows, DatasetDict):
-        if split not in rows:
-            raise DataError(
-                f"{folder} has no split {split}; it has {', '.join(rows)}\n"
-                f"    fix: dataset.split={next(iter(rows))}"
-            )
-        rows = rows[split]
-    for number, values in enumerate(rows, 1):
-        yield Row(values, str(folder), number)
-
-
-def _hub(path: str, subset: str | None, split: str) -> Iterator[Row]:
-    for number, values in enumerate(_hub_rows(path, subset, split), 1):
-        yield Row(values, path, number)
-
-
-def _hub_rows(path: str, subset: str | None, split: str) -> Any:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(path, subset, split=split)
-    except Exception as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise DataError(
-            f"the dataset {path} cannot be loaded from the hub: {reason}\n"
-            "    fix: check the name and the network; HF_HUB_OFFLINE=1 uses only what is cached; "
-            "dataset=demo is embedded"
-        ) from error
-
-
-def fingerprint(path: str, subset: str | None = None, split: str = "train") -> str:
-    """Identify rows by content: a touched file is the same, a changed one is not.
-
-    Raises:
-        DataError: The source is missing.
-    """
-    local = Path(path).expanduser()
-    if local.is_dir() and _saved(local):
-        files = sorted(str(file) for file in local.rglob("*") if file.is_file())
-        return f"{_digest(files, local)} {split}"
-    if files := files_of(path):
-        if "://" in path:
-            return " ".join(map(_remote_digest, files))
-        return _digest(files, local if local.is_dir() else Path(files[0]).parent)
-    return f"{_hub_rows(path, subset, split)._fingerprint}"
-
-
-def _remote_digest(path: str) -> str:
-    import fsspec
-
-    with _remote_errors(path):
-        filesystem, name = fsspec.url_to_fs(path)
-        try:
-            return str(filesystem.checksum(name))
-        except NotImplementedError:
-            return str(filesystem.ukey(name))
-
-
-def _digest(files: list[str], root: Path) -> str:
-    """Hash names and bytes; what was hashed before and did not change since is not read again."""
-    memo_file = cache_dir() / "digests.json"
-    try:
-        memo = dict(json.loads(memo_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # absent or damaged: it only saves time
-        memo = {}
-    before = len(memo)
-    whole = xxhash.xxh3_128()
-    for file in files:
-        stat = os.stat(file)
-        key = f"{os.path.realpath(file)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
-        digest = memo.get(key)
-        if digest is None:
-            hasher = xxhash.xxh3_128()
-            with open(file, "rb") as opened:
-                while block := opened.read(1 << 22):
-                    hasher.update(block)
-            digest = hasher.hexdigest()
-            # A file may change once more within its time stamp's grain.
-            if stat.st_mtime < time.time() - FRESH:
-                memo[key] = digest
-        whole.update(f"{os.path.relpath(file, root)} {digest}\n".encode())
-    if len(memo) > before:
-        with contextlib.suppress(OSError):
-            memo_file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(memo_file, json.dumps(memo))
-    return whole.hexdigest()

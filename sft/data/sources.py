@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from sft.config import DatasetConfig, TemplateConfig
-from sft.data import readers
+from sft.data import locations
 from sft.data.readers import BadRow, Row
 from sft.errors import DataError
 
@@ -25,6 +25,7 @@ class Source:
         weight: How often each row is seen in an epoch.
         held_out: Whether it is evaluated on.
         max_rows: Rows to read at most.
+        stream_seed: Of the order in which its files are read, where they are read only in part.
     """
 
     path: str
@@ -35,15 +36,17 @@ class Source:
     weight: float = 1.0
     held_out: bool = False
     max_rows: int | None = None
+    stream_seed: int | None = None
 
     def fingerprint(self) -> str:
         """Identify the rows by content, and what is done with them."""
-        content = readers.fingerprint(self.path, self.subset, self.split)
+        streamed = self.stream_seed is not None
+        content = locations.fingerprint(self.path, self.subset, self.split, streamed)
         return f"{content} {self.columns} {self.weight} {self.held_out} {self.max_rows}"
 
     def estimated_rows(self) -> int | None:
         """Count the rows, for a progress bar; None where that is not cheap."""
-        count = readers.estimated_rows(self.path)
+        count = locations.estimated_rows(self.path)
         if count is None or self.max_rows is None:
             return count
         return min(count, self.max_rows)
@@ -54,7 +57,7 @@ class Source:
         Raises:
             DataError: The source cannot be read, is empty, or lacks a column.
         """
-        found = readers.read(self.path, self.subset, self.split)
+        found = locations.read(self.path, self.subset, self.split, self.stream_seed)
         first = next(found, None)
         if first is None:
             raise DataError(
@@ -89,8 +92,16 @@ class Source:
             yield row
 
 
-def of(config: DatasetConfig) -> list[Source]:
+def of(config: DatasetConfig, seed: int) -> list[Source]:
     """List the sources of a dataset section, those to train on first."""
+    found = _of(config)
+    if config.streaming:
+        for source in found:
+            source.stream_seed = seed
+    return found
+
+
+def _of(config: DatasetConfig) -> list[Source]:
     limit = config.max_rows
     if config.mix:
         given = [

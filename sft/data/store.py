@@ -71,8 +71,18 @@ def encoded(
     config: DatasetConfig,
     folder: Path,
     dropped: Dropped,
+    samples: int | None = None,
 ) -> Store:
-    """Encode every row of every source, in order, to files in a folder."""
+    """Encode the rows of every source, in order, to files in a folder.
+
+    Args:
+        given: The sources.
+        template: What is rendered.
+        config: The dataset section.
+        folder: Where to.
+        dropped: Is told of every row that is left out.
+        samples: Stop where there are enough rows for so many samples; None: encode all.
+    """
     maker = RowEncoder(template, config.sanitize)
     files: dict[str, int] = {}
     tables: list[NDArray[Any]] = []
@@ -83,15 +93,19 @@ def encoded(
             tally = {"rows": 0, "bad": 0, "empty": 0}
             part = "eval" if source.held_out else "train"
             batches = _batches(_rows(source, template, config), template.config.kind == "text")
+            wanted = _wanted(source, given, config, samples)
+            made = 0.0
             bar = tqdm(
                 desc=f"tokenising {source.path}",
-                total=source.estimated_rows(),
-                unit=" rows",
+                total=source.estimated_rows() if wanted is None else round(wanted),
+                unit=" rows" if wanted is None else " samples",
                 delay=2,  # what is quick needs no bar
                 disable=not sys.stderr.isatty(),
             )
             for batch, done in _in_parallel(maker, batches, config.num_proc):
-                bar.update(len(batch))
+                gained = _samples_in(done.documents, config)
+                made += gained
+                bar.update(len(batch) if wanted is None else round(gained))
                 done.ids.tofile(ids)
                 done.marks.tofile(marks)
                 table = done.documents
@@ -111,6 +125,8 @@ def encoded(
                     dropped.first += [f"{b.file}:{b.line}: {b.reason}" for b in done.bad[:3]]
                 if tally["bad"] == tally["rows"] >= 1:
                     _refuse(tally["bad"], dropped, source.path)
+                if wanted is not None and made >= wanted:
+                    break
             bar.close()
             read[source.name] = tally
     documents = np.concatenate(tables) if tables else np.zeros(0, DOCUMENT)
@@ -126,6 +142,31 @@ def encoded(
         list(files),
         read,
     )
+
+
+def _wanted(
+    source: sources.Source,
+    given: Sequence[sources.Source],
+    config: DatasetConfig,
+    samples: int | None,
+) -> float | None:
+    """Give how many samples of a run a source supplies: its weight's share; None: all it has."""
+    if samples is None or source.held_out:
+        return None
+    weights = sum(other.weight for other in given if not other.held_out)
+    return samples * source.weight / weights / config.sample / (1 - config.eval_fraction)
+
+
+def _samples_in(documents: NDArray[Any], config: DatasetConfig) -> float:
+    """Count the samples that documents become, at the least."""
+    lengths = documents["length"][documents["trained"] > 0]
+    if config.overlong == "drop":
+        lengths = lengths[lengths <= config.max_length]
+    if config.packing == "none":
+        return float(len(lengths))
+    if config.overlong == "truncate":
+        lengths = np.minimum(lengths, config.max_length)
+    return float(lengths.sum() / config.max_length)
 
 
 def _refuse(count: int, dropped: Dropped, path: str) -> None:

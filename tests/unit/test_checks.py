@@ -154,6 +154,14 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"dataset__path": None},
             ("dataset.path=null", "data is needed", "dataset.path=FILE_OR_HUB_ID"),
         ),
+        (
+            {"dataset__streaming": True},
+            (
+                "dataset.streaming=true",
+                "reads the rows that train.max_steps takes, and no more; it is not set",
+                "train.max_steps=1000",
+            ),
+        ),
         ({"run_name": "a/b"}, ("run_name=a/b", "must be a plain name", "output_dir=DIR")),
         (
             {"dataset__eval_fraction": 0.1, "dataset__eval_split": "test"},

@@ -10,7 +10,8 @@ from support import SHARED, TINY
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sft.config import DatasetConfig, TemplateConfig
-from sft.data.encode import IGNORE_INDEX, Encoder
+from sft.data.encode import IGNORE_INDEX
+from sft.data.encoder import Encoder
 from sft.data.prepare import Samples, prepare
 from sft.data.preview import marked
 from sft.data.template import Segment, Template

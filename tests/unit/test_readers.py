@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from support import SHARED
 
-from sft.data import readers
+from sft.data import locations
 from sft.data.readers import BadRow, Row
 from sft.errors import DataError
 
@@ -58,7 +58,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 def values(path: object, **options: Any) -> list[dict[str, Any]]:
-    found = list(readers.read(str(path), **options))
+    found = list(locations.read(str(path), **options))
     assert all(isinstance(row, Row) for row in found)
     return [row.values for row in found if isinstance(row, Row)]
 
@@ -86,7 +86,7 @@ def test_urls_patterns_and_folders(tmp_path: Path) -> None:
 def test_places_are_lines(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n\n{"a": \n[1]\n{"a": "\xff"}\n{"a": 2}')
-    found = list(readers.read(str(path)))
+    found = list(locations.read(str(path)))
     assert [row.line for row in found] == [1, 3, 4, 5, 6]
     assert [type(row) for row in found] == [Row, BadRow, BadRow, BadRow, Row]
     assert [row.reason.partition(":")[0] for row in found if isinstance(row, BadRow)] == [
@@ -96,10 +96,10 @@ def test_places_are_lines(tmp_path: Path) -> None:
     ]
     path = tmp_path / "rows.json"
     path.write_text('[\n {"a": 1},\n 7,\n\n {"a":\n 2}]\n')
-    assert [row.line for row in readers.read(str(path))] == [2, 3, 5]
+    assert [row.line for row in locations.read(str(path))] == [2, 3, 5]
     path = tmp_path / "rows.csv"
     path.write_text('a,b\n1,"two\nlines"\n3\n4,5\n')
-    found = list(readers.read(str(path)))
+    found = list(locations.read(str(path)))
     assert [row.line for row in found] == [2, 4, 5]
     assert isinstance(found[1], BadRow) and found[1].reason == "the row has 1 fields, the header 2"
 
@@ -136,16 +136,16 @@ def test_what_cannot_be_read(
     elif content is not None:
         Path(name).write_text(content)
     with pytest.raises(DataError, match=message):
-        list(readers.read(name))
+        list(locations.read(name))
 
 
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no file of a known kind"):
-        list(readers.read(str(tmp_path)))
+        list(locations.read(str(tmp_path)))
     for name in ("a.csv", "b.jsonl"):
         (tmp_path / name).write_text("x\n")
     with pytest.raises(DataError, match=r"holds files of several kinds: \.csv, \.jsonl"):
-        list(readers.read(str(tmp_path)))
+        list(locations.read(str(tmp_path)))
     WRITERS["saved_splits"](tmp_path / "saved")
     with pytest.raises(DataError, match="has no split test; it has train"):
         values(tmp_path / "saved", split="test")
@@ -155,22 +155,22 @@ def test_a_fingerprint_is_of_the_content(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "rows.jsonl"
     path.write_text(lines(ROWS))
-    first = readers.fingerprint(str(path))
+    first = locations.fingerprint(str(path))
     assert not (tmp_path / "cache").exists()  # too fresh to be told by its time stamp
     os.utime(path, (1e9, 1e9))
-    assert readers.fingerprint(str(path)) == first
+    assert locations.fingerprint(str(path)) == first
     memo = tmp_path / "cache" / "digests.json"
     [(key, digest)] = json.loads(memo.read_text()).items()
     assert key.startswith(f"{path} ")
     memo.write_text(json.dumps({key: "told"}))
-    assert readers.fingerprint(str(path)) != first  # what the memo tells is not read again
+    assert locations.fingerprint(str(path)) != first  # what the memo tells is not read again
     memo.write_text("{damaged")
-    assert readers.fingerprint(str(path)) == first
+    assert locations.fingerprint(str(path)) == first
     assert json.loads(memo.read_text()) == {key: digest}
     path.write_text(lines(ROWS[:2]))
-    assert readers.fingerprint(str(path)) != first
+    assert locations.fingerprint(str(path)) != first
     WRITERS["saved_splits"](tmp_path / "saved")
-    assert readers.fingerprint(str(tmp_path / "saved")).endswith(" train")
+    assert locations.fingerprint(str(tmp_path / "saved")).endswith(" train")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real input: {SHARED} is absent")

@@ -1,0 +1,82 @@
+"""The blocks of a plan, filled with tokens and labels: repeated by weight, written, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sft.data import packing, sources
+from sft.data.encode import IGNORE_INDEX, ROLES
+from sft.data.parts import Part
+from sft.data.store import Store
+
+BLOCKS = 1000  # written at once
+
+
+def weighted(
+    plan: packing.Plan, store: Store, given: Sequence[sources.Source], seed: int
+) -> packing.Plan:
+    """Repeat each source's blocks as often as its weight says; a part of them for a fraction."""
+    sources_of = store.documents["source"][plan.document[plan.first[:-1]]]
+    generator = np.random.default_rng(seed)
+    chosen: list[NDArray[np.int64]] = []
+    for number, source in enumerate(given):
+        blocks = np.flatnonzero(sources_of == number)
+        times, part = divmod(source.weight, 1)
+        chosen += [blocks] * int(times)
+        extra = generator.permutation(blocks)[: round(part * len(blocks))]
+        chosen.append(np.sort(extra))
+    order = np.concatenate(chosen)
+    return plan.take([np.arange(plan.first[i], plan.first[i + 1]) for i in order.tolist()])
+
+
+def write_blocks(path: Path, store: Store, plan: packing.Plan, part: Part) -> None:
+    """Write the blocks as an Arrow file, and count their tokens."""
+    counts, config = part.counts, part.config
+    packed = part.isolated and bool((np.diff(plan.first) > 1).any())
+    names = ["input_ids", "labels", *(["seq_lengths"] if packed else [])]
+    kind = pa.list_(pa.int32())
+    roles = np.zeros(2 * len(ROLES), np.int64)
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, pa.schema([(name, kind) for name in names])) as writer,
+    ):
+        for low, high in packing.chunks(plan, BLOCKS):
+            pieces = slice(plan.first[low], plan.first[high])
+            sizes = plan.stop[pieces] - plan.start[pieces]
+            begins = store.begins[plan.document[pieces]] + plan.start[pieces]
+            spans = list(zip(begins.tolist(), (begins + sizes).tolist(), strict=True))
+            ids = np.concatenate([store.ids[a:b] for a, b in spans])
+            marks = np.concatenate([store.marks[a:b] for a, b in spans])
+            firsts = np.cumsum(sizes) - sizes
+            offsets = plan.first[low : high + 1] - plan.first[low]
+            edges = np.concatenate([firsts, [len(ids)]])[offsets]
+            labels = np.where(marks & 1, ids, IGNORE_INDEX).astype(np.int32)
+            # Nothing precedes the first token of a document, so nothing can predict it.
+            labels[firsts if part.isolated else edges[:-1]] = IGNORE_INDEX
+            columns = [_lists(ids, edges), _lists(labels, edges)]
+            if packed:
+                columns.append(_lists(sizes.astype(np.int32), offsets))
+            writer.write_batch(pa.record_batch(columns, names))
+            seen = labels != IGNORE_INDEX
+            counts.samples += high - low
+            counts.tokens += len(ids)
+            counts.trained_tokens += int(seen.sum())
+            counts.longest = max(counts.longest, int(np.diff(edges).max()))
+            counts.largest_id = max(counts.largest_id, int(ids.max()))
+            roles += np.bincount(2 * (marks // 2) + seen, minlength=len(roles))
+    counts.roles = {
+        role: {"tokens": int(pair.sum()), "trained": int(pair[1])}
+        for role, pair in zip(ROLES, roles.reshape(-1, 2), strict=True)
+        if pair.sum()
+    }
+    if packed or (part.text and config.packing != "none"):
+        counts.efficiency = counts.tokens / max(1, counts.samples * config.max_length)
+
+
+def _lists(values: NDArray[np.int32], edges: NDArray[np.int64]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(edges, pa.int32()), pa.array(values))
