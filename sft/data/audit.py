@@ -27,6 +27,7 @@ class Counts:
         dropped: Rows and documents that are not trained on, for all reasons.
         truncated: Documents whose end was cut off.
         unrolled: Conversations that became one sample a turn.
+        found: Documents that the rows became, before any was left out.
         documents: Documents that are kept: a row's sample, or a text.
         samples: What the trainer sees: documents, or blocks of them.
         roles: Role: tokens and trained tokens, as rendered, before anything was cut.
@@ -42,6 +43,7 @@ class Counts:
     dropped: int = 0
     truncated: int = 0
     unrolled: int = 0
+    found: int = 0
     documents: int = 0
     samples: int = 0
     tokens: int = 0
@@ -57,10 +59,7 @@ class Counts:
 
     def share(self, check: str) -> float:
         """Give the share of documents that a check found."""
-        found = self.checks.get(check, 0)
-        # Those that were dropped for it are no longer among the kept.
-        base = self.documents + (found if check == "nothing_trained" else 0)
-        return found / base if base else 0.0
+        return self.checks.get(check, 0) / self.found if self.found else 0.0
 
 
 def describe_lengths(lengths: NDArray[np.int64]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Part:
         """Count the rows, and what the checks find in the documents."""
         found, counts = self.store.documents[self.documents], self.counts
         counts.rows = len(np.unique(found["row"]))
+        counts.found = len(found)
         for source in given:
             read = self.store.read[source.name]
             counts.sources[source.name] = {**read, "weight": source.weight}
