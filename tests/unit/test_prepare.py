@@ -15,7 +15,7 @@ from support import SHARED, TINY
 from transformers import AutoTokenizer
 
 from sft.config import DatasetConfig, TemplateConfig
-from sft.data import artefact, prepare, store
+from sft.data import artefact, bpe, prepare, store
 from sft.data.audit import describe_lengths
 from sft.data.template import Template
 from sft.errors import DataError
@@ -147,6 +147,38 @@ def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.Monke
     assert shared.train.dataset[:] == alone.train.dataset[:]
     assert shared.train.counts == alone.train.counts
     assert (shared.train.counts.rows, shared.train.counts.bad) == (901, 1)
+
+
+def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+    rows = [pair(1), '{"prompt": "p", "completion": "fine \\ud83d"}', pair(2)]
+    prepared = made(write(tmp_path / "rows.jsonl", rows), max_bad_fraction=0.5)
+    assert prepared.train.counts.bad == 1
+    dropped = json.loads((prepared.folder / "dropped.jsonl").read_text())
+    assert dropped["reason"] == r"the text holds '\ud83d', which is half a character"
+    assert r"\ud83d" in dropped["row"]
+
+
+@needs_shared
+def test_much_data_is_encoded_by_tiktoken_with_the_same_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "gpt2")
+    template = Template(PAIRS, tokenizer)
+    lines = (SHARED / "data" / "dolly-15k" / "dolly-sample-5000.jsonl").open(encoding="utf-8")
+    rows = [json.loads(line) for line in lines][:300]
+    pairs = [{"prompt": f"{r['instruction']}\n", "completion": r["response"]} for r in rows]
+    path = write(tmp_path / "rows.jsonl", pairs)
+    found = []
+    used = []
+    encode = bpe.BytePairs.encode
+    monkeypatch.setattr(bpe.BytePairs, "encode", lambda *a: used.append(1) or encode(*a))
+    for batch, cache in ((300, "a"), (50, "b")):
+        monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path / cache))
+        monkeypatch.setattr(store, "BATCH_ROWS", batch)
+        config = DatasetConfig(path=path, overlong="truncate", num_proc=1)
+        found.append(prepare.prepare(config, template, 0).train.dataset[:])
+        assert bool(used) is (batch == 50)
+    assert found[0] == found[1]
 
 
 def test_a_mixture_sees_each_source_as_often_as_asked(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from support import SHARED
 
-from sft.data import locations
+from sft.data import locations, readers
 from sft.data.readers import BadRow, Row
 from sft.errors import DataError
 
@@ -102,6 +102,20 @@ def test_places_are_lines(tmp_path: Path) -> None:
     found = list(locations.read(str(path)))
     assert [row.line for row in found] == [2, 4, 5]
     assert isinstance(found[1], BadRow) and found[1].reason == "the row has 1 fields, the header 2"
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 40])
+def test_an_array_is_read_a_block_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(readers, "BLOCK", block)
+    path = tmp_path / "rows.json"
+    path.write_text('[\n {"a": "1\\n]"},\n 1234, true,\n\n {"b":\n [2, {}]}\n]\n')
+    found = [(row[0], row.line) for row in locations.read(str(path))]
+    assert found == [({"a": "1\n]"}, 2), (str(path), 3), (str(path), 3), ({"b": [2, {}]}, 5)]
+    path.write_text('[{"a": 1},\n {"a": 2}')
+    with pytest.raises(DataError, match=r"rows\.json:2: the JSON is damaged"):
+        list(locations.read(str(path)))
 
 
 def test_objects_keep_their_own_keys(tmp_path: Path) -> None:
