@@ -62,6 +62,12 @@ class ModelConfig:
             "packed", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
         ),
     )
+    lm_head: str = setting(
+        "auto",
+        "how the loss is computed. chunked: ours, of trained positions, a few at a time; trl: "
+        "TRL's; plain: from the model's logits; auto: chunked on a CPU, trl on a GPU",
+        one_of("auto", "chunked", "trl", "plain"),
+    )
 
 
 @dataclass

@@ -40,6 +40,7 @@ def train(config: Config) -> None:
     from sft.data.collator import Collator
     from sft.data.prepare import prepare
     from sft.data.template import Template
+    from sft.fast import head
 
     precision, reason = model.choose_precision(config.precision)
     logger.info("precision %s: %s", precision, reason)
@@ -69,6 +70,11 @@ def train(config: Config) -> None:
     try:
         base = model.load_base(config, architecture.config, precision, kernel)
         trainer = make_trainer(base, args, prepared, collator, tokenizer, lora)
+        lm_head, reason = head.choose(
+            config.model.lm_head, args.device.type, trainer.aux_loss_enabled
+        )
+        trainer.use_head(lm_head)
+        logger.info("LM head %s: %s", lm_head, reason)
         summary.describe_run(config, trainer, prepared, tokenizer)
         start(run, trainer, prepared, template.stop_id(), resume_from)
         final = finish_training(trainer, config, template.stop_id(), resume_from)
@@ -180,6 +186,8 @@ def start(
     trainer.accelerator.wait_for_everyone()
     log_to_file(run.dir / f"rank{trainer.args.process_index}.log")
     callbacks.watch(trainer, run.dir / "metrics.jsonl")
+    if trainer.lm_head == "chunked":
+        trainer.add_callback(callbacks.BeforeTraining(lambda: check_head(trainer), on_resume=True))
     trainer.args.eval_on_start &= resume_from is None
     if "seq_lengths" in prepared.train.dataset.column_names or trainer.data_collator.padding_free:
         trainer.add_callback(callbacks.BeforeTraining(lambda: prove(trainer), on_resume=True))
@@ -194,6 +202,17 @@ def prove(trainer: Trainer) -> None:
 
     model, device = trainer.model_wrapped, trainer.args.device
     prove_isolation(model, trainer.data_collator, device, len(trainer.processing_class))
+
+
+def check_head(trainer: Trainer) -> None:
+    """Compute the loss from the model's own logits where ours is not what they say."""
+    from sft.fast import head
+
+    vocabulary = len(trainer.processing_class)
+    apart = head.difference(trainer.model_wrapped, trainer.args.device, vocabulary)
+    if not apart <= 1:
+        logger.info("warning: the LM head differs from the model's logits; model.lm_head=plain")
+        trainer.use_head("plain")
 
 
 def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, float]:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from trl import SFTTrainer
 
 from sft import checkpoint, zero
 from sft.data.encode import IGNORE_INDEX
+from sft.fast import head
 
 
 class Fillers(torch.utils.data.Dataset[dict[str, Any]]):
@@ -61,6 +63,69 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     """Trains on samples that have ``input_ids`` and ``labels`` already."""
 
     control: Any
+    lm_head = "trl"
+    # Of the steps that will be logged: entropy, right guesses, trained tokens.
+    _sums: torch.Tensor | None = None
+    _tokens = 0  # that this rank saw since the last line
+
+    def use_head(self, kind: str) -> None:
+        """Compute the loss with another head than TRL's: ``chunked`` or ``plain``."""
+        self.lm_head = kind
+        if kind != "trl":
+            peft = isinstance(self.model, PeftModel)
+            head.install(self.model.get_base_model() if peft else self.model, kind)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Give the mean loss over the trained tokens of all ranks and micro-batches of a step.
+
+        Entropy and token accuracy are computed for the steps that are logged, and summed over the
+        ranks then; the stock method does both in every micro-batch.
+        """
+        if self.lm_head == "trl" or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mask = inputs.get("attention_mask")
+        self._tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+        step = self.state.global_step + 1
+        logs = step % self.args.logging_steps == 0 or step == self.state.max_steps
+        output = model(
+            **inputs,
+            use_cache=False,
+            fused_lm_head=True,
+            head_dft=self.args.loss_type == "dft",
+            head_metrics=logs,
+        )
+        if logs:
+            found = [output.entropy, output.is_top1, output.label_mask]
+            sums = torch.stack([values.sum(dtype=torch.float64) for values in found])
+            self._sums = sums if self._sums is None else self._sums + sums
+        if num_items_in_batch is None:
+            return output.loss / output.label_mask.sum().clamp(min=1)
+        # The tokens of every rank are counted, and DDP takes the mean of the ranks' gradients.
+        loss = output.loss / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return loss * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was summed for this line."""
+        if "loss" in logs and self._sums is not None:
+            counted = torch.tensor([float(self._tokens)], dtype=torch.float64)
+            sums = torch.cat([self._sums, counted.to(self._sums.device)])
+            if dist.is_initialized():
+                dist.all_reduce(sums)
+            entropy, right, trained, tokens = sums.tolist()
+            self._total_train_tokens += int(tokens)
+            self._metrics["train"] |= {
+                "entropy": [entropy / max(trained, 1)],
+                "mean_token_accuracy": [right / max(trained, 1)],
+                "num_tokens": [self._total_train_tokens],
+            }
+            self._sums, self._tokens = None, 0
+        super().log(logs, start_time)
 
     def evaluate(
         self,

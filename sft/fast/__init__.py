@@ -1,0 +1,1 @@
+"""The plain path's results, sooner."""
