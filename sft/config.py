@@ -56,10 +56,12 @@ class ModelConfig:
     pretrained: bool = setting(True, "false: random weights of the same architecture")
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
     attn_implementation: str | None = setting(
-        None,
-        "attention kernel; null: packed (ours) where samples are packed, else the architecture's",
+        "auto",
+        "attention kernel; auto: packed (ours) where a row holds several documents, else the "
+        "architecture's; null: the architecture's",
         one_of(
-            "packed", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
+            *("auto", "packed", "eager", "sdpa"),
+            *("flash_attention_2", "flash_attention_3", "flex_attention"),
         ),
     )
     lm_head: str = setting(
@@ -223,8 +225,11 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "AdamW's decoupled decay", at_least(0))
     max_grad_norm: float = setting(1.0, "gradient norm is clipped to this; 0: never", at_least(0))
     optim: str = setting("adamw_torch", "adamw_torch, adamw_8bit, paged_adamw_8bit, adafactor, ...")
-    gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: less memory, a third more time"
+    gradient_checkpointing: Any = setting(
+        "auto",
+        "recompute activations in the backward pass, a third more time; auto: where they do not "
+        "fit the memory",
+        one_of("auto", True, False),
     )
     logging_steps: int = setting(10, "steps between logged lines", at_least(1))
     eval_strategy: str = setting(
@@ -236,7 +241,11 @@ class TrainConfig:
     )
     save_steps: int = setting(500, "steps between checkpoints", at_least(1))
     save_total_limit: int = setting(2, "checkpoints kept", at_least(2))
-    padding_free: bool = setting(False, "join a micro-batch into one row instead of padding it")
+    padding_free: Any = setting(
+        "auto",
+        "join a micro-batch into one row instead of padding it; auto: where attention allows it",
+        one_of("auto", True, False),
+    )
     pad_to_multiple_of: int | None = setting(None, "round a batch's length up", at_least(1))
     dataloader_num_workers: int = setting(0, "processes that prepare batches", at_least(0))
     extra: dict[str, Any] = setting({}, "any other field of trl.SFTConfig")

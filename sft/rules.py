@@ -39,9 +39,10 @@ def share() -> Rule:
     return Rule("must be greater than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
-def one_of(*choices: str) -> Rule:
-    """Allow a few names."""
-    return Rule(f"must be one of {', '.join(choices)}", lambda value: value in choices)
+def one_of(*choices: str | bool) -> Rule:
+    """Allow a few names, or a switch."""
+    names = ", ".join(str(choice).lower() for choice in choices)
+    return Rule(f"must be one of {names}", lambda value: value in choices)
 
 
 def setting(default: Any, help: str, rule: Rule | None = None) -> Any:

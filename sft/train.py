@@ -12,6 +12,7 @@ from sft.config import Config, fill_names, streamed_samples
 from sft.errors import RunError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from trl import SFTConfig
 
     from sft.data.collator import Collator
@@ -35,9 +36,8 @@ def train(config: Config) -> None:
     resume_from = run.resume_point()
     environment.prepare(distributed=config.zero.config is not None)
 
-    from sft import adapter, attention, model, summary, zero
+    from sft import adapter, memory, model, summary, zero
     from sft.data import artefact
-    from sft.data.collator import Collator
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.fast import head
@@ -55,18 +55,19 @@ def train(config: Config) -> None:
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     model.check_fits(architecture, tokenizer, prepared.parts.values())
-    packed = config.train.padding_free or "seq_lengths" in prepared.train.dataset.column_names
-    kernel = attention.choose(architecture, config.model.attn_implementation, packed)
-    collator = Collator(
-        tokenizer.pad_token_id,
-        padding_free=config.train.padding_free or (packed and kernel in attention.FLASH),
-        pad_to_multiple_of=config.train.pad_to_multiple_of,
-        documents=kernel == attention.NAME,
+    collator, kernel = make_collator(config, architecture, tokenizer, prepared)
+    recomputes, reason = memory.choose_checkpointing(
+        config,
+        architecture,
+        prepared.train.counts.longest,
+        model.dtype_of(precision).itemsize,
+        zero.stage(ds_config),
     )
+    logger.info("activations are %s: %s", "recomputed" if recomputes else "kept", reason)
 
     # In this order: a model loaded after SFTConfig is partitioned by ZeRO-3 as it loads, and on a
     # CPU only if the process group exists by then.
-    args = sft_config(config, precision, ds_config, evaluates=prepared.eval is not None)
+    args = sft_config(config, precision, ds_config, recomputes, evaluates=prepared.eval is not None)
     try:
         base = model.load_base(config, architecture.config, precision, kernel)
         trainer = make_trainer(base, args, prepared, collator, tokenizer, lora)
@@ -87,8 +88,38 @@ def train(config: Config) -> None:
         environment.end_process_group()
 
 
+def make_collator(
+    config: Config, architecture: PreTrainedModel, tokenizer: Any, prepared: Prepared
+) -> tuple[Collator, str | None]:
+    """Decide how samples become a batch, and which attention kernel sees it."""
+    from sft.data.collator import Collator
+    from sft.fast import attention
+
+    asked, joined = config.model.attn_implementation, config.train.padding_free
+    packed = "seq_lengths" in prepared.train.dataset.column_names
+    if joined == "auto":
+        joined = attention.can_join(architecture, asked)
+    kernel = attention.choose(architecture, asked, packed or joined)
+    logger.info(
+        "attention %s: %s",
+        kernel or "of the architecture",
+        "rows without padding" if joined else "as asked" if asked == kernel else "samples padded",
+    )
+    collator = Collator(
+        tokenizer.pad_token_id,
+        padding_free=joined or (packed and kernel in attention.FLASH),
+        pad_to_multiple_of=config.train.pad_to_multiple_of,
+        documents=kernel == attention.NAME,
+    )
+    return collator, kernel
+
+
 def sft_config(
-    config: Config, precision: str, ds_config: dict[str, Any] | None, evaluates: bool
+    config: Config,
+    precision: str,
+    ds_config: dict[str, Any] | None,
+    recomputes: bool,
+    evaluates: bool,
 ) -> SFTConfig:
     """Map the train section onto TRL's class by name, and start the process group.
 
@@ -106,6 +137,7 @@ def sft_config(
     extra, global_batch = fields.pop("extra"), fields.pop("global_batch_size")
     for name in ("padding_free", "pad_to_multiple_of"):  # our collator's
         del fields[name]
+    fields["gradient_checkpointing"] = recomputes
     micro = fields["per_device_train_batch_size"]
     if not evaluates:
         fields["eval_strategy"], fields["eval_steps"] = "no", None
@@ -189,19 +221,35 @@ def start(
     if trainer.lm_head == "chunked":
         trainer.add_callback(callbacks.BeforeTraining(lambda: check_head(trainer), on_resume=True))
     trainer.args.eval_on_start &= resume_from is None
-    if "seq_lengths" in prepared.train.dataset.column_names or trainer.data_collator.padding_free:
-        trainer.add_callback(callbacks.BeforeTraining(lambda: prove(trainer), on_resume=True))
+    packed = "seq_lengths" in prepared.train.dataset.column_names
+    if packed or trainer.data_collator.padding_free:
+        may_pad = run.config.train.padding_free == "auto" and not packed
+        trainer.add_callback(
+            callbacks.BeforeTraining(lambda: prove(trainer, may_pad), on_resume=True)
+        )
     count = run.config.dataset.exact_match
     if count:
         trainer.add_callback(callbacks.BeforeTraining(lambda: log_answers(trainer, count, stop_id)))
 
 
-def prove(trainer: Trainer) -> None:
-    """Show that documents in one sample do not see each other in this very model."""
-    from sft.attention import prove_isolation
+def prove(trainer: Trainer, may_pad: bool) -> None:
+    """Show that documents in one row do not see each other in this very model.
 
-    model, device = trainer.model_wrapped, trainer.args.device
-    prove_isolation(model, trainer.data_collator, device, len(trainer.processing_class))
+    Where they do, samples that need not be joined are padded instead.
+    """
+    from sft.errors import ModelError
+    from sft.fast.attention import prove_isolation
+
+    collator = trainer.data_collator
+    try:
+        prove_isolation(
+            trainer.model_wrapped, collator, trainer.args.device, len(trainer.processing_class)
+        )
+    except ModelError:
+        if not may_pad:
+            raise
+        logger.info("samples are padded: joined in one row, they would see each other")
+        collator.padding_free = collator.documents = False
 
 
 def check_head(trainer: Trainer) -> None:

@@ -43,7 +43,12 @@ def losses(run: Path) -> list[float]:
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 512},
+    "opt": {
+        "ffn_dim": 128,
+        "word_embed_proj_dim": 64,
+        "max_position_embeddings": 512,
+        "dropout": 0.0,  # two ways to the same loss are compared
+    },
     "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
     "gpt_neox": {"intermediate_size": 128, "max_position_embeddings": 512},
     "llama": {"intermediate_size": 128, "num_key_value_heads": 2},

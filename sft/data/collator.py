@@ -35,7 +35,7 @@ class Collator:
         position_ids    [[0, 1, 0, 0, 1]]                   (1, 5)
         labels          [[-100, 6, -100, -100, 9]]          (1, 5)
 
-    With ``documents``, for ``sft.attention``, also where each begins and ends in the joined rows::
+    With ``documents``, for ``sft.fast.attention``, also where each begins and ends in all rows::
 
         cu_seq_lens_q   [0, 2, 3, 5, 6]   int32, and cu_seq_lens_k; padding is [5, 6)
         max_length_q    2                 and max_length_k

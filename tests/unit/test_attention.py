@@ -8,9 +8,9 @@ import torch
 from support import build_model
 from transformers import AutoModelForCausalLM
 
-from sft import attention
 from sft.data.collator import Collator
 from sft.errors import ConfigError, ModelError
+from sft.fast import attention
 
 LENGTHS = [[9, 4, 1, 7], [5, 12]]
 # Family, what is changed of it, and the kernels that are allowed with packing on a CPU.
@@ -110,7 +110,10 @@ def test_opt_leaks_with_stock_kernels_and_is_refused(tmp_path: Path, kernel: str
     with pytest.raises(ConfigError, match=rf"attn_implementation={kernel}\n.*in opt\n.*=packed"):
         attention.choose(model, kernel, packing=True)
     assert attention.choose(model, kernel, packing=False) == kernel
-    assert attention.choose(model, None, packing=True) == "packed"
+    with pytest.raises(ConfigError, match=r"attn_implementation=null\n"):
+        attention.choose(model, None, packing=True)
+    assert attention.choose(model, "auto", packing=True) == "packed"
+    assert attention.choose(model, "auto", packing=False) is None
 
 
 def test_proof_holds_with_our_kernel_and_restores_the_mode(tmp_path: Path) -> None:
@@ -121,7 +124,14 @@ def test_proof_holds_with_our_kernel_and_restores_the_mode(tmp_path: Path) -> No
 
 def test_kernels_that_cannot_be(tmp_path: Path) -> None:
     gptj = model_of(tmp_path, "gptj", {}, None)
-    assert attention.choose(gptj, None, packing=True) is None
+    assert attention.choose(gptj, "auto", packing=True) is None
+    assert not attention.can_join(gptj, "auto")
+    assert attention.can_join(gptj, "flash_attention_2")
+    llama = model_of(tmp_path, "llama", {}, None)
+    assert attention.can_join(llama, "auto")
+    assert not attention.can_join(llama, "sdpa")
+    llama.config.attn_logit_softcapping = 50.0  # as Gemma 2's
+    assert not attention.can_join(llama, "auto")
     with pytest.raises(ConfigError, match="gptj has its own attention"):
         attention.choose(gptj, "packed", packing=False)
     q = torch.zeros(1, 1, 2, 8)

@@ -53,9 +53,9 @@ def test_the_base_of_these_tests_is_legal() -> None:
             "flash",
             (
                 "model.attn_implementation=flash",
-                "must be one of packed, eager, sdpa, flash_attention_2, flash_attention_3, "
+                "must be one of auto, packed, eager, sdpa, flash_attention_2, flash_attention_3, "
                 "flex_attention",
-                "model.attn_implementation=null",
+                "model.attn_implementation=auto",
             ),
         ),
         (

@@ -34,6 +34,7 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -48,6 +49,7 @@ def packed_attention(
         dropout: On the attention's weights.
         scaling: Of the scores; None: 1 / sqrt(head_dim).
         cu_seq_lens_q: Where documents begin and end in the batch * length tokens, from 0.
+        max_length_q: Tokens of the longest.
         sliding_window: A token sees as many, itself included.
         **kwargs: What other kernels take.
 
@@ -75,7 +77,21 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    batch, _, length, _ = query.shape
+    batch, heads, length, _ = query.shape
+    if max_length_q is not None and _has_varlen(query) and not dropout:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        joined = varlen_attn(
+            *(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q),
+            scale=scaling,
+            # What it sees to its left, besides itself; nothing to its right.
+            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+            enable_gqa=heads != key.shape[1],
+            num_splits=1,  # else one document's length would change the others' rounding
+        )
+        assert isinstance(joined, torch.Tensor)
+        return joined.view(batch, length, heads, -1), None
     # (heads, batch * length, head_dim): a document may not reach over rows, but ends with one.
     query, key, value = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
     bounds = cu_seq_lens_q.tolist()
@@ -104,6 +120,16 @@ def packed_attention(
     return output.contiguous(), None
 
 
+def _has_varlen(query: torch.Tensor) -> bool:
+    """Tell whether PyTorch's flash attention takes it: on a GPU since Ampere, in 16 bits."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
 def _packed_mask(
     *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
 ) -> torch.Tensor | None:
@@ -119,43 +145,54 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _packed_mask)
 
 
+def takes_ours(architecture: PreTrainedModel) -> bool:
+    """Tell whether a model's attention can be replaced by ours."""
+    text = architecture.config.get_text_config()
+    return (
+        bool(getattr(architecture, "_supports_attention_backend", False))
+        and getattr(text, "attn_logit_softcapping", None) is None
+        and text.model_type != "gpt_oss"  # whose attention has sinks
+    )
+
+
+def can_join(architecture: PreTrainedModel, asked: str | None) -> bool:
+    """Tell whether samples may be joined into one row, each seeing itself alone."""
+    return asked in FLASH or (asked in ("auto", NAME) and takes_ours(architecture))
+
+
 def choose(architecture: PreTrainedModel, asked: str | None, packing: bool) -> str | None:
     """Choose the attention kernel; None is the architecture's own.
 
     Args:
         architecture: The model, weights or none.
         asked: ``model.attn_implementation``.
-        packing: Whether samples hold several documents.
+        packing: Whether a row holds several documents.
 
     Raises:
-        ConfigError: Documents in one sample would see each other.
+        ConfigError: Documents in one row would see each other.
     """
     register()
-    takes_ours = getattr(architecture, "_supports_attention_backend", False)
     kind = architecture.config.model_type
-    if asked == NAME and not takes_ours:
+    ours = takes_ours(architecture)
+    if asked == NAME and not ours:
         raise ConfigError(
             [
                 Problem(
                     f"model.attn_implementation={NAME}",
                     f"the architecture {kind} has its own attention, which no kernel replaces",
-                    "model.attn_implementation=null",
+                    "model.attn_implementation=auto",
                 )
             ]
         )
-    if not packing:
-        return asked
-    if asked is None and takes_ours:
-        return NAME
-    if kind in LEAKS and asked not in (NAME, *FLASH):
+    if asked == "auto":
+        asked = NAME if packing and ours else None
+    if packing and kind in LEAKS and asked not in (NAME, *FLASH):
         raise ConfigError(
             [
                 Problem(
                     f"dataset.packing with model.attn_implementation={asked or 'null'}",
                     f"documents that are packed together would see each other in {kind}",
-                    f"model.attn_implementation={NAME}, or {UNPACKED}"
-                    if takes_ours
-                    else f"{UNPACKED}",
+                    f"model.attn_implementation={NAME}, or {UNPACKED}" if ours else UNPACKED,
                 )
             ]
         )

@@ -1,0 +1,333 @@
+"""Useful tokens per CPU-second of a training step: ours, TRL's, other tools', and the limits.
+
+    python benchmarks/step.py --rows ROWS.jsonl --tokenizer FOLDER [--model opt-125m llama-135m]
+        [--precision bf16 fp32] [--steps 8] [--runs 3] [--threads 1] [--micro 8]
+
+Rows have ``prompt`` and ``completion``; the loss is on the completion. Every tool trains LoRA of
+rank 8 on the same random weights and the same rows, each in its own order, ``--micro`` rows a step
+(packed: an eighth as many blocks). A tool runs in a process of its own, the tools in turn; the
+first ``--warmup`` steps are not counted. Useful tokens are those that are no padding. On a GPU it
+is seconds that count.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MODELS = {
+    "opt-125m": {
+        "model_type": "opt",
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "ffn_dim": 3072,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "word_embed_proj_dim": 768,
+        "dropout": 0.0,
+    },
+    "llama-135m": {
+        "model_type": "llama",
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "intermediate_size": 2048,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+}
+LENGTH = 1024
+
+
+def build(name: str, tokenizer: str, folder: Path) -> None:
+    """Write a model with random weights, and a tokenizer beside it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    fields = dict(MODELS[name])
+    made = AutoTokenizer.from_pretrained(tokenizer)
+    made.pad_token = made.pad_token or made.eos_token
+    fields |= {"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    made.save_pretrained(folder)
+
+
+class Meter:
+    """Counts tokens and time from one step to another."""
+
+    def __init__(self, warmup: int, steps: int) -> None:
+        self.warmup, self.steps, self.step = warmup, steps, 0
+        self.tokens = self.trained = 0
+        self.began = self.ended = (0.0, 0.0)
+
+    @staticmethod
+    def now() -> tuple[float, float]:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+    def begin_step(self, inputs: dict[str, Any], pad: int) -> None:
+        """Call with each batch."""
+        if self.step == self.warmup:
+            self.began = self.now()
+        if self.warmup <= self.step < self.warmup + self.steps:
+            self.tokens += int((inputs["input_ids"] != pad).sum())
+            self.trained += int((inputs["labels"] != -100).sum())
+        self.step += 1
+
+    def end_step(self) -> None:
+        """Call after the optimizer's step."""
+        if self.step == self.warmup + self.steps:
+            self.ended = self.now()
+
+    def result(self) -> dict[str, float]:
+        """Give what was measured."""
+        seconds, cpu = (b - a for a, b in zip(self.began, self.ended, strict=True))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        import torch
+
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        return {
+            "tokens": self.tokens,
+            "trained": self.trained,
+            "seconds": seconds,
+            "cpu": cpu,
+            "peak": peak,
+        }
+
+
+def watch_trainer(meter: Meter, pad: int) -> None:
+    """Measure whatever Trainer this process runs."""
+    import transformers
+
+    stock = transformers.Trainer.training_step
+
+    def measured(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        meter.begin_step(inputs, pad)
+        return stock(self, model, inputs, *args, **kwargs)
+
+    class End(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            meter.end_step()
+
+    transformers.Trainer.training_step = measured
+    started = transformers.Trainer.__init__
+
+    def begun(self: Any, *args: Any, **kwargs: Any) -> None:
+        started(self, *args, **kwargs)
+        self.add_callback(End())
+
+    transformers.Trainer.__init__ = begun
+
+
+def ours(given: argparse.Namespace, meter: Meter, folder: Path, **settings: str) -> None:
+    from sft.train import main
+
+    os.chdir(folder)
+    settings = {
+        "model.name_or_path": given.folder,
+        "dataset.path": given.rows,
+        "dataset.eval_fraction": "0",
+        "dataset.max_length": str(LENGTH),
+        "dataset.overlong": "truncate",
+        "dataset.stop_above.nothing_trained": "1",
+        "dataset.packing": "none",
+        "train.global_batch_size": str(given.micro),
+        "train.per_device_train_batch_size": str(given.micro),
+        "train.max_steps": str(meter.warmup + meter.steps),
+        "train.save_strategy": "no",
+        "train.warmup_steps": "0",
+        "train.logging_steps": "10",
+        "precision": given.precision,
+        **settings,
+    }
+    main(["model=hf", "dataset=jsonl", *(f"{key}={value}" for key, value in settings.items())])
+
+
+def ours_packed(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
+    micro = str(max(1, given.micro // 8))
+    sizes = {f"train.{k}_batch_size": micro for k in ("global", "per_device_train")}
+    ours(given, meter, folder, **{"dataset.packing": "bfd", **sizes})
+
+
+def trl(
+    given: argparse.Namespace, meter: Meter, folder: Path, packing: bool = False, **fields: Any
+) -> None:
+    """Train as TRL's documentation does: prompt/completion rows, a LoraConfig, its defaults."""
+    import datasets
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    rows = [json.loads(line) for line in open(given.rows)]
+    needed = (meter.warmup + meter.steps) * given.micro * (4 if packing else 1)
+    args = SFTConfig(
+        output_dir=str(folder / "trl"),
+        max_length=LENGTH,
+        packing=packing,
+        per_device_train_batch_size=max(1, given.micro // 8) if packing else given.micro,
+        max_steps=meter.warmup + meter.steps,
+        learning_rate=2e-4,
+        bf16=given.precision == "bf16",
+        use_cpu=given.device == "cpu",
+        save_strategy="no",
+        disable_tqdm=True,
+        model_init_kwargs={"dtype": "bfloat16" if given.precision == "bf16" else "float32"},
+        **fields,
+    )
+    SFTTrainer(
+        given.folder,
+        args,
+        train_dataset=datasets.Dataset.from_list(rows[:needed]),
+        processing_class=AutoTokenizer.from_pretrained(given.folder),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+    ).train()
+
+
+def trl_packed(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
+    trl(given, meter, folder, packing=True)
+
+
+def minimal(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
+    """Run the hand-written loop."""
+    from minimal import train
+
+    train(given, meter, LENGTH)
+
+
+def peak(given: argparse.Namespace) -> float:
+    """Measure floating-point operations per second of a matrix product in the MLP's shape."""
+    import torch
+
+    torch.set_num_threads(given.threads)
+    dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+    size = 8192 if given.device == "cuda" else 1024
+    a, b = (torch.randn(size, 4 * 768, dtype=dtype, device=given.device) for _ in range(2))
+    found = []
+    for _ in range(7):
+        began = Meter.now()
+        for _ in range(10):
+            a @ b.t()
+        ended = Meter.now()
+        found.append(10 * 2 * size * size * 4 * 768 / (ended[0] - began[0]))
+    return max(found)
+
+
+CONTENDERS = {
+    "ours": ours,
+    "ours, packed": ours_packed,
+    "trl": trl,
+    "trl, packed": trl_packed,
+    "minimal": minimal,
+}
+
+
+def only(given: argparse.Namespace) -> None:
+    """Run one contender in this process."""
+    import torch
+
+    torch.set_num_threads(given.threads)
+    given.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if given.only == "peak":
+        print(json.dumps({"flops": peak(given)}))
+        return
+    from transformers import AutoTokenizer
+
+    pad = AutoTokenizer.from_pretrained(given.folder).pad_token_id
+    meter = Meter(given.warmup, given.steps)
+    watch_trainer(meter, pad)
+    with tempfile.TemporaryDirectory() as folder:
+        CONTENDERS[given.only](given, meter, Path(folder))
+        os.chdir("/")
+    print(json.dumps(meter.result()))
+
+
+def measured(name: str, given: argparse.Namespace, precision: str, folder: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--only", name, "--folder", folder]
+    command += ["--rows", str(Path(given.rows).resolve()), "--precision", precision]
+    for key in ("steps", "warmup", "threads", "micro"):
+        command += [f"--{key}", str(getattr(given, key))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{name}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def compare(model: str, precision: str, given: argparse.Namespace, folder: str) -> None:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    clock = "seconds" if gpu else "cpu"
+    names = [name for name in given.tools if name in CONTENDERS]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    peaks = []
+    for _ in range(given.runs):
+        peaks.append(measured("peak", given, precision, folder)["flops"])
+        for name in names:
+            runs[name].append(measured(name, given, precision, folder))
+    speeds = {
+        name: statistics.median(run["tokens"] / run[clock] for run in found)
+        for name, found in runs.items()
+    }
+    flops = 2 * (85e6 + 85e6) + 2 * 38.6e6 * 2  # a token, no weight gradients: see RESULTS.md
+    print(f"\n{model}, {precision}, LoRA r=8, {given.micro} rows a step, medians of {given.runs}")
+    print(f"matrix product: {statistics.median(peaks) / 1e9:,.0f} GFLOP/s")
+    unit = "s" if gpu else "CPU-s"
+    print(
+        f"{'':<14}{'tokens/' + unit:>14}{'trained':>9}{'peak GiB':>10}{'of product':>12}  ours/it"
+    )
+    for name, found in runs.items():
+        share = statistics.median(run["trained"] / run["tokens"] for run in found)
+        memory = statistics.median(run["peak"] for run in found)
+        print(
+            f"{name:<14}{speeds[name]:>14,.0f}{share:>9.0%}{memory:>10.2f}"
+            f"{speeds[name] * flops / statistics.median(peaks):>12.0%}"
+            f"{speeds['ours'] / speeds[name]:>11.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", required=True)
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16"])
+    parser.add_argument("--tools", nargs="+", default=list(CONTENDERS))
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--micro", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only")
+    parser.add_argument("--folder")
+    given = parser.parse_args()
+    if given.only:
+        given.precision = given.precision[0]
+        only(given)
+        return
+    for model in given.model:
+        with tempfile.TemporaryDirectory() as folder:
+            build(model, given.tokenizer, Path(folder))
+            for precision in given.precision:
+                compare(model, precision, given, folder)
+
+
+if __name__ == "__main__":
+    main()

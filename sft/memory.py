@@ -1,0 +1,97 @@
+"""What a step needs in memory, roughly: enough to tell whether activations must be recomputed."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from sft.checks import world_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sft.config import Config
+
+MARGIN = 1.3  # for what is not counted: buffers, fragments, the optimizer of an adapter
+GIB = 2**30
+
+
+def activation_bytes(config: Any, tokens: int, itemsize: int) -> int:
+    """Estimate what the backward pass of all layers keeps of the forward pass.
+
+    Per token and layer: inputs and outputs of two norms, two residuals, the query, keys and values,
+    the attention's output (with heads of a size of their own), and four of the MLP's width (two
+    where it has no gate). Attention's scores are never kept. After Korthikanti et al. 2022
+    (arXiv 2205.05198), section 4.1, without dropout masks.
+
+    Args:
+        config: The model's text config.
+        tokens: In a forward pass.
+        itemsize: Bytes of a number.
+    """
+    width = config.hidden_size
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or width // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
+    inner = inner or getattr(config, "n_inner", None) or 4 * width
+    numbers = 6 * width + 2 * heads * size + 2 * shared * size + 4 * inner
+    return int(tokens * config.num_hidden_layers * numbers * itemsize)
+
+
+def state_bytes(config: Config, parameters: int, itemsize: int, stage: int) -> int:
+    """Estimate weights, gradients and optimizer on one rank; an adapter's are small beside them.
+
+    Args:
+        config: The run's config.
+        parameters: Of the model.
+        itemsize: Bytes of a number in the run's precision.
+        stage: Of ZeRO.
+    """
+    ranks = world_size()
+    if config.lora.enabled:
+        if config.quantization.load_in_4bit:
+            each = 0.57  # with a scale for every 64 weights
+        else:
+            each = 1.0 if config.quantization.load_in_8bit else itemsize
+        return int(parameters * each / (ranks if stage == 3 else 1))
+    # AdamW's two moments and the weights, in float32; under DeepSpeed a copy to compute with.
+    masters, copies = 12 / (ranks if stage else 1), itemsize * (1 if stage else 0)
+    gradients = (itemsize if stage else 4) / (ranks if stage >= 2 else 1)
+    return int(parameters * (masters + gradients + copies / (ranks if stage == 3 else 1)))
+
+
+def available() -> int:
+    """Give the bytes that this rank may use: of its GPU, or its share of the free memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(psutil.virtual_memory().available) // ranks
+
+
+def choose_checkpointing(
+    config: Config, architecture: PreTrainedModel, longest: int, itemsize: int, stage: int
+) -> tuple[bool, str]:
+    """Decide whether activations are recomputed, and say why.
+
+    Args:
+        config: The run's config.
+        architecture: The model, weights or none.
+        longest: Tokens of the longest sample.
+        itemsize: Bytes of a number in the run's precision.
+        stage: Of ZeRO.
+    """
+    asked = config.train.gradient_checkpointing
+    if asked != "auto":
+        return asked, "as asked"
+    tokens = config.train.per_device_train_batch_size * longest
+    kept = activation_bytes(architecture.config.get_text_config(), tokens, itemsize)
+    state = state_bytes(config, architecture.num_parameters(), itemsize, stage)
+    room = available()
+    return MARGIN * (kept + state) > room, (
+        f"about {kept / GIB:.1f} GiB beside {state / GIB:.1f} GiB of weights and optimizer, in "
+        f"{room / GIB:.1f} GiB"
+    )

@@ -1,0 +1,152 @@
+"""The chunked head gives the loss, the gradients and the metrics of the model's own logits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import build_model
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+)
+from trl.trainer.utils import add_fused_lm_head
+
+from sft.fast import head
+
+SHAPE = {
+    "vocab_size": 307,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+# What each does to its logits: nothing, a bias (GPT-J), a cap, a factor, a divisor.
+SCALED = {
+    "gemma2": Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=2.0),
+    "cohere": CohereConfig(**SHAPE, logit_scale=3.0),
+    "granite": GraniteConfig(**SHAPE, logits_scaling=0.25),
+}
+FAMILIES = ["opt", "llama", "gpt_neox", "gptj", *SCALED]
+
+
+def model_of(tmp_path: Path, family: str) -> Any:
+    torch.manual_seed(0)
+    if family in SCALED:
+        return AutoModelForCausalLM.from_config(SCALED[family]).eval()
+    folder = build_model(tmp_path / family, family, tied=False)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (3, 20), generator=generator)
+    labels = ids.clone()
+    labels[:, :7] = labels[1, 12:] = labels[2] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def found(model: Any, **options: Any) -> tuple[Any, list[torch.Tensor | None]]:
+    model.zero_grad()
+    output = model(**batch(), fused_lm_head=True, use_cache=False, **options)
+    (output.loss / 21).backward()
+    return output, [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dft", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dft: bool
+) -> None:
+    monkeypatch.setattr(head, "CHUNK", 5 * 307)  # several chunks, the last one shorter
+    model = model_of(tmp_path, family)
+    with torch.no_grad():
+        inputs = {key: value for key, value in batch().items() if key != "labels"}
+        every = model(**inputs).logits[:, :-1].double().log_softmax(-1)
+    labels = batch()["labels"][:, 1:]
+    trained = labels != -100
+    expected = every[trained].gather(1, labels[trained][:, None])[:, 0]
+    results = {}
+    for kind in ("plain", "chunked"):
+        head.install(model, kind)
+        results[kind] = found(model, head_metrics=True, head_dft=dft)
+    (plain, plain_grads), (ours, our_grads) = results.values()
+    weights = expected.exp() if dft else 1
+    for output in (plain, ours):
+        assert output.loss.item() == pytest.approx(-(expected * weights).sum().item(), rel=2e-6)
+        torch.testing.assert_close(output.log_probs.double(), expected, rtol=0, atol=3e-6)
+        entropy = -(every.exp() * every).sum(-1)[trained]
+        torch.testing.assert_close(output.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+        assert torch.equal(output.is_top1, every.argmax(-1)[trained] == labels[trained])
+        assert output.label_mask.sum() == trained.sum() == 13 + 5
+    largest = max(float(grad.abs().max()) for grad in plain_grads if grad is not None)
+    assert largest > 0
+    for a, b in zip(plain_grads, our_grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_a_frozen_head_gets_no_gradient_and_autocast_computes_in_bf16(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "llama")
+    head.install(model, "chunked")
+    exact, _ = found(model)
+    model.get_output_embeddings().weight.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, grads = found(model)
+    assert rounded.loss.dtype == torch.float32
+    assert rounded.loss.item() == pytest.approx(exact.loss.item(), rel=1e-2)
+    assert rounded.loss.item() != exact.loss.item()
+    assert grads[-1] is None and grads[0] is not None
+    assert model.get_output_embeddings().weight.grad is None
+
+
+def test_nothing_trained_is_a_zero_that_can_be_differentiated(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "opt")
+    head.install(model, "chunked")
+    output = model(torch.tensor([[5, 6, 7]]), labels=torch.full((1, 3), -100), fused_lm_head=True)
+    assert output.loss.item() == 0
+    output.loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_otherwise_the_model_does_what_it_did(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "llama")
+    ids = batch()["input_ids"]
+    before = model(ids, labels=ids)
+    add_fused_lm_head(model)
+    head.install(model, "chunked")
+    after = model(ids, labels=ids)
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.loss, after.loss)
+
+
+def test_a_factor_that_is_not_known_is_seen(tmp_path: Path, monkeypatch: Any) -> None:
+    model = model_of(tmp_path, "cohere")
+    head.install(model, "chunked")
+    assert head.difference(model, torch.device("cpu"), 307) < 1
+    monkeypatch.setattr(head.Logits, "of", classmethod(lambda cls, config: cls()))
+    model = model_of(tmp_path, "cohere").train()
+    head.install(model, "chunked")
+    assert head.difference(model, torch.device("cpu"), 307) > 100
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        (("auto", "cpu", False), "chunked"),
+        (("auto", "cuda", False), "trl"),
+        (("plain", "cpu", False), "plain"),
+        (("chunked", "cpu", True), "trl"),
+    ],
+)
+def test_which_head(given: tuple[str, str, bool], chosen: str) -> None:
+    assert head.choose(*given)[0] == chosen
