@@ -270,6 +270,21 @@ def measured(name: str, given: argparse.Namespace, precision: str, folder: str) 
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def sizes(folder: str) -> tuple[int, int]:
+    """Count the weights that multiply every token, and those that multiply the trained ones.
+
+    Frozen, each costs two operations forward and two backward.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    head = model.get_output_embeddings().weight.numel()
+    return sum(linear.weight.numel() for linear in linears) - head, head
+
+
 def compare(model: str, precision: str, given: argparse.Namespace, folder: str) -> None:
     import torch
 
@@ -286,7 +301,7 @@ def compare(model: str, precision: str, given: argparse.Namespace, folder: str) 
         name: statistics.median(run["tokens"] / run[clock] for run in found)
         for name, found in runs.items()
     }
-    flops = 2 * (85e6 + 85e6) + 2 * 38.6e6 * 2  # a token, no weight gradients: see RESULTS.md
+    body, head = sizes(folder)
     print(f"\n{model}, {precision}, LoRA r=8, {given.micro} rows a step, medians of {given.runs}")
     print(f"matrix product: {statistics.median(peaks) / 1e9:,.0f} GFLOP/s")
     unit = "s" if gpu else "CPU-s"
@@ -298,7 +313,7 @@ def compare(model: str, precision: str, given: argparse.Namespace, folder: str) 
         memory = statistics.median(run["peak"] for run in found)
         print(
             f"{name:<14}{speeds[name]:>14,.0f}{share:>9.0%}{memory:>10.2f}"
-            f"{speeds[name] * flops / statistics.median(peaks):>12.0%}"
+            f"{speeds[name] * 4 * (body + share * head) / statistics.median(peaks):>12.0%}"
             f"{speeds['ours'] / speeds[name]:>11.2f}"
         )
 

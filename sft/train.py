@@ -171,6 +171,9 @@ def sft_config(
     if ds_config is not None:
         import deepspeed
 
+        # Of all ops, it would look for one to share memory in inference, and compile that for a
+        # minute on a new machine.
+        deepspeed.ops.__compatible_ops__ = {}
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend)
     return args
