@@ -2,11 +2,13 @@
 
     python benchmarks/step.py --rows ROWS.jsonl --tokenizer FOLDER [--model opt-125m llama-135m]
         [--precision bf16 fp32] [--steps 8] [--runs 3] [--threads 1] [--micro 8]
+        [--peer llamafactory=PYTHON axolotl=PYTHON]
 
 Rows have ``prompt`` and ``completion``; the loss is on the completion. Every tool trains LoRA of
 rank 8 on the same random weights and the same rows, each in its own order, ``--micro`` rows a step
 (packed: an eighth as many blocks). A tool runs in a process of its own, the tools in turn; the
-first ``--warmup`` steps are not counted. Useful tokens are those that are no padding. On a GPU it
+first ``--warmup`` steps are not counted. ``--peer`` names the Python of an environment in which
+LLaMA-Factory or Axolotl is installed. Useful tokens are those that are no padding. On a GPU it
 is seconds that count.
 """
 
@@ -229,12 +231,85 @@ def peak(given: argparse.Namespace) -> float:
     return max(found)
 
 
+def llamafactory(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
+    """Train by LLaMA-Factory with its example of a LoRA's settings."""
+    from llamafactory.train.tuner import run_exp
+
+    columns = {"prompt": "prompt", "response": "completion"}
+    about = {"rows": {"file_name": given.rows, "columns": columns}}
+    (folder / "dataset_info.json").write_text(json.dumps(about))
+    run_exp(
+        {
+            "stage": "sft",
+            "do_train": True,
+            "finetuning_type": "lora",
+            "model_name_or_path": given.folder,
+            "dataset": "rows",
+            "dataset_dir": str(folder),
+            "template": "empty",
+            "cutoff_len": LENGTH,
+            "max_samples": (meter.warmup + meter.steps) * given.micro,
+            "output_dir": str(folder / "out"),
+            "report_to": "none",
+            "overwrite_cache": True,
+            "per_device_train_batch_size": given.micro,
+            "learning_rate": 2e-4,
+            "max_steps": meter.warmup + meter.steps,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": given.device == "cpu",
+            "bf16": given.precision == "bf16",
+            "lora_rank": 8,
+            "lora_target": "all",
+        }
+    )
+
+
+def axolotl(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
+    """Train by Axolotl with its example of a LoRA's settings, samples not packed."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.cli.train import do_train
+    from axolotl.utils.schemas.config import AxolotlInputConfig  # noqa: F401
+
+    rows = [json.loads(line) for line in open(given.rows)]
+    rows = rows[: (meter.warmup + meter.steps) * given.micro]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    kind = {"field_instruction": "prompt", "field_output": "completion"}
+    kind |= {"format": "{instruction}", "no_input_format": "{instruction}"}
+    config = {
+        "base_model": given.folder,
+        "adapter": "lora",
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_target_linear": True,
+        "sequence_len": LENGTH,
+        "datasets": [{"path": str(folder / "rows.jsonl"), "ds_type": "json", "type": kind}],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / "out"),
+        "micro_batch_size": given.micro,
+        "gradient_accumulation_steps": 1,
+        "max_steps": meter.warmup + meter.steps,
+        "learning_rate": 2e-4,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "cosine",
+        "bf16": given.precision == "bf16",
+        "save_strategy": "no",
+        "use_cpu": given.device == "cpu",
+        # Its Triton kernels know neither OPT nor a CPU.
+        **{f"lora_{part}_kernel": given.device == "cuda" for part in ("mlp", "qkv", "o")},
+    }
+    (folder / "config.yml").write_text(json.dumps(config))
+    do_train(load_cfg(str(folder / "config.yml")), argparse.Namespace())
+
+
 CONTENDERS = {
     "ours": ours,
     "ours, packed": ours_packed,
     "trl": trl,
     "trl, packed": trl_packed,
     "minimal": minimal,
+    "llamafactory": llamafactory,
+    "axolotl": axolotl,
 }
 
 
@@ -258,12 +333,16 @@ def only(given: argparse.Namespace) -> None:
     print(json.dumps(meter.result()))
 
 
-def measured(name: str, given: argparse.Namespace, precision: str, folder: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--only", name, "--folder", folder]
+def measured(
+    name: str, python: str, given: argparse.Namespace, precision: str, folder: str
+) -> dict[str, float]:
+    """Run one contender in a process of its own."""
+    command = [python, __file__, "--only", name, "--folder", folder]
     command += ["--rows", str(Path(given.rows).resolve()), "--precision", precision]
     for key in ("steps", "warmup", "threads", "micro"):
         command += [f"--{key}", str(getattr(given, key))]
     environment = os.environ | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"}
+    environment |= {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{name}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
@@ -290,13 +369,16 @@ def compare(model: str, precision: str, given: argparse.Namespace, folder: str) 
 
     gpu = torch.cuda.is_available()
     clock = "seconds" if gpu else "cpu"
-    names = [name for name in given.tools if name in CONTENDERS]
+    peers = dict(peer.split("=", 1) for peer in given.peer)
+    here = set(CONTENDERS) - {"llamafactory", "axolotl"}
+    names = [name for name in given.tools if name in here | set(peers)]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     peaks = []
     for _ in range(given.runs):
-        peaks.append(measured("peak", given, precision, folder)["flops"])
+        peaks.append(measured("peak", sys.executable, given, precision, folder)["flops"])
         for name in names:
-            runs[name].append(measured(name, given, precision, folder))
+            python = peers.get(name, sys.executable)
+            runs[name].append(measured(name, python, given, precision, folder))
     speeds = {
         name: statistics.median(run["tokens"] / run[clock] for run in found)
         for name, found in runs.items()
@@ -330,6 +412,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=8)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peer", nargs="*", default=[])
     parser.add_argument("--only")
     parser.add_argument("--folder")
     given = parser.parse_args()
