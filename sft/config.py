@@ -70,6 +70,12 @@ class ModelConfig:
         "TRL's; plain: from the model's logits; auto: chunked on a CPU, trl on a GPU",
         one_of("auto", "chunked", "trl", "plain"),
     )
+    frozen_linear: str = setting(
+        "auto",
+        "how layers that are not trained are computed on a CPU. packed: weights kept twice more, "
+        "in oneDNN's own layout; plain: as they are; auto: packed where that is faster",
+        one_of("auto", "packed", "plain"),
+    )
 
 
 @dataclass

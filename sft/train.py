@@ -40,7 +40,7 @@ def train(config: Config) -> None:
     from sft.data import artefact
     from sft.data.prepare import prepare
     from sft.data.template import Template
-    from sft.fast import head
+    from sft.fast import head, linear
 
     precision, reason = model.choose_precision(config.precision)
     logger.info("precision %s: %s", precision, reason)
@@ -64,6 +64,8 @@ def train(config: Config) -> None:
         zero.stage(ds_config),
     )
     logger.info("activations are %s: %s", "recomputed" if recomputes else "kept", reason)
+    layers, reason = linear.choose(config, architecture, precision, zero.stage(ds_config))
+    logger.info("frozen layers %s: %s", layers, reason)
 
     # In this order: a model loaded after SFTConfig is partitioned by ZeRO-3 as it loads, and on a
     # CPU only if the process group exists by then.
@@ -76,6 +78,8 @@ def train(config: Config) -> None:
         )
         trainer.use_head(lm_head)
         logger.info("LM head %s: %s", lm_head, reason)
+        if layers == "packed":
+            linear.install(trainer.model)
         summary.describe_run(config, trainer, prepared, tokenizer)
         start(run, trainer, prepared, template.stop_id(), resume_from)
         final = finish_training(trainer, config, template.stop_id(), resume_from)

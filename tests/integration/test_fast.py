@@ -7,6 +7,7 @@ from support import build_model, losses, records
 
 PLAIN = [
     "model.lm_head=plain",
+    "model.frozen_linear=plain",
     "model.attn_implementation=null",
     "train.padding_free=false",
     "train.gradient_checkpointing=true",
@@ -38,10 +39,11 @@ def test_to_the_end_of_a_run(
 ) -> None:
     model = build_model(tmp_path / family, family, tied=False)
     with caplog.at_level("INFO", "sft"):
-        fast, fast_eval = trained(tmp_path / "fast", model, rows)
+        fast, fast_eval = trained(tmp_path / "fast", model, rows, "model.frozen_linear=packed")
     joined = "rows without padding" in caplog.text
     assert joined is (family != "gptj")  # which brings its own attention
     assert "LM head chunked" in caplog.text and "activations are kept" in caplog.text
+    assert "frozen layers packed" in caplog.text
     plain, plain_eval = trained(tmp_path / "plain", model, rows, *PLAIN)
     assert fast == pytest.approx(plain, rel=1e-4)
     assert fast_eval == pytest.approx(plain_eval, rel=1e-4)
