@@ -12,7 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sft import lora_checks, names, upstream, zero_checks
-from sft.config import CHECKS, Config, DatasetConfig, TemplateConfig, TrainConfig, columns_of
+from sft.config import (
+    CHECKS,
+    Config,
+    DatasetConfig,
+    TemplateConfig,
+    TrainConfig,
+    columns_of,
+    packing_of,
+)
 from sft.errors import Problem
 from sft.rules import rule_problems, written
 
@@ -154,7 +162,7 @@ def _sources(data: DatasetConfig) -> Iterator[Problem]:
 def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]:
     """Find what is wrong with how rows become samples."""
     default = DatasetConfig()
-    joined = data.packing in ("wrapped", "boundary")
+    joined = packing_of(data, template.kind)[0] in ("wrapped", "boundary")
     if joined and template.kind != "text":
         yield Problem(
             f"dataset.packing={data.packing}",

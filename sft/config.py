@@ -110,11 +110,11 @@ class DatasetConfig:
         one_of("truncate", "drop", "split", "error"),
     )
     packing: str = setting(
-        "none",
+        "auto",
         "what a sample is. none: a document; bfd: as many as fit, none cut (bfd_split: long ones "
         "split); wrapped: documents joined, cut every max_length; boundary: cut after dataset."
-        "boundary. Documents never see each other",
-        one_of("none", "bfd", "bfd_split", "wrapped", "boundary"),
+        "boundary; auto: wrapped for plain text, else none. Documents never see each other",
+        one_of("auto", "none", "bfd", "bfd_split", "wrapped", "boundary"),
     )
     boundary: str = setting("\n", "packing=boundary: a block begins after the last such token")
     sanitize: bool = setting(False, "plain text: no carriage returns, tabs, blank lines, spaces")
@@ -267,7 +267,7 @@ class Config:
     seed: int = setting(42, "of data order, adapter initialisation and dropout", at_least(0))
     precision: str = setting(
         "auto",
-        "of weights and arithmetic; auto: bf16 on a GPU that has it, else fp32",
+        "of weights and arithmetic; auto: bf16 where the hardware has it, else fp32",
         one_of("auto", "fp32", "bf16", "fp16"),
     )
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -291,6 +291,23 @@ def columns_of(text: str) -> list[str]:
 def short_name(path: str) -> str:
     """Name a model or dataset after its path: ``facebook/opt-125m`` is ``opt-125m``."""
     return Path(path.rstrip("/")).stem if Path(path).is_file() else path.rstrip("/").split("/")[-1]
+
+
+def packing_of(dataset: DatasetConfig, kind: str) -> tuple[str, str]:
+    """Choose what a sample is, and say why.
+
+    Rows are not packed by default: those of a batch are joined without padding (train.padding_free)
+    just as fast, and a step goes on holding as many rows as train.global_batch_size says.
+
+    Args:
+        dataset: The dataset section.
+        kind: Of the template.
+    """
+    if dataset.packing != "auto":
+        return dataset.packing, "as asked"
+    if kind == "text":
+        return "wrapped", "plain text has no rows to keep whole"
+    return "none", "a sample is a row; bfd makes it max_length tokens, and steps fewer and larger"
 
 
 def streamed_samples(config: Config) -> int | None:

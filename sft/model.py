@@ -25,17 +25,21 @@ def choose_precision(precision: str) -> tuple[str, str]:
     """
     import torch
 
+    gpu = torch.cuda.is_available()
+    if gpu:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    device = "GPU" if gpu else "CPU"
+    if precision == "fp16" and not gpu:
+        raise ConfigError(
+            [Problem("precision=fp16", "there is no GPU to scale it on", "precision=bf16")]
+        )
+    if precision == "bf16" and not has_bf16:
+        return precision, f"as asked; warning: this {device} has no bf16, fp32 is many times faster"
     if precision != "auto":
-        if precision == "fp16" and not torch.cuda.is_available():
-            raise ConfigError(
-                [Problem("precision=fp16", "there is no GPU to scale it on", "precision=bf16")]
-            )
         return precision, "as asked"
-    if not torch.cuda.is_available():
-        return "fp32", "no GPU"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16", "the GPU has it"
-    return "fp32", "the GPU has no bf16"
+    return ("bf16", f"the {device} has it") if has_bf16 else ("fp32", f"the {device} has no bf16")
 
 
 def dtype_of(precision: str) -> torch.dtype:

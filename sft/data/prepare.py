@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sft.config import PACKAGE_DIR, DatasetConfig
+from sft.config import PACKAGE_DIR, DatasetConfig, packing_of
 from sft.data import artefact, sources
 from sft.data.audit import Counts, gate
 from sft.data.blocks import weighted, write_blocks
@@ -86,7 +86,10 @@ def prepare(
     """
     prepared = artefact.load(config, template.tokenizer)
     if prepared is None:
-        prepared = _cached(config, template, seed, samples)
+        packing, reason = packing_of(config, template.config.kind)
+        logger.info("packing %s: %s", packing, reason)
+        packed = dataclasses.replace(config, packing=packing)
+        prepared = _cached(packed, template, seed, samples)
         if samples and prepared.train.counts.samples < samples:
             logger.info(
                 "warning: the source ended after %s samples; the run takes %s, some of them again",

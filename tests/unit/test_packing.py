@@ -35,9 +35,10 @@ def texts(prepared: Prepared) -> list[str]:
     return [tokenizer.decode(sample["input_ids"]) for sample in prepared.train.dataset]
 
 
-def test_wrapped_text_trains_every_token_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["auto", "wrapped"])
+def test_wrapped_text_trains_every_token_once(tmp_path: Path, asked: str) -> None:
     rows = [{"text": "abcdefghij"}, {"text": "klmno"}]
-    prepared = made(tmp_path, rows, TEXT, max_length=8, packing="wrapped")
+    prepared = made(tmp_path, rows, TEXT, max_length=8, packing=asked)
     # A block that goes on with a document begins with its last token, as context only.
     assert texts(prepared) == ["abcdefgh", "hij<|end|>klmn", "no<|end|>"]
     first, second, third = prepared.train.dataset
@@ -50,6 +51,17 @@ def test_wrapped_text_trains_every_token_once(tmp_path: Path) -> None:
     assert (counts.documents, counts.samples, counts.tokens) == (2, 3, 19)
     assert counts.trained_tokens == 11 + 6 - 2  # nothing predicts the first token of a document
     assert counts.efficiency == pytest.approx(19 / 24)
+
+
+def test_rows_are_not_packed_unless_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step would hold more rows than train.global_batch_size says."""
+    rows = [{"p": "ab", "c": "c"}, {"p": "de", "c": "f"}]
+    with caplog.at_level("INFO", "sft"):
+        prepared = made(tmp_path, rows, PAIRS, max_length=16)
+    assert texts(prepared) == ["abc<|end|>", "def<|end|>"]
+    assert "packing none: a sample is a row" in caplog.text
 
 
 def test_lines_are_one_document(tmp_path: Path) -> None:
