@@ -1,7 +1,7 @@
 """What several ranks cost: CPU time per token on two, over that on one, for each ZeRO stage.
 
-    python benchmarks/ranks.py --rows ROWS.jsonl --tokenizer FOLDER [--zero none stage1 stage2 stage3]
-        [--model opt-125m] [--ranks 2] [--steps 4] [--runs 3] [--micro 4]
+    python benchmarks/ranks.py --rows ROWS.jsonl --tokenizer FOLDER [--model opt-125m]
+        [--zero none stage1 stage2 stage3] [--ranks 2] [--steps 4] [--runs 3] [--micro 4]
 
 Rows are those of ``step.py``, as are the model and the settings; each rank has ``--micro`` of them
 a step and one thread. The first ``--warmup`` steps are not counted.

@@ -5,14 +5,15 @@
         [--peer llamafactory=PYTHON axolotl=PYTHON]
 
 Rows have ``prompt`` and ``completion``; the loss is on the completion. Every tool trains LoRA of
-rank 8 on the same random weights and the same rows, each in its own order, ``--micro`` rows a step
-(packed: an eighth as many blocks). A tool runs in a process of its own, the tools in turn; the
+rank 8 on the same random weights and the same rows, as many as it takes at ``--micro`` a step, each
+in its own order (packed: an eighth as many blocks a step). A tool runs in a process of its own, the tools in turn; the
 first ``--warmup`` steps are not counted. ``--peer`` names the Python of an environment in which
 LLaMA-Factory or Axolotl is installed. Useful tokens are those that are no padding. On a GPU it
 is seconds that count.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -178,7 +179,6 @@ def trl(
 
     datasets.disable_progress_bars()
     rows = [json.loads(line) for line in open(given.rows)]
-    needed = (meter.warmup + meter.steps) * given.micro * (4 if packing else 1)
     args = SFTConfig(
         output_dir=str(folder / "trl"),
         max_length=LENGTH,
@@ -196,7 +196,7 @@ def trl(
     SFTTrainer(
         given.folder,
         args,
-        train_dataset=datasets.Dataset.from_list(rows[:needed]),
+        train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(given.folder),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     ).train()
@@ -248,7 +248,6 @@ def llamafactory(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
             "dataset_dir": str(folder),
             "template": "empty",
             "cutoff_len": LENGTH,
-            "max_samples": (meter.warmup + meter.steps) * given.micro,
             "output_dir": str(folder / "out"),
             "report_to": "none",
             "overwrite_cache": True,
@@ -271,9 +270,6 @@ def axolotl(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
     from axolotl.cli.train import do_train
     from axolotl.utils.schemas.config import AxolotlInputConfig  # noqa: F401
 
-    rows = [json.loads(line) for line in open(given.rows)]
-    rows = rows[: (meter.warmup + meter.steps) * given.micro]
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     kind = {"field_instruction": "prompt", "field_output": "completion"}
     kind |= {"format": "{instruction}", "no_input_format": "{instruction}"}
     config = {
@@ -283,7 +279,7 @@ def axolotl(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
         "lora_alpha": 16,
         "lora_target_linear": True,
         "sequence_len": LENGTH,
-        "datasets": [{"path": str(folder / "rows.jsonl"), "ds_type": "json", "type": kind}],
+        "datasets": [{"path": given.rows, "ds_type": "json", "type": kind}],
         "dataset_prepared_path": str(folder / "prepared"),
         "output_dir": str(folder / "out"),
         "micro_batch_size": given.micro,
@@ -338,7 +334,7 @@ def measured(
 ) -> dict[str, float]:
     """Run one contender in a process of its own."""
     command = [python, __file__, "--only", name, "--folder", folder]
-    command += ["--rows", str(Path(given.rows).resolve()), "--precision", precision]
+    command += ["--rows", f"{folder}/rows.jsonl", "--precision", precision]
     for key in ("steps", "warmup", "threads", "micro"):
         command += [f"--{key}", str(getattr(given, key))]
     environment = os.environ | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"}
@@ -423,6 +419,8 @@ def main() -> None:
     for model in given.model:
         with tempfile.TemporaryDirectory() as folder:
             build(model, given.tokenizer, Path(folder))
+            with open(given.rows) as rows, open(f"{folder}/rows.jsonl", "w") as few:
+                few.writelines(itertools.islice(rows, (given.warmup + given.steps) * given.micro))
             for precision in given.precision:
                 compare(model, precision, given, folder)
 

@@ -230,7 +230,9 @@ class TrainConfig:
     warmup_steps: float = setting(0.03, "below 1: a share of all steps; else steps", at_least(0))
     weight_decay: float = setting(0.0, "AdamW's decoupled decay", at_least(0))
     max_grad_norm: float = setting(1.0, "gradient norm is clipped to this; 0: never", at_least(0))
-    optim: str = setting("adamw_torch", "adamw_torch, adamw_8bit, paged_adamw_8bit, adafactor, ...")
+    optim: str = setting(
+        "adamw_torch_fused", "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, adafactor, ..."
+    )
     gradient_checkpointing: Any = setting(
         "auto",
         "recompute activations in the backward pass, a third more time; auto: where they do not "

@@ -133,6 +133,7 @@ def sft_config(
     import dataclasses
 
     import torch
+    from transformers.utils import is_torch_tf32_available
     from trl import SFTConfig
 
     from sft.errors import ConfigError, Problem
@@ -164,6 +165,8 @@ def sft_config(
                 "ddp_find_unused_parameters": False,
                 "logging_nan_inf_filter": False,  # a NaN must show in the logged loss
                 "dataloader_pin_memory": torch.cuda.is_available(),
+                # What is left in float32 beside 16 bits; asked for, fp32 is float32.
+                "tf32": True if precision != "fp32" and is_torch_tf32_available() else None,
                 "log_level_replica": "error",
                 **extra,
             },

@@ -3,15 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support import build_model, losses, records
-
-PLAIN = [
-    "model.lm_head=plain",
-    "model.frozen_linear=plain",
-    "model.attn_implementation=null",
-    "train.padding_free=false",
-    "train.gradient_checkpointing=true",
-]
+from support import PLAIN, build_model, losses, records
 
 
 def trained(run: Path, model: Path, rows: Path, *overrides: str) -> tuple[list[float], float]:
@@ -26,7 +18,7 @@ def trained(run: Path, model: Path, rows: Path, *overrides: str) -> tuple[list[f
                 *("template=chat", "train.per_device_train_batch_size=4"),
                 *("train.global_batch_size=8", "train.num_train_epochs=4"),
                 *("train.logging_steps=1", "train.learning_rate=1e-2", "train.save_strategy=no"),
-                *overrides,
+                *("precision=fp32", *overrides),
             ]
         )
     )
@@ -59,6 +51,16 @@ def test_to_the_end_of_a_run(
         assert ours["mean_token_accuracy"] == theirs["mean_token_accuracy"]
         assert ours["num_tokens"] == theirs["num_tokens"]
     assert found[-1]["num_tokens"] == 4 * 490
+
+
+def test_packed_as_one_by_one(tmp_path: Path, rows: Path) -> None:
+    model = build_model(tmp_path / "llama", "llama", tied=False)
+    packed = ["dataset.packing=bfd", "dataset.max_length=96"]
+    fast, fast_eval = trained(tmp_path / "fast", model, rows, *packed)
+    plain, plain_eval = trained(tmp_path / "plain", model, rows, *packed, *PLAIN)
+    assert fast == pytest.approx(plain, rel=1e-4)
+    assert fast_eval == pytest.approx(plain_eval, rel=1e-4)
+    assert fast[-1] < fast[0]
 
 
 def test_samples_are_padded_where_joined_they_would_see_each_other(

@@ -53,9 +53,7 @@ def test_wrapped_text_trains_every_token_once(tmp_path: Path, asked: str) -> Non
     assert counts.efficiency == pytest.approx(19 / 24)
 
 
-def test_rows_are_not_packed_unless_asked(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_are_not_packed_unless_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A step would hold more rows than train.global_batch_size says."""
     rows = [{"p": "ab", "c": "c"}, {"p": "de", "c": "f"}]
     with caplog.at_level("INFO", "sft"):
