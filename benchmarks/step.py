@@ -5,10 +5,11 @@
         [--peer llamafactory=PYTHON axolotl=PYTHON]
 
 Rows have ``prompt`` and ``completion``; the loss is on the completion. Every tool trains LoRA of
-rank 8 on the same random weights and the same rows, as many as it takes at ``--micro`` a step, each
-in its own order (packed: an eighth as many blocks a step). A tool runs in a process of its own, the tools in turn; the
-first ``--warmup`` steps are not counted. ``--peer`` names the Python of an environment in which
-LLaMA-Factory or Axolotl is installed. Useful tokens are those that are no padding. On a GPU it
+rank 8 on the same random weights and the same rows, as many as it takes at ``--micro`` a step, in
+its own order (packed: an eighth as many blocks a step). A tool runs in a process of its own, the
+tools in turn; the first ``--warmup`` steps are not counted. ``--peer`` names the Python of an
+environment in which LLaMA-Factory or Axolotl is installed. Useful tokens are those that are no
+padding; a product's share is that of the operations that frozen weights need. On a GPU it
 is seconds that count.
 """
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from sft.config import Config
 
 MARGIN = 1.3  # for what is not counted: buffers, fragments, the optimizer of an adapter
-GIB = 2**30
 
 
 def activation_bytes(config: Any, tokens: int, itemsize: int) -> int:
@@ -67,7 +66,7 @@ def state_bytes(config: Config, parameters: int, itemsize: int, stage: int) -> i
 def available() -> int:
     """Give the bytes that this rank may use: of its GPU, or its share of the free memory."""
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0])
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return int(psutil.virtual_memory().available) // ranks
 
@@ -92,6 +91,9 @@ def choose_checkpointing(
     state = state_bytes(config, architecture.num_parameters(), itemsize, stage)
     room = available()
     return MARGIN * (kept + state) > room, (
-        f"about {kept / GIB:.1f} GiB beside {state / GIB:.1f} GiB of weights and optimizer, in "
-        f"{room / GIB:.1f} GiB"
+        f"about {_size(kept)} beside {_size(state)} of weights and optimizer, in {_size(room)}"
     )
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB" if number > 2**30 / 10 else f"{number / 2**20:.0f} MiB"

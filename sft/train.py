@@ -41,6 +41,7 @@ def train(config: Config) -> None:
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.fast import head, linear
+    from sft.trainer import gather
 
     precision, reason = model.choose_precision(config.precision)
     logger.info("precision %s: %s", precision, reason)
@@ -69,13 +70,17 @@ def train(config: Config) -> None:
 
     # In this order: a model loaded after SFTConfig is partitioned by ZeRO-3 as it loads, and on a
     # CPU only if the process group exists by then.
-    args = sft_config(config, precision, ds_config, recomputes, evaluates=prepared.eval is not None)
+    evaluates = prepared.eval is not None
+    args = sft_config(config, precision, ds_config, recomputes, evaluates)
     try:
+        device = args.device  # from here on there is a process group
+        if any(gather(recomputes)) and not recomputes:
+            # Under ZeRO-3, ranks that pass the layers in different orders would wait for ever.
+            logger.info("activations are recomputed: another rank has too little memory")
+            args = sft_config(config, precision, ds_config, True, evaluates)
         base = model.load_base(config, architecture.config, precision, kernel)
         trainer = make_trainer(base, args, prepared, collator, tokenizer, lora)
-        lm_head, reason = head.choose(
-            config.model.lm_head, args.device.type, trainer.aux_loss_enabled
-        )
+        lm_head, reason = head.choose(config.model.lm_head, device.type, trainer.aux_loss_enabled)
         trainer.use_head(lm_head)
         logger.info("LM head %s: %s", lm_head, reason)
         if layers == "packed":
@@ -107,7 +112,7 @@ def make_collator(
     logger.info(
         "attention %s: %s",
         kernel or "of the architecture",
-        "rows without padding" if joined else "as asked" if asked == kernel else "samples padded",
+        "rows are joined without padding" if joined else "as asked" if asked == kernel else "samples padded",
     )
     collator = Collator(
         tokenizer.pad_token_id,
@@ -228,7 +233,7 @@ def start(
     trainer.accelerator.wait_for_everyone()
     log_to_file(run.dir / f"rank{trainer.args.process_index}.log")
     callbacks.watch(trainer, run.dir / "metrics.jsonl")
-    if trainer.lm_head == "chunked":
+    if trainer.lm_head != "plain":
         trainer.add_callback(callbacks.BeforeTraining(lambda: check_head(trainer), on_resume=True))
     trainer.args.eval_on_start &= resume_from is None
     packed = "seq_lengths" in prepared.train.dataset.column_names

@@ -69,9 +69,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     _tokens = 0  # that this rank saw since the last line
 
     def use_head(self, kind: str) -> None:
-        """Compute the loss with another head than TRL's: ``chunked`` or ``plain``."""
+        """Compute the loss with this head: ``chunked``, ``trl`` or ``plain``."""
         self.lm_head = kind
-        if kind != "trl":
+        if not self.aux_loss_enabled:
             peft = isinstance(self.model, PeftModel)
             head.install(self.model.get_base_model() if peft else self.model, kind)
 
@@ -87,7 +87,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         Entropy and token accuracy are computed for the steps that are logged, and summed over the
         ranks then; the stock method does both in every micro-batch.
         """
-        if self.lm_head == "trl" or return_outputs:
+        if self.aux_loss_enabled or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mask = inputs.get("attention_mask")
         self._tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
@@ -102,7 +102,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         )
         if logs:
             found = [output.entropy, output.is_top1, output.label_mask]
-            sums = torch.stack([values.sum(dtype=torch.float64) for values in found])
+            sums = torch.stack([values.sum(dtype=torch.float64) for values in found]).detach()
             self._sums = sums if self._sums is None else self._sums + sums
         if num_items_in_batch is None:
             return output.loss / output.label_mask.sum().clamp(min=1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from transformers.utils import ModelOutput
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 
 from sft.data.encode import IGNORE_INDEX
 
@@ -30,10 +30,10 @@ class HeadOutput(ModelOutput):  # type: ignore[misc]
 
     Attributes:
         loss: Summed over the N positions, scalar.
-        log_probs: Of the labels, shape (N,), without gradient.
-        label_mask: True, shape (N,): as many as there are.
-        entropy: Of the predictions in nats, shape (N,); None unless asked for.
-        is_top1: Whether the label is the likeliest token, shape (N,); None unless asked for.
+        log_probs: Of the labels, without gradient; shape (N,), or of the batch, zero elsewhere.
+        label_mask: Which are trained, of the same shape.
+        entropy: Of the predictions in nats, of the same shape; None unless asked for.
+        is_top1: Whether the label is the likeliest token, likewise.
     """
 
     loss: torch.Tensor | None = None
@@ -170,9 +170,12 @@ def install(model: PreTrainedModel, kind: str) -> None:
 
     Args:
         model: The base model, to which TRL has given its head.
-        kind: ``chunked``: as above; ``plain``: from the model's own logits.
+        kind: ``chunked``: as above; ``trl``: TRL's kernel; ``plain``: from the model's own logits.
     """
-    before = model.forward
+    before = getattr(model.forward, "before", model.forward)  # not a head that we installed
+    model.forward = before
+    add_fused_lm_head(model)
+    without_metrics = model.forward
     logits = Logits.of(model.config.get_text_config())
 
     @functools.wraps(type(model).forward)
@@ -188,6 +191,10 @@ def install(model: PreTrainedModel, kind: str) -> None:
         if not fused_lm_head:
             return before(*args, **({} if labels is None else {"labels": labels}), **kwargs)
         assert labels is not None
+        if kind == "trl":
+            score = before if head_metrics else without_metrics
+            found = score(*args, labels=labels, fused_lm_head=True, **kwargs)
+            return _summed(found, head_dft)
         labels = labels[:, 1:]
         trained = labels != IGNORE_INDEX
         if kind == "plain":
@@ -214,7 +221,20 @@ def install(model: PreTrainedModel, kind: str) -> None:
             is_top1=is_top1 if head_metrics else None,
         )
 
+    forward.before = before  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
+
+
+def _summed(found: Any, dft: bool) -> HeadOutput:
+    """Sum what TRL's kernel gives for each position, zero where nothing is trained."""
+    weights = found.log_probs.detach().exp() if dft else 1
+    return HeadOutput(
+        loss=-(found.log_probs * weights).sum(),
+        log_probs=found.log_probs.detach(),
+        label_mask=found.label_mask,
+        entropy=found.entropy,
+        is_top1=found.is_top1,
+    )
 
 
 def _scored(scores: torch.Tensor, labels: torch.Tensor, dft: bool, metrics: bool) -> HeadOutput:

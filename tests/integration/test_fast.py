@@ -32,7 +32,7 @@ def test_to_the_end_of_a_run(
     model = build_model(tmp_path / family, family, tied=False)
     with caplog.at_level("INFO", "sft"):
         fast, fast_eval = trained(tmp_path / "fast", model, rows, "model.frozen_linear=packed")
-    joined = "rows without padding" in caplog.text
+    joined = "rows are joined without padding" in caplog.text
     assert joined is (family != "gptj")  # which brings its own attention
     assert "LM head chunked" in caplog.text and "activations are kept" in caplog.text
     assert "frozen layers packed" in caplog.text

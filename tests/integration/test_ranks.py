@@ -43,6 +43,21 @@ def stages(tmp_path_factory: pytest.TempPathFactory, llama: Path, rows: Path) ->
     return runs
 
 
+def run_script(folder: Path, text: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run a script on two ranks."""
+    script = folder / "script.py"
+    script.write_text(text)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run(
+        [*launch, str(script), *overrides],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def test_stages_and_rank_counts_give_the_plain_losses(stages: dict[str, Path]) -> None:
     expected = losses(stages["one"])
     assert len(expected) == 6  # 19 samples, 8 a step and 3 in the last, 2 epochs
@@ -94,32 +109,41 @@ def test_zero_divides_memory_by_the_ranks(stages: dict[str, Path]) -> None:
         assert share == pytest.approx(whole_model[0] / 2, rel=0.05)
 
 
+def test_one_rank_with_little_memory_makes_all_recompute(
+    tmp_path: Path, llama: Path, rows: Path
+) -> None:
+    """Under ZeRO-3 ranks that pass the layers in different orders would wait for ever."""
+    run = run_script(
+        tmp_path,
+        "import os, sys, sft.memory, sft.train\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    sft.memory.available = lambda: 1\n"
+        "sft.train.main(sys.argv[1:])\n",
+        *("model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"),
+        *("template=chat", "train.per_device_train_batch_size=2", "train.global_batch_size=4"),
+        *("train.max_steps=2", "zero=stage3"),
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "activations are kept: about" in run.stdout + run.stderr
+    assert "activations are recomputed: another rank has too little memory" in (
+        run.stdout + run.stderr
+    )
+
+
 def test_ranks_that_part_stop_the_run(tmp_path: Path, llama: Path, rows: Path) -> None:
     """The stock evaluate, called before training, silently switches DDP's gradient sync off."""
-    script = tmp_path / "unsynchronised.py"
-    script.write_text(
+    result = run_script(
+        tmp_path,
         "import sys, trl, sft.summary, sft.train\n"
         "describe = sft.summary.describe_run\n"
         "def evaluate_first(config, trainer, *rest):\n"
         "    describe(config, trainer, *rest)\n"
         "    trl.SFTTrainer.evaluate(trainer)\n"
         "sft.summary.describe_run = evaluate_first\n"
-        "sft.train.main(sys.argv[1:])\n"
-    )
-    result = subprocess.run(
-        [
-            sys.executable,
-            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            str(script),
-            *("model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"),
-            *("template=chat", "train.per_device_train_batch_size=2", "train.global_batch_size=4"),
-            "train.max_steps=3",
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+        "sft.train.main(sys.argv[1:])\n",
+        *("model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"),
+        *("template=chat", "train.per_device_train_batch_size=2", "train.global_batch_size=4"),
+        "train.max_steps=3",
     )
     assert result.returncode == 1
     assert "the trained parameters of ranks [1] differ from rank 0's" in result.stderr

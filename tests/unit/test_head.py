@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support import build_model
 from transformers import (
     AutoModelForCausalLM,
@@ -73,25 +74,38 @@ def test_it_is_exact(
     labels = batch()["labels"][:, 1:]
     trained = labels != -100
     expected = every[trained].gather(1, labels[trained][:, None])[:, 0]
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as TRL's trainer does
     results = {}
-    for kind in ("plain", "chunked"):
+    for kind in ("plain", "chunked", "trl"):
         head.install(model, kind)
         results[kind] = found(model, head_metrics=True, head_dft=dft)
-    (plain, plain_grads), (ours, our_grads) = results.values()
     weights = expected.exp() if dft else 1
-    for output in (plain, ours):
+    for output, _ in results.values():
+        if output.log_probs.dim() == 2:  # TRL's are of the batch
+            for name in ("log_probs", "entropy", "is_top1"):
+                output[name] = output[name][output.label_mask]
         assert output.loss.item() == pytest.approx(-(expected * weights).sum().item(), rel=2e-6)
         torch.testing.assert_close(output.log_probs.double(), expected, rtol=0, atol=3e-6)
         entropy = -(every.exp() * every).sum(-1)[trained]
         torch.testing.assert_close(output.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
         assert torch.equal(output.is_top1, every.argmax(-1)[trained] == labels[trained])
         assert output.label_mask.sum() == trained.sum() == 13 + 5
+    plain_grads = results.pop("plain")[1]
     largest = max(float(grad.abs().max()) for grad in plain_grads if grad is not None)
     assert largest > 0
-    for a, b in zip(plain_grads, our_grads, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6 * largest)
+    for _, grads in results.values():
+        for a, b in zip(plain_grads, grads, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_metrics_are_left_out_unless_asked_for(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "llama")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    for kind in ("chunked", "trl"):
+        head.install(model, kind)
+        assert found(model)[0].entropy is None and found(model)[0].is_top1 is None
 
 
 def test_a_frozen_head_gets_no_gradient_and_autocast_computes_in_bf16(tmp_path: Path) -> None:
@@ -150,3 +164,22 @@ def test_a_factor_that_is_not_known_is_seen(tmp_path: Path, monkeypatch: Any) ->
 )
 def test_which_head(given: tuple[str, str, bool], chosen: str) -> None:
     assert head.choose(*given)[0] == chosen
+
+
+def test_a_trained_copy_of_the_head_gets_the_gradient(tmp_path: Path) -> None:
+    """PEFT's modules_to_save puts a copy before the base model's own head, which stays frozen."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(model_of(tmp_path, "llama"), lora)
+    grads = {}
+    for kind in ("plain", "chunked"):
+        head.install(model.get_base_model(), kind)
+        found(model)
+        grads[kind] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    name = "base_model.model.lm_head.modules_to_save.default.weight"
+    assert grads["plain"].keys() == grads["chunked"].keys() >= {name}
+    assert not any("original_module" in key for key in grads["plain"])
+    largest = grads["plain"][name].abs().max()
+    assert largest > 0
+    torch.testing.assert_close(
+        grads["chunked"][name], grads["plain"][name], rtol=1e-4, atol=1e-6 * float(largest)
+    )
