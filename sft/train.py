@@ -109,11 +109,13 @@ def make_collator(
     if joined == "auto":
         joined = attention.can_join(architecture, asked)
     kernel = attention.choose(architecture, asked, packed or joined)
-    logger.info(
-        "attention %s: %s",
-        kernel or "of the architecture",
-        "rows are joined without padding" if joined else "as asked" if asked == kernel else "samples padded",
-    )
+    if joined:
+        reason = "rows are joined without padding"
+    elif kernel == asked:
+        reason = "as asked"
+    else:
+        reason = f"samples are {'packed' if packed else 'padded'}"
+    logger.info("attention %s: %s", kernel or "of the architecture", reason)
     collator = Collator(
         tokenizer.pad_token_id,
         padding_free=joined or (packed and kernel in attention.FLASH),
