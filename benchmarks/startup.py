@@ -68,6 +68,7 @@ def main() -> None:
             *("dataset.stop_above.answer_cut=1", "train.per_device_train_batch_size=8"),
             *("train.global_batch_size=8", "train.max_steps=1", "train.warmup_steps=0"),
             *("train.save_strategy=no", f"output_dir={folder}/ours", "overwrite=true"),
+            "precision=fp32",
         ]
         commands = {
             "by hand": [sys.executable, "-c", BY_HAND, str(TINY), rows, f"{folder}/hand"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -18,26 +19,28 @@ if TYPE_CHECKING:
 MARGIN = 1.3  # for what is not counted: buffers, fragments, the optimizer of an adapter
 
 
-def activation_bytes(config: Any, tokens: int, itemsize: int) -> int:
+def activation_bytes(config: Any, tokens: int, itemsize: int, scored: int = 0) -> int:
     """Estimate what the backward pass of all layers keeps of the forward pass.
 
     Per token and layer: inputs and outputs of two norms, two residuals, the query, keys and values,
     the attention's output (with heads of a size of their own), and four of the MLP's width (two
-    where it has no gate). Attention's scores are never kept. After Korthikanti et al. 2022
-    (arXiv 2205.05198), section 4.1, without dropout masks.
+    where it has no gate, so that this is the most). Attention keeps scores only where it is eager.
+    After Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, without dropout masks.
 
     Args:
         config: The model's text config.
         tokens: In a forward pass.
         itemsize: Bytes of a number.
+        scored: Other tokens for which each has a score that is kept.
     """
     width = config.hidden_size
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1
     size = getattr(config, "head_dim", None) or width // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
     inner = inner or getattr(config, "n_inner", None) or 4 * width
-    numbers = 6 * width + 2 * heads * size + 2 * shared * size + 4 * inner
+    inner = max(inner) if isinstance(inner, list) else inner  # one for each layer
+    numbers = 6 * width + 2 * heads * size + 2 * shared * size + 4 * inner + heads * scored
     return int(tokens * config.num_hidden_layers * numbers * itemsize)
 
 
@@ -68,11 +71,22 @@ def available() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0])
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(psutil.virtual_memory().available) // ranks
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")  # of a container, which may have less than the machine
+    limit = group / "memory.max"
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int((group / "memory.current").read_text()))
+    return free // ranks
 
 
 def choose_checkpointing(
-    config: Config, architecture: PreTrainedModel, longest: int, itemsize: int, stage: int
+    config: Config,
+    architecture: PreTrainedModel,
+    longest: int,
+    itemsize: int,
+    stage: int,
+    keeps_scores: bool = False,
+    taken: int = 0,
 ) -> tuple[bool, str]:
     """Decide whether activations are recomputed, and say why.
 
@@ -82,14 +96,17 @@ def choose_checkpointing(
         longest: Tokens of the longest sample.
         itemsize: Bytes of a number in the run's precision.
         stage: Of ZeRO.
+        keeps_scores: Attention keeps every score for the backward pass.
+        taken: Bytes that something else will take.
     """
     asked = config.train.gradient_checkpointing
     if asked != "auto":
         return asked, "as asked"
     tokens = config.train.per_device_train_batch_size * longest
-    kept = activation_bytes(architecture.config.get_text_config(), tokens, itemsize)
+    text = architecture.config.get_text_config()
+    kept = activation_bytes(text, tokens, itemsize, longest if keeps_scores else 0)
     state = state_bytes(config, architecture.num_parameters(), itemsize, stage)
-    room = available()
+    room = available() - taken
     return MARGIN * (kept + state) > room, (
         f"about {_size(kept)} beside {_size(state)} of weights and optimizer, in {_size(room)}"
     )

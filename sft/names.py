@@ -31,6 +31,8 @@ TRAIN_OWNED = {
     "activation_checkpointing": "train.gradient_checkpointing=true",
     "logging_strategy": "train.logging_steps=10",
     "enable_jit_checkpoint": "remove it: a run so stopped would look finished",
+    "average_tokens_across_devices": "remove it: the loss is the mean over the tokens of all ranks",
+    "label_smoothing_factor": "remove it: the LM head computes nll and dft (train.extra.loss_type)",
     "dataloader_drop_last": "remove it: rows would be dropped unseen",
     "disable_tqdm": "remove it: the bar is shown on a terminal only",
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "model.trust_remote_code=true"),

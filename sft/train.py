@@ -56,17 +56,19 @@ def train(config: Config) -> None:
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     model.check_fits(architecture, tokenizer, prepared.parts.values())
-    collator, kernel = make_collator(config, architecture, tokenizer, prepared)
+    collator, kernel = make_collator(config, architecture, precision, tokenizer, prepared)
+    layers, reason = linear.choose(config, architecture, precision, zero.stage(ds_config))
+    logger.info("frozen layers %s: %s", layers, reason)
     recomputes, reason = memory.choose_checkpointing(
         config,
         architecture,
         prepared.train.counts.longest,
         model.dtype_of(precision).itemsize,
         zero.stage(ds_config),
+        keeps_scores=kernel == "eager" or not architecture._supports_sdpa,
+        taken=linear.extra_bytes(architecture) if layers == "packed" else 0,
     )
     logger.info("activations are %s: %s", "recomputed" if recomputes else "kept", reason)
-    layers, reason = linear.choose(config, architecture, precision, zero.stage(ds_config))
-    logger.info("frozen layers %s: %s", layers, reason)
 
     # In this order: a model loaded after SFTConfig is partitioned by ZeRO-3 as it loads, and on a
     # CPU only if the process group exists by then.
@@ -98,7 +100,11 @@ def train(config: Config) -> None:
 
 
 def make_collator(
-    config: Config, architecture: PreTrainedModel, tokenizer: Any, prepared: Prepared
+    config: Config,
+    architecture: PreTrainedModel,
+    precision: str,
+    tokenizer: Any,
+    prepared: Prepared,
 ) -> tuple[Collator, str | None]:
     """Decide how samples become a batch, and which attention kernel sees it."""
     from sft.data.collator import Collator
@@ -107,7 +113,7 @@ def make_collator(
     asked, joined = config.model.attn_implementation, config.train.padding_free
     packed = "seq_lengths" in prepared.train.dataset.column_names
     if joined == "auto":
-        joined = attention.can_join(architecture, asked)
+        joined = attention.can_join(architecture, asked, precision)
     kernel = attention.choose(architecture, asked, packed or joined)
     if joined:
         reason = "rows are joined without padding"
@@ -238,6 +244,7 @@ def start(
     if trainer.lm_head != "plain":
         trainer.add_callback(callbacks.BeforeTraining(lambda: check_head(trainer), on_resume=True))
     trainer.args.eval_on_start &= resume_from is None
+    trainer.add_callback(callbacks.BeforeTraining(trainer.resume_counts, on_resume=True))
     packed = "seq_lengths" in prepared.train.dataset.column_names
     if packed or trainer.data_collator.padding_free:
         may_pad = run.config.train.padding_free == "auto" and not packed
@@ -271,11 +278,19 @@ def prove(trainer: Trainer, may_pad: bool) -> None:
 
 def check_head(trainer: Trainer) -> None:
     """Compute the loss from the model's own logits where ours is not what they say."""
-    from sft.fast import head
+    import torch
 
-    vocabulary = len(trainer.processing_class)
-    apart = head.difference(trainer.model_wrapped, trainer.args.device, vocabulary)
-    if not apart <= 1:
+    from sft.fast import head
+    from sft.trainer import gather
+
+    computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    apart = head.difference(
+        trainer.model_wrapped,
+        trainer.args.device,
+        len(trainer.processing_class),
+        computed_in.get(trainer.accelerator.mixed_precision, torch.float32),
+    )
+    if any(gather(not apart <= 1)):
         logger.info("warning: the LM head differs from the model's logits; model.lm_head=plain")
         trainer.use_head("plain")
 

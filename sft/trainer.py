@@ -87,12 +87,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         Entropy and token accuracy are computed for the steps that are logged, and summed over the
         ranks then; the stock method does both in every micro-batch.
         """
-        if self.aux_loss_enabled or return_outputs:
+        if self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mask = inputs.get("attention_mask")
         self._tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
         step = self.state.global_step + 1
-        logs = step % self.args.logging_steps == 0 or step == self.state.max_steps
+        logs = step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
         output = model(
             **inputs,
             use_cache=False,
@@ -109,6 +109,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         # The tokens of every rank are counted, and DDP takes the mean of the ranks' gradients.
         loss = output.loss / torch.as_tensor(num_items_in_batch).clamp(min=1)
         return loss * self.accelerator.num_processes
+
+    def resume_counts(self) -> None:
+        """Go on counting tokens, and log as often as this command says: the state is another's."""
+        self.state.compute_steps(self.args, self.state.max_steps)
+        counts = [line["num_tokens"] for line in self.state.log_history if "num_tokens" in line]
+        self._total_train_tokens = int(counts[-1]) if counts else 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was summed for this line."""

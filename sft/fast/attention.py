@@ -59,6 +59,11 @@ def packed_attention(
     Raises:
         ModelError: The model wants what this kernel has not.
     """
+    if cu_seq_lens_q is not None and attention_mask is not None:
+        raise ModelError(
+            f"attn_implementation={NAME} takes no mask of a model's own beside documents\n"
+            "    fix: model.attn_implementation=sdpa"
+        )
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ModelError(
@@ -78,7 +83,7 @@ def packed_attention(
             **kwargs,
         )
     batch, heads, length, _ = query.shape
-    if max_length_q is not None and _has_varlen(query) and not dropout:
+    if max_length_q is not None and _has_varlen(query, value) and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
@@ -120,11 +125,13 @@ def packed_attention(
     return output.contiguous(), None
 
 
-def _has_varlen(query: torch.Tensor) -> bool:
+def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Tell whether PyTorch's flash attention takes it: on a GPU since Ampere, in 16 bits."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
@@ -150,14 +157,34 @@ def takes_ours(architecture: PreTrainedModel) -> bool:
     text = architecture.config.get_text_config()
     return (
         bool(getattr(architecture, "_supports_attention_backend", False))
+        and bool(getattr(architecture, "_supports_sdpa", False))  # no sinks, no capped scores
         and getattr(text, "attn_logit_softcapping", None) is None
-        and text.model_type != "gpt_oss"  # whose attention has sinks
+        and getattr(text, "index_topk", None) is None  # DeepSeek V3.2's indexer reads the mask
     )
 
 
-def can_join(architecture: PreTrainedModel, asked: str | None) -> bool:
-    """Tell whether samples may be joined into one row, each seeing itself alone."""
-    return asked in FLASH or (asked in ("auto", NAME) and takes_ours(architecture))
+def can_join(architecture: PreTrainedModel, asked: str | None, precision: str) -> bool:
+    """Tell whether samples are joined into one row by default, each seeing itself alone.
+
+    Not on a GPU where PyTorch's attention over documents of any length does not run: one after
+    the other they would keep the GPU waiting.
+    """
+    if asked in FLASH:
+        return True
+    if asked not in ("auto", NAME) or not takes_ours(architecture):
+        return False
+    if not torch.cuda.is_available():
+        return True
+    text = architecture.config.get_text_config()
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return (
+        precision != "fp32"
+        and not any(getattr(text, name, None) for name in names)
+        and size % 8 == 0
+        and size <= 256
+        and torch.cuda.get_device_capability() >= (8, 0)
+    )
 
 
 def choose(architecture: PreTrainedModel, asked: str | None, packing: bool) -> str | None:

@@ -204,10 +204,12 @@ def install(model: PreTrainedModel, kind: str) -> None:
         head = self.get_output_embeddings()
         states, labels, trained = (x.to(head.weight.device) for x in (states, labels, trained))
         with maybe_gather_lm_head_ctx(head.weight, head.bias):
+            weights: tuple[Any, ...] = (head.weight, head.bias)
+            if not torch.is_grad_enabled():  # else its gradient would be formed all the same
+                weights = tuple(None if w is None else w.detach() for w in weights)
             loss, log_probs, entropy, is_top1 = SummedLoss.apply(  # type: ignore[no-untyped-call]
                 states[trained],
-                head.weight,
-                head.bias,
+                *weights,
                 labels[trained],
                 logits,
                 head_dft,
@@ -270,8 +272,16 @@ def choose(asked: str, device: str, has_aux_loss: bool) -> tuple[str, str]:
 
 
 @torch.no_grad()
-def difference(model: Any, device: torch.device, vocabulary: int) -> float:
+def difference(
+    model: Any, device: torch.device, vocabulary: int, computed_in: torch.dtype
+) -> float:
     """Compare the head with the model's own logits, on one short text.
+
+    Args:
+        model: As training wrapped it.
+        device: Where it is.
+        vocabulary: Tokens that it knows.
+        computed_in: The precision of its arithmetic, where weights have a higher one.
 
     Returns:
         The largest difference of a log-probability, in units of what the precision rounds away.
@@ -286,5 +296,6 @@ def difference(model: Any, device: torch.device, vocabulary: int) -> float:
     model.train(was_training)
     expected = scores.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     dtype = next(p.dtype for p in inner.parameters() if p.is_floating_point())
-    rounding = 16 * torch.finfo(dtype).eps * max(1.0, float(scores.abs().max()))
+    eps = max(torch.finfo(dtype).eps, torch.finfo(computed_in).eps)
+    rounding = 16 * eps * max(1.0, float(scores.abs().max()))
     return float((found - expected.to(found.device)).abs().max()) / rounding

@@ -88,19 +88,26 @@ def choose(
         return asked, "as asked"
     if reason or not _amd_with_avx512():
         return "plain", reason or "MKL is as fast on this processor"
-    if 2 * 4 * architecture.num_parameters() > SHARE * available():
+    if extra_bytes(architecture) > SHARE * available():
         return "plain", "packed weights would take half of the free memory"
     return "packed", "oneDNN is faster on this processor"
 
 
+def extra_bytes(architecture: PreTrainedModel) -> int:
+    """Count what packing takes, at the most: every weight twice more."""
+    return 2 * 4 * int(architecture.num_parameters())
+
+
 def frozen(model: Any) -> list[torch.nn.Linear]:
-    """List the layers that are not trained, but for the LM head, which is used otherwise."""
+    """List the base's layers that are not trained, but for the LM head, which is used otherwise."""
     head = model.get_output_embeddings()
+    heads = {head, getattr(head, "original_module", None)}  # PEFT's modules_to_save wraps it
     return [
         layer
-        for layer in model.modules()
+        for name, layer in model.named_modules()
         if type(layer) is torch.nn.Linear
-        and layer is not head
+        and layer not in heads
+        and ".lora_" not in name  # a checkpoint may bring another
         and layer.weight.dtype == torch.float32
         and not layer.weight.requires_grad
         and (layer.bias is None or not layer.bias.requires_grad)

@@ -66,6 +66,19 @@ def test_stages_and_rank_counts_give_the_plain_losses(stages: dict[str, Path]) -
         assert losses(stages[name]) == pytest.approx(expected, abs=TOLERANCE), name
 
 
+def test_stages_and_rank_counts_log_the_same_metrics(stages: dict[str, Path]) -> None:
+    logged = {
+        name: [record for record in records(run) if "loss" in record]
+        for name, run in stages.items()
+    }
+    for name in STAGES:
+        for found, expected in zip(logged[name], logged["one"], strict=True):
+            assert found["entropy"] == pytest.approx(expected["entropy"], abs=1e-4), name
+            assert found["mean_token_accuracy"] == expected["mean_token_accuracy"], name
+            assert found["num_tokens"] == expected["num_tokens"], name
+    assert logged["one"][-1]["num_tokens"] > 1000
+
+
 def test_stages_and_rank_counts_give_the_plain_adapter(stages: dict[str, Path]) -> None:
     expected = load_file(stages["one"] / "adapter" / "adapter_model.safetensors")
     assert len(expected) == 28  # 2 layers x 7 linears x A and B

@@ -125,13 +125,13 @@ def test_proof_holds_with_our_kernel_and_restores_the_mode(tmp_path: Path) -> No
 def test_kernels_that_cannot_be(tmp_path: Path) -> None:
     gptj = model_of(tmp_path, "gptj", {}, None)
     assert attention.choose(gptj, "auto", packing=True) is None
-    assert not attention.can_join(gptj, "auto")
-    assert attention.can_join(gptj, "flash_attention_2")
+    assert not attention.can_join(gptj, "auto", "fp32")
+    assert attention.can_join(gptj, "flash_attention_2", "bf16")
     llama = model_of(tmp_path, "llama", {}, None)
-    assert attention.can_join(llama, "auto")
-    assert not attention.can_join(llama, "sdpa")
+    assert attention.can_join(llama, "auto", "fp32")
+    assert not attention.can_join(llama, "sdpa", "fp32")
     llama.config.attn_logit_softcapping = 50.0  # as Gemma 2's
-    assert not attention.can_join(llama, "auto")
+    assert not attention.can_join(llama, "auto", "fp32")
     with pytest.raises(ConfigError, match="gptj has its own attention"):
         attention.choose(gptj, "packed", packing=False)
     q = torch.zeros(1, 1, 2, 8)

@@ -145,11 +145,11 @@ def test_otherwise_the_model_does_what_it_did(tmp_path: Path) -> None:
 def test_a_factor_that_is_not_known_is_seen(tmp_path: Path, monkeypatch: Any) -> None:
     model = model_of(tmp_path, "cohere")
     head.install(model, "chunked")
-    assert head.difference(model, torch.device("cpu"), 307) < 1
+    assert head.difference(model, torch.device("cpu"), 307, torch.float32) < 1
     monkeypatch.setattr(head.Logits, "of", classmethod(lambda cls, config: cls()))
     model = model_of(tmp_path, "cohere").train()
     head.install(model, "chunked")
-    assert head.difference(model, torch.device("cpu"), 307) > 100
+    assert head.difference(model, torch.device("cpu"), 307, torch.float32) > 100
     assert model.training
 
 
