@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support import build_model, losses, records, run_sft
+from support import build_model, records, run_sft
 
 
 @pytest.fixture
@@ -70,13 +71,16 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(
 
     assert "passed over killed/checkpoint-8: a save that was cut off" in again.stdout
     assert "resuming from killed/checkpoint-4" in again.stdout
-    by_step = {
-        record["step"]: record["loss"]
-        for record in records(tmp_path / "killed")
-        if "loss" in record
-    }
-    assert list(by_step.values()) == losses(tmp_path / "straight")
-    assert len(by_step) == 16
+    resumed, never_killed = (
+        {
+            record["step"]: [record[key] for key in ("loss", "entropy", "num_tokens")]
+            for record in records(tmp_path / name)
+            if "loss" in record
+        }
+        for name in ("killed", "straight")
+    )
+    assert resumed == never_killed
+    assert len(resumed) == 16
     straight, killed = (
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         for name in ("straight", "killed")
@@ -287,6 +291,27 @@ def test_a_run_cut_off_after_its_last_checkpoint_trains_no_step_more(
     after = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(after[key].equal(before[key]) for key in before)
     assert [record["step"] for record in records(run) if "loss" in record] == [1, 2]
+
+
+def test_a_resumed_run_logs_as_often_as_it_is_told_now(tmp_path: Path, common: list[str]) -> None:
+    from sft.train import main, train
+
+    run = tmp_path / "run"
+    command = [*common, "train.max_steps=4", "train.save_strategy=steps", "train.save_steps=2"]
+    command += [f"output_dir={run}"]
+    train(main.compose(command))
+    first = {record["step"]: record for record in records(run) if "loss" in record}
+    assert list(first) == [1, 2, 3, 4]
+    # As if it had been cut off after step 2.
+    shutil.rmtree(run / "checkpoint-4")
+    finished = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**finished, "status": "running"}))
+    train(main.compose(changed(command, "train.logging_steps=2")))
+    again = {record["step"]: record for record in records(run) if "loss" in record}
+    assert list(again) == [1, 2, 4]
+    assert again[4]["num_tokens"] == first[4]["num_tokens"]
+    assert again[4]["loss"] == pytest.approx((first[3]["loss"] + first[4]["loss"]) / 2, rel=1e-6)
+    assert again[4]["entropy"] == first[4]["entropy"]  # of the step that is logged
 
 
 def test_weights_that_a_file_lacks_are_not_made_up(
