@@ -12,6 +12,8 @@ from sft.config import Config, fill_names, streamed_samples
 from sft.errors import RunError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
     from trl import SFTConfig
 
@@ -233,6 +235,7 @@ def start(
 ) -> None:
     """Take the folder, begin the logs, and arrange for the answers before training."""
     from sft import callbacks
+    from sft.fast import proof
     from sft.run import log_to_file
 
     if trainer.args.process_index == 0:
@@ -241,58 +244,21 @@ def start(
     trainer.accelerator.wait_for_everyone()
     log_to_file(run.dir / f"rank{trainer.args.process_index}.log")
     callbacks.watch(trainer, run.dir / "metrics.jsonl")
-    if trainer.lm_head != "plain":
-        trainer.add_callback(callbacks.BeforeTraining(lambda: check_head(trainer), on_resume=True))
     trainer.args.eval_on_start &= resume_from is None
-    trainer.add_callback(callbacks.BeforeTraining(trainer.resume_counts, on_resume=True))
+
+    def before_training(action: Callable[[], object], on_resume: bool = True) -> None:
+        trainer.add_callback(callbacks.BeforeTraining(action, on_resume))
+
+    before_training(trainer.resume_counts)
+    if trainer.lm_head != "plain":
+        before_training(lambda: proof.check_head(trainer))
     packed = "seq_lengths" in prepared.train.dataset.column_names
     if packed or trainer.data_collator.padding_free:
         may_pad = run.config.train.padding_free == "auto" and not packed
-        trainer.add_callback(
-            callbacks.BeforeTraining(lambda: prove(trainer, may_pad), on_resume=True)
-        )
+        before_training(lambda: proof.prove_isolation(trainer, may_pad))
     count = run.config.dataset.exact_match
     if count:
-        trainer.add_callback(callbacks.BeforeTraining(lambda: log_answers(trainer, count, stop_id)))
-
-
-def prove(trainer: Trainer, may_pad: bool) -> None:
-    """Show that documents in one row do not see each other in this very model.
-
-    Where they do, samples that need not be joined are padded instead.
-    """
-    from sft.errors import ModelError
-    from sft.fast.attention import prove_isolation
-
-    collator = trainer.data_collator
-    try:
-        prove_isolation(
-            trainer.model_wrapped, collator, trainer.args.device, len(trainer.processing_class)
-        )
-    except ModelError:
-        if not may_pad:
-            raise
-        logger.info("samples are padded: joined in one row, they would see each other")
-        collator.padding_free = collator.documents = False
-
-
-def check_head(trainer: Trainer) -> None:
-    """Compute the loss from the model's own logits where ours is not what they say."""
-    import torch
-
-    from sft.fast import head
-    from sft.trainer import gather
-
-    computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    apart = head.difference(
-        trainer.model_wrapped,
-        trainer.args.device,
-        len(trainer.processing_class),
-        computed_in.get(trainer.accelerator.mixed_precision, torch.float32),
-    )
-    if any(gather(not apart <= 1)):
-        logger.info("warning: the LM head differs from the model's logits; model.lm_head=plain")
-        trainer.use_head("plain")
+        before_training(lambda: log_answers(trainer, count, stop_id), on_resume=False)
 
 
 def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, float]:

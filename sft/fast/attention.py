@@ -11,8 +11,6 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from sft.data.collator import Collator
-from sft.data.encode import IGNORE_INDEX
 from sft.errors import ConfigError, ModelError, Problem
 
 if TYPE_CHECKING:
@@ -224,59 +222,3 @@ def choose(architecture: PreTrainedModel, asked: str | None, packing: bool) -> s
             ]
         )
     return asked
-
-
-@torch.no_grad()
-def prove_isolation(model: Any, collator: Collator, device: torch.device, vocabulary: int) -> None:
-    """Require that what one document of a pack says changes nothing in the others.
-
-    Two documents are packed into a row and run through the model itself. With other tokens in the
-    first, what the model makes of the second (the log-probabilities of its tokens, or its logits)
-    must be the same to the last bit; and, but for rounding, what it makes of the second alone.
-    Every rank takes part.
-
-    Raises:
-        ModelError: It is not, so that training would leak.
-    """
-    inner = getattr(model, "module", model)
-    second = [(5 * place + 3) % vocabulary for place in range(5)]
-
-    def seen(first: list[int]) -> torch.Tensor:
-        """Give what the model makes of the second document behind the first."""
-        ids = first + second
-        labels = [IGNORE_INDEX] * len(first) + second
-        lengths = [len(part) for part in (first, second) if part]
-        batch = collator([{"input_ids": ids, "labels": labels, "seq_lengths": lengths}])
-        inputs = {
-            key: value.to(device) if isinstance(value, torch.Tensor) else value
-            for key, value in batch.items()
-        }
-        # As in training: under ZeRO-3 another way through the model would upset its prefetching.
-        output = model(**inputs, use_cache=False, fused_lm_head=True)
-        found = getattr(output, "log_probs", None)
-        result: torch.Tensor = output.logits[0, len(first) : len(ids)] if found is None else found
-        return result.float()
-
-    was_training = model.training
-    model.eval()
-    packed = seen([7 * place % vocabulary for place in range(6)])
-    changed = seen([(7 * place + 1) % vocabulary for place in range(6)])
-    alone = seen([])
-    model.train(was_training)
-
-    # LLM.int8 looks for outliers in all tokens, and experts are given those of all documents: the
-    # same sums in another order.
-    reorders = getattr(inner, "is_loaded_in_8bit", False) or any(
-        "expert" in name for name in vars(inner.config.get_text_config())
-    )
-    dtype = next(p.dtype for p in inner.parameters() if p.is_floating_point())
-    rounding = 16 * max(torch.finfo(dtype).eps, 2**-10)  # float32 products may be TF32's
-    scale = float(packed.abs().max())
-    apart = float((packed.sum() - alone.sum()).abs()) / max(scale, float(alone.sum().abs()))
-    between = float((packed - changed).abs().max())
-    if between > (rounding * scale if reorders else 0) or not apart <= rounding:
-        kernel = getattr(inner.config, "_attn_implementation", None)
-        raise ModelError(
-            f"with attn_implementation={kernel}, documents that are packed together see each other "
-            f"in this model (outputs differ by {max(between, apart):.2g})\n    fix: {UNPACKED}"
-        )

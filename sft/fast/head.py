@@ -269,33 +269,3 @@ def choose(asked: str, device: str, has_aux_loss: bool) -> tuple[str, str]:
     if device == "cpu":
         return "chunked", "on a CPU"
     return "trl", "Triton"
-
-
-@torch.no_grad()
-def difference(
-    model: Any, device: torch.device, vocabulary: int, computed_in: torch.dtype
-) -> float:
-    """Compare the head with the model's own logits, on one short text.
-
-    Args:
-        model: As training wrapped it.
-        device: Where it is.
-        vocabulary: Tokens that it knows.
-        computed_in: The precision of its arithmetic, where weights have a higher one.
-
-    Returns:
-        The largest difference of a log-probability, in units of what the precision rounds away.
-    """
-    inner = getattr(model, "module", model)
-    ids = torch.tensor([[(7 * place + 3) % vocabulary for place in range(9)]], device=device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    was_training = model.training
-    model.eval()
-    found = model(**inputs, labels=ids, fused_lm_head=True).log_probs.flatten().float()
-    scores = model(**inputs).logits[0, :-1].float()
-    model.train(was_training)
-    expected = scores.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    dtype = next(p.dtype for p in inner.parameters() if p.is_floating_point())
-    eps = max(torch.finfo(dtype).eps, torch.finfo(computed_in).eps)
-    rounding = 16 * eps * max(1.0, float(scores.abs().max()))
-    return float((found - expected.to(found.device)).abs().max()) / rounding

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from sft.data.collator import Collator
 from sft.errors import ConfigError, ModelError
-from sft.fast import attention
+from sft.fast import attention, proof
 
 LENGTHS = [[9, 4, 1, 7], [5, 12]]
 # Family, what is changed of it, and the kernels that are allowed with packing on a CPU.
@@ -106,7 +106,7 @@ def test_a_pack_is_the_same_as_its_documents(
 def test_opt_leaks_with_stock_kernels_and_is_refused(tmp_path: Path, kernel: str) -> None:
     model = model_of(tmp_path, "opt", {}, kernel)
     with pytest.raises(ModelError, match=rf"attn_implementation={kernel}, documents .* see each"):
-        attention.prove_isolation(model, Collator(0), torch.device("cpu"), 256)
+        proof.require_isolation(model, Collator(0), torch.device("cpu"), 256)
     with pytest.raises(ConfigError, match=rf"attn_implementation={kernel}\n.*in opt\n.*=packed"):
         attention.choose(model, kernel, packing=True)
     assert attention.choose(model, kernel, packing=False) == kernel
@@ -118,7 +118,7 @@ def test_opt_leaks_with_stock_kernels_and_is_refused(tmp_path: Path, kernel: str
 
 def test_proof_holds_with_our_kernel_and_restores_the_mode(tmp_path: Path) -> None:
     model = model_of(tmp_path, "opt", {}, "packed").train()
-    attention.prove_isolation(model, Collator(0, documents=True), torch.device("cpu"), 256)
+    proof.require_isolation(model, Collator(0, documents=True), torch.device("cpu"), 256)
     assert model.training
 
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from sft.fast import head
+from sft.fast import head, proof
 
 SHAPE = {
     "vocab_size": 307,
@@ -145,11 +145,11 @@ def test_otherwise_the_model_does_what_it_did(tmp_path: Path) -> None:
 def test_a_factor_that_is_not_known_is_seen(tmp_path: Path, monkeypatch: Any) -> None:
     model = model_of(tmp_path, "cohere")
     head.install(model, "chunked")
-    assert head.difference(model, torch.device("cpu"), 307, torch.float32) < 1
+    assert proof.difference(model, torch.device("cpu"), 307, torch.float32) < 1
     monkeypatch.setattr(head.Logits, "of", classmethod(lambda cls, config: cls()))
     model = model_of(tmp_path, "cohere").train()
     head.install(model, "chunked")
-    assert head.difference(model, torch.device("cpu"), 307, torch.float32) > 100
+    assert proof.difference(model, torch.device("cpu"), 307, torch.float32) > 100
     assert model.training
 
 
