@@ -1,6 +1,7 @@
 """What every test shares."""
 
 import os
+import signal
 import tempfile
 
 import pytest
@@ -14,3 +15,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take away what a surrounding torchrun or sweep would say about ranks."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SFT_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
+
+
+# What a shell starts in the background ignores interrupts, and so would every child of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
