@@ -8,6 +8,8 @@ import pytest
 
 # Prepared data of the tests, apart from the user's; processes that tests start inherit it.
 os.environ["SFT_CACHE_DIR"] = tempfile.mkdtemp(prefix="sft-cache-")
+# What a shell starts in the background ignores interrupts, and so would every child of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +17,3 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take away what a surrounding torchrun or sweep would say about ranks."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SFT_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
-
-
-# What a shell starts in the background ignores interrupts, and so would every child of the tests.
-signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -300,6 +300,7 @@ from sft import sweep
 from sft.cli import start_logging
 from sft.trial import Trial
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup without this
 start_logging()
 child = '''
 import pathlib, subprocess, sys, time
