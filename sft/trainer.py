@@ -1,13 +1,11 @@
-"""TRL's SFTTrainer with what it lacks: an exact evaluation, and checkpoints marked as complete."""
+"""TRL's SFTTrainer with what it lacks: our head, an exact evaluation, whole checkpoints."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from peft import PeftModel
@@ -15,48 +13,8 @@ from trl import SFTTrainer
 
 from sft import checkpoint, zero
 from sft.data.encode import IGNORE_INDEX
+from sft.data.sampler import Fillers, Shuffle
 from sft.fast import head
-
-
-class Fillers(torch.utils.data.Dataset[dict[str, Any]]):
-    """A dataset followed by samples in which nothing is trained, up to whole batches on all ranks.
-
-    They add nothing to the loss, which is the mean over trained tokens.
-    """
-
-    def __init__(self, samples: Any, multiple: int, pad_token_id: int) -> None:
-        self.samples = samples
-        self.length = math.ceil(len(samples) / multiple) * multiple
-        self.filler = {"input_ids": [pad_token_id] * 2, "labels": [IGNORE_INDEX] * 2}
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample: dict[str, Any] = (
-            self.samples[index] if index < len(self.samples) else dict(self.filler)
-        )
-        return sample
-
-
-class Shuffle(torch.utils.data.Sampler[int]):
-    """All samples in an order of the seed and the epoch, then the fillers."""
-
-    def __init__(self, dataset: Fillers, seed: int) -> None:
-        self.count, self.length = len(dataset.samples), len(dataset)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order; the Trainer calls it, on resuming too."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        yield from order.tolist()
-        yield from range(self.count, self.length)
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 
-from sft.trainer import Fillers, Shuffle
+from sft.data.sampler import Fillers, Shuffle
 
 
 def steps(count: int, micro: int, ranks: int, accumulation: int, epoch: int) -> list[list[int]]:
