@@ -50,23 +50,24 @@ def train(config: Config) -> None:
     tokenizer = model.load_tokenizer(config.model)
     architecture = model.load_architecture(config.model)
     ds_config = zero.read(config.zero)
+    stage = zero.stage(ds_config)
     lora = None
     if config.lora.enabled:
-        lora = adapter.lora_config(config.lora, architecture, zero.stage(ds_config))
+        lora = adapter.lora_config(config.lora, architecture, stage)
 
     config.template = artefact.template_of(config.dataset.path) or config.template
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     model.check_fits(architecture, tokenizer, prepared.parts.values())
     collator, kernel = make_collator(config, architecture, precision, tokenizer, prepared)
-    layers, reason = linear.choose(config, architecture, precision, zero.stage(ds_config))
+    layers, reason = linear.choose(config, architecture, precision, stage)
     logger.info("frozen layers %s: %s", layers, reason)
     recomputes, reason = memory.choose_checkpointing(
         config,
         architecture,
         prepared.train.counts.longest,
         model.dtype_of(precision).itemsize,
-        zero.stage(ds_config),
+        stage,
         keeps_scores=kernel == "eager" or not architecture._supports_sdpa,
         taken=linear.extra_bytes(architecture) if layers == "packed" else 0,
     )
@@ -77,16 +78,15 @@ def train(config: Config) -> None:
     evaluates = prepared.eval is not None
     args = sft_config(config, precision, ds_config, recomputes, evaluates)
     try:
-        device = args.device  # from here on there is a process group
+        lm_head, reason = head.choose(config.model.lm_head, architecture, args)
+        logger.info("LM head %s: %s", lm_head, reason)
         if any(gather(recomputes)) and not recomputes:
             # Under ZeRO-3, ranks that pass the layers in different orders would wait for ever.
             logger.info("activations are recomputed: another rank has too little memory")
             args = sft_config(config, precision, ds_config, True, evaluates)
         base = model.load_base(config, architecture.config, precision, kernel)
         trainer = make_trainer(base, args, prepared, collator, tokenizer, lora)
-        lm_head, reason = head.choose(config.model.lm_head, device.type, trainer.aux_loss_enabled)
         trainer.use_head(lm_head)
-        logger.info("LM head %s: %s", lm_head, reason)
         if layers == "packed":
             linear.install(trainer.model)
         summary.describe_run(config, trainer, prepared, tokenizer)

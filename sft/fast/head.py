@@ -17,9 +17,11 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 
 from sft.data.encode import IGNORE_INDEX
+from sft.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from trl import SFTConfig
 
 CHUNK = 1 << 24  # logits at once: 64 MiB in float32, whatever the vocabulary and the batch
 
@@ -254,18 +256,28 @@ def _scored(scores: torch.Tensor, labels: torch.Tensor, dft: bool, metrics: bool
     )
 
 
-def choose(asked: str, device: str, has_aux_loss: bool) -> tuple[str, str]:
+def choose(asked: str, architecture: PreTrainedModel, args: SFTConfig) -> tuple[str, str]:
     """Choose the head, and say why.
 
     Args:
-        asked: ``train.lm_head``.
-        device: ``cpu`` or ``cuda``.
-        has_aux_loss: Whether experts are balanced by a loss of their own, which TRL adds.
+        asked: ``model.lm_head``.
+        architecture: The model, weights or none.
+        args: TRL's.
+
+    Raises:
+        ConfigError: Experts are balanced by a loss of their own, which only TRL's head adds.
     """
-    if has_aux_loss:
+    text = architecture.config.get_text_config()
+    # As SFTTrainer decides it.
+    balances = hasattr(text, "output_router_logits") and args.router_aux_loss_coef != 0
+    if balances and asked in ("chunked", "plain"):
+        rule = "the loss that balances this model's experts is added by TRL's head"
+        fix = "model.lm_head=auto, or train.extra.router_aux_loss_coef=0"
+        raise ConfigError([Problem(f"model.lm_head={asked}", rule, fix)])
+    if balances:
         return "trl", "it adds the loss that balances the experts"
     if asked != "auto":
         return asked, "as asked"
-    if device == "cpu":
+    if args.device.type == "cpu":
         return "chunked", "on a CPU"
     return "trl", "Triton"

@@ -1,6 +1,7 @@
 """The chunked head gives the loss, the gradients and the metrics of the model's own logits."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
+    LlamaConfig,
+    MixtralConfig,
 )
 from trl.trainer.utils import add_fused_lm_head
 
+from sft.errors import ConfigError
 from sft.fast import head, proof
 
 SHAPE = {
@@ -154,16 +158,27 @@ def test_a_factor_that_is_not_known_is_seen(tmp_path: Path, monkeypatch: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("given", "chosen"),
+    ("asked", "device", "config", "chosen"),
     [
-        (("auto", "cpu", False), "chunked"),
-        (("auto", "cuda", False), "trl"),
-        (("plain", "cpu", False), "plain"),
-        (("chunked", "cpu", True), "trl"),
+        ("auto", "cpu", LlamaConfig, "chunked"),
+        ("auto", "cuda", LlamaConfig, "trl"),
+        ("plain", "cpu", LlamaConfig, "plain"),
+        ("auto", "cpu", MixtralConfig, "trl"),
     ],
 )
-def test_which_head(given: tuple[str, str, bool], chosen: str) -> None:
-    assert head.choose(*given)[0] == chosen
+def test_which_head(asked: str, device: str, config: Any, chosen: str) -> None:
+    args: Any = SimpleNamespace(device=torch.device(device), router_aux_loss_coef=0.001)
+    architecture: Any = SimpleNamespace(config=config())
+    assert head.choose(asked, architecture, args)[0] == chosen
+
+
+def test_a_head_that_would_lose_the_experts_loss_is_refused() -> None:
+    args: Any = SimpleNamespace(device=torch.device("cpu"), router_aux_loss_coef=0.001)
+    architecture: Any = SimpleNamespace(config=MixtralConfig())
+    with pytest.raises(ConfigError, match="balances this model's experts"):
+        head.choose("chunked", architecture, args)
+    args.router_aux_loss_coef = 0
+    assert head.choose("chunked", architecture, args)[0] == "chunked"
 
 
 def test_a_trained_copy_of_the_head_gets_the_gradient(tmp_path: Path) -> None:
