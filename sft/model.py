@@ -29,14 +29,15 @@ def choose_precision(precision: str) -> tuple[str, str]:
     if gpu:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        can = torch.cpu.get_capabilities()
+        has_bf16 = any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM
     device = "GPU" if gpu else "CPU"
     if precision == "fp16" and not gpu:
         raise ConfigError(
             [Problem("precision=fp16", "there is no GPU to scale it on", "precision=bf16")]
         )
     if precision == "bf16" and not has_bf16:
-        return precision, f"as asked; warning: this {device} has no bf16, fp32 is many times faster"
+        return precision, f"as asked; warning: the {device} has no bf16 and emulates it, slowly"
     if precision != "auto":
         return precision, "as asked"
     return ("bf16", f"the {device} has it") if has_bf16 else ("fp32", f"the {device} has no bf16")
