@@ -46,9 +46,7 @@ trainer.save_model(folder)
 def seconds(command: list[str], may_fail: bool = False, **environment: str) -> float:
     """Time a command."""
     began = time.perf_counter()
-    result = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, stdin=None
-    )
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if result.returncode and not may_fail:
         sys.exit(f"{' '.join(command)}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
     return time.perf_counter() - began

@@ -269,7 +269,6 @@ def axolotl(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
     """Train by Axolotl with its example of a LoRA's settings, samples not packed."""
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
-    from axolotl.utils.schemas.config import AxolotlInputConfig  # noqa: F401
 
     kind = {"field_instruction": "prompt", "field_output": "completion"}
     kind |= {"format": "{instruction}", "no_input_format": "{instruction}"}

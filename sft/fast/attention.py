@@ -1,4 +1,4 @@
-"""Attention over packed documents, each of which sees itself alone, and the proof that it does."""
+"""Attention over documents in a row, each of which sees itself alone, and where it is used."""
 
 from __future__ import annotations
 
