@@ -91,10 +91,23 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take out what a resumed run will log again: the steps after its checkpoint."""
         if state.is_world_process_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            kept = kept if state.global_step else []
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
+            kept = [
+                record
+                for record in read_records(self.path)
+                if state.global_step and record["step"] <= state.global_step
+            ]
+            write_text(self.path, "".join(f"{to_json(record)}\n" for record in kept))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics file; the last line of a killed run may be cut off, and is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
 class RanksAgree(TrainerCallback):  # type: ignore[misc]

@@ -248,7 +248,19 @@ class TrainConfig:
         "epoch", "when to write a checkpoint", one_of("no", "steps", "epoch")
     )
     save_steps: int = setting(500, "steps between checkpoints", at_least(1))
-    save_total_limit: int = setting(2, "checkpoints kept", at_least(2))
+    save_total_limit: int = setting(
+        2, "checkpoints kept: the best of those evaluated, and the newest", at_least(2)
+    )
+    on_nan: str = setting(
+        "stop",
+        "where a loss or its gradient is not finite: stop, or skip the step's update",
+        one_of("stop", "skip"),
+    )
+    max_loss_jump: float | None = setting(
+        None,
+        "stop where a step's loss is over so many times the mean of the 20 before; null: never",
+        above(1),
+    )
     padding_free: Any = setting(
         "auto",
         "join a micro-batch into one row instead of padding it; auto: where attention allows it",
@@ -257,6 +269,18 @@ class TrainConfig:
     pad_to_multiple_of: int | None = setting(None, "round a batch's length up", at_least(1))
     dataloader_num_workers: int = setting(0, "processes that prepare batches", at_least(0))
     extra: dict[str, Any] = setting({}, "any other field of trl.SFTConfig")
+
+
+@dataclass
+class ResumeConfig:
+    """How the same command goes on with a run that was cut off."""
+
+    checkpoint: str | None = setting(
+        None, "go on from this one, such as checkpoint-40; null: from the newest complete one"
+    )
+    allow: list[str] = setting(
+        [], "what may differ from the run's: settings such as train.learning_rate, or base, data"
+    )
 
 
 @dataclass
@@ -279,6 +303,7 @@ class Config:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
 
 
 def columns_of(text: str) -> list[str]:

@@ -54,6 +54,14 @@ class RunError(SftError):
     """The run cannot start or go on: its folder is taken, or its ranks disagree."""
 
 
+class Stopped(SftError):
+    """The run was asked to stop, and saved what it had."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class CheckpointError(SftError):
     """A checkpoint is missing, incomplete, or belongs to another kind of run."""
 

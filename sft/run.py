@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -18,7 +19,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from sft import checkpoint, zero
+from sft import checkpoint, resume, zero
 from sft.checks import world_size
 from sft.config import HOME_DIR, Config
 from sft.errors import RunError
@@ -35,9 +36,7 @@ LIBRARIES = (
     "datasets",
     "bitsandbytes",
 )
-# Settings that may differ between the runs of one folder: they change no trained weight.
 LOCK = "lock"
-HARMLESS = {"overwrite", "output_dir", "run_name", "train.logging_steps", "train.save_total_limit"}
 
 logger = logging.getLogger("sft")
 
@@ -50,6 +49,9 @@ class Run:
         self.config = config
         self.dir = Path(config.output_dir)
         self.began = time.time()
+        self.identity: dict[str, str] = {}
+        self.resumed: Path | None = None
+        self._accepted: list[str] = []
         self._record: dict[str, Any] = {}
         self._lock: IO[str] | None = None  # held for life: the kernel frees it when we die
 
@@ -58,56 +60,101 @@ class Run:
 
         Raises:
             RunError: The run is finished, was made with other settings, or the folder is taken.
-            CheckpointError: The newest checkpoint is of other ranks or another ZeRO stage.
+            CheckpointError: The checkpoint that was named cannot be used, or none can.
         """
+        named = self.config.resume.checkpoint
         if self.dir.exists() and not self.dir.is_dir():
             raise RunError(f"{self.dir} is a file\n    fix: output_dir=FOLDER")
         if not self.dir.exists() or {path.name for path in self.dir.iterdir()} <= {LOCK}:
+            if named is not None:
+                raise RunError(
+                    f"resume.checkpoint={named}: there is no run in {self.dir}\n"
+                    "    fix: output_dir=FOLDER of the run"
+                )
             return None
         config_file = self.dir / "config.yaml"
         if not config_file.is_file():
             raise RunError(
                 f"{self.dir} holds files that are not a run's\n    fix: output_dir=ANOTHER_FOLDER"
             )
-        if self.config.overwrite:
+        self._refuse_if_taken()
+        if self.config.overwrite and not resume.restarted():
             return None
-        differences = self._differences(config_file)
-        if differences:
-            raise RunError(
-                f"{self.dir} holds a run with other settings:\n"
-                + "\n".join(f"    {line}" for line in differences)
-                + "\n    fix: run_name=NAME for a run beside it, or overwrite=true to replace it"
-            )
-        if self.status() == "finished":
+        self.config.overwrite = False
+        before = OmegaConf.to_container(OmegaConf.load(config_file))
+        allowed = set(self.config.resume.allow)
+        differences = resume.differences(before, dataclasses.asdict(self.config))
+        self._accept(f"{self.dir} holds a run with other settings", differences, allowed)
+        if self.record().get("status") == "finished":
             raise RunError(
                 f"{self.dir} is finished\n"
                 "    fix: run_name=NAME for another run, or overwrite=true to replace it"
             )
-        stage = zero.stage(zero.read(self.config.zero))
-        found, passed_over = checkpoint.newest(str(self.dir), world_size(), stage)
-        for path in passed_over:
-            logger.info("passed over %s: a save that was cut off", path)
+        found, passed_over = checkpoint.choose(self.dir, named)
+        for path, why in passed_over:
+            logger.info("passed over %s: %s", path, why)
         if found is None:
-            logger.info("starting again from step 0: %s has no complete checkpoint", self.dir)
+            logger.info("starting again from step 0: %s has no checkpoint", self.dir)
         else:
-            logger.info("resuming from %s", found)
+            stage = zero.stage(zero.read(self.config.zero))
+            logger.info("resuming from %s%s", found, resume.changed(found, world_size(), stage))
+        self.resumed = found
         return found
 
-    def status(self) -> str:
-        """Read how far the run came: ``running``, ``finished``, ``failed`` or ``unknown``."""
-        record = self.dir / "run.json"
-        if not record.is_file():
-            return "unknown"
-        return str(json.loads(record.read_text(encoding="utf-8")).get("status", "unknown"))
+    def identify(self, identity: dict[str, str]) -> None:
+        """Compare what is trained, and on what, with what the run began with.
 
-    def _differences(self, config_file: Path) -> list[str]:
-        before = flatten(OmegaConf.to_container(OmegaConf.load(config_file)))
-        now = flatten(dataclasses.asdict(self.config))
-        return [
-            f"{key}: {before.get(key, 'unset')} there, {now.get(key, 'unset')} here"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key not in HARMLESS
-        ]
+        Raises:
+            RunError: The base model or the data is another under the same name.
+        """
+        self.identity = identity
+        if self.config.overwrite or not (self.dir / "config.yaml").is_file():
+            return
+        before = self.record().get("identity", {})
+        changed = {
+            what: f"{what}: {before[what]} there, {now} here"
+            for what, now in identity.items()
+            if before.get(what, now) != now
+        }
+        self._accept(
+            f"what {self.dir} trains has another content now",
+            changed,
+            set(self.config.resume.allow),
+        )
+
+    def _accept(self, what: str, differences: dict[str, str], allowed: set[str]) -> None:
+        """Note the differences that were allowed; refuse the others."""
+        refused = [line for key, line in differences.items() if key not in allowed]
+        if refused:
+            names = ",".join(key for key in differences if key not in allowed)
+            raise RunError(
+                f"{what}:\n"
+                + "\n".join(f"    {line}" for line in refused)
+                + "\n    fix: run_name=NAME for a run beside it, or overwrite=true to replace it, "
+                f"or 'resume.allow=[{names}]' to go on all the same"
+            )
+        for line in differences.values():
+            logger.info("going on with a difference that was allowed: %s", line)
+        self._accepted += differences.values()
+
+    def record(self) -> dict[str, Any]:
+        """Read ``run.json``: how far the run came, and with what; empty where there is none."""
+        file = self.dir / "run.json"
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        assert isinstance(content, dict)
+        return content
+
+    def _refuse_if_taken(self) -> None:
+        if os.environ.get("RANK", "0") != "0" or not (self.dir / LOCK).is_file():
+            return
+        with (self.dir / LOCK).open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._taken() from None
+
+    def _taken(self) -> RunError:
+        return RunError(f"another process trains in {self.dir}\n    fix: run_name=NAME, or wait")
 
     def claim(self) -> None:
         """Make the folder this run's; on rank 0, once everything that can refuse has passed.
@@ -119,29 +166,45 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock = (self.dir / LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            before = {} if self.config.overwrite else self.record()
+            if self.config.overwrite:
+                self._empty()
+            checkpoint.tidy(self.dir, self.resumed)
+            self._record = {
+                "status": "running",
+                "command": " ".join(sys.orig_argv),
+                "ranks": world_size(),
+                "identity": self.identity,
+                "versions": versions(),
+                "git": git_commit(),
+                "hardware": hardware(),
+                "resumed": before.get("resumed", []),
+            }
+            if self.resumed is not None:
+                self._record["resumed"].append(
+                    {
+                        "from": self.resumed.name,
+                        "ranks": world_size(),
+                        "zero": self.config.zero.config,
+                        "allowed": self._accepted,
+                    }
+                )
+            settings = OmegaConf.to_yaml(OmegaConf.structured(self.config))
+            write_text(self.dir / "config.yaml", settings)
+            self._write()
         except BlockingIOError:
-            message = f"another process trains in {self.dir}\n    fix: run_name=NAME, or wait"
-            raise RunError(message) from None
+            raise self._taken() from None
         except OSError as error:
             raise RunError(
                 f"{self.dir} cannot be used: {error}\n    fix: output_dir=DIR"
             ) from error
-        if self.config.overwrite:
-            for path in self.dir.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.name != LOCK:
-                    path.unlink()
-        write_text(self.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
-        self._record = {
-            "status": "running",
-            "command": " ".join(sys.orig_argv),
-            "ranks": world_size(),
-            "versions": versions(),
-            "git": git_commit(),
-            "hardware": hardware(),
-        }
-        self._write()
+
+    def _empty(self) -> None:
+        for path in self.dir.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
 
     def keep_audit(self, prepared: Path) -> None:
         """Keep what was said of the data beside the run, which outlives the cache."""
@@ -163,7 +226,8 @@ class Run:
         """Keep why the run ended early; it can be resumed."""
         if self._record:
             self._record |= {"status": "failed", "reason": reason}
-            self._write()
+            with contextlib.suppress(OSError):  # a full disk, which is the reason already
+                self._write()
 
     def _write(self) -> None:
         write_text(self.dir / "run.json", to_json(self._record, indent=2) + "\n")
@@ -174,16 +238,6 @@ def log_to_file(path: Path) -> None:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
-
-
-def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Give a nested mapping's leaves by dotted key."""
-    if not isinstance(node, dict) or not node:
-        return {prefix.rstrip("."): node}
-    leaves: dict[str, Any] = {}
-    for key, value in node.items():
-        leaves |= flatten(value, f"{prefix}{key}.")
-    return leaves
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from sft import environment
@@ -10,6 +11,7 @@ from sft.checks import check, world_size
 from sft.cli import Command
 from sft.config import Config, fill_names, streamed_samples
 from sft.errors import RunError
+from sft.signals import Signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +40,7 @@ def train(config: Config) -> None:
     resume_from = run.resume_point()
     environment.prepare(distributed=config.zero.config is not None)
 
-    from sft import adapter, memory, model, summary, zero
+    from sft import adapter, memory, model, resume, summary, zero
     from sft.data import artefact
     from sft.data.prepare import prepare
     from sft.data.template import Template
@@ -59,6 +61,10 @@ def train(config: Config) -> None:
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     model.check_fits(architecture, tokenizer, prepared.parts.values())
+    if os.environ.get("RANK", "0") == "0":
+        commit = getattr(architecture.config, "_commit_hash", None)
+        base_id = resume.base_identity(config.model, commit)
+        run.identify({"base": base_id, "data": resume.data_identity(prepared)})
     collator, kernel = make_collator(config, architecture, precision, tokenizer, prepared)
     layers, reason = linear.choose(config, architecture, precision, stage)
     logger.info("frozen layers %s: %s", layers, reason)
@@ -90,9 +96,10 @@ def train(config: Config) -> None:
         if layers == "packed":
             linear.install(trainer.model)
         summary.describe_run(config, trainer, prepared, tokenizer)
-        start(run, trainer, prepared, template.stop_id(), resume_from)
-        final = finish_training(trainer, config, template.stop_id(), resume_from)
-        save(run, trainer, config, final)
+        with Signals() as signals:
+            start(run, trainer, prepared, template.stop_id(), resume_from, signals)
+            final = finish_training(trainer, config, template.stop_id(), resume_from)
+            save(run, trainer, config, final)
     except BaseException as error:
         if args.process_index == 0:
             run.fail(f"{type(error).__name__}: {error}")
@@ -155,7 +162,7 @@ def sft_config(
 
     fields = dataclasses.asdict(config.train)
     extra, global_batch = fields.pop("extra"), fields.pop("global_batch_size")
-    for name in ("padding_free", "pad_to_multiple_of"):  # our collator's
+    for name in ("padding_free", "pad_to_multiple_of", "on_nan", "max_loss_jump"):  # ours
         del fields[name]
     fields["gradient_checkpointing"] = recomputes
     micro = fields["per_device_train_batch_size"]
@@ -178,6 +185,8 @@ def sft_config(
             disable_tqdm=True,
             **{
                 "ddp_find_unused_parameters": False,
+                # Which checkpoint is the best, so that it is kept.
+                **({"metric_for_best_model": "eval_loss"} if evaluates else {}),
                 "logging_nan_inf_filter": False,  # a NaN must show in the logged loss
                 "dataloader_pin_memory": torch.cuda.is_available(),
                 # What is left in float32 beside 16 bits; asked for, fp32 is float32.
@@ -231,11 +240,17 @@ def make_trainer(
 
 
 def start(
-    run: Run, trainer: Trainer, prepared: Prepared, stop_id: int | None, resume_from: Any
+    run: Run,
+    trainer: Trainer,
+    prepared: Prepared,
+    stop_id: int | None,
+    resume_from: Any,
+    signals: Signals,
 ) -> None:
-    """Take the folder, begin the logs, and arrange for the answers before training."""
+    """Take the folder, begin the logs, and arrange what comes before the first step."""
     from sft import callbacks
     from sft.fast import proof
+    from sft.guard import Guard
     from sft.run import log_to_file
 
     if trainer.args.process_index == 0:
@@ -243,7 +258,10 @@ def start(
         run.keep_audit(prepared.folder)
     trainer.accelerator.wait_for_everyone()
     log_to_file(run.dir / f"rank{trainer.args.process_index}.log")
+    trainer.on_nan = run.config.train.on_nan
     callbacks.watch(trainer, run.dir / "metrics.jsonl")
+    trainer.guard = Guard(trainer, signals, run.config.train.max_loss_jump)
+    trainer.add_callback(trainer.guard)
     trainer.args.eval_on_start &= resume_from is None
 
     def before_training(action: Callable[[], object], on_resume: bool = True) -> None:
@@ -259,6 +277,8 @@ def start(
     count = run.config.dataset.exact_match
     if count:
         before_training(lambda: log_answers(trainer, count, stop_id), on_resume=False)
+    if resume_from is not None and trainer.eval_dataset is not None:
+        before_training(trainer.evaluate_if_due)
 
 
 def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, float]:
@@ -308,9 +328,7 @@ def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> N
 
     kind = "adapter" if config.lora.enabled else "model"
     folder = run.dir / kind
-    trainer.save_model(str(folder))
-    if trainer.args.process_index == 0:
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to a reader
+    trainer.write_model(folder)
     memory = gather(share_of_state(trainer))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.process_index == 0:

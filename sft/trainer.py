@@ -1,20 +1,30 @@
-"""TRL's SFTTrainer with what it lacks: our head, an exact evaluation, whole checkpoints."""
+"""TRL's SFTTrainer with what it lacks: our head, an exact evaluation, exact checkpoints."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors import SafetensorError
 from trl import SFTTrainer
 
-from sft import checkpoint, zero
+from sft import checkpoint, state, weights, zero
 from sft.data.encode import IGNORE_INDEX
-from sft.data.sampler import Fillers, Shuffle
+from sft.data.sampler import Fillers, Shuffle, samples_of
+from sft.errors import CheckpointError
 from sft.fast import head
+
+if TYPE_CHECKING:
+    from sft.guard import Guard
+
+logger = logging.getLogger("sft")
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -22,9 +32,19 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     control: Any
     lm_head = "trl"
+    guard: Guard | None = None
+    on_nan = "stop"
+    grad_norm: Any = 0.0  # of the step that was made last
+    saved_counts: list[dict[str, Any]] | None = None  # by rank, of the checkpoint resumed from
     # Of the steps that will be logged: entropy, right guesses, trained tokens.
     _sums: torch.Tensor | None = None
     _tokens = 0  # that this rank saw since the last line
+    _updates = 0  # steps of this process that changed the weights
+    _saved: int | None = None  # the step of the newest checkpoint
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.step_losses: list[torch.Tensor] = []  # of this rank's micro-batches, on its device
 
     def use_head(self, kind: str) -> None:
         """Compute the loss with this head: ``chunked``, ``trl`` or ``plain``."""
@@ -68,11 +88,94 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         loss = output.loss / torch.as_tensor(num_items_in_batch).clamp(min=1)
         return loss * self.accelerator.num_processes
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the loss of every micro-batch, for the guard to look at."""
+        loss = super().training_step(*args, **kwargs)
+        self.step_losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Keep the norm for the guard, and make no update of gradients that are not finite.
+
+        DeepSpeed decides for itself: see ``_prepare_for_training``.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.grad_norm = norm
+        skips = self.on_nan == "skip" and not self.is_deepspeed_enabled
+        if skips:
+            # What the Trainer asks before it moves the schedule on.
+            self.optimizer._is_overflow = not math.isfinite(norm)
+            if self.optimizer._is_overflow:
+                model.zero_grad(set_to_none=True)
+        if self._get_learning_rate() > 0 and not self.accelerator.optimizer_step_was_skipped:
+            self._updates += 1
+        return norm
+
+    def counts(self) -> dict[str, Any]:
+        """Give what this rank summed and counted, for a checkpoint."""
+        return {
+            "loss": self._tr_loss.item(),
+            "logged_at": self._globalstep_last_logged,
+            "sums": None if self._sums is None else self._sums.tolist(),
+            "tokens": int(self._tokens),
+            "all_tokens": self._total_train_tokens,
+            "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
+            "recent": list(self.guard.recent) if self.guard else [],
+        }
+
     def resume_counts(self) -> None:
-        """Go on counting tokens, and log as often as this command says: the state is another's."""
+        """Go on summing and counting, and log as often as this command says.
+
+        Where ranks are as many as they were, each takes its own again; else they share.
+        """
+        if self.saved_counts is None:
+            return
+        # The intervals in the state are those of the command that saved it.
         self.state.compute_steps(self.args, self.state.max_steps)
-        counts = [line["num_tokens"] for line in self.state.log_history if "num_tokens" in line]
-        self._total_train_tokens = int(counts[-1]) if counts else 0
+        saved, ranks = self.saved_counts, self.args.world_size
+        own = saved[self.args.process_index] if len(saved) == ranks else None
+        sums = [count["sums"] for count in saved if count["sums"] is not None]
+        if own is None:
+            mean = sum(count["loss"] for count in saved) / len(saved)
+            shared = [sum(column) / ranks for column in zip(*sums, strict=True)] if sums else None
+            tokens = sum(count["tokens"] for count in saved) / ranks
+            own = {**saved[0], "loss": mean, "sums": shared, "tokens": tokens}
+        device = self.args.device
+        self._tr_loss = torch.tensor(own["loss"], device=device)
+        self._globalstep_last_logged = own["logged_at"]
+        if own["sums"] is not None:
+            self._sums = torch.tensor(own["sums"], dtype=torch.float64, device=device)
+        self._tokens, self._total_train_tokens = own["tokens"], own["all_tokens"]
+        self._metrics["train"].update(own["metrics"])
+        if self.guard:
+            self.guard.recent.extend(own["recent"])
+
+    def evaluate_if_due(self) -> None:
+        """Make up for the evaluation of the step that a run was cut off after."""
+        step, epoch = self.state.global_step, self.state.epoch or 0.0
+        due = {
+            "steps": step % self.state.eval_steps == 0 and step >= self.args.eval_delay,
+            "epoch": float(epoch).is_integer() and epoch >= self.args.eval_delay,
+        }.get(self.args.eval_strategy, False)
+        done = any(log["step"] == step for log in self.state.log_history if "eval_loss" in log)
+        if due and not done:
+            self._determine_best_metric(self._evaluate(None, None), None)
+
+    def rows_of(self, step: int, micro_batches: Sequence[int]) -> list[int]:
+        """Give the numbers of the data's rows that this rank saw in micro-batches of a step."""
+        samples = samples_of(
+            step,
+            micro_batches,
+            count=len(self.train_dataset),
+            seed=self.args.seed,
+            micro=self._train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
+        )
+        if "rows" not in self.train_dataset.column_names:
+            return samples
+        return [row for sample in samples for row in self.train_dataset[sample]["rows"]]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was summed for this line."""
@@ -148,12 +251,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._train_batch_size * self.args.world_size,
             self.data_collator.pad_token_id,
         )
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return self._get_dataloader(
             dataset=fillers,
             description="Training",
             batch_size=self._train_batch_size,
-            sampler_fn=lambda dataset: Shuffle(dataset, seed),
+            sampler_fn=lambda dataset: Shuffle(dataset, self.args.seed),
             is_training=True,
         )
 
@@ -182,14 +284,118 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """Write none: run.json and config.yaml say more, and are true."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint.mark_complete(
-                checkpoint.path_of(self.args.output_dir, self.state.global_step),
-                ranks=self.args.world_size,
-                stage=zero.stage(self.args.deepspeed),
-            )
+        """Save the weights, and all that makes the next step the same step; or raise on all ranks.
+
+        Raises:
+            CheckpointError: It cannot be written; the one before is untouched.
+            Stopped: A signal asked for it.
+        """
+        step, args = self.state.global_step, self.args
+        assert self.guard is not None
+        self.guard.settle()
+        if self._saved != step:
+            path = checkpoint.path_of(args.output_dir, step)
+            best = self.state.best_global_step
+            if best and (best == step or checkpoint.path_of(args.output_dir, best).is_dir()):
+                self.state.best_model_checkpoint = str(checkpoint.path_of(args.output_dir, best))
+            self.store_flos()
+            with RankZero(args.process_index == 0, path) as main:
+                partial = main.do(checkpoint.begin, path)
+                self._write_weights(main, partial)
+                writer = main.do(state.Writer, partial)
+                for key, tensor in state.kept(self):
+                    main.do(state.Writer.add, writer, key, tensor)
+                main.do(state.Writer.flush, writer)
+                record, streams = state.progress(self)
+                main.do(state.write_progress, partial, record, streams)
+                main.do(checkpoint.write_trainer_state, partial, self.state)
+                facts = {
+                    "step": step,
+                    "ranks": args.world_size,
+                    "stage": zero.stage(args.deepspeed),
+                    "kind": record["kind"],
+                }
+                main.do(checkpoint.finish, partial, path, facts)
+                best_path = self.state.best_model_checkpoint
+                main.do(checkpoint.rotate, path.parent, args.save_total_limit, best_path)
+            self._saved = step
+        if self.control.should_training_stop and step < self.state.max_steps:
+            self.guard.stop()
+
+    def write_model(self, folder: Path) -> None:
+        """Write the trained weights and the tokenizer under their final name, or raise.
+
+        Raises:
+            CheckpointError: They cannot be written, or are not what was trained.
+        """
+        with RankZero(self.args.process_index == 0, folder) as main:
+            partial = main.do(checkpoint.begin, folder)
+            self._write_weights(main, partial)
+            main.do(checkpoint.finish, partial, folder)
+
+    def _write_weights(self, main: RankZero, folder: Path) -> None:
+        found = weights.gathered(self)
+        main.do(weights.write, self, folder, found, self._updates > 0)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """Put back what a checkpoint of ours holds: it has none of the stock one's files."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.on_nan == "skip" and hasattr(self.optimizer.optimizer, "check_grad_overflow"):
+            self.optimizer.optimizer.check_grad_overflow = True
+        if resume_from_checkpoint is not None:
+            state.restore(self, Path(resume_from_checkpoint))
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load nothing yet: the weights come back with the rest, once the model is wrapped."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.restore_random_streams(Path(checkpoint), self.args.seed)
+
+
+class RankZero:
+    """Does on rank 0 what only that rank does, and lets an error out on all ranks at the end.
+
+    Between its tasks the ranks work together; if rank 0 left at once, the others would wait for it
+    for ever.
+    """
+
+    def __init__(self, here: bool, path: Path) -> None:
+        self.here, self.path = here, path
+        self.error: Exception | None = None
+
+    def do(self, task: Callable[..., Any], *args: Any) -> Any:
+        """Do a task on rank 0, unless one before it failed."""
+        if not self.here or self.error is not None:
+            return None
+        try:
+            return task(*args)
+        except Exception as error:
+            self.error = error
+        return None
+
+    def __enter__(self) -> RankZero:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            return
+        reason = gather(None if self.error is None else f"{self.error}")[0]
+        if reason is None:
+            return
+        if self.here:
+            checkpoint.abandon(self.path)
+            if not isinstance(self.error, (OSError, SafetensorError, CheckpointError)):
+                raise self.error  # type: ignore[misc]
+        before = next(iter(checkpoint.checkpoints(self.path.parent)), None)
+        there = f"the newest checkpoint is {before}" if before else "there is no other checkpoint"
+        raise CheckpointError(
+            f"{self.path} cannot be saved: {reason}\n    {there}\n"
+            "    fix: free some space, or mend what it says; the same command then resumes"
+        ) from self.error
 
 
 def trained_bits(model: torch.nn.Module) -> int:

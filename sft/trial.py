@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft.config import Config, fill_names
-from sft.run import HARMLESS, flatten
+from sft.resume import training_settings
 
 logger = logging.getLogger("sft")
 
@@ -184,8 +184,7 @@ def _settings(values: Any) -> dict[str, Any] | None:
         return None
     config: Any = OmegaConf.to_object(typed)
     fill_names(config)
-    settings = flatten(dataclasses.asdict(config))
-    return {key: value for key, value in settings.items() if key not in HARMLESS}
+    return training_settings(dataclasses.asdict(config))
 
 
 def _last_words(log: Path, begin: int, exit_code: int) -> str:

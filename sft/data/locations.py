@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
-import os
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from sft.data.readers import (
     JSON_LINES,
@@ -25,11 +20,10 @@ from sft.data.readers import (
     remote_errors,
 )
 from sft.errors import DataError
-from sft.files import cache_dir, write_text
+from sft.files import digest, stamp
 
 LINES = (*JSON_LINES, ".csv", ".tsv")
 BUFFER = 10_000  # rows of a hub stream that are shuffled at a time
-FRESH = 2.0  # seconds in which a file may change without its time stamp telling
 
 
 def read(
@@ -182,24 +176,19 @@ def fingerprint(
     local = Path(path).expanduser()
     if local.is_dir() and _saved(local):
         files = sorted(str(file) for file in local.rglob("*") if file.is_file())
-        return f"{_digest(files, local)} {split}"
+        return f"{digest(files, local)} {split}"
     if files := files_of(path):
         if "://" in path:
             return " ".join(map(_remote_digest, files))
         if streamed:
-            return " ".join(f"{file} {_stamp(file)}" for file in files)
-        return _digest(files, local if local.is_dir() else Path(files[0]).parent)
+            return " ".join(f"{file} {stamp(file)}" for file in files)
+        return digest(files, local if local.is_dir() else Path(files[0]).parent)
     with _hub_errors(path):
         if not streamed:
             return str(_hub_rows(path, subset, split)._fingerprint)
         from datasets import load_dataset_builder
 
         return f"{load_dataset_builder(path, subset).hash} {split}"
-
-
-def _stamp(file: str) -> str:
-    stat = os.stat(file)
-    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
 
 
 def _remote_digest(path: str) -> str:
@@ -211,32 +200,3 @@ def _remote_digest(path: str) -> str:
             return str(filesystem.checksum(name))
         except NotImplementedError:
             return str(filesystem.ukey(name))
-
-
-def _digest(files: list[str], root: Path) -> str:
-    """Hash names and bytes; what was hashed before and did not change since is not read again."""
-    memo_file = cache_dir() / "digests.json"
-    try:
-        memo = dict(json.loads(memo_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # absent or damaged: it only saves time
-        memo = {}
-    before = len(memo)
-    whole = xxhash.xxh3_128()
-    for file in files:
-        key = f"{os.path.realpath(file)} {_stamp(file)}"
-        digest = memo.get(key)
-        if digest is None:
-            hasher = xxhash.xxh3_128()
-            with open(file, "rb") as opened:
-                while block := opened.read(1 << 22):
-                    hasher.update(block)
-            digest = hasher.hexdigest()
-            # A file may change once more within its time stamp's grain.
-            if os.stat(file).st_mtime < time.time() - FRESH:
-                memo[key] = digest
-        whole.update(f"{os.path.relpath(file, root)} {digest}\n".encode())
-    if len(memo) > before:
-        with contextlib.suppress(OSError):
-            memo_file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(memo_file, json.dumps(memo))
-    return whole.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,42 @@ class Shuffle(torch.utils.data.Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        yield from order.tolist()
+        yield from order_of(self.count, self.seed, self.epoch)
         yield from range(self.count, self.length)
+
+
+def order_of(count: int, seed: int, epoch: int) -> list[int]:
+    """Give the order of an epoch's samples."""
+    order: list[int] = np.random.default_rng((seed, epoch)).permutation(count).tolist()
+    return order
+
+
+def samples_of(
+    step: int,
+    micro_batches: Sequence[int],
+    *,
+    count: int,
+    seed: int,
+    micro: int,
+    accumulation: int,
+    rank: int,
+    ranks: int,
+) -> list[int]:
+    """Say which samples a rank saw in micro-batches of an optimizer step; fillers left out.
+
+    Batches of ``micro`` samples go round the ranks.
+
+    Args:
+        step: Counted from 1.
+        micro_batches: Numbers of the step's micro-batches on this rank, from 0.
+        count: Samples in an epoch.
+        seed: Of the order.
+        micro: Samples in a micro-batch.
+        accumulation: Micro-batches in a step.
+        rank: Whose.
+        ranks: How many there are.
+    """
+    epoch, place = divmod(step - 1, math.ceil(count / (micro * accumulation * ranks)))
+    order = order_of(count, seed, epoch)
+    batches = [(place * accumulation + number) * ranks + rank for number in micro_batches]
+    return [sample for batch in batches for sample in order[batch * micro : (batch + 1) * micro]]

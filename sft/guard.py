@@ -1,0 +1,172 @@
+"""What all ranks agree on at the end of every step: whether to stop, and whether all is well."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from sft import checkpoint
+from sft.errors import RunError, Stopped
+from sft.signals import INTERRUPTED, STOPPED, Signals
+
+if TYPE_CHECKING:
+    from sft.trainer import Trainer
+
+RECENT = 20  # steps whose mean loss a jump is measured against
+SKIPS = 10  # steps in a row that may be skipped: after that, the weights are at fault
+
+
+@dataclass
+class Step:
+    """What one step left to be looked at.
+
+    Attributes:
+        number: The step.
+        sums: Of all ranks: signals received, loss, gradient norm; shape (3,), on the CPU.
+        losses: Of this rank's micro-batches, shape (micro-batches,), on the CPU.
+        copied: Tells when both have arrived from a GPU.
+    """
+
+    number: int
+    sums: torch.Tensor
+    losses: torch.Tensor
+    copied: Any = None
+
+
+class Guard(TrainerCallback):  # type: ignore[misc]
+    """Stops on a signal once the step is saved, and on a loss that went wrong.
+
+    The ranks put their figures together in one small all-reduce a step. On a GPU the result is
+    looked at a step later, so that the processor never waits for it, and before every save.
+    """
+
+    def __init__(self, trainer: Trainer, signals: Signals, max_loss_jump: float | None) -> None:
+        self.trainer, self.signals = trainer, signals
+        self.max_loss_jump = max_loss_jump
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.skipped = 0
+        self._skips_in_a_row = 0
+        self._pending: Step | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Put the ranks' figures together, and look at them as soon as they are there."""
+        trainer = self.trainer
+        losses = torch.stack(trainer.step_losses).double()
+        trainer.step_losses.clear()
+        norm = torch.as_tensor(trainer.grad_norm, dtype=torch.float64, device=losses.device)
+        asked = torch.full_like(norm, self.signals.received is not None)
+        sums = torch.stack([asked, losses.sum(), norm])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        sums = sums / args.world_size
+        if sums.is_cuda:
+            step = Step(
+                state.global_step,
+                sums.to("cpu", non_blocking=True),
+                losses.to("cpu", non_blocking=True),
+                torch.cuda.Event(),
+            )
+            step.copied.record()
+            step, self._pending = self._pending, step
+        else:
+            step = Step(state.global_step, sums, losses)
+        if step is not None and self._look(step):
+            self.settle()
+            control.should_save = control.should_training_stop = True
+            # What was due is caught up on when the run goes on.
+            control.should_evaluate = False
+
+    def settle(self) -> None:
+        """Look at what is still on its way: nothing is saved before its loss was seen."""
+        step, self._pending = self._pending, None
+        if step is not None:
+            self._look(step)
+
+    def stop(self) -> None:
+        """End the run, which has been saved.
+
+        Raises:
+            Stopped: With the code that the process exits with.
+        """
+        received = self.signals.received
+        name = "another rank's signal" if received is None else signal.Signals(received).name
+        raise Stopped(
+            f"stopped by {name} after step {self.trainer.state.global_step}, which is saved; "
+            "the same command again resumes",
+            INTERRUPTED if received == signal.SIGINT else STOPPED,
+        )
+
+    def _look(self, step: Step) -> bool:
+        """Say whether a signal was received.
+
+        Raises:
+            RunError: The loss or its gradient is not finite, or jumped.
+        """
+        if step.copied is not None:
+            step.copied.synchronize()
+        asked, loss, norm = step.sums.tolist()
+        # With 16-bit floats, infinite gradients are the loss scale's ordinary business.
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.trainer.args.fp16)
+        if not finite and self.trainer.on_nan == "skip":
+            self.skipped += 1
+            self._skips_in_a_row += 1
+            self.trainer.say(f"{self._where(step, loss, norm)}: its update was skipped")
+            if self._skips_in_a_row == SKIPS:
+                self._fail(f"{SKIPS} steps in a row were skipped", step)
+        elif not finite:
+            self._fail(
+                self._where(step, loss, norm), step, ", or train.on_nan=skip to go on without it"
+            )
+        else:
+            self._skips_in_a_row = 0
+            usual = sum(self.recent) / len(self.recent) if self.recent else math.inf
+            jumped = self.max_loss_jump is not None and loss > self.max_loss_jump * usual
+            if jumped and len(self.recent) == RECENT:
+                self._fail(
+                    f"step {step.number}: the loss jumped to {loss:.4g}, from {usual:.4g} on "
+                    f"average over {RECENT} steps{self._rows(step, jumped)}",
+                    step,
+                    ", or a larger train.max_loss_jump",
+                )
+            self.recent.append(loss)
+        return bool(asked)
+
+    def _where(self, step: Step, loss: float, norm: float) -> str:
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+        return f"step {step.number}: {what}{self._rows(step, math.isfinite(loss))}"
+
+    def _rows(self, step: Step, all_of_them: bool) -> str:
+        """Name the rows of the step: those of micro-batches whose loss is not finite, or all."""
+        from sft.trainer import gather
+
+        bad = [
+            number
+            for number, finite in enumerate(step.losses.isfinite().tolist())
+            if all_of_them or not finite
+        ]
+        rows = sorted({row for found in gather(self.trainer.rows_of(step.number, bad)) for row in found})
+        return f" (rows {listed(rows)})" if rows else ""
+
+    def _fail(self, what: str, step: Step, else_: str = "") -> None:
+        folder = Path(self.trainer.args.output_dir)
+        good = next(iter(checkpoint.checkpoints(folder)), None)
+        there = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise RunError(
+            f"{what}; {there}\n"
+            f"    fix: look at these rows; a smaller train.learning_rate{else_}"
+        )
+
+
+def listed(rows: Sequence[int], most: int = 20) -> str:
+    """List row numbers, not all where they are many."""
+    more = f" and {len(rows) - most} more" if len(rows) > most else ""
+    return ", ".join(map(str, rows[:most])) + more

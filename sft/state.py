@@ -1,0 +1,417 @@
+"""What a checkpoint holds beside the weights: all that makes the next step the same step.
+
+Optimizer state is kept whole, by the parameters' names, whatever the number of ranks and the ZeRO
+stage that made it. No pickle: tensors in safetensors, the rest in JSON.
+
+An optimizer's state is one of three kinds:
+
+- ``elementwise``: tensors of a parameter's shape and numbers (Adam, SGD, Lion). It goes on on any
+  number of ranks and under any stage.
+- ``by parameter``: anything else, held by whole parameters (8-bit Adam, Adafactor without ZeRO).
+- ``by rank``: the same under ZeRO, whose partitions a rank's blocks and factors belong to.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sft.errors import CheckpointError
+from sft.files import write_text
+
+if TYPE_CHECKING:
+    from sft.trainer import Trainer
+
+STATE = "state.json"
+RANDOM = "random.safetensors"
+OPTIMIZER = "optimizer-{:05d}.safetensors"
+SHARD_BYTES = 4 << 30  # so that full fine-tuning needs no second copy of its state in memory
+VALUE = "parameter"  # the kind of the tensors that are the trained parameters, in full precision
+# Where DeepSpeed's optimizers keep the flat float32 parameters of this rank.
+FLAT = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+FLAT += ("fp32_groups_flat_partition",)
+
+
+class Writer:
+    """Writes tensors to numbered files, as they come."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = self.bytes = 0
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        """Take one more tensor."""
+        tensor = tensor.detach().to("cpu", copy=True).contiguous()
+        self.tensors[key] = tensor
+        self.bytes += tensor.nbytes
+        if self.bytes >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was taken."""
+        if self.tensors:
+            self.files += 1
+            save_file(self.tensors, self.folder / OPTIMIZER.format(self.files))
+            self.tensors, self.bytes = {}, 0
+
+
+class Reader:
+    """Reads the tensors of all files by their keys, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = [
+            safe_open(path, "pt") for path in sorted(folder.glob(OPTIMIZER.replace("{:05d}", "*")))
+        ]
+        self.where = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        tensor: torch.Tensor = self.where[key].get_tensor(key)
+        return tensor
+
+
+class Optimizer:
+    """The torch optimizer under Accelerate's and DeepSpeed's, and the parameters it updates."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        outer = trainer.optimizer.optimizer
+        self.zero = outer if hasattr(outer, "optimizer") else None
+        self.torch = outer.optimizer if self.zero else outer
+        self.parameters = {
+            name: parameter
+            for name, parameter in trainer.accelerator.unwrap_model(
+                trainer.model_wrapped
+            ).named_parameters()
+            if parameter.requires_grad
+        }
+
+    @property
+    def flat(self) -> list[torch.Tensor]:
+        """Under ZeRO, this rank's share of each group of parameters, flat and in float32."""
+        name = next(name for name in FLAT if hasattr(self.zero, name))
+        partitions: list[torch.Tensor] = getattr(self.zero, name)
+        return partitions
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Give the state by parameter or, under ZeRO, by partition."""
+        if self.zero is not None:
+            return {str(index): self.torch.state[flat] for index, flat in enumerate(self.flat)}
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        return {names[parameter]: entry for parameter, entry in self.torch.state.items()}
+
+    def kind(self) -> str:
+        """Say which of the three kinds the state is."""
+        owners = dict(enumerate(self.flat)) if self.zero is not None else self.parameters
+        sizes = {str(name): owner.numel() for name, owner in owners.items()}
+        elementwise = all(
+            value.ndim == 0 or (value.is_floating_point() and value.numel() == sizes[name])
+            for name, entry in self.entries().items()
+            for value in entry.values()
+            if isinstance(value, torch.Tensor)
+        )
+        if elementwise:
+            return "elementwise"
+        return "by parameter" if self.zero is None else "by rank"
+
+
+def kept(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the trained parameters and the optimizer's state, whole, on every rank in one order.
+
+    Under ZeRO the ranks put each tensor together in turn, so all of them must go through.
+    """
+    optimizer = Optimizer(trainer)
+    kind = optimizer.kind()
+    if kind == "by rank":
+        yield from _of_every_rank(optimizer)
+        return
+    if optimizer.zero is None:
+        for name, parameter in optimizer.parameters.items():
+            yield f"{VALUE}/{name}", parameter
+        for name, entry in optimizer.entries().items():
+            for key, value in entry.items():
+                yield f"{key}/{name}", torch.as_tensor(value)
+        return
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    entry = next(iter(optimizer.entries().values()))
+    for name, parameter in optimizer.parameters.items():
+        yield f"{VALUE}/{name}", safe_get_full_fp32_param(parameter)
+        for key, value in entry.items():
+            if torch.as_tensor(value).ndim:
+                yield f"{key}/{name}", safe_get_full_optimizer_state(parameter, key)
+            else:  # such as Adam's count of steps, which is one for all
+                yield f"{key}/{name}", torch.as_tensor(value)
+
+
+def _of_every_rank(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    own = {f"{VALUE}/{index}": flat.cpu() for index, flat in enumerate(optimizer.flat)}
+    for index, entry in optimizer.entries().items():
+        for key, value in entry.items():
+            own[f"{key}/{index}"] = torch.as_tensor(value).cpu()
+    for rank in range(dist.get_world_size()):
+        box = [own if rank == dist.get_rank() else None]
+        dist.broadcast_object_list(box, src=rank)
+        for key, value in (box[0] or {}).items():
+            yield f"rank{rank}/{key}", value
+
+
+def progress(trainer: Trainer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Collect from all ranks what is no parameter's: schedule, scales, counts, random streams."""
+    from sft.trainer import gather
+
+    optimizer = Optimizer(trainer)
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    loss_scaler = getattr(optimizer.zero, "loss_scaler", None)
+    streams = gather(random_streams())
+    record = {
+        "optimizer": type(optimizer.torch).__name__,
+        "kind": optimizer.kind(),
+        "integers": sorted(
+            {
+                key
+                for entry in optimizer.entries().values()
+                for key, value in entry.items()
+                if isinstance(value, int)
+            }
+        ),
+        "schedule": _plain(trainer.lr_scheduler.state_dict()),
+        "scaler": scaler.state_dict() if scaler is not None else {},
+        "loss_scaler": _plain(vars(loss_scaler)) if loss_scaler is not None else {},
+        "counts": gather(trainer.counts()),
+    }
+    return record, {
+        f"rank{rank}/{key}": value
+        for rank, stream in enumerate(streams)
+        for key, value in stream.items()
+    }
+
+
+def write_progress(
+    folder: Path, record: dict[str, Any], streams: dict[str, torch.Tensor]
+) -> None:
+    """Write what ``progress`` collected."""
+    save_file(streams, folder / RANDOM)
+    write_text(folder / STATE, json.dumps(record, indent=2) + "\n")
+
+
+def restore(trainer: Trainer, folder: Path) -> None:
+    """Put everything but the random streams back, once DeepSpeed and DDP have wrapped the model.
+
+    Raises:
+        CheckpointError: It is of other parameters than are trained now.
+    """
+    record = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    optimizer, reader = Optimizer(trainer), Reader(folder)
+    if record["kind"] == "by rank":
+        _restore_rank(optimizer, reader, record)
+    else:
+        _restore_parameters(optimizer, reader, folder)
+        if record["optimizer"] == type(optimizer.torch).__name__:
+            _restore_optimizer(optimizer, reader, record)
+    _restore_schedule(trainer, record["schedule"])
+    if record["scaler"] and getattr(trainer.accelerator, "scaler", None) is not None:
+        trainer.accelerator.scaler.load_state_dict(record["scaler"])
+    if record["loss_scaler"] and hasattr(optimizer.zero, "loss_scaler"):
+        vars(optimizer.zero.loss_scaler).update(record["loss_scaler"])
+    trainer.saved_counts = record["counts"]
+
+
+def _restore_parameters(optimizer: Optimizer, reader: Reader, folder: Path) -> None:
+    saved = {key.partition("/")[2] for key in reader.where if key.startswith(f"{VALUE}/")}
+    if saved != optimizer.parameters.keys():
+        different = sorted(saved ^ optimizer.parameters.keys())
+        raise CheckpointError(
+            f"{folder} holds other parameters than are trained now: {', '.join(different[:3])}"
+            f"{', ...' if len(different) > 3 else ''}\n    fix: run_name=NAME for a run of its own"
+        )
+    for name, parameter in optimizer.parameters.items():
+        value = reader[f"{VALUE}/{name}"]
+        if value.shape != getattr(parameter, "ds_shape", parameter.shape):
+            raise CheckpointError(
+                f"{folder} holds {name} in another shape, {tuple(value.shape)}\n"
+                "    fix: run_name=NAME for a run of its own"
+            )
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if dist.get_rank() == 0:
+                    parameter.data.copy_(value)
+        else:
+            parameter.data.copy_(value)
+        if optimizer.zero is not None:
+            _set_share(parameter, value.float(), None)
+
+
+def _set_share(parameter: Any, value: torch.Tensor, key: str | None) -> None:
+    """Set this rank's share of a parameter's float32 copy (key None) or optimizer state."""
+    from deepspeed import utils
+
+    if not hasattr(parameter, "ds_id"):
+        if key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+        return
+    # The function for whole values reads past the end where the ranks' shares are padded.
+    size = parameter.ds_tensor.numel()
+    flat = torch.nn.functional.pad(
+        value.flatten(), (0, size * dist.get_world_size() - value.numel())
+    )
+    own = flat.narrow(0, size * dist.get_rank(), size).to(parameter.ds_tensor.device)
+    if key is None:
+        utils.safe_set_local_fp32_param(parameter, own)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, own, key)
+
+
+def _restore_optimizer(optimizer: Optimizer, reader: Reader, record: dict[str, Any]) -> None:
+    names = list(optimizer.parameters)
+    kinds = sorted({key.partition("/")[0] for key in reader.where} - {VALUE})
+    if optimizer.zero is None:
+        order = [p for group in optimizer.torch.param_groups for p in group["params"]]
+        index = {parameter: number for number, parameter in enumerate(order)}
+        state: dict[int, dict[str, Any]] = {}
+        for name, parameter in optimizer.parameters.items():
+            entry = {k: reader[f"{k}/{name}"] for k in kinds if f"{k}/{name}" in reader.where}
+            entry |= {k: int(entry[k]) for k in record["integers"] if k in entry}
+            if entry:
+                state[index[parameter]] = entry
+        groups = optimizer.torch.state_dict()["param_groups"]
+        optimizer.torch.load_state_dict({"state": state, "param_groups": groups})
+        return
+    kinds = [kind for kind in kinds if f"{kind}/{names[0]}" in reader.where]
+    one = {kind: reader[f"{kind}/{names[0]}"] for kind in kinds}
+    whole = [kind for kind in kinds if one[kind].ndim]
+    for flat in optimizer.flat:
+        entry = {kind: torch.zeros_like(flat) for kind in whole}
+        for kind in one.keys() - set(whole):
+            fused = optimizer.torch.defaults.get("fused") or optimizer.torch.defaults.get(
+                "capturable"
+            )
+            entry[kind] = one[kind].to(flat.device) if fused else one[kind].clone()
+            if kind in record["integers"]:
+                entry[kind] = int(one[kind])
+        optimizer.torch.state[flat] = entry
+    if hasattr(optimizer.zero, "_lazy_init_hp_params_optimizer_state"):
+        optimizer.zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in optimizer.parameters.items():
+        for kind in whole:
+            _set_share(parameter, reader[f"{kind}/{name}"], kind)
+
+
+def _restore_rank(optimizer: Optimizer, reader: Reader, record: dict[str, Any]) -> None:
+    """Put back what belongs to this rank; ``run.Run`` has seen to it that ranks are as many."""
+    prefix = f"rank{dist.get_rank()}/"
+    for index, flat in enumerate(optimizer.flat):
+        entry: dict[str, Any] = {}
+        for key in reader.where:
+            kind, _, where = key.removeprefix(prefix).partition("/")
+            if key.startswith(prefix) and where == str(index) and kind != VALUE:
+                value = reader[key]
+                entry[kind] = int(value) if kind in record["integers"] else value.to(flat.device)
+        optimizer.torch.state[flat] = entry
+        flat.data.copy_(reader[f"{prefix}{VALUE}/{index}"])
+    _spread(optimizer)
+
+
+def _spread(optimizer: Optimizer) -> None:
+    """Set the parameters from the ranks' float32 shares."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for parameter in optimizer.parameters.values():
+        value = safe_get_full_fp32_param(parameter)
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if dist.get_rank() == 0:
+                    parameter.data.copy_(value)
+        else:
+            parameter.data.copy_(value)
+
+
+def _restore_schedule(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Go on at the saved step of this command's schedule, whose rates may have been changed."""
+    schedule = trainer.lr_scheduler
+    while hasattr(schedule, "scheduler"):  # Accelerate's and DeepSpeed's wrappers
+        schedule = schedule.scheduler
+    if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        schedule.load_state_dict(saved)
+        rates = schedule.get_last_lr()
+    else:
+        schedule.last_epoch, schedule._step_count = saved["last_epoch"], saved["_step_count"]
+        rates = [
+            base * factor(schedule.last_epoch)
+            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        schedule._last_lr = rates
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def random_streams() -> dict[str, torch.Tensor]:
+    """Give the state of this rank's random generators."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    assert (version, name) == (3, "MT19937")
+    missing = float("nan")
+    streams = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words),
+        "python_gauss": torch.tensor(missing if gauss is None else gauss, dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
+        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        streams["cuda"] = torch.cuda.get_rng_state()
+    return streams
+
+
+def restore_random_streams(folder: Path, seed: int) -> None:
+    """Set this rank's random generators as they were, or anew where ranks were fewer or more."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    with safe_open(folder / RANDOM, "pt") as file:
+        keys = set(file.keys())
+        if len({key.partition("/")[0] for key in keys}) != ranks:
+            fresh = np.random.SeedSequence((seed, int(folder.name.split("-")[1]), rank))
+            number = int(fresh.generate_state(1)[0])
+            random.seed(number)
+            np.random.seed(number)
+            torch.manual_seed(number)
+            return
+        own = {
+            key.partition("/")[2]: file.get_tensor(key)
+            for key in keys
+            if key.startswith(f"rank{rank}/")
+        }
+    torch.set_rng_state(own["torch"])
+    gauss = own["python_gauss"].item()
+    random.setstate((3, tuple(own["python"].tolist()), None if gauss != gauss else gauss))
+    *words, position, has_gauss = own["numpy"].tolist()
+    np.random.set_state(
+        ("MT19937", np.array(words, np.uint32), position, has_gauss, own["numpy_gauss"].item())
+    )
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Keep what JSON can say: a schedule's functions are made anew from the settings."""
+    simple = (bool, int, float, str, type(None))
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, simple)
+        or (isinstance(value, list) and all(isinstance(item, simple) for item in value))
+    }

@@ -1,0 +1,118 @@
+"""The trained weights as files: gathered from the ranks, written, and read back to be sure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+
+from sft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from sft.trainer import Trainer
+
+
+def gathered(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Give what is to be saved, by the model's own names; under ZeRO-3 put together on rank 0.
+
+    All ranks must call it. DeepSpeed's own gathering leaves out what an adapter holds and does not
+    train.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    parameters = dict(model.named_parameters())
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+        state: dict[str, torch.Tensor] = model.state_dict()
+        return state
+    if not isinstance(model, PeftModel):
+        state = trainer.accelerator.get_state_dict(trainer.deepspeed)
+        return state or {}
+    import deepspeed
+
+    adapter = {id(value) for value in get_peft_model_state_dict(model, parameters).values()}
+    whole = {}
+    for name, parameter in parameters.items():
+        if id(parameter) in adapter or parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole[name] = parameter.detach().to("cpu", copy=True)
+    return whole
+
+
+def write(trainer: Trainer, folder: Path, weights: dict[str, torch.Tensor], updated: bool) -> None:
+    """Write weights and tokenizer on rank 0, read the weights back, and compare.
+
+    Args:
+        trainer: Whose model it is.
+        folder: Where to.
+        weights: What ``gathered`` gave.
+        updated: The optimizer has changed the weights at least once.
+
+    Raises:
+        CheckpointError: What was written is not what was trained.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    model.save_pretrained(folder, state_dict=weights)
+    trainer.processing_class.save_pretrained(folder)
+    live = get_peft_model_state_dict(model, weights) if isinstance(model, PeftModel) else weights
+    check(folder, live, isinstance(model, PeftModel), updated)
+
+
+def check(folder: Path, live: dict[str, Any], adapter: bool, updated: bool) -> None:
+    """Hold the tensors of a folder against those in memory.
+
+    Args:
+        folder: Where the safetensors are.
+        live: What they must equal, by the files' names; names of a full model, which Transformers
+            changes as it saves, may be missing on either side.
+        adapter: They are an adapter's: names must agree, and no LoRA B may be zero once updated.
+        updated: The optimizer has changed the weights at least once.
+
+    Raises:
+        CheckpointError: With the first tensors that are wrong, and how.
+    """
+    wrong: dict[str, list[str]] = {}
+    seen, untrained, trained = set(), [], 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                seen.add(name)
+                expected = live.get(name)
+                if not tensor.numel():
+                    wrong.setdefault("empty", []).append(name)
+                elif tensor.is_floating_point() and not tensor.isfinite().all():
+                    wrong.setdefault("not finite", []).append(name)
+                elif expected is not None and not _same(tensor, expected):
+                    wrong.setdefault("not the model's", []).append(name)
+                elif expected is None and adapter:
+                    wrong.setdefault("unknown to the model", []).append(name)
+                if "lora_B" in name or "lora_embedding_B" in name:
+                    is_zero = not tensor.any()
+                    untrained += [name] * is_zero
+                    trained += not is_zero
+    if adapter and live.keys() - seen:
+        wrong["missing"] = sorted(live.keys() - seen)
+    if not seen:
+        wrong["missing"] = ["every tensor"]
+    if untrained and (updated or trained):
+        wrong["all zero after training began"] = untrained
+    if wrong:
+        lines = [
+            f"    {len(names)} {what}: {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}"
+            for what, names in wrong.items()
+        ]
+        raise CheckpointError(
+            "the weights that were saved are not those that are trained:\n" + "\n".join(lines)
+        )
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare bits, so that a NaN, which is reported as such, equals itself."""
+    other = other.detach().cpu()
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return one.contiguous().view(-1).view(torch.uint8).equal(
+        other.contiguous().view(-1).view(torch.uint8)
+    )
