@@ -108,6 +108,15 @@ class Optimizer:
         names = {parameter: name for name, parameter in self.parameters.items()}
         return {names[parameter]: entry for parameter, entry in self.torch.state.items()}
 
+    def link(self) -> None:
+        """Let DeepSpeed find each parameter's part of the state.
+
+        Under stages 1 and 2 it does so once, after the first of several groups has made its step.
+        """
+        if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+
     def kind(self) -> str:
         """Say which of the three kinds the state is."""
         owners = dict(enumerate(self.flat)) if self.zero is not None else self.parameters
@@ -142,6 +151,7 @@ def kept(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
         return
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    optimizer.link()
     entry = next(iter(optimizer.entries().values()))
     for name, parameter in optimizer.parameters.items():
         yield f"{VALUE}/{name}", safe_get_full_fp32_param(parameter)
@@ -292,18 +302,16 @@ def _restore_optimizer(optimizer: Optimizer, reader: Reader, record: dict[str, A
     kinds = [kind for kind in kinds if f"{kind}/{names[0]}" in reader.where]
     one = {kind: reader[f"{kind}/{names[0]}"] for kind in kinds}
     whole = [kind for kind in kinds if one[kind].ndim]
+    defaults = optimizer.torch.defaults
+    counts_on = optimizer.flat[0].device if defaults.get("fused") or defaults.get("capturable") else None
     for flat in optimizer.flat:
         entry = {kind: torch.zeros_like(flat) for kind in whole}
         for kind in one.keys() - set(whole):
-            fused = optimizer.torch.defaults.get("fused") or optimizer.torch.defaults.get(
-                "capturable"
-            )
-            entry[kind] = one[kind].to(flat.device) if fused else one[kind].clone()
-            if kind in record["integers"]:
-                entry[kind] = int(one[kind])
+            # A copy for each partition: torch counts in place.
+            count = one[kind].clone()
+            entry[kind] = int(count) if kind in record["integers"] else count.to(counts_on or "cpu")
         optimizer.torch.state[flat] = entry
-    if hasattr(optimizer.zero, "_lazy_init_hp_params_optimizer_state"):
-        optimizer.zero._lazy_init_hp_params_optimizer_state()
+    optimizer.link()
     for name, parameter in optimizer.parameters.items():
         for kind in whole:
             _set_share(parameter, reader[f"{kind}/{name}"], kind)
