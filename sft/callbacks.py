@@ -94,7 +94,9 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
             kept = [
                 record
                 for record in read_records(self.path)
-                if state.global_step and record["step"] <= state.global_step
+                if state.global_step
+                and record["step"] <= state.global_step
+                and "train_runtime" not in record  # the summary of a run that ended here before
             ]
             write_text(self.path, "".join(f"{to_json(record)}\n" for record in kept))
 

@@ -6,6 +6,7 @@ What needs the model's architecture (does ``target_modules`` match anything?) is
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from sft.config import (
     packing_of,
 )
 from sft.errors import Problem
+from sft.resume import CONTENTS, flatten
 from sft.rules import rule_problems, written
 
 TRAIN_ON = {
@@ -43,6 +45,7 @@ def check(config: Config) -> list[Problem]:
     problems = list(rule_problems(config))
     for find in (
         _names,
+        _resume,
         _data,
         _batch,
         _schedule,
@@ -66,6 +69,20 @@ def _names(config: Config) -> Iterator[Problem]:
         )
     if config.run_name is not None and Path(config.run_name).name != config.run_name:
         yield Problem(f"run_name={config.run_name}", "must be a plain name", "output_dir=DIR")
+
+
+def _resume(config: Config) -> Iterator[Problem]:
+    settings = flatten(dataclasses.asdict(config))
+    for name in config.resume.allow:
+        if name not in CONTENTS and not any(
+            key == name or key.startswith(f"{name}.") for key in settings
+        ):
+            known = [*settings, *CONTENTS]
+            yield Problem(
+                f"resume.allow=[{name}]",
+                f"{name} is no setting, nor base or data",
+                upstream.did_you_mean(name, known),
+            )
 
 
 def _data(config: Config) -> Iterator[Problem]:

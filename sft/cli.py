@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from sft import compose
 from sft.config import CONF_DIR
-from sft.errors import ConfigError, Problem, SftError
+from sft.errors import ConfigError, Problem, SftError, Stopped
 from sft.overrides import groups
 from sft.rules import fields_of, written
 
@@ -53,6 +53,10 @@ class Command(Generic[C]):
         argv = sys.argv[1:] if argv is None else argv
         try:
             self._dispatch(argv)
+        except Stopped as stopped:
+            if os.environ.get("RANK", "0") == "0":  # all ranks stop, and mean the same
+                report_error(str(stopped))
+            sys.exit(stopped.exit_code)
         except SftError as error:
             report_error(str(error))
             sys.exit(error.exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 from collections import deque
@@ -20,6 +21,8 @@ from sft.signals import INTERRUPTED, STOPPED, Signals
 
 if TYPE_CHECKING:
     from sft.trainer import Trainer
+
+logger = logging.getLogger("sft")
 
 RECENT = 20  # steps whose mean loss a jump is measured against
 SKIPS = 10  # steps in a row that may be skipped: after that, the weights are at fault
@@ -68,22 +71,29 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         if dist.is_initialized():
             dist.all_reduce(sums)
         sums = sums / args.world_size
+        step: Step | None
+        step = here = Step(
+            state.global_step,
+            sums.to("cpu", non_blocking=True),
+            losses.to("cpu", non_blocking=True),
+        )
         if sums.is_cuda:
-            step = Step(
-                state.global_step,
-                sums.to("cpu", non_blocking=True),
-                losses.to("cpu", non_blocking=True),
-                torch.cuda.Event(),
-            )
-            step.copied.record()
+            here.copied = torch.cuda.current_stream().record_event()
             step, self._pending = self._pending, step
-        else:
-            step = Step(state.global_step, sums, losses)
         if step is not None and self._look(step):
             self.settle()
             control.should_save = control.should_training_stop = True
             # What was due is caught up on when the run goes on.
             control.should_evaluate = False
+
+    def asked(self) -> bool:
+        """Say whether any rank was sent a signal; all ranks must ask at once."""
+        flag = torch.tensor(
+            float(self.signals.received is not None), device=self.trainer.args.device
+        )
+        if dist.is_initialized():
+            dist.all_reduce(flag)
+        return bool(flag.item())
 
     def settle(self) -> None:
         """Look at what is still on its way: nothing is saved before its loss was seen."""
@@ -99,9 +109,10 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         """
         received = self.signals.received
         name = "another rank's signal" if received is None else signal.Signals(received).name
+        step = self.trainer.state.global_step
+        where = f"after step {step}, which is saved" if step else "before the first step"
         raise Stopped(
-            f"stopped by {name} after step {self.trainer.state.global_step}, which is saved; "
-            "the same command again resumes",
+            f"stopped by {name} {where}; the same command again resumes",
             INTERRUPTED if received == signal.SIGINT else STOPPED,
         )
 
@@ -119,7 +130,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         if not finite and self.trainer.on_nan == "skip":
             self.skipped += 1
             self._skips_in_a_row += 1
-            self.trainer.say(f"{self._where(step, loss, norm)}: its update was skipped")
+            logger.info("%s: its update was skipped", self._where(step, loss, norm))
             if self._skips_in_a_row == SKIPS:
                 self._fail(f"{SKIPS} steps in a row were skipped", step)
         elif not finite:
@@ -153,7 +164,8 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             for number, finite in enumerate(step.losses.isfinite().tolist())
             if all_of_them or not finite
         ]
-        rows = sorted({row for found in gather(self.trainer.rows_of(step.number, bad)) for row in found})
+        everywhere = gather(self.trainer.rows_of(step.number, bad))
+        rows = sorted({row for found in everywhere for row in found})
         return f" (rows {listed(rows)})" if rows else ""
 
     def _fail(self, what: str, step: Step, else_: str = "") -> None:
@@ -161,8 +173,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         good = next(iter(checkpoint.checkpoints(folder)), None)
         there = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise RunError(
-            f"{what}; {there}\n"
-            f"    fix: look at these rows; a smaller train.learning_rate{else_}"
+            f"{what}; {there}\n    fix: look at these rows; a smaller train.learning_rate{else_}"
         )
 
 

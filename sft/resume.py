@@ -33,8 +33,8 @@ CONTENTS = ("base", "data")
 
 def restarted(environ: Mapping[str, str] = os.environ) -> bool:
     """Say whether torchrun or Slurm started the same command anew, after it had failed."""
-    counts = (environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return any(count not in ("", "0") for count in counts)
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(environ.get(name, "0") not in ("", "0") for name in names)
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

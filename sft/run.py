@@ -53,6 +53,7 @@ class Run:
         self.resumed: Path | None = None
         self._accepted: list[str] = []
         self._record: dict[str, Any] = {}
+        self._found: str | None = None  # the folder's run.json as it was when all was decided
         self._lock: IO[str] | None = None  # held for life: the kernel frees it when we die
 
     def resume_point(self) -> Path | None:
@@ -63,6 +64,10 @@ class Run:
             CheckpointError: The checkpoint that was named cannot be used, or none can.
         """
         named = self.config.resume.checkpoint
+        self._found = self._read()
+        there = next(path for path in (self.dir, *self.dir.absolute().parents) if path.exists())
+        if not os.access(there, os.W_OK):
+            raise RunError(f"{self.dir} cannot be written to\n    fix: output_dir=DIR")
         if self.dir.exists() and not self.dir.is_dir():
             raise RunError(f"{self.dir} is a file\n    fix: output_dir=FOLDER")
         if not self.dir.exists() or {path.name for path in self.dir.iterdir()} <= {LOCK}:
@@ -139,10 +144,13 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """Read ``run.json``: how far the run came, and with what; empty where there is none."""
-        file = self.dir / "run.json"
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        content = json.loads(self._read() or "{}")
         assert isinstance(content, dict)
         return content
+
+    def _read(self) -> str | None:
+        file = self.dir / "run.json"
+        return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def _refuse_if_taken(self) -> None:
         if os.environ.get("RANK", "0") != "0" or not (self.dir / LOCK).is_file():
@@ -166,6 +174,11 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock = (self.dir / LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._read() != self._found:
+                raise RunError(
+                    f"another process has trained in {self.dir} meanwhile\n"
+                    "    fix: the same command again, which sees what is there now"
+                )
             before = {} if self.config.overwrite else self.record()
             if self.config.overwrite:
                 self._empty()
@@ -222,10 +235,10 @@ class Run:
         self._record |= {"final": final, **facts}
         self._write()
 
-    def fail(self, reason: str) -> None:
-        """Keep why the run ended early; it can be resumed."""
+    def end(self, status: str, reason: str) -> None:
+        """Keep why the run ended early, ``failed`` or ``stopped``; it can be resumed."""
         if self._record:
-            self._record |= {"status": "failed", "reason": reason}
+            self._record |= {"status": status, "reason": reason}
             with contextlib.suppress(OSError):  # a full disk, which is the reason already
                 self._write()
 

@@ -37,8 +37,11 @@ OPTIMIZER = "optimizer-{:05d}.safetensors"
 SHARD_BYTES = 4 << 30  # so that full fine-tuning needs no second copy of its state in memory
 VALUE = "parameter"  # the kind of the tensors that are the trained parameters, in full precision
 # Where DeepSpeed's optimizers keep the flat float32 parameters of this rank.
-FLAT = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
-FLAT += ("fp32_groups_flat_partition",)
+FLAT = (
+    "single_partition_of_fp32_groups",
+    "fp32_partitioned_groups_flat",
+    "fp32_groups_flat_partition",
+)
 
 
 class Writer:
@@ -69,10 +72,10 @@ class Reader:
     """Reads the tensors of all files by their keys, one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self.files = [
+        self.files: list[Any] = [
             safe_open(path, "pt") for path in sorted(folder.glob(OPTIMIZER.replace("{:05d}", "*")))
         ]
-        self.where = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118
+        self.where = {key: file for file in self.files for key in file.keys()}
 
     def __getitem__(self, key: str) -> torch.Tensor:
         tensor: torch.Tensor = self.where[key].get_tensor(key)
@@ -84,7 +87,7 @@ class Optimizer:
 
     def __init__(self, trainer: Trainer) -> None:
         outer = trainer.optimizer.optimizer
-        self.zero = outer if hasattr(outer, "optimizer") else None
+        self.zero: Any = outer if hasattr(outer, "optimizer") else None
         self.torch = outer.optimizer if self.zero else outer
         self.parameters = {
             name: parameter
@@ -205,9 +208,7 @@ def progress(trainer: Trainer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     }
 
 
-def write_progress(
-    folder: Path, record: dict[str, Any], streams: dict[str, torch.Tensor]
-) -> None:
+def write_progress(folder: Path, record: dict[str, Any], streams: dict[str, torch.Tensor]) -> None:
     """Write what ``progress`` collected."""
     save_file(streams, folder / RANDOM)
     write_text(folder / STATE, json.dumps(record, indent=2) + "\n")
@@ -231,7 +232,8 @@ def restore(trainer: Trainer, folder: Path) -> None:
     if record["scaler"] and getattr(trainer.accelerator, "scaler", None) is not None:
         trainer.accelerator.scaler.load_state_dict(record["scaler"])
     if record["loss_scaler"] and hasattr(optimizer.zero, "loss_scaler"):
-        vars(optimizer.zero.loss_scaler).update(record["loss_scaler"])
+        for name, value in record["loss_scaler"].items():
+            setattr(optimizer.zero.loss_scaler, name, value)
     trainer.saved_counts = record["counts"]
 
 
@@ -302,15 +304,15 @@ def _restore_optimizer(optimizer: Optimizer, reader: Reader, record: dict[str, A
     kinds = [kind for kind in kinds if f"{kind}/{names[0]}" in reader.where]
     one = {kind: reader[f"{kind}/{names[0]}"] for kind in kinds}
     whole = [kind for kind in kinds if one[kind].ndim]
-    defaults = optimizer.torch.defaults
-    counts_on = optimizer.flat[0].device if defaults.get("fused") or defaults.get("capturable") else None
+    on_device = any(optimizer.torch.defaults.get(name) for name in ("fused", "capturable"))
     for flat in optimizer.flat:
-        entry = {kind: torch.zeros_like(flat) for kind in whole}
+        fresh: dict[str, Any] = {kind: torch.zeros_like(flat) for kind in whole}
         for kind in one.keys() - set(whole):
             # A copy for each partition: torch counts in place.
             count = one[kind].clone()
-            entry[kind] = int(count) if kind in record["integers"] else count.to(counts_on or "cpu")
-        optimizer.torch.state[flat] = entry
+            integer = kind in record["integers"]
+            fresh[kind] = int(count) if integer else count.to(flat.device if on_device else "cpu")
+        optimizer.torch.state[flat] = fresh
     optimizer.link()
     for name, parameter in optimizer.parameters.items():
         for kind in whole:
@@ -370,7 +372,8 @@ def _restore_schedule(trainer: Trainer, saved: dict[str, Any]) -> None:
 def random_streams() -> dict[str, torch.Tensor]:
     """Give the state of this rank's random generators."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    drawn: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = drawn
     assert (version, name) == (3, "MT19937")
     missing = float("nan")
     streams = {

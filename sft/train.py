@@ -10,7 +10,7 @@ from sft import environment
 from sft.checks import check, world_size
 from sft.cli import Command
 from sft.config import Config, fill_names, streamed_samples
-from sft.errors import RunError
+from sft.errors import RunError, Stopped
 from sft.signals import Signals
 
 if TYPE_CHECKING:
@@ -102,7 +102,14 @@ def train(config: Config) -> None:
             save(run, trainer, config, final)
     except BaseException as error:
         if args.process_index == 0:
-            run.fail(f"{type(error).__name__}: {error}")
+            status = "stopped" if isinstance(error, Stopped) else "failed"
+            run.end(status, f"{type(error).__name__}: {error}")
+        if environment.lost_a_rank(error):
+            raise RunError(
+                "contact with another rank was lost: it died, or its machine did "
+                f"({str(error).splitlines()[0]})\n"
+                "    fix: see what the other ranks say; the same command again resumes"
+            ) from error
         raise
     finally:
         environment.end_process_group()
@@ -168,6 +175,7 @@ def sft_config(
     micro = fields["per_device_train_batch_size"]
     if not evaluates:
         fields["eval_strategy"], fields["eval_steps"] = "no", None
+    environment.rejoin()
     try:
         args = SFTConfig(
             **fields,
@@ -304,13 +312,11 @@ def finish_training(
     """Train to the end; give the last evaluation and the share of exact answers."""
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     state = trainer.state
-    if state.global_step < state.max_steps:
-        raise RunError(
-            f"training stopped at step {state.global_step} of {state.max_steps}\n"
-            "    fix: the same command again resumes"
-        )
+    assert state.global_step >= state.max_steps
     losses = [log["loss"] for log in state.log_history if "loss" in log]
     final: dict[str, Any] = {"steps": state.global_step, "loss": losses[-1] if losses else None}
+    if trainer.guard and trainer.guard.skipped:
+        final["skipped_steps"] = trainer.guard.skipped
     if trainer.eval_dataset is not None:
         evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
         done = evaluated and evaluated[-1]["step"] == trainer.state.global_step

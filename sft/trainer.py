@@ -121,6 +121,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             "all_tokens": self._total_train_tokens,
             "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
             "recent": list(self.guard.recent) if self.guard else [],
+            "skipped": self.guard.skipped if self.guard else 0,
         }
 
     def resume_counts(self) -> None:
@@ -149,6 +150,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self._metrics["train"].update(own["metrics"])
         if self.guard:
             self.guard.recent.extend(own["recent"])
+            self.guard.skipped = own["skipped"]
 
     def evaluate_if_due(self) -> None:
         """Make up for the evaluation of the step that a run was cut off after."""
@@ -192,6 +194,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 "num_tokens": [self._total_train_tokens],
             }
             self._sums, self._tokens = None, 0
+        if "loss" in logs:
+            self._tr_loss.zero_()  # the Trainer subtracts it from itself, which leaves a NaN one
         super().log(logs, start_time)
 
     def evaluate(
@@ -219,6 +223,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in self._eval_batches(samples):
+                self._stop_if_asked()
                 outputs = model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
                 total[0] -= outputs.log_probs.double().sum()
                 total[1] += outputs.label_mask.sum()
@@ -322,6 +327,17 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if self.control.should_training_stop and step < self.state.max_steps:
             self.guard.stop()
 
+    def _stop_if_asked(self) -> None:
+        """In the middle of an evaluation: it is begun anew when the run goes on.
+
+        Raises:
+            Stopped: A signal asked for it.
+        """
+        if self.guard is not None and self.guard.asked():
+            if self.state.global_step:
+                self._save_checkpoint(None, None)
+            self.guard.stop()
+
     def write_model(self, folder: Path) -> None:
         """Write the trained weights and the tokenizer under their final name, or raise.
 
@@ -346,6 +362,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.optimizer.optimizer.check_grad_overflow = True
         if resume_from_checkpoint is not None:
             state.restore(self, Path(resume_from_checkpoint))
+            self._saved = checkpoint.step_of(Path(resume_from_checkpoint))
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -76,7 +76,7 @@ def check(folder: Path, live: dict[str, Any], adapter: bool, updated: bool) -> N
     seen, untrained, trained = set(), [], 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():
                 tensor = file.get_tensor(name)
                 seen.add(name)
                 expected = live.get(name)
@@ -113,6 +113,9 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     other = other.detach().cpu()
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return one.contiguous().view(-1).view(torch.uint8).equal(
-        other.contiguous().view(-1).view(torch.uint8)
+    return (
+        one.contiguous()
+        .view(-1)
+        .view(torch.uint8)
+        .equal(other.contiguous().view(-1).view(torch.uint8))
     )

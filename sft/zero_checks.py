@@ -196,24 +196,20 @@ def _combination_problems(
                 f'add "{leaf}": "auto"',
             )
     zero = ds_config.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
-        yield Problem(f"{name}: zero_optimization", "needs a stage of 0, 1, 2 or 3", "zero=stage2")
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        yield Problem(f"{name}: zero_optimization", "needs a stage of 1, 2 or 3", "zero=stage2")
         return
     devices = {key: _device(zero, key) for key in ("offload_optimizer", "offload_param")}
     for key, device in devices.items():
         if device == "nvme" and not zero[key].get("nvme_path"):
             yield Problem(f"{name}: {key}", "device nvme needs a folder", "nvme_path: /DIR")
-    if devices["offload_optimizer"] == "nvme" and zero["stage"] in (1, 2):
+    if devices["offload_optimizer"] == "nvme":
         yield Problem(
             f"{name}: offload_optimizer",
-            f"stage {zero['stage']} would use CPU memory instead of nvme",
-            "zero=stage2_offload, or stage 3",
+            "what is on NVMe cannot be put into a checkpoint that goes on elsewhere",
+            "zero=stage3_offload, which keeps it in CPU memory",
         )
     offloads = devices["offload_optimizer"] != "none"
-    if offloads and zero["stage"] == 0:
-        yield Problem(
-            f"{name}: offload_optimizer", "has no effect at stage 0", "zero=stage2_offload"
-        )
     if offloads and optim not in ("adamw_torch", "adamw_torch_fused"):
         if ds_config.get("zero_force_ds_cpu_optimizer", True):
             yield Problem(

@@ -38,12 +38,13 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, part: Part) -> No
     """Write the blocks as an Arrow file, and count their tokens."""
     counts, config = part.counts, part.config
     packed = part.isolated and bool((np.diff(plan.first) > 1).any())
-    names = ["input_ids", "labels", *(["seq_lengths"] if packed else [])]
-    kind = pa.list_(pa.int32())
+    kinds = dict.fromkeys(("input_ids", "labels", "rows"), pa.list_(pa.int32()))
+    if packed:
+        kinds["seq_lengths"] = pa.list_(pa.int32())
     roles = np.zeros(2 * len(ROLES), np.int64)
     with (
         pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_stream(sink, pa.schema([(name, kind) for name in names])) as writer,
+        pa.ipc.new_stream(sink, pa.schema(kinds)) as writer,
     ):
         for low, high in packing.chunks(plan, BLOCKS):
             pieces = slice(plan.first[low], plan.first[high])
@@ -58,10 +59,12 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, part: Part) -> No
             labels = np.where(marks & 1, ids, IGNORE_INDEX).astype(np.int32)
             # Nothing precedes the first token of a document, so nothing can predict it.
             labels[firsts if part.isolated else edges[:-1]] = IGNORE_INDEX
-            columns = [_lists(ids, edges), _lists(labels, edges)]
+            # Counted from 1, as they were read: what an error about a batch names.
+            rows = (store.documents["row"][plan.document[pieces]] + 1).astype(np.int32)
+            columns = [_lists(ids, edges), _lists(labels, edges), _lists(rows, offsets)]
             if packed:
                 columns.append(_lists(sizes.astype(np.int32), offsets))
-            writer.write_batch(pa.record_batch(columns, names))
+            writer.write_batch(pa.record_batch(columns, list(kinds)))
             seen = labels != IGNORE_INDEX
             counts.samples += high - low
             counts.tokens += len(ids)

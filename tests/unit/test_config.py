@@ -284,7 +284,11 @@ def test_the_names_read_from_source_are_the_installed_classes_fields() -> None:
     def ours(section: type) -> set[str]:
         return {field.name for field in dataclasses.fields(section)} - {"extra"}
 
-    assert ours(TrainConfig) - upstream.sft_config_names() == {"global_batch_size"}
+    assert ours(TrainConfig) - upstream.sft_config_names() == {
+        "global_batch_size",
+        "on_nan",
+        "max_loss_jump",
+    }
     assert ours(LoraSection) - lora_names == {"enabled"}
     assert ours(QuantizationConfig) - upstream.bnb_config_names() == set()
 

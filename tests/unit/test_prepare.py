@@ -247,7 +247,9 @@ def test_an_artefact_trains_the_same_and_knows_its_tokenizer(tmp_path: Path) -> 
     artefact.save(prepared, folder)
     assert not list(tmp_path.glob("*.partial"))
     saved = load_from_disk(str(folder))
-    assert saved["train"].column_names == ["input_ids", "labels", "seq_lengths"]
+    assert saved["train"].column_names == ["input_ids", "labels", "rows", "seq_lengths"]
+    rows = [row for part in saved.values() for rows in part["rows"] for row in rows]
+    assert sorted(rows) == [*range(1, 21)]
     again = made(str(folder))
     assert again.train.dataset[:] == prepared.train.dataset[:]
     assert again.parts == prepared.parts

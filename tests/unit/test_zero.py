@@ -197,7 +197,7 @@ def users_json(tmp_path: Path, **changes: Any) -> str:
         (
             {"zero_optimization": None},
             "mine.json: zero_optimization",
-            "needs a stage of 0, 1, 2 or 3",
+            "needs a stage of 1, 2 or 3",
             "zero=stage2",
         ),
     ],
@@ -266,7 +266,7 @@ def test_a_users_json_without_an_fp16_section_is_fine(tmp_path: Path) -> None:
         (
             {"stage": 4},
             "stage2.json: zero_optimization",
-            "needs a stage of 0, 1, 2 or 3",
+            "needs a stage of 1, 2 or 3",
             "zero=stage2",
         ),
         (
@@ -278,20 +278,20 @@ def test_a_users_json_without_an_fp16_section_is_fine(tmp_path: Path) -> None:
         (
             {"offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}},
             "stage2.json: offload_optimizer",
-            "stage 2 would use CPU memory instead of nvme",
-            "zero=stage2_offload, or stage 3",
+            "what is on NVMe cannot be put into a checkpoint that goes on elsewhere",
+            "zero=stage3_offload, which keeps it in CPU memory",
         ),
         (
-            {"stage": 3, "offload_optimizer": {"device": "nvme"}},
-            "stage2.json: offload_optimizer",
+            {"stage": 3, "offload_param": {"device": "nvme"}},
+            "stage2.json: offload_param",
             "device nvme needs a folder",
             "nvme_path: /DIR",
         ),
         (
-            {"stage": 0, "offload_optimizer": {"device": "cpu"}},
-            "stage2.json: offload_optimizer",
-            "has no effect at stage 0",
-            "zero=stage2_offload",
+            {"stage": 0},
+            "stage2.json: zero_optimization",
+            "needs a stage of 1, 2 or 3",
+            "zero=stage2",
         ),
     ],
 )
@@ -344,7 +344,7 @@ def test_all_problems_of_a_json_come_at_once() -> None:
         "zero_optimization has no key b",
         "the optimizer is chosen in one place, and a JSON's would replace it",
         "a is not a key known here",
-        "needs a stage of 0, 1, 2 or 3",
+        "needs a stage of 1, 2 or 3",
     ]
 
 

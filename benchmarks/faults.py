@@ -1,0 +1,366 @@
+"""Injects faults into real runs, lets each go on, and compares it with one that nothing befell.
+
+    python benchmarks/faults.py [--zero none stage1 stage2 stage3] [--ranks 2] [--only TEXT]
+
+Every run trains the embedded model on the embedded data for 8 steps with dropout, an evaluation and
+a checkpoint every 2. A fault is a real one: ``kill -9`` at a chosen point of one rank or of all
+(``inject.py``), a signal, a full or read-only disk (a small tmpfs, where this user may mount one),
+bytes changed in a checkpoint. Afterwards the same command is given again, once. A run went on
+exactly if every logged loss, rate, gradient norm and evaluation, and every byte of the adapter,
+are those of the undisturbed run.
+
+The table counts, for each fault: how the command under it ended, what the next one did, the steps
+that were trained again, and checkpoints under their final name that were not whole (there must be
+none, but where the fault itself damaged one).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sft import checkpoint
+from sft.errors import CheckpointError
+
+HERE = Path(__file__).resolve().parent
+SETTINGS = [
+    *("train.max_steps=8", "train.save_strategy=steps", "train.save_steps=2"),
+    *("train.eval_strategy=steps", "train.eval_steps=2", "train.logging_steps=1"),
+    *("train.global_batch_size=8", "train.per_device_train_batch_size=2"),
+    *("dataset.max_rows=400", "dataset.max_eval_rows=32", "dataset.exact_match=0"),
+    *("lora.lora_dropout=0.1", "precision=fp32"),
+]
+CLOCKS = ("runtime", "seconds", "per_second", "train_loss", "total_flos")
+
+
+@dataclass
+class Fault:
+    """One fault.
+
+    Attributes:
+        name: What the table calls it.
+        inject: For ``inject.py``; empty: the first command runs undisturbed to ``steps``.
+        steps: Where an undisturbed first command is cut off, by a kill after that step.
+        harm: Done to the run's folder between the two commands.
+        refusal: What a further command, given before the last, must say as it refuses.
+        extra: Settings of that command.
+        code: Exit code that the first command must have; None: any but 0.
+    """
+
+    name: str
+    inject: str = ""
+    harm: Callable[[Path], None] | None = None
+    refusal: str = ""
+    extra: list[str] = field(default_factory=list)
+    code: int | None = None
+
+
+def newest(run: Path) -> Path:
+    return checkpoint.checkpoints(run)[0]
+
+
+def truncate(run: Path) -> None:
+    file = newest(run) / "optimizer-00001.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(run: Path) -> None:
+    file = newest(run) / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda run: (newest(run) / name).unlink()
+
+
+def tear_log(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+
+
+LAST = "SIGKILL:sft.guard.Guard.on_step_end:before:7:all"  # two steps after a checkpoint
+FAULTS = [
+    Fault("one rank killed in step 3", "SIGKILL:sft.trainer.Trainer.training_step:before:6:1"),
+    Fault("rank 0 killed at the end of step 5", "SIGKILL:sft.guard.Guard.on_step_end:before:5:0"),
+    Fault("all ranks killed in step 7", LAST),
+    Fault("killed as a save begins", "SIGKILL:sft.checkpoint.begin:after:2:0"),
+    Fault("killed as the adapter is written", "SIGKILL:sft.weights.write:before:2:0"),
+    Fault("killed before the optimizer's state", "SIGKILL:sft.state.Writer.flush:before:2:0"),
+    Fault("killed after the optimizer's state", "SIGKILL:sft.state.Writer.flush:after:2:0"),
+    Fault("killed before the manifest", "SIGKILL:sft.checkpoint.finish:before:2:0"),
+    Fault("killed after the manifest", "SIGKILL:sft.checkpoint.write_text:after:2:0"),
+    Fault("killed as an old one is deleted", "SIGKILL:sft.checkpoint.delete:before:1:0"),
+    Fault("other rank killed in a save", "SIGKILL:sft.state.progress:before:2:1"),
+    Fault("killed as the run's end is written", "SIGKILL:sft.weights.write:after:5:0"),
+    Fault("SIGTERM to all ranks", "SIGTERM:sft.guard.Guard.on_step_end:before:5:all"),
+    Fault("SIGUSR1 to one rank", "SIGUSR1:sft.trainer.Trainer.training_step:before:6:1"),
+    Fault("SIGTERM in an evaluation", "SIGTERM:sft.trainer.Trainer.evaluate:before:3:0"),
+    Fault("newest checkpoint truncated", LAST, truncate),
+    Fault("one bit of the newest flipped", LAST, flip),
+    Fault("a file of the newest deleted", LAST, remove("random.safetensors")),
+    Fault("manifest of the newest deleted", LAST, remove("manifest.json")),
+    Fault("last line of the log torn", LAST, tear_log),
+    Fault(
+        "a damaged checkpoint is named",
+        LAST,
+        flip,
+        "adapter_model.safetensors is damaged",
+        ["resume.checkpoint=checkpoint-6"],
+    ),
+    Fault(
+        "a checkpoint is named that is not there",
+        LAST,
+        None,
+        "has checkpoint-6, checkpoint-4",
+        ["resume.checkpoint=checkpoint-5"],
+    ),
+    Fault("another seed", LAST, None, "seed: 42 there, 7 here", ["seed=7"]),
+]
+ONCE = ("killed while tokenising", "disk full", "read-only folder", "two runs at once")
+ONCE += ("every checkpoint damaged",)
+
+
+def command(stage: str, ranks: int, run: Path, inject: str = "") -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start += ["--nproc_per_node", str(ranks)]
+    start += [str(HERE / "inject.py"), inject, "sft.train"] if inject else ["-m", "sft.train"]
+    return [*start, f"zero={stage}", f"output_dir={run}", *SETTINGS]
+
+
+def call(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SFT_CACHE_DIR": str(cache)}
+    return subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def outcome(run: Path) -> tuple[list[dict[str, object]], dict[str, bytes]]:
+    """Give what a finished run logged, clocks left out, and the bytes of its adapter."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = [
+        {key: value for key, value in line.items() if not any(clock in key for clock in CLOCKS)}
+        for line in lines
+    ]
+    adapter = run / "adapter"
+    return logged, {path.name: path.read_bytes() for path in adapter.glob("*.safetensors")}
+
+
+def broken(run: Path) -> list[str]:
+    """Name the checkpoints that have their final name and are not whole."""
+    found = []
+    for path in checkpoint.checkpoints(run):
+        try:
+            checkpoint.verify(path)
+        except CheckpointError:
+            found.append(path.name)
+    return found
+
+
+@dataclass
+class Result:
+    """What came of a fault."""
+
+    stage: str
+    name: str
+    under: str
+    after: str
+    again: int
+    broken: int
+    good: bool
+
+
+def logged_steps(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    steps = [0]
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError):
+            steps.append(json.loads(line)["step"])
+    return max(steps)
+
+
+def suffer(stage: str, ranks: int, fault: Fault, folder: Path, straight: Path) -> Result:
+    """Run under a fault, then again, and compare."""
+    run, cache = folder / "run", folder.parent / "cache"
+    first = call(command(stage, ranks, run, fault.inject), cache)
+    if first.returncode == 0:
+        return Result(stage, fault.name, "not struck", first.stdout[-200:], 0, 0, False)
+    reached = logged_steps(run)
+    torn = broken(run)
+    if fault.harm is not None:
+        fault.harm(run)
+    if fault.refusal:
+        refused = call(command(stage, ranks, run) + fault.extra, cache)
+        if refused.returncode == 0 or fault.refusal not in refused.stderr:
+            return Result(stage, fault.name, "", refused.stderr[-300:], 0, len(torn), False)
+    return go_on(stage, ranks, fault.name, run, cache, straight, reached, torn, bool(fault.refusal))
+
+
+def go_on(
+    stage: str,
+    ranks: int,
+    name: str,
+    run: Path,
+    cache: Path,
+    straight: Path,
+    reached: int,
+    torn: list[str],
+    refused: bool,
+) -> Result:
+    """Give the same command again, and compare."""
+    again = call(command(stage, ranks, run), cache)
+    if again.returncode:
+        return Result(stage, name, "", again.stderr[-300:], 0, len(torn), False)
+    resumed = [line for line in again.stdout.splitlines() if line.startswith("resuming from")]
+    begun = int(resumed[0].split("checkpoint-")[1].split()[0]) if resumed else 0
+    exact = outcome(run) == outcome(straight)
+    said = "refused clearly, then " * refused + (f"from step {begun}: " if begun else "anew: ")
+    return Result(
+        stage,
+        name,
+        f"ended after step {reached}",
+        said + ("exact" if exact else "DIFFERENT"),
+        max(reached - begun, 0),
+        len(torn),
+        exact and not torn,
+    )
+
+
+@contextlib.contextmanager
+def tmpfs(folder: Path, size: str) -> Iterator[bool]:
+    """Mount a small file system; False where this user may not."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    )
+    try:
+        yield done.returncode == 0
+    finally:
+        if done.returncode == 0:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def once(stage: str, ranks: int, folder: Path, straight: Path) -> Iterator[Result]:
+    """Inject what is the same under every stage."""
+    cache = folder / "cache"
+    own = folder / "own-cache"
+    run = folder / "tokenising"
+    inject = "SIGKILL:sft.data.prepare.write_blocks:after:1:all"
+    first = call(command(stage, ranks, run, inject), own)
+    assert first.returncode
+    yield go_on(stage, ranks, ONCE[0], run, own, straight, 0, [], False)
+
+    disk = folder / "disk"
+    with tmpfs(disk, "1600k") as mounted:
+        if mounted:
+            run = disk / "run"
+            first = call(command(stage, ranks, run), cache)
+            clear = "cannot be saved" in first.stderr and "No space left" in first.stderr
+            reached, torn = logged_steps(run), broken(run)
+            subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+            result = go_on(stage, ranks, ONCE[1], run, cache, straight, reached, torn, clear)
+            result.good = result.good and clear
+            yield result
+    disk = folder / "read-only"
+    with tmpfs(disk, "50m") as mounted:
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            run = disk / "run"
+            first = call(command(stage, ranks, run), cache)
+            clear = "cannot be written to" in first.stderr
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+            result = go_on(stage, ranks, ONCE[2], run, cache, straight, 0, [], clear)
+            result.good = result.good and clear
+            yield result
+
+    run = folder / "two"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SFT_CACHE_DIR": str(cache)}
+    words = command(stage, ranks, run)
+    both = [
+        subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = [one.communicate()[1].decode() for one in both]
+    won = [one.returncode == 0 for one in both]
+    lost = said[won.index(False)] if False in won else ""
+    clear = any(what in lost for what in ("another process trains", "another process has trained"))
+    exact = sum(won) == 1 and outcome(run) == outcome(straight)
+    told = "one refused clearly; the other: " * clear + ("exact" if exact else "DIFFERENT")
+    yield Result(stage, ONCE[3], "both given at once", told, 0, 0, clear and exact)
+
+    run = folder / "bad"
+    call(command(stage, ranks, run, LAST), cache)
+    for path in checkpoint.checkpoints(run):
+        (path / "state.json").unlink()
+    refused = call(command(stage, ranks, run), cache)
+    clear = refused.returncode != 0 and "no checkpoint in" in refused.stderr
+    kept = len(list(run.glob("checkpoint-*"))) == 2
+    said = "refused clearly, nothing touched" if clear and kept else refused.stderr[-300:]
+    yield Result(stage, ONCE[4], "ended after step 6", said, 0, 0, clear and kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--zero", nargs="+", default=["none", "stage1", "stage2", "stage3"])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--only", default="", help="faults whose name holds this; once: the general")
+    given = parser.parse_args()
+    table = Table("stage", "fault", "under it", "the same command again", "steps again")
+    results = []
+    console = Console(width=150)
+    with tempfile.TemporaryDirectory() as work:
+        for stage in given.zero:
+            folder = Path(work) / stage
+            folder.mkdir()
+            straight = folder / "straight"
+            done = call(command(stage, given.ranks, straight), folder / "cache")
+            if done.returncode:
+                sys.exit(done.stderr[-4000:])
+
+            def found(stage: str = stage, folder: Path = folder, straight: Path = straight):
+                for number, fault in enumerate(FAULTS):
+                    if given.only in fault.name:
+                        own = folder / str(number)
+                        own.mkdir()
+                        yield suffer(stage, given.ranks, fault, own, straight)
+                        shutil.rmtree(own)
+                if stage == given.zero[0] and given.only in "once":
+                    yield from once(stage, given.ranks, folder, straight)
+
+            for result in found():
+                results.append(result)
+                table.add_row(
+                    result.stage,
+                    result.name,
+                    result.under,
+                    result.after,
+                    str(result.again),
+                    style="" if result.good else "bold red",
+                )
+                console.print(f"{'ok ' if result.good else 'BAD'} {stage} {result.name}")
+    console.print(table)
+    bad = [result for result in results if not result.good]
+    console.print(
+        f"{len(results)} faults: {len(results) - len(bad)} went on exactly or were refused "
+        f"clearly, {len(bad)} did not; {sum(result.broken for result in results)} checkpoints "
+        f"under their final name were not whole; {sum(result.again for result in results)} steps "
+        "were trained again"
+    )
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Checkpoints on disk: complete or absent, chosen, rotated; and whether a run may go on."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sft import checkpoint, resume
+from sft.errors import CheckpointError
+
+
+def make(run: Path, step: int, **facts: object) -> Path:
+    final = checkpoint.path_of(run, step)
+    partial = checkpoint.begin(final)
+    (partial / "a.bin").write_bytes(bytes(1000))
+    (partial / "b.json").write_text("{}")
+    told = {"step": step, "ranks": 2, "stage": 1, "kind": "elementwise", **facts}
+    checkpoint.finish(partial, final, told)
+    return final
+
+
+def test_a_folder_has_its_name_only_once_it_is_complete(tmp_path: Path) -> None:
+    final = checkpoint.path_of(tmp_path, 4)
+    partial = checkpoint.begin(final)
+    (partial / "a.bin").write_bytes(b"half")
+    assert not final.exists() and checkpoint.checkpoints(tmp_path) == []
+    checkpoint.finish(partial, final, {"step": 4})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4"]
+    checkpoint.verify(final)
+    listed = json.loads((final / checkpoint.MANIFEST).read_text())["files"]
+    assert listed == {"a.bin": {"bytes": 4, "xxh3": listed["a.bin"]["xxh3"]}}
+
+
+def test_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    make(tmp_path, 4)
+    final = checkpoint.path_of(tmp_path, 4)
+    partial = checkpoint.begin(final)
+    (partial / "new").touch()
+    checkpoint.finish(partial, final, {})
+    assert sorted(path.name for path in final.iterdir()) == [checkpoint.MANIFEST, "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "why"),
+    [
+        ("a.bin", lambda file: os.truncate(file, 999), "a.bin has 999 bytes, not 1,000"),
+        ("a.bin", lambda file: file.write_bytes(bytes(999) + b"\1"), "a.bin is damaged"),
+        ("b.json", lambda file: file.unlink(), "b.json is missing"),
+        (checkpoint.MANIFEST, lambda file: file.unlink(), "is not complete"),
+        (checkpoint.MANIFEST, lambda file: os.truncate(file, 30), "is damaged"),
+    ],
+)
+def test_the_newest_whole_one_is_chosen(tmp_path: Path, name: str, harm, why: str) -> None:
+    older, newer = make(tmp_path, 9), make(tmp_path, 10)  # by number, not by name
+    assert checkpoint.choose(tmp_path, None) == (newer, [])
+    harm(newer / name)
+    found, passed_over = checkpoint.choose(tmp_path, None)
+    assert found == older
+    [(path, reason)] = passed_over
+    assert path == newer and why in reason
+    with pytest.raises(CheckpointError, match=r"resume.checkpoint=checkpoint-10: .*" + why):
+        checkpoint.choose(tmp_path, "checkpoint-10")
+    assert checkpoint.choose(tmp_path, str(older)) == (older, [])
+    harm(older / name)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
+        checkpoint.choose(tmp_path, None)
+
+
+def test_one_that_is_named_must_be_there(tmp_path: Path) -> None:
+    make(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="has checkpoint-2\n    fix: name one of these"):
+        checkpoint.choose(tmp_path, "checkpoint-3")
+    assert checkpoint.choose(tmp_path / "nothing", None) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (2, None, {40, 30}),
+        (2, 10, {40, 10}),
+        (2, 40, {40, 30}),
+        (3, 10, {40, 30, 10}),
+        (9, 10, {40, 30, 20, 10}),
+    ],
+)
+def test_the_best_and_the_newest_are_kept(
+    tmp_path: Path, keep: int, best: int | None, left: set[int]
+) -> None:
+    for step in (10, 20, 30, 40):
+        make(tmp_path, step)
+    checkpoint.rotate(tmp_path, keep, best and str(checkpoint.path_of(tmp_path, best)))
+    assert {checkpoint.step_of(path) for path in tmp_path.iterdir()} == left
+
+
+def test_what_a_kill_left_is_removed_and_what_came_later_set_aside(tmp_path: Path) -> None:
+    old, new = make(tmp_path, 2), make(tmp_path, 4)
+    checkpoint.begin(checkpoint.path_of(tmp_path, 6))
+    (tmp_path / "checkpoint-1.partial-old").mkdir()
+    checkpoint.tidy(tmp_path, old)
+    assert {path.name for path in tmp_path.iterdir()} == {old.name, f"{new.name}.set_aside"}
+    assert checkpoint.choose(tmp_path, None) == (old, [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "stage", "said"),
+    [
+        ("elementwise", 2, 1, ""),
+        ("elementwise", 3, 0, "made by 2 ranks under ZeRO stage 1; now 3 ranks under stage 0"),
+        ("by rank", 2, 1, ""),
+        ("by rank", 4, 1, None),
+        ("by rank", 2, 2, None),
+        ("by parameter", 2, 2, None),
+    ],
+)
+def test_state_that_cannot_go_elsewhere_is_refused(
+    tmp_path: Path, kind: str, ranks: int, stage: int, said: str | None
+) -> None:
+    path = make(tmp_path, 2, kind=kind)
+    if said is None:
+        with pytest.raises(CheckpointError, match=f"kept {kind}: it cannot go on on {ranks} ranks"):
+            resume.changed(path, ranks, stage)
+    else:
+        assert said in resume.changed(path, ranks, stage)
+
+
+def test_only_what_changes_training_is_a_difference() -> None:
+    before = {"seed": 1, "train": {"learning_rate": 1e-4, "save_steps": 5}}
+    now = {"seed": 1, "train": {"learning_rate": 2e-4, "save_steps": 9}}
+    now["zero"] = {"config": "a", "overrides": {"deep": {"key": 1}}}
+    assert resume.differences(before, now) == {
+        "train.learning_rate": "train.learning_rate: 0.0001 there, 0.0002 here"
+    }
+    assert resume.differences({"a": {"b": 1}}, {"a": {}}) == {
+        "a": "a: unset there, {} here",
+        "a.b": "a.b: 1 there, unset here",
+    }
+
+
+def test_every_harmless_setting_exists() -> None:
+    import dataclasses
+
+    from sft.config import Config
+
+    settings = resume.flatten(dataclasses.asdict(Config()))
+    for name in resume.HARMLESS:
+        assert any(key == name or key.startswith(f"{name}.") for key in settings), name
+
+
+def test_a_restarted_command_is_known() -> None:
+    assert not resume.restarted({})
+    assert not resume.restarted({"TORCHELASTIC_RESTART_COUNT": "0"})
+    assert resume.restarted({"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert resume.restarted({"SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"})
