@@ -316,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--zero", nargs="+", default=["none", "stage1", "stage2", "stage3"])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--only", default="", help="faults whose name holds this; once: the general")
+    parser.add_argument("--only", default="", help="what the name holds; or once")
     given = parser.parse_args()
     table = Table("stage", "fault", "under it", "the same command again", "steps again")
     results = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft.errors import RunError
-from sft.files import to_json, write_text
+from sft.files import read_records, to_json, write_text
 from sft.trainer import Trainer, gather, trained_bits
 
 logger = logging.getLogger("sft")
@@ -85,31 +84,29 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         """Append one record."""
         if state.is_world_process_zero:
             record = {"step": state.global_step, **(logs or {})}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(to_json(record) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(to_json(record) + "\n")
+            except OSError as error:
+                raise RunError(
+                    f"{self.path} cannot be written: {error}\n"
+                    "    fix: free some space; the same command again resumes"
+                ) from error
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take out what a resumed run will log again: the steps after its checkpoint."""
         if state.is_world_process_zero and self.path.is_file():
+            step = state.global_step
+            # Of the checkpoint's own step, what had been logged when it was written.
+            logged = {key for log in state.log_history if log["step"] == step for key in log}
             kept = [
                 record
                 for record in read_records(self.path)
-                if state.global_step
-                and record["step"] <= state.global_step
-                and "train_runtime" not in record  # the summary of a run that ended here before
+                if step
+                and record["step"] <= step
+                and (record["step"] < step or logged & record.keys() & {"loss", "eval_loss"})
             ]
             write_text(self.path, "".join(f"{to_json(record)}\n" for record in kept))
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file; the last line of a killed run may be cut off, and is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 class RanksAgree(TrainerCallback):  # type: ignore[misc]

@@ -55,6 +55,17 @@ def to_json(record: dict[str, Any], indent: int | None = None) -> str:
     return json.dumps(finite(record), indent=indent)
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; the last line of a killed run may be cut off, and is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
 def hash_of(file: str | Path) -> str:
     """Hash a file's bytes (XXH3, 128 bits: against accidents, not against forgers)."""
     import xxhash

@@ -17,14 +17,15 @@ from sft.checks import check
 from sft.cli import Command
 from sft.config import Config
 from sft.errors import RunError
-from sft.files import hash_of, write_text
+from sft.files import hash_of, read_records, write_text
 from sft.rules import at_least, setting
 from sft.trial import environment
 
-# What is measured by the clock, or over the steps of one process.
-CLOCKS = ("runtime", "seconds", "per_second", "train_loss")
-OWN = ("steps", "ranks", "output_dir", "overwrite", "resume.checkpoint", "resume.allow")
-OWN += ("train.max_steps", "train.save_strategy", "train.save_steps", "train.logging_steps")
+# What the proof itself decides.
+OWN = {
+    *("steps", "ranks", "output_dir", "overwrite", "resume.checkpoint", "resume.allow"),
+    *("train.max_steps", "train.save_strategy", "train.save_steps", "train.logging_steps"),
+}
 
 logger = logging.getLogger("sft")
 
@@ -93,16 +94,14 @@ def prove(config: ProveConfig) -> None:
 
 def _outcome(command: list[str], run: Path) -> dict[str, Any]:
     """Train, and give what was logged and hashes of what was saved."""
-    result = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if result.returncode:
         said = result.stderr.partition("error: ")[2] or result.stderr
         raise RunError(f"the run that was to be resumed failed: {said.strip()}")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [
-        {key: value for key, value in line.items() if not any(clock in key for clock in CLOCKS)}
-        for line in lines
+        {key: value for key, value in record.items() if key != "eval_seconds"}
+        for record in read_records(run / "metrics.jsonl")
+        if "train_runtime" not in record  # the summary of one process
     ]
     saved = [path for kind in ("adapter", "model") for path in (run / kind).glob("*.safetensors")]
     return {"logged": logged, "files": {path.name: hash_of(path) for path in saved}}

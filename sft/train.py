@@ -86,6 +86,11 @@ def train(config: Config) -> None:
     try:
         lm_head, reason = head.choose(config.model.lm_head, architecture, args)
         logger.info("LM head %s: %s", lm_head, reason)
+        if len(set(gather(resume_from))) > 1:
+            raise RunError(
+                f"not all ranks see the same checkpoints in {run.dir}\n"
+                "    fix: output_dir=FOLDER on a file system that all nodes share"
+            )
         if any(gather(recomputes)) and not recomputes:
             # Under ZeRO-3, ranks that pass the layers in different orders would wait for ever.
             logger.info("activations are recomputed: another rank has too little memory")

@@ -1,0 +1,137 @@
+"""What a checkpoint holds, and what is said of weights that were not saved as they are."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sft import state, weights
+from sft.data.sampler import Fillers, Shuffle, samples_of
+from sft.errors import CheckpointError
+
+
+def draws() -> list[Any]:
+    return [random.gauss(0, 1), np.random.standard_normal(), torch.rand(3).tolist()]
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_random_streams_go_on(tmp_path: Path, odd: bool) -> None:
+    """A Gaussian that is kept for the next call belongs to the state too."""
+    if odd:
+        draws()
+    streams = state.random_streams()
+    state.write_progress(tmp_path, {}, {f"rank0/{key}": value for key, value in streams.items()})
+    expected = [draws() for _ in range(3)]
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    state.restore_random_streams(tmp_path, seed=7)
+    assert [draws() for _ in range(3)] == expected
+
+
+def test_other_ranks_get_streams_of_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    both = {
+        f"rank{rank}/{key}": value
+        for rank in (0, 1)
+        for key, value in state.random_streams().items()
+    }
+    state.write_progress(folder, {}, both)
+    found = []
+    for seed in (7, 7, 8):
+        state.restore_random_streams(folder, seed)
+        found.append(draws())
+    assert found[0] == found[1] != found[2]
+
+
+def test_tensors_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "SHARD_BYTES", 100)
+    tensors = {f"exp_avg/{i}": torch.full((10,), float(i)) for i in range(5)}
+    tensors["step/0"] = torch.tensor(3)
+    writer = state.Writer(tmp_path)
+    for key, tensor in tensors.items():
+        writer.add(key, tensor)
+    writer.flush()
+    assert len(list(tmp_path.glob("optimizer-*.safetensors"))) == 2
+    reader = state.Reader(tmp_path)
+    assert reader.where.keys() == tensors.keys()
+    assert all(reader[key].equal(tensor) for key, tensor in tensors.items())
+
+
+GOOD = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2)}
+NAN = torch.tensor([[1.0, float("nan")]] * 3)
+
+
+@pytest.mark.parametrize(
+    ("saved", "live", "updated", "wrong"),
+    [
+        (GOOD, GOOD, True, None),
+        ({**GOOD, "a.lora_B.weight": torch.zeros(3, 2)}, None, False, None),
+        ({**GOOD, "a.lora_B.weight": torch.zeros(3, 2)}, None, True, "1 all zero after training"),
+        ({**GOOD, "b.lora_B.weight": torch.zeros(3, 2)}, None, False, "1 all zero after training"),
+        ({**GOOD, "a.lora_B.weight": NAN}, None, True, "1 not finite: a.lora_B.weight"),
+        ({**GOOD, "a.lora_B.weight": torch.ones(0)}, None, True, "1 empty: a.lora_B.weight"),
+        ({"a.lora_A.weight": torch.ones(2, 3)}, GOOD, True, "1 missing: a.lora_B.weight"),
+        ({**GOOD, "c": torch.ones(1)}, GOOD, True, "1 unknown to the model: c"),
+        ({**GOOD, "a.lora_A.weight": torch.full((2, 3), 1.1)}, GOOD, True, "1 not the model's"),
+        ({**GOOD, "a.lora_A.weight": torch.ones(3, 2)}, GOOD, True, "1 not the model's"),
+        ({**GOOD, "a.lora_A.weight": torch.ones(2, 3).half()}, GOOD, True, "1 not the model's"),
+    ],
+)
+def test_saved_weights_are_held_against_the_live_ones(
+    tmp_path: Path, saved: Any, live: Any, updated: bool, wrong: str | None
+) -> None:
+    save_file(saved, tmp_path / "adapter_model.safetensors")
+    if wrong is None:
+        weights.check(tmp_path, live or saved, adapter=True, updated=updated)
+        return
+    with pytest.raises(CheckpointError, match=wrong):
+        weights.check(tmp_path, live or saved, adapter=True, updated=updated)
+
+
+def test_an_empty_file_is_no_adapter(tmp_path: Path) -> None:
+    """The 40 bytes that users of ZeRO-3 found after days (TRL #4416)."""
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="every tensor"):
+        weights.check(tmp_path, {}, adapter=True, updated=True)
+
+
+@pytest.mark.parametrize(("ranks", "micro", "accumulation"), [(1, 2, 3), (2, 3, 1), (3, 2, 1)])
+def test_the_samples_of_a_step_are_those_that_the_loader_gave(
+    ranks: int, micro: int, accumulation: int
+) -> None:
+    """Against Accelerate's own way of dealing batches out to the ranks."""
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    count, seed, epochs = 20, 5, 2
+    samples = [{"input_ids": [i], "labels": [i]} for i in range(count)]
+    fillers = Fillers(samples, micro * ranks, 0)
+    for rank in range(ranks):
+        given: list[list[int]] = []
+        for epoch in range(epochs):
+            shuffle = Shuffle(fillers, seed)
+            shuffle.set_epoch(epoch)
+            batches = BatchSampler(shuffle, micro, drop_last=False)
+            mine = list(BatchSamplerShard(batches, ranks, rank))
+            given += [
+                sum(mine[start : start + accumulation], [])  # noqa: RUF017
+                for start in range(0, len(mine), accumulation)
+            ]
+        for step, expected in enumerate(given, 1):
+            found = samples_of(
+                step,
+                range(accumulation),
+                count=count,
+                seed=seed,
+                micro=micro,
+                accumulation=accumulation,
+                rank=rank,
+                ranks=ranks,
+            )
+            assert found == [index for index in expected if index < count]
