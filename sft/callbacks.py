@@ -13,7 +13,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft.errors import RunError
 from sft.files import read_records, to_json, write_text
-from sft.trainer import Trainer, gather, trained_bits
+from sft.ranks import gather, trained_bits
+from sft.trainer import Trainer
 
 logger = logging.getLogger("sft")
 

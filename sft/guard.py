@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from sft import checkpoint
 from sft.errors import RunError, Stopped
+from sft.ranks import gather
 from sft.signals import INTERRUPTED, STOPPED, Signals
 
 if TYPE_CHECKING:
@@ -157,8 +158,6 @@ class Guard(TrainerCallback):  # type: ignore[misc]
 
     def _rows(self, step: Step, all_of_them: bool) -> str:
         """Name the rows of the step: those of micro-batches whose loss is not finite, or all."""
-        from sft.trainer import gather
-
         bad = [
             number
             for number, finite in enumerate(step.losses.isfinite().tolist())

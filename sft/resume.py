@@ -13,6 +13,8 @@ from sft.errors import CheckpointError
 from sft.files import digest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from sft.data.prepare import Prepared
 
 # Settings that change no trained weight, or not beyond the order of floating-point sums.
@@ -89,18 +91,21 @@ def changed(path: Path, ranks: int, stage: int) -> str:
     return "" if same else f" (made by {there}; now {here})"
 
 
-def base_identity(model: ModelConfig, commit: str | None) -> str:
-    """Identify the base model: by its commit on the hub, or by what its files hold."""
+def identity(
+    model: ModelConfig, architecture: PreTrainedModel, prepared: Prepared
+) -> dict[str, str]:
+    """Identify what is trained, and on what, by content.
+
+    Returns:
+        ``base``: the model's commit on the hub, or a hash of its files; ``data``: a hash of the
+        samples as they were tokenised.
+    """
     folder = Path(str(model.name_or_path))
-    if not folder.is_dir():
-        return f"commit {commit}"
-    kinds = ["*.json", *(["*.safetensors"] if model.pretrained else [])]
-    files = sorted(str(file) for kind in kinds for file in folder.glob(kind))
-    return digest(files, folder)
-
-
-def data_identity(prepared: Prepared) -> str:
-    """Identify the samples that are trained and evaluated on, as they were tokenised."""
+    if folder.is_dir():
+        kinds = ["*.json", *(["*.safetensors"] if model.pretrained else [])]
+        base = digest(sorted(str(file) for kind in kinds for file in folder.glob(kind)), folder)
+    else:
+        base = f"commit {architecture.config._commit_hash}"
     sets = [prepared.train.dataset] + ([prepared.eval.dataset] if prepared.eval else [])
     files = [file["filename"] for dataset in sets for file in dataset.cache_files]
-    return digest(files, Path(files[0]).parent)
+    return {"base": base, "data": digest(files, Path(files[0]).parent)}

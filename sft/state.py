@@ -14,27 +14,24 @@ An optimizer's state is one of three kinds:
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sft.errors import CheckpointError
 from sft.files import write_text
+from sft.ranks import gather
+from sft.streams import RANDOM, random_streams
+from sft.tensors import Reader
 
 if TYPE_CHECKING:
     from sft.trainer import Trainer
 
 STATE = "state.json"
-RANDOM = "random.safetensors"
-OPTIMIZER = "optimizer-{:05d}.safetensors"
-SHARD_BYTES = 4 << 30  # so that full fine-tuning needs no second copy of its state in memory
 VALUE = "parameter"  # the kind of the tensors that are the trained parameters, in full precision
 # Where DeepSpeed's optimizers keep the flat float32 parameters of this rank.
 FLAT = (
@@ -42,44 +39,6 @@ FLAT = (
     "fp32_partitioned_groups_flat",
     "fp32_groups_flat_partition",
 )
-
-
-class Writer:
-    """Writes tensors to numbered files, as they come."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = self.bytes = 0
-        self.tensors: dict[str, torch.Tensor] = {}
-
-    def add(self, key: str, tensor: torch.Tensor) -> None:
-        """Take one more tensor."""
-        tensor = tensor.detach().to("cpu", copy=True).contiguous()
-        self.tensors[key] = tensor
-        self.bytes += tensor.nbytes
-        if self.bytes >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what was taken."""
-        if self.tensors:
-            self.files += 1
-            save_file(self.tensors, self.folder / OPTIMIZER.format(self.files))
-            self.tensors, self.bytes = {}, 0
-
-
-class Reader:
-    """Reads the tensors of all files by their keys, one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.files: list[Any] = [
-            safe_open(path, "pt") for path in sorted(folder.glob(OPTIMIZER.replace("{:05d}", "*")))
-        ]
-        self.where = {key: file for file in self.files for key in file.keys()}
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        tensor: torch.Tensor = self.where[key].get_tensor(key)
-        return tensor
 
 
 class Optimizer:
@@ -179,8 +138,6 @@ def _of_every_rank(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
 
 def progress(trainer: Trainer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Collect from all ranks what is no parameter's: schedule, scales, counts, random streams."""
-    from sft.trainer import gather
-
     optimizer = Optimizer(trainer)
     scaler = getattr(trainer.accelerator, "scaler", None)
     loss_scaler = getattr(optimizer.zero, "loss_scaler", None)
@@ -367,54 +324,6 @@ def _restore_schedule(trainer: Trainer, saved: dict[str, Any]) -> None:
         schedule._last_lr = rates
     for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-def random_streams() -> dict[str, torch.Tensor]:
-    """Give the state of this rank's random generators."""
-    version, words, gauss = random.getstate()
-    drawn: Any = np.random.get_state()
-    name, keys, position, has_gauss, cached = drawn
-    assert (version, name) == (3, "MT19937")
-    missing = float("nan")
-    streams = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(words),
-        "python_gauss": torch.tensor(missing if gauss is None else gauss, dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
-        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        streams["cuda"] = torch.cuda.get_rng_state()
-    return streams
-
-
-def restore_random_streams(folder: Path, seed: int) -> None:
-    """Set this rank's random generators as they were, or anew where ranks were fewer or more."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    with safe_open(folder / RANDOM, "pt") as file:
-        keys = set(file.keys())
-        if len({key.partition("/")[0] for key in keys}) != ranks:
-            fresh = np.random.SeedSequence((seed, int(folder.name.split("-")[1]), rank))
-            number = int(fresh.generate_state(1)[0])
-            random.seed(number)
-            np.random.seed(number)
-            torch.manual_seed(number)
-            return
-        own = {
-            key.partition("/")[2]: file.get_tensor(key)
-            for key in keys
-            if key.startswith(f"rank{rank}/")
-        }
-    torch.set_rng_state(own["torch"])
-    gauss = own["python_gauss"].item()
-    random.setstate((3, tuple(own["python"].tolist()), None if gauss != gauss else gauss))
-    *words, position, has_gauss = own["numpy"].tolist()
-    np.random.set_state(
-        ("MT19937", np.array(words, np.uint32), position, has_gauss, own["numpy_gauss"].item())
-    )
-    if "cuda" in own and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda"])
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sft import environment
-from sft.checks import check, world_size
+from sft.checks import check
 from sft.cli import Command
 from sft.config import Config, fill_names, streamed_samples
 from sft.errors import RunError, Stopped
@@ -16,10 +16,6 @@ from sft.signals import Signals
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel
-    from trl import SFTConfig
-
-    from sft.data.collator import Collator
     from sft.data.prepare import Prepared
     from sft.run import Run
     from sft.trainer import Trainer
@@ -40,12 +36,12 @@ def train(config: Config) -> None:
     resume_from = run.resume_point()
     environment.prepare(distributed=config.zero.config is not None)
 
-    from sft import adapter, memory, model, resume, summary, zero
+    from sft import adapter, build, memory, model, resume, summary, zero
     from sft.data import artefact
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.fast import head, linear
-    from sft.trainer import gather
+    from sft.ranks import gather
 
     precision, reason = model.choose_precision(config.precision)
     logger.info("precision %s: %s", precision, reason)
@@ -62,10 +58,8 @@ def train(config: Config) -> None:
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     model.check_fits(architecture, tokenizer, prepared.parts.values())
     if os.environ.get("RANK", "0") == "0":
-        commit = getattr(architecture.config, "_commit_hash", None)
-        base_id = resume.base_identity(config.model, commit)
-        run.identify({"base": base_id, "data": resume.data_identity(prepared)})
-    collator, kernel = make_collator(config, architecture, precision, tokenizer, prepared)
+        run.identify(resume.identity(config.model, architecture, prepared))
+    collator, kernel = build.make_collator(config, architecture, precision, tokenizer, prepared)
     layers, reason = linear.choose(config, architecture, precision, stage)
     logger.info("frozen layers %s: %s", layers, reason)
     recomputes, reason = memory.choose_checkpointing(
@@ -82,7 +76,7 @@ def train(config: Config) -> None:
     # In this order: a model loaded after SFTConfig is partitioned by ZeRO-3 as it loads, and on a
     # CPU only if the process group exists by then.
     evaluates = prepared.eval is not None
-    args = sft_config(config, precision, ds_config, recomputes, evaluates)
+    args = build.sft_config(config, precision, ds_config, recomputes, evaluates)
     try:
         lm_head, reason = head.choose(config.model.lm_head, architecture, args)
         logger.info("LM head %s: %s", lm_head, reason)
@@ -94,9 +88,9 @@ def train(config: Config) -> None:
         if any(gather(recomputes)) and not recomputes:
             # Under ZeRO-3, ranks that pass the layers in different orders would wait for ever.
             logger.info("activations are recomputed: another rank has too little memory")
-            args = sft_config(config, precision, ds_config, True, evaluates)
+            args = build.sft_config(config, precision, ds_config, True, evaluates)
         base = model.load_base(config, architecture.config, precision, kernel)
-        trainer = make_trainer(base, args, prepared, collator, tokenizer, lora)
+        trainer = build.make_trainer(base, args, prepared, collator, tokenizer, lora)
         trainer.use_head(lm_head)
         if layers == "packed":
             linear.install(trainer.model)
@@ -118,138 +112,6 @@ def train(config: Config) -> None:
         raise
     finally:
         environment.end_process_group()
-
-
-def make_collator(
-    config: Config,
-    architecture: PreTrainedModel,
-    precision: str,
-    tokenizer: Any,
-    prepared: Prepared,
-) -> tuple[Collator, str | None]:
-    """Decide how samples become a batch, and which attention kernel sees it."""
-    from sft.data.collator import Collator
-    from sft.fast import attention
-
-    asked, joined = config.model.attn_implementation, config.train.padding_free
-    packed = "seq_lengths" in prepared.train.dataset.column_names
-    if joined == "auto":
-        joined = attention.can_join(architecture, asked, precision)
-    kernel = attention.choose(architecture, asked, packed or joined)
-    if joined:
-        reason = "rows are joined without padding"
-    elif kernel == asked:
-        reason = "as asked"
-    else:
-        reason = f"samples are {'packed' if packed else 'padded'}"
-    logger.info("attention %s: %s", kernel or "of the architecture", reason)
-    collator = Collator(
-        tokenizer.pad_token_id,
-        padding_free=joined or (packed and kernel in attention.FLASH),
-        pad_to_multiple_of=config.train.pad_to_multiple_of,
-        documents=kernel == attention.NAME,
-    )
-    return collator, kernel
-
-
-def sft_config(
-    config: Config,
-    precision: str,
-    ds_config: dict[str, Any] | None,
-    recomputes: bool,
-    evaluates: bool,
-) -> SFTConfig:
-    """Map the train section onto TRL's class by name, and start the process group.
-
-    Raises:
-        ConfigError: A combination that only TRL or Transformers knows to be wrong.
-    """
-    import dataclasses
-
-    import torch
-    from transformers.utils import is_torch_tf32_available
-    from trl import SFTConfig
-
-    from sft.errors import ConfigError, Problem
-
-    fields = dataclasses.asdict(config.train)
-    extra, global_batch = fields.pop("extra"), fields.pop("global_batch_size")
-    for name in ("padding_free", "pad_to_multiple_of", "on_nan", "max_loss_jump"):  # ours
-        del fields[name]
-    fields["gradient_checkpointing"] = recomputes
-    micro = fields["per_device_train_batch_size"]
-    if not evaluates:
-        fields["eval_strategy"], fields["eval_steps"] = "no", None
-    environment.rejoin()
-    try:
-        args = SFTConfig(
-            **fields,
-            output_dir=config.output_dir,
-            run_name=config.run_name,
-            seed=config.seed,
-            gradient_accumulation_steps=global_batch // (micro * world_size()),
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            use_cpu=not torch.cuda.is_available(),
-            deepspeed=ds_config,
-            eval_on_start=evaluates,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=None,
-            disable_tqdm=True,
-            **{
-                "ddp_find_unused_parameters": False,
-                # Which checkpoint is the best, so that it is kept.
-                **({"metric_for_best_model": "eval_loss"} if evaluates else {}),
-                "logging_nan_inf_filter": False,  # a NaN must show in the logged loss
-                "dataloader_pin_memory": torch.cuda.is_available(),
-                # What is left in float32 beside 16 bits; asked for, fp32 is float32.
-                "tf32": True if precision != "fp32" and is_torch_tf32_available() else None,
-                "log_level_replica": "error",
-                **extra,
-            },
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            [Problem("train", str(error).strip().splitlines()[0], "mend the setting it names")]
-        ) from error
-    if ds_config is not None:
-        import deepspeed
-
-        # Of all ops, it would look for one to share memory in inference, and compile that for a
-        # minute on a new machine.
-        deepspeed.ops.__compatible_ops__ = {}
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(dist_backend=backend)
-    return args
-
-
-def make_trainer(
-    base: Any,
-    args: SFTConfig,
-    prepared: Prepared,
-    collator: Collator,
-    tokenizer: Any,
-    lora: Any,
-) -> Trainer:
-    """Put the adapter on the base model, and both into the trainer."""
-    from sft.trainer import Trainer
-
-    trainer = Trainer(
-        model=base,
-        args=args,
-        data_collator=collator,
-        train_dataset=prepared.train.dataset,
-        eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
-    if args.deepspeed is None and not getattr(base, "is_quantized", False):
-        # PEFT keeps LoRA in float32, and modules_to_save in the base's precision, in which AdamW
-        # would lose small updates. DeepSpeed has float32 masters of its own.
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    return trainer
 
 
 def start(
@@ -335,7 +197,8 @@ def finish_training(
 def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:
     """Write the adapter, or the model where all of it was trained, and the finished flag last."""
     from sft.inference import write_card
-    from sft.trainer import gather, share_of_state
+    from sft.ranks import gather
+    from sft.trainer import share_of_state
 
     kind = "adapter" if config.lora.enabled else "model"
     folder = run.dir / kind

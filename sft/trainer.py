@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors import SafetensorError
 from trl import SFTTrainer
 
-from sft import checkpoint, state, weights, zero
+from sft import checkpoint, state, streams, tensors, weights, zero
 from sft.data.encode import IGNORE_INDEX
 from sft.data.sampler import Fillers, Shuffle, samples_of
-from sft.errors import CheckpointError
 from sft.fast import head
+from sft.ranks import RankZero
 
 if TYPE_CHECKING:
     from sft.guard import Guard
-
-logger = logging.getLogger("sft")
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -307,18 +303,18 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             with RankZero(args.process_index == 0, path) as main:
                 partial = main.do(checkpoint.begin, path)
                 self._write_weights(main, partial)
-                writer = main.do(state.Writer, partial)
+                writer = main.do(tensors.Writer, partial)
                 for key, tensor in state.kept(self):
-                    main.do(state.Writer.add, writer, key, tensor)
-                main.do(state.Writer.flush, writer)
-                record, streams = state.progress(self)
-                main.do(state.write_progress, partial, record, streams)
+                    main.do(tensors.Writer.add, writer, key, tensor)
+                main.do(tensors.Writer.flush, writer)
+                progress = state.progress(self)
+                main.do(state.write_progress, partial, *progress)
                 main.do(checkpoint.write_trainer_state, partial, self.state)
                 facts = {
                     "step": step,
                     "ranks": args.world_size,
                     "stage": zero.stage(args.deepspeed),
-                    "kind": record["kind"],
+                    "kind": progress[0]["kind"],
                 }
                 main.do(checkpoint.finish, partial, path, facts)
                 best_path = self.state.best_model_checkpoint
@@ -370,59 +366,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            state.restore_random_streams(Path(checkpoint), self.args.seed)
-
-
-class RankZero:
-    """Does on rank 0 what only that rank does, and lets an error out on all ranks at the end.
-
-    Between its tasks the ranks work together; if rank 0 left at once, the others would wait for it
-    for ever.
-    """
-
-    def __init__(self, here: bool, path: Path) -> None:
-        self.here, self.path = here, path
-        self.error: Exception | None = None
-
-    def do(self, task: Callable[..., Any], *args: Any) -> Any:
-        """Do a task on rank 0, unless one before it failed."""
-        if not self.here or self.error is not None:
-            return None
-        try:
-            return task(*args)
-        except Exception as error:
-            self.error = error
-        return None
-
-    def __enter__(self) -> RankZero:
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            return
-        reason = gather(None if self.error is None else f"{self.error}")[0]
-        if reason is None:
-            return
-        if self.here:
-            checkpoint.abandon(self.path)
-            if not isinstance(self.error, (OSError, SafetensorError, CheckpointError)):
-                raise self.error  # type: ignore[misc]
-        before = next(iter(checkpoint.checkpoints(self.path.parent)), None)
-        there = f"the newest checkpoint is {before}" if before else "there is no other checkpoint"
-        raise CheckpointError(
-            f"{self.path} cannot be saved: {reason}\n    {there}\n"
-            "    fix: free some space, or mend what it says; the same command then resumes"
-        ) from self.error
-
-
-def trained_bits(model: torch.nn.Module) -> int:
-    """Sum the bits of the trained parameters as integers: equal on ranks that hold the same."""
-    total = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            words = parameter.detach().float().contiguous().view(torch.int32)
-            total += int(words.to(torch.int64).sum().item())
-    return total & 0x7FFFFFFFFFFFFFFF
+            streams.restore_random_streams(Path(checkpoint), self.args.seed)
 
 
 def share_of_state(trainer: Trainer) -> dict[str, int]:
@@ -441,12 +385,3 @@ def share_of_state(trainer: Trainer) -> dict[str, int]:
         if isinstance(value, torch.Tensor)
     )
     return {"parameter_bytes": parameters, "optimizer_bytes": state}
-
-
-def gather(value: Any) -> list[Any]:
-    """Collect a small object from every rank, in rank order."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

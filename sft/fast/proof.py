@@ -11,7 +11,7 @@ from sft.data.collator import Collator
 from sft.data.encode import IGNORE_INDEX
 from sft.errors import ModelError
 from sft.fast.attention import UNPACKED
-from sft.trainer import gather
+from sft.ranks import gather
 
 if TYPE_CHECKING:
     from sft.trainer import Trainer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sft import state, weights
+from sft import state, streams, tensors, weights
 from sft.data.sampler import Fillers, Shuffle, samples_of
 from sft.errors import CheckpointError
 
@@ -23,13 +23,13 @@ def test_random_streams_go_on(tmp_path: Path, odd: bool) -> None:
     """A Gaussian that is kept for the next call belongs to the state too."""
     if odd:
         draws()
-    streams = state.random_streams()
-    state.write_progress(tmp_path, {}, {f"rank0/{key}": value for key, value in streams.items()})
+    drawn = streams.random_streams()
+    state.write_progress(tmp_path, {}, {f"rank0/{key}": value for key, value in drawn.items()})
     expected = [draws() for _ in range(3)]
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    state.restore_random_streams(tmp_path, seed=7)
+    streams.restore_random_streams(tmp_path, seed=7)
     assert [draws() for _ in range(3)] == expected
 
 
@@ -39,28 +39,28 @@ def test_other_ranks_get_streams_of_their_own(tmp_path: Path) -> None:
     both = {
         f"rank{rank}/{key}": value
         for rank in (0, 1)
-        for key, value in state.random_streams().items()
+        for key, value in streams.random_streams().items()
     }
     state.write_progress(folder, {}, both)
     found = []
     for seed in (7, 7, 8):
-        state.restore_random_streams(folder, seed)
+        streams.restore_random_streams(folder, seed)
         found.append(draws())
     assert found[0] == found[1] != found[2]
 
 
 def test_tensors_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "SHARD_BYTES", 100)
-    tensors = {f"exp_avg/{i}": torch.full((10,), float(i)) for i in range(5)}
-    tensors["step/0"] = torch.tensor(3)
-    writer = state.Writer(tmp_path)
-    for key, tensor in tensors.items():
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 100)
+    made = {f"exp_avg/{i}": torch.full((10,), float(i)) for i in range(5)}
+    made["step/0"] = torch.tensor(3)
+    writer = tensors.Writer(tmp_path)
+    for key, tensor in made.items():
         writer.add(key, tensor)
     writer.flush()
     assert len(list(tmp_path.glob("optimizer-*.safetensors"))) == 2
-    reader = state.Reader(tmp_path)
-    assert reader.where.keys() == tensors.keys()
-    assert all(reader[key].equal(tensor) for key, tensor in tensors.items())
+    reader = tensors.Reader(tmp_path)
+    assert reader.where.keys() == made.keys()
+    assert all(reader[key].equal(tensor) for key, tensor in made.items())
 
 
 GOOD = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2)}

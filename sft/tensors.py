@@ -1,0 +1,51 @@
+"""Many tensors in numbered safetensors files: written as they come, read one at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+OPTIMIZER = "optimizer-{:05d}.safetensors"
+SHARD_BYTES = 4 << 30  # so that full fine-tuning needs no second copy of its state in memory
+
+
+class Writer:
+    """Writes tensors to numbered files, as they come."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = self.bytes = 0
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        """Take one more tensor."""
+        tensor = tensor.detach().to("cpu", copy=True).contiguous()
+        self.tensors[key] = tensor
+        self.bytes += tensor.nbytes
+        if self.bytes >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was taken."""
+        if self.tensors:
+            self.files += 1
+            save_file(self.tensors, self.folder / OPTIMIZER.format(self.files))
+            self.tensors, self.bytes = {}, 0
+
+
+class Reader:
+    """Reads the tensors of all files by their keys, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files: list[Any] = [
+            safe_open(path, "pt") for path in sorted(folder.glob(OPTIMIZER.replace("{:05d}", "*")))
+        ]
+        self.where = {key: file for file in self.files for key in file.keys()}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        tensor: torch.Tensor = self.where[key].get_tensor(key)
+        return tensor
