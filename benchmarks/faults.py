@@ -129,7 +129,7 @@ FAULTS = [
     Fault("another seed", LAST, None, "seed: 42 there, 7 here", ["seed=7"]),
 ]
 ONCE = ("killed while tokenising", "disk full", "read-only folder", "two runs at once")
-ONCE += ("every checkpoint damaged",)
+ONCE += ("every checkpoint damaged", "killed while merging")
 
 
 def command(stage: str, ranks: int, run: Path, inject: str = "") -> list[str]:
@@ -310,6 +310,20 @@ def once(stage: str, ranks: int, folder: Path, straight: Path) -> Iterator[Resul
     kept = len(list(run.glob("checkpoint-*"))) == 2
     said = "refused clearly, nothing touched" if clear and kept else refused.stderr[-300:]
     yield Result(stage, ONCE[4], "ended after step 6", said, 0, 0, clear and kept)
+    yield merging(stage, folder, straight)
+
+
+def merging(stage: str, folder: Path, straight: Path) -> Result:
+    """Kill a merge as it has written its weights, and merge again."""
+    words = [sys.executable, str(HERE / "inject.py"), "SIGKILL:sft.merge._save:after:1:0"]
+    words += ["sft.merge", f"run={straight}"]
+    killed = call(words, folder / "cache").returncode != 0
+    absent = not (straight / "merged").exists()
+    again = call([sys.executable, "-m", "sft.merge", f"run={straight}"], folder / "cache")
+    whole = again.returncode == 0 and (straight / "merged" / "model.safetensors").is_file()
+    said = "merged, and verified" if whole else again.stderr[-300:]
+    under = "nothing under the final name" if absent else "left a folder that looks finished"
+    return Result(stage, ONCE[5], under, said, 0, 0, killed and absent and whole)
 
 
 def main() -> None:

@@ -209,7 +209,7 @@ class Run:
             raise self._taken() from None
         except OSError as error:
             raise RunError(
-                f"{self.dir} cannot be used: {error}\n    fix: output_dir=DIR"
+                f"{self.dir} cannot be used: {error}\n    fix: mend that, or output_dir=DIR"
             ) from error
 
     def _empty(self) -> None:

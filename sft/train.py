@@ -105,8 +105,7 @@ def train(config: Config) -> None:
             run.end(status, f"{type(error).__name__}: {error}")
         if environment.lost_a_rank(error):
             raise RunError(
-                "contact with another rank was lost: it died, or its machine did "
-                f"({str(error).splitlines()[0]})\n"
+                "contact with another rank was lost: it died, or its machine did\n"
                 "    fix: see what the other ranks say; the same command again resumes"
             ) from error
         raise
