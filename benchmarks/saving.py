@@ -5,7 +5,7 @@
 
 One rank trains two steps and then saves by turns: with ours, which gathers, writes, reads back,
 hashes and waits for the disk, and with ``Trainer._save_checkpoint`` of Transformers, which does the
-first two.
+first two. Both are timed until they return, and until what they wrote is on the disk (``sync``).
 """
 
 import argparse
@@ -34,7 +34,7 @@ def only(given: argparse.Namespace) -> None:
     from sft.trainer import Trainer
 
     ours = Trainer._save_checkpoint
-    found: dict[str, list[float]] = {"ours": [], "trainer": []}
+    found: dict[str, list[list[float]]] = {"ours": [], "trainer": []}
 
     def both(self: Trainer, model: object, trial: object) -> None:
         output, limit = self.args.output_dir, self.args.save_total_limit
@@ -51,7 +51,9 @@ def only(given: argparse.Namespace) -> None:
                     ours(self, model, trial)
                 else:
                     transformers.Trainer._save_checkpoint(self, model, trial)
-                found[name].append(time.perf_counter() - begin)
+                returned = time.perf_counter() - begin
+                os.sync()
+                found[name].append([returned, time.perf_counter() - begin])
         self.args.output_dir, self.args.save_total_limit = output, limit
         sizes = {
             name: size(checkpoint.path_of(f"{given.output}/{name}", self.state.global_step))
@@ -81,8 +83,8 @@ def main() -> None:
     if given.only:
         only(given)
         return
-    print("| | trained | ours ms | Trainer ms | time | ours MiB | Trainer MiB | size |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| | trained | ours s | Trainer s | until on disk | ours MiB | Trainer MiB |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work, "model")
         step.build(given.model, given.tokenizer, folder)
@@ -99,11 +101,16 @@ def main() -> None:
                 if result.returncode:
                     sys.exit(result.stderr.decode()[-4000:])
                 times, sizes = json.loads((output / "result.json").read_text())
-                ours, theirs = (statistics.median(times[name]) for name in ("ours", "trainer"))
+                (ours, ours_disk), (theirs, their_disk) = (
+                    [statistics.median(column) for column in zip(*times[name], strict=True)]
+                    for name in ("ours", "trainer")
+                )
+                mine, their = (sizes[name] / 2**20 for name in ("ours", "trainer"))
                 print(
-                    f"| `zero={stage}` | {'LoRA' if lora != 'none' else 'all'} | {ours * 1e3:.0f} "
-                    f"| {theirs * 1e3:.0f} | {ours / theirs:.2f} | {sizes['ours'] / 2**20:.1f} "
-                    f"| {sizes['trainer'] / 2**20:.1f} | {sizes['ours'] / sizes['trainer']:.2f} |",
+                    f"| `zero={stage}` | {'LoRA' if lora != 'none' else 'all'} | {ours:.2f} "
+                    f"| {theirs:.2f} ({ours / theirs:.2f}) | {ours_disk:.2f}, {their_disk:.2f} "
+                    f"({ours_disk / their_disk:.2f}) | {mine:.1f} | {their:.1f} "
+                    f"({mine / their:.2f}) |",
                     flush=True,
                 )
 

@@ -87,6 +87,10 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             # What was due is caught up on when the run goes on.
             control.should_evaluate = False
 
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Look at the last step."""
+        self.settle()
+
     def asked(self) -> bool:
         """Say whether any rank was sent a signal; all ranks must ask at once."""
         flag = torch.tensor(
