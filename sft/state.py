@@ -14,6 +14,7 @@ An optimizer's state is one of three kinds:
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from sft.tensors import Reader
 
 if TYPE_CHECKING:
     from sft.trainer import Trainer
+
+logger = logging.getLogger("sft")
 
 STATE = "state.json"
 VALUE = "parameter"  # the kind of the tensors that are the trained parameters, in full precision
@@ -70,6 +73,35 @@ class Optimizer:
         names = {parameter: name for name, parameter in self.parameters.items()}
         return {names[parameter]: entry for parameter, entry in self.torch.state.items()}
 
+    def entry(self, saved: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Give state back as this optimizer keeps it.
+
+        torch's own count their steps in float32 tensors, those of others in integers.
+        """
+        from_torch = type(self.torch).__module__.startswith("torch.")
+        return {
+            key: value
+            if value.ndim or value.is_floating_point()
+            else value.float()
+            if from_torch
+            else int(value)
+            for key, value in saved.items()
+        }
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Give what an optimizer (such as the schedule-free ones) changes in its groups itself."""
+        given = {"params", "lr", "weight_decay"}
+        return [
+            _plain(
+                {
+                    key: value
+                    for key, value in group.items()
+                    if key not in given and self.torch.defaults.get(key, value) != value
+                }
+            )
+            for group in self.torch.param_groups
+        ]
+
     def link(self) -> None:
         """Let DeepSpeed find each parameter's part of the state.
 
@@ -81,6 +113,13 @@ class Optimizer:
 
     def kind(self) -> str:
         """Say which of the three kinds the state is."""
+        for entry in self.entries().values():
+            for key, value in entry.items():
+                if not isinstance(value, (torch.Tensor, int, float)):
+                    raise CheckpointError(
+                        f"this optimizer keeps a {type(value).__name__} ({key}), which a "
+                        "checkpoint cannot hold\n    fix: train.optim=adamw_torch_fused"
+                    )
         owners = dict(enumerate(self.flat)) if self.zero is not None else self.parameters
         sizes = {str(name): owner.numel() for name, owner in owners.items()}
         elementwise = all(
@@ -143,16 +182,9 @@ def progress(trainer: Trainer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     loss_scaler = getattr(optimizer.zero, "loss_scaler", None)
     streams = gather(random_streams())
     record = {
-        "optimizer": type(optimizer.torch).__name__,
+        "optim": str(trainer.args.optim.value),
         "kind": optimizer.kind(),
-        "integers": sorted(
-            {
-                key
-                for entry in optimizer.entries().values()
-                for key, value in entry.items()
-                if isinstance(value, int)
-            }
-        ),
+        "groups": optimizer.groups(),
         "schedule": _plain(trainer.lr_scheduler.state_dict()),
         "scaler": scaler.state_dict() if scaler is not None else {},
         "loss_scaler": _plain(vars(loss_scaler)) if loss_scaler is not None else {},
@@ -180,11 +212,16 @@ def restore(trainer: Trainer, folder: Path) -> None:
     record = json.loads((folder / STATE).read_text(encoding="utf-8"))
     optimizer, reader = Optimizer(trainer), Reader(folder)
     if record["kind"] == "by rank":
-        _restore_rank(optimizer, reader, record)
+        _restore_rank(optimizer, reader)
     else:
         _restore_parameters(optimizer, reader, folder)
-        if record["optimizer"] == type(optimizer.torch).__name__:
-            _restore_optimizer(optimizer, reader, record)
+        made, now = record["optim"], trainer.args.optim.value
+        if made == now or (made.startswith("adamw_torch") and now.startswith("adamw_torch")):
+            _restore_optimizer(optimizer, reader)
+            for group, saved in zip(optimizer.torch.param_groups, record["groups"], strict=False):
+                group.update(saved)
+        else:
+            logger.info("the state of the optimizer begins anew: %s made it, not %s", made, now)
     _restore_schedule(trainer, record["schedule"])
     if record["scaler"] and getattr(trainer.accelerator, "scaler", None) is not None:
         trainer.accelerator.scaler.load_state_dict(record["scaler"])
@@ -209,16 +246,21 @@ def _restore_parameters(optimizer: Optimizer, reader: Reader, folder: Path) -> N
                 f"{folder} holds {name} in another shape, {tuple(value.shape)}\n"
                 "    fix: run_name=NAME for a run of its own"
             )
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if dist.get_rank() == 0:
-                    parameter.data.copy_(value)
-        else:
-            parameter.data.copy_(value)
+        _set_parameter(parameter, value)
         if optimizer.zero is not None:
             _set_share(parameter, value.float(), None)
+
+
+def _set_parameter(parameter: Any, value: torch.Tensor) -> None:
+    """Set a parameter, which ZeRO-3 has in parts on all ranks."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(value)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if dist.get_rank() == 0:
+            parameter.data.copy_(value)
 
 
 def _set_share(parameter: Any, value: torch.Tensor, key: str | None) -> None:
@@ -243,7 +285,7 @@ def _set_share(parameter: Any, value: torch.Tensor, key: str | None) -> None:
         utils.safe_set_local_optimizer_state(parameter, own, key)
 
 
-def _restore_optimizer(optimizer: Optimizer, reader: Reader, record: dict[str, Any]) -> None:
+def _restore_optimizer(optimizer: Optimizer, reader: Reader) -> None:
     names = list(optimizer.parameters)
     kinds = sorted({key.partition("/")[0] for key in reader.where} - {VALUE})
     if optimizer.zero is None:
@@ -251,24 +293,24 @@ def _restore_optimizer(optimizer: Optimizer, reader: Reader, record: dict[str, A
         index = {parameter: number for number, parameter in enumerate(order)}
         state: dict[int, dict[str, Any]] = {}
         for name, parameter in optimizer.parameters.items():
-            entry = {k: reader[f"{k}/{name}"] for k in kinds if f"{k}/{name}" in reader.where}
-            entry |= {k: int(entry[k]) for k in record["integers"] if k in entry}
-            if entry:
-                state[index[parameter]] = entry
+            saved = {k: reader[f"{k}/{name}"] for k in kinds if f"{k}/{name}" in reader.where}
+            if saved:
+                state[index[parameter]] = optimizer.entry(saved)
         groups = optimizer.torch.state_dict()["param_groups"]
         optimizer.torch.load_state_dict({"state": state, "param_groups": groups})
         return
     kinds = [kind for kind in kinds if f"{kind}/{names[0]}" in reader.where]
-    one = {kind: reader[f"{kind}/{names[0]}"] for kind in kinds}
-    whole = [kind for kind in kinds if one[kind].ndim]
+    one = optimizer.entry({kind: reader[f"{kind}/{names[0]}"] for kind in kinds})
+    whole = [kind for kind in kinds if torch.as_tensor(one[kind]).ndim]
     on_device = any(optimizer.torch.defaults.get(name) for name in ("fused", "capturable"))
     for flat in optimizer.flat:
         fresh: dict[str, Any] = {kind: torch.zeros_like(flat) for kind in whole}
         for kind in one.keys() - set(whole):
-            # A copy for each partition: torch counts in place.
-            count = one[kind].clone()
-            integer = kind in record["integers"]
-            fresh[kind] = int(count) if integer else count.to(flat.device if on_device else "cpu")
+            count = one[kind]
+            if isinstance(count, torch.Tensor):
+                # A copy for each partition: torch counts in place.
+                count = count.clone().to(flat.device if on_device else "cpu")
+            fresh[kind] = count
         optimizer.torch.state[flat] = fresh
     optimizer.link()
     for name, parameter in optimizer.parameters.items():
@@ -276,17 +318,16 @@ def _restore_optimizer(optimizer: Optimizer, reader: Reader, record: dict[str, A
             _set_share(parameter, reader[f"{kind}/{name}"], kind)
 
 
-def _restore_rank(optimizer: Optimizer, reader: Reader, record: dict[str, Any]) -> None:
+def _restore_rank(optimizer: Optimizer, reader: Reader) -> None:
     """Put back what belongs to this rank; ``run.Run`` has seen to it that ranks are as many."""
     prefix = f"rank{dist.get_rank()}/"
     for index, flat in enumerate(optimizer.flat):
-        entry: dict[str, Any] = {}
+        saved = {}
         for key in reader.where:
             kind, _, where = key.removeprefix(prefix).partition("/")
             if key.startswith(prefix) and where == str(index) and kind != VALUE:
-                value = reader[key]
-                entry[kind] = int(value) if kind in record["integers"] else value.to(flat.device)
-        optimizer.torch.state[flat] = entry
+                saved[kind] = reader[key].to(flat.device)
+        optimizer.torch.state[flat] = optimizer.entry(saved)
         flat.data.copy_(reader[f"{prefix}{VALUE}/{index}"])
     _spread(optimizer)
 
@@ -296,15 +337,7 @@ def _spread(optimizer: Optimizer) -> None:
     from deepspeed.utils import safe_get_full_fp32_param
 
     for parameter in optimizer.parameters.values():
-        value = safe_get_full_fp32_param(parameter)
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if dist.get_rank() == 0:
-                    parameter.data.copy_(value)
-        else:
-            parameter.data.copy_(value)
+        _set_parameter(parameter, safe_get_full_fp32_param(parameter))
 
 
 def _restore_schedule(trainer: Trainer, saved: dict[str, Any]) -> None:
