@@ -23,3 +23,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.fixture
+def saving(llama: Path, rows: Path) -> list[str]:
+    """Give the settings of six steps that are saved every second one."""
+    return [
+        *("model=hf", f"model.name_or_path={llama}", "template=chat"),
+        *("dataset=jsonl", f"dataset.path={rows}", "dataset.eval_fraction=0.34"),
+        *("train.global_batch_size=4", "train.per_device_train_batch_size=2"),
+        *("train.learning_rate=1e-2", "train.logging_steps=1", "train.max_steps=6"),
+        *("train.save_strategy=steps", "train.save_steps=2", "precision=fp32"),
+    ]

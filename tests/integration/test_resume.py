@@ -18,17 +18,6 @@ from support import ROOT, records, run_sft
 INJECT = str(ROOT / "benchmarks" / "inject.py")
 
 
-@pytest.fixture
-def common(llama: Path, rows: Path) -> list[str]:
-    return [
-        *("model=hf", f"model.name_or_path={llama}", "template=chat"),
-        *("dataset=jsonl", f"dataset.path={rows}", "dataset.eval_fraction=0.34"),
-        *("train.global_batch_size=4", "train.per_device_train_batch_size=2"),
-        *("train.learning_rate=1e-2", "train.logging_steps=1", "train.max_steps=6"),
-        *("train.save_strategy=steps", "train.save_steps=2", "precision=fp32"),
-    ]
-
-
 def train(*overrides: str) -> None:
     from sft.train import main, train
 
@@ -46,65 +35,16 @@ def losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records(run) if "loss" in record}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["zero=none", "precision=bf16", "train.per_device_train_batch_size=1"],
-        ["zero=stage1", "dataset.packing=bfd", "dataset.max_length=128"],
-        ["zero=stage2", "train.optim=adamw_8bit"],
-        ["zero=stage3", "lora=none", "train.per_device_train_batch_size=1"],
-    ],
-    ids=lambda settings: settings[0],
-)
-def test_a_resumed_run_is_the_same_run(
-    tmp_path: Path, common: list[str], settings: list[str]
-) -> None:
-    """Two ranks; with dropout, accumulation, packing, 16 bits, 8-bit Adam, all weights trained."""
-    given = {item.partition("=")[0] for item in settings}
-    command = [item for item in common if item.partition("=")[0] not in given]
-    command += [*settings, "train.eval_strategy=steps", "train.eval_steps=1"]
-    command += [] if "lora=none" in settings else ["lora.lora_dropout=0.1"]
-    result = run_sft("prove", *command, "ranks=2", "steps=4", cwd=tmp_path)
-    assert "the same, bit for bit: losses, rates, gradient norms" in result.stdout
-    assert "evaluations of steps 3 to 4, and " in result.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_proof_can_fail(
-    tmp_path: Path, common: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sft import checkpoint, prove
-    from sft.errors import RunError
-
-    honest = prove._cut_back
-
-    def dishonest(run: Path, step: int) -> None:
-        honest(run, step)
-        path = checkpoint.path_of(run, step)
-        file = path / "optimizer-00001.safetensors"
-        tensors = load_file(file)
-        name = next(key for key in tensors if key.startswith("exp_avg/") and "lora_B" in key)
-        save_file({**tensors, name: tensors[name] * 1.001}, file)
-        listed = checkpoint.manifest(path)
-        listed["files"][file.name]["xxh3"] = checkpoint.hash_of(file)
-        (path / checkpoint.MANIFEST).write_text(json.dumps(listed))
-
-    monkeypatch.setattr(prove, "_cut_back", dishonest)
-    monkeypatch.setattr(sys, "argv", ["prove", *common, "steps=4"])
-    with pytest.raises(RunError, match=r"(?s)another than the straight one:.*step 4: loss"):
-        prove.prove(prove.main.compose([*common, "steps=4"]))
-
-
-def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, common: list[str]) -> None:
+def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, saving: list[str]) -> None:
     """One rank straight; and 2 under stage 2, killed, 2 under stage 3, stopped, 1 without ZeRO."""
     straight, run = tmp_path / "straight", tmp_path / "run"
-    train(*common, f"output_dir={straight}")
+    train(*saving, f"output_dir={straight}")
 
     def two_ranks(fault: str, stage: str) -> subprocess.CompletedProcess[str]:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         start += ["--nproc_per_node", "2", INJECT, fault, "sft.train"]
         return subprocess.run(
-            [*start, *common, f"zero={stage}", f"output_dir={run}"],
+            [*start, *saving, f"zero={stage}", f"output_dir={run}"],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -119,7 +59,7 @@ def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, common: list
         stopped.stdout
     )
     assert "stopped by another rank's signal after step 3, which is saved" in stopped.stderr
-    again = run_sft("train", *common, f"output_dir={run}", cwd=tmp_path)
+    again = run_sft("train", *saving, f"output_dir={run}", cwd=tmp_path)
     assert "checkpoint-3 (made by 2 ranks under ZeRO stage 3; now 1 ranks" in again.stdout
     assert losses(run) == pytest.approx(losses(straight), rel=1e-5)
     one, other = (
@@ -136,13 +76,13 @@ def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, common: list
     assert [line["num_tokens"] for line in records(run) if "num_tokens" in line] == tokens
 
 
-def test_torchrun_restarts_what_died(tmp_path: Path, common: list[str]) -> None:
+def test_torchrun_restarts_what_died(tmp_path: Path, saving: list[str]) -> None:
     """With overwrite=true too, which means the first start only."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
     fault = "SIGKILL:sft.guard.Guard.on_step_end:before:3:1"
     more = ["output_dir=run", "overwrite=true"]
     done = subprocess.run(
-        [*start, "--nproc_per_node", "2", INJECT, fault, "sft.train", *common, *more],
+        [*start, "--nproc_per_node", "2", INJECT, fault, "sft.train", *saving, *more],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -159,10 +99,10 @@ def test_torchrun_restarts_what_died(tmp_path: Path, common: list[str]) -> None:
     [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGINT, 130, "SIGINT")],
 )
 def test_a_signal_saves_and_stops(
-    tmp_path: Path, common: list[str], number: int, code: int, name: str
+    tmp_path: Path, saving: list[str], number: int, code: int, name: str
 ) -> None:
     gone = ("train.max_steps", "train.save_s")
-    command = [item for item in common if not item.startswith(gone)]
+    command = [item for item in saving if not item.startswith(gone)]
     command += ["train.max_steps=5000", "train.save_strategy=no", "output_dir=run"]
     child = subprocess.Popen(
         [sys.executable, "-m", "sft.train", *command],
@@ -206,10 +146,10 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, common: list[str]) -> None:
+def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, saving: list[str]) -> None:
     """Of the last step of an epoch, after which the checkpoint was written and the run killed."""
     run = tmp_path / "run"
-    epochs = [item for item in common if "max_steps" not in item]
+    epochs = [item for item in saving if "max_steps" not in item]
     epochs += ["train.num_train_epochs=2", "train.eval_strategy=epoch", f"output_dir={run}"]
     train(*epochs)
     whole = records(run)
@@ -232,9 +172,9 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, common: l
     assert evaluations == [line for line in without_clocks(whole) if "eval_loss" in line]
 
 
-def test_checkpoints_hold_no_pickle_and_the_best_is_kept(tmp_path: Path, common: list[str]) -> None:
+def test_checkpoints_hold_no_pickle_and_the_best_is_kept(tmp_path: Path, saving: list[str]) -> None:
     run = tmp_path / "run"
-    train(*common, "train.eval_strategy=steps", "train.eval_steps=2", f"output_dir={run}")
+    train(*saving, "train.eval_strategy=steps", "train.eval_steps=2", f"output_dir={run}")
     evaluated = {line["step"]: line["eval_loss"] for line in records(run) if "eval_loss" in line}
     best = min((step for step in evaluated if step), key=evaluated.__getitem__)
     kept = {int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")}
@@ -244,13 +184,13 @@ def test_checkpoints_hold_no_pickle_and_the_best_is_kept(tmp_path: Path, common:
 
 
 def test_what_is_trained_may_not_change_unnoticed(
-    tmp_path: Path, common: list[str], rows: Path
+    tmp_path: Path, saving: list[str], rows: Path
 ) -> None:
     from sft.errors import RunError
 
     run, own = tmp_path / "run", tmp_path / "own.jsonl"
     shutil.copy(rows, own)
-    command = [item for item in common if not item.startswith("dataset.path")]
+    command = [item for item in saving if not item.startswith("dataset.path")]
     command += [f"dataset.path={own}", f"output_dir={run}"]
     train(*command)
     cut_off(run, 4)
@@ -270,13 +210,13 @@ def test_what_is_trained_may_not_change_unnoticed(
 
 
 def test_another_base_under_the_same_name_is_noticed(
-    tmp_path: Path, common: list[str], llama: Path
+    tmp_path: Path, saving: list[str], llama: Path
 ) -> None:
     from sft.errors import RunError
 
     base, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(llama, base)
-    command = [item for item in common if "name_or_path" not in item]
+    command = [item for item in saving if "name_or_path" not in item]
     command += [f"model.name_or_path={base}", f"output_dir={run}"]
     train(*command)
     cut_off(run, 2)
@@ -288,7 +228,7 @@ def test_another_base_under_the_same_name_is_noticed(
 
 
 def test_a_loss_that_is_not_finite_names_its_rows(
-    tmp_path: Path, common: list[str], llama: Path
+    tmp_path: Path, saving: list[str], llama: Path
 ) -> None:
     """A word that only rows 6, 12, 18 and 24 have makes the model answer NaN."""
     from transformers import AutoTokenizer
@@ -307,7 +247,7 @@ def test_a_loss_that_is_not_finite_names_its_rows(
     ]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     gone = ("model.name_or_path", "dataset.", "train.max_steps")
-    command = [item for item in common if not item.startswith(gone)]
+    command = [item for item in saving if not item.startswith(gone)]
     command += [f"model.name_or_path={base}", f"dataset.path={data}", "train.max_steps=12"]
     with pytest.raises(RunError, match=r"step \d+: the loss is nan \(rows ([\d, ]+)\)") as stopped:
         train(*command, f"output_dir={tmp_path / 'stop'}")
@@ -324,7 +264,7 @@ def test_a_loss_that_is_not_finite_names_its_rows(
     assert all(tensor.isfinite().all() for tensor in adapter.values())
 
 
-def test_a_loss_that_jumps_stops_the_run(tmp_path: Path, common: list[str], llama: Path) -> None:
+def test_a_loss_that_jumps_stops_the_run(tmp_path: Path, saving: list[str], llama: Path) -> None:
     """One row of 120 has a word that confuses the model; its turn comes after 20 steps."""
     from transformers import AutoTokenizer
 
@@ -343,14 +283,14 @@ def test_a_loss_that_jumps_stops_the_run(tmp_path: Path, common: list[str], llam
     lines = [{"prompt": f"say {i}", "completion": str(i) + " Zq" * (i == 0)} for i in range(120)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     gone = ("model.name_or_path", "dataset.", "train.max_steps", "train.save_s")
-    command = [item for item in common if not item.startswith(gone)]
+    command = [item for item in saving if not item.startswith(gone)]
     command += [f"model.name_or_path={base}", f"dataset.path={data}", f"seed={seed}"]
     command += ["train.max_steps=30", "train.max_loss_jump=3"]
     with pytest.raises(RunError, match=r"step 2\d: the loss jumped to .* \(rows (1|.* 1), "):
         train(*command, f"output_dir={tmp_path / 'run'}")
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, common: list[str]) -> None:
+def test_a_full_disk_loses_nothing(tmp_path: Path, saving: list[str]) -> None:
     """On a file system that is filled before the second checkpoint."""
     from sft import checkpoint
     from sft.errors import CheckpointError
@@ -362,31 +302,31 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, common: list[str]) -> None:
         pytest.skip("this user may not mount a small file system")
     try:
         with pytest.raises(CheckpointError, match=r"cannot be saved: .*No space left") as full:
-            train(*common, f"output_dir={disk / 'run'}")
+            train(*saving, f"output_dir={disk / 'run'}")
         left = checkpoint.checkpoints(disk / "run")[0]
         assert f"the newest checkpoint is {left}" in str(full.value)
         del full  # whose frames hold the run, and the run its lock
         checkpoint.verify(left)
         assert not list((disk / "run").glob("*.partial*"))
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-        train(*common, f"output_dir={disk / 'run'}")
+        train(*saving, f"output_dir={disk / 'run'}")
         assert list(losses(disk / "run")) == [1, 2, 3, 4, 5, 6]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_finished_run_is_not_trained_over_by_one_that_came_late(
-    tmp_path: Path, common: list[str]
+    tmp_path: Path, saving: list[str]
 ) -> None:
     from sft.config import fill_names
     from sft.errors import RunError
     from sft.run import Run
     from sft.train import main
 
-    config = main.compose([*common, f"output_dir={tmp_path / 'run'}"])
+    config = main.compose([*saving, f"output_dir={tmp_path / 'run'}"])
     fill_names(config)
     late = Run(config)
     assert late.resume_point() is None
-    train(*common, f"output_dir={tmp_path / 'run'}")
+    train(*saving, f"output_dir={tmp_path / 'run'}")
     with pytest.raises(RunError, match="another process has trained in"):
         late.claim()
