@@ -99,7 +99,7 @@ def _outcome(command: list[str], run: Path) -> dict[str, Any]:
         said = result.stderr.partition("error: ")[2] or result.stderr
         raise RunError(f"the run that was to be resumed failed: {said.strip()}")
     logged = [
-        {key: value for key, value in record.items() if key != "eval_seconds"}
+        {key: value for key, value in record.items() if "seconds" not in key}
         for record in read_records(run / "metrics.jsonl")
         if "train_runtime" not in record  # the summary of one process
     ]
