@@ -10,7 +10,6 @@ after torchrun restarted it.
 import functools
 import importlib
 import os
-import runpy
 import signal
 import sys
 
@@ -51,4 +50,4 @@ if __name__ == "__main__":
     given, module = sys.argv[1:3]
     arm(given)
     sys.argv = [module, *sys.argv[3:]]
-    runpy.run_module(module, run_name="__main__")
+    importlib.import_module(module).main()
