@@ -63,7 +63,8 @@ class Run:
             RunError: The run is finished, was made with other settings, or the folder is taken.
             CheckpointError: The checkpoint that was named cannot be used, or none can.
         """
-        named = self.config.resume.checkpoint
+        # Of a command that was restarted, the first start went back; this one goes on.
+        named = None if resume.restarted() else self.config.resume.checkpoint
         self._found = self._read()
         there = next(path for path in (self.dir, *self.dir.absolute().parents) if path.exists())
         if not os.access(there, os.W_OK):
@@ -110,7 +111,7 @@ class Run:
         """Compare what is trained, and on what, with what the run began with.
 
         Raises:
-            RunError: The base model or the data is another under the same name.
+            RunError: The base model, the data or the precision is another under the same settings.
         """
         self.identity = identity
         if self.config.overwrite or not (self.dir / "config.yaml").is_file():
@@ -122,7 +123,7 @@ class Run:
             if before.get(what, now) != now
         }
         self._accept(
-            f"what {self.dir} trains has another content now",
+            f"what {self.dir} trains is another now",
             changed,
             set(self.config.resume.allow),
         )

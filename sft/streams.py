@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def restore_random_streams(folder: Path, seed: int) -> None:
         }
     torch.set_rng_state(own["torch"])
     gauss = own["python_gauss"].item()
-    random.setstate((3, tuple(own["python"].tolist()), None if gauss != gauss else gauss))
+    random.setstate((3, tuple(own["python"].tolist()), None if math.isnan(gauss) else gauss))
     *words, position, has_gauss = own["numpy"].tolist()
     np.random.set_state(
         ("MT19937", np.array(words, np.uint32), position, has_gauss, own["numpy_gauss"].item())

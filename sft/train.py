@@ -58,7 +58,8 @@ def train(config: Config) -> None:
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     model.check_fits(architecture, tokenizer, prepared.parts.values())
     if os.environ.get("RANK", "0") == "0":
-        run.identify(resume.identity(config.model, architecture, prepared))
+        found = resume.identity(config.model, architecture, prepared)
+        run.identify({**found, "precision": precision})  # auto may be another on this machine
     collator, kernel = build.make_collator(config, architecture, precision, tokenizer, prepared)
     layers, reason = linear.choose(config, architecture, precision, stage)
     logger.info("frozen layers %s: %s", layers, reason)

@@ -36,7 +36,8 @@ def gathered(trainer: Trainer) -> dict[str, torch.Tensor]:
     for name, parameter in parameters.items():
         if id(parameter) in adapter or parameter.requires_grad:
             with deepspeed.zero.GatheredParameters([parameter]):
-                whole[name] = parameter.detach().to("cpu", copy=True)
+                if trainer.args.process_index == 0:
+                    whole[name] = parameter.detach().to("cpu", copy=True)
     return whole
 
 

@@ -199,7 +199,7 @@ def test_what_is_trained_may_not_change_unnoticed(
         train(*changed, "train.learning_rate=0.002")
     own.write_text(own.read_text().replace("abc 0", "abd 0"))
     os.utime(own, (1, 1))
-    with pytest.raises(RunError, match=r"another content now:\n    data: \w+ there, \w+ here"):
+    with pytest.raises(RunError, match=r"is another now:\n    data: \w+ there, \w+ here"):
         train(*command)
     allowed = "resume.allow=[data,train.learning_rate]"
     train(*changed, "train.learning_rate=0.002", "train.lr_scheduler_type=cosine", allowed)
@@ -223,8 +223,42 @@ def test_another_base_under_the_same_name_is_noticed(
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RunError, match=r"another content now:\n    base: \w+ there, \w+ here"):
+    with pytest.raises(RunError, match=r"is another now:\n    base: \w+ there, \w+ here"):
         train(*command)
+
+
+def test_another_precision_under_auto_is_noticed(
+    tmp_path: Path, saving: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with other hardware, where auto is another."""
+    from sft import model
+    from sft.errors import RunError
+
+    run = tmp_path / "run"
+    command = [item for item in saving if "precision" not in item] + [f"output_dir={run}"]
+    monkeypatch.setattr(model, "choose_precision", lambda asked: ("fp32", "a test"))
+    train(*command)
+    cut_off(run, 2)
+    monkeypatch.setattr(model, "choose_precision", lambda asked: ("bf16", "a test"))
+    with pytest.raises(RunError, match="precision: fp32 there, bf16 here"):
+        train(*command)
+
+
+def test_a_restarted_command_does_not_go_back_again(
+    tmp_path: Path, saving: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft.config import fill_names
+    from sft.run import Run
+    from sft.train import main
+
+    run = tmp_path / "run"
+    train(*saving, f"output_dir={run}")
+    cut_off(run, 6)
+    config = main.compose([*saving, f"output_dir={run}", "resume.checkpoint=checkpoint-4"])
+    fill_names(config)
+    assert Run(config).resume_point() == run / "checkpoint-4"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert Run(config).resume_point() == run / "checkpoint-6"
 
 
 def test_a_loss_that_is_not_finite_names_its_rows(
