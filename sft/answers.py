@@ -13,7 +13,7 @@ from sft.data.encode import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def complete(
@@ -50,7 +50,7 @@ def complete(
             attention_mask=torch.tensor(mask, device=device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stop_ids(model, tokenizer, stop_id),
+            eos_token_id=stop_ids(model.generation_config, tokenizer, stop_id),
             use_cache=True,
             # The model's own generation config may hold a penalty, which is not plain greedy.
             **{"do_sample": False, "repetition_penalty": 1.0, **options},
@@ -61,10 +61,10 @@ def complete(
 
 
 def stop_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
+    generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
 ) -> list[int]:
     """List what ends an answer: the tokenizer's EOS, the model's own, and the template's."""
-    own = model.generation_config.eos_token_id
+    own = generation.eos_token_id
     found = [tokenizer.eos_token_id, stop_id, *(own if isinstance(own, list) else [own])]
     return sorted({token for token in found if token is not None})
 

@@ -22,19 +22,30 @@ ADAPTER_SETTINGS = "adapter_config.json"
 
 @dataclasses.dataclass
 class Card:
-    """The choices of a run that outlive it."""
+    """The choices of a run that outlive it.
+
+    Attributes:
+        model: The base, as it was named.
+        template: What prompts and answers look like.
+        quantization: How training stored the base.
+        identity: ``base``, which weights those were, and ``precision``, which they were loaded in.
+    """
 
     model: ModelConfig
     template: TemplateConfig
     quantization: QuantizationConfig
+    identity: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def write_card(folder: Path, config: Config | Card) -> None:
+def card_of(config: Config, identity: dict[str, str]) -> Card:
+    """Note what a run has chosen, and the base and the precision that it had."""
+    kept = {what: identity[what] for what in ("base", "precision") if what in identity}
+    return Card(config.model, config.template, config.quantization, kept)
+
+
+def write_card(folder: Path, content: Card) -> None:
     """Write ``sft.json`` beside an adapter or a model."""
-    card = {
-        field.name: dataclasses.asdict(getattr(config, field.name))
-        for field in dataclasses.fields(Card)
-    }
+    card = dataclasses.asdict(content)
     card["template"]["chat_template"] = None  # it is saved with the tokenizer, which lies beside
     write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
 

@@ -109,20 +109,26 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_architecture(model: ModelConfig) -> PreTrainedModel:
+def load_architecture(model: ModelConfig, buffers: bool = False) -> PreTrainedModel:
     """Build the model on the meta device: every module and shape, no weights, no memory.
+
+    Args:
+        model: Which.
+        buffers: Make these for real, such as rotary frequencies, as a forward pass needs them.
 
     Raises:
         ModelError: Its config is not there or cannot be reached.
     """
     import torch
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with loading("config", model):
         config = AutoConfig.from_pretrained(**source(model))
-        with torch.device("meta"):
+        options: dict[str, Any] = {"dtype": torch.float32} if buffers else {}
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             architecture = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=model.trust_remote_code
+                config, trust_remote_code=model.trust_remote_code, **options
             )
     return architecture
 

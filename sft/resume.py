@@ -91,21 +91,24 @@ def changed(path: Path, ranks: int, stage: int) -> str:
     return "" if same else f" (made by {there}; now {here})"
 
 
+def base_identity(model: ModelConfig, architecture: PreTrainedModel) -> str:
+    """Identify a base model: by its commit on the hub, or a hash of its config and weights."""
+    folder = Path(str(model.name_or_path))
+    if not folder.is_dir():
+        return f"commit {architecture.config._commit_hash}"
+    weights = folder.glob("*.safetensors") if model.pretrained else []
+    return digest(sorted(map(str, [folder / "config.json", *weights])), folder)
+
+
 def identity(
     model: ModelConfig, architecture: PreTrainedModel, prepared: Prepared
 ) -> dict[str, str]:
     """Identify what is trained, and on what, by content.
 
     Returns:
-        ``base``: the model's commit on the hub, or a hash of its files; ``data``: a hash of the
-        samples as they were tokenised.
+        ``base``: see ``base_identity``; ``data``: a hash of the samples as they were tokenised.
     """
-    folder = Path(str(model.name_or_path))
-    if folder.is_dir():
-        kinds = ["*.json", *(["*.safetensors"] if model.pretrained else [])]
-        base = digest(sorted(str(file) for kind in kinds for file in folder.glob(kind)), folder)
-    else:
-        base = f"commit {architecture.config._commit_hash}"
     sets = [prepared.train.dataset] + ([prepared.eval.dataset] if prepared.eval else [])
     files = [file["filename"] for dataset in sets for file in dataset.cache_files]
-    return {"base": base, "data": digest(files, Path(files[0]).parent)}
+    data = digest(files, Path(files[0]).parent)
+    return {"base": base_identity(model, architecture), "data": data}

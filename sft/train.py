@@ -126,11 +126,13 @@ def start(
     from sft import callbacks
     from sft.fast import proof
     from sft.guard import Guard
+    from sft.merge import probes
     from sft.run import log_to_file
 
     if trainer.args.process_index == 0:
         run.claim()
         run.keep_audit(prepared.folder)
+        probes.keep(prepared, run.dir / probes.FILE)
     trainer.accelerator.wait_for_everyone()
     log_to_file(run.dir / f"rank{trainer.args.process_index}.log")
     trainer.on_nan = run.config.train.on_nan
@@ -196,7 +198,7 @@ def finish_training(
 
 def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:
     """Write the adapter, or the model where all of it was trained, and the finished flag last."""
-    from sft.inference import write_card
+    from sft.inference import card_of, write_card
     from sft.ranks import gather
     from sft.trainer import share_of_state
 
@@ -206,7 +208,7 @@ def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> N
     memory = gather(share_of_state(trainer))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.process_index == 0:
-        write_card(folder, config)
+        write_card(folder, card_of(config, run.identity))
         run.finish(final, ranks_memory=memory)
         logger.info("%s written to %s", kind, folder)
     trainer.accelerator.wait_for_everyone()

@@ -628,7 +628,7 @@ def test_a_prompt_is_taken_as_it_is_typed(prompt: str) -> None:
 
 
 def test_plain_settings_are_typed_and_given_once() -> None:
-    from sft.merge import main as merge
+    from sft.merge.__main__ import main as merge
 
     config = merge.compose(["adapter=a", "output=b", "overwrite=true", "base=null"])
     assert (config.overwrite, config.base) == (True, None)

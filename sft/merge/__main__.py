@@ -1,0 +1,310 @@
+"""Fold an adapter into full weights, and prove that the merged model is the one that was trained.
+
+The base is read and the result written a few rows at a time; deltas are added in float32 and
+rounded once. An adapter that was trained on a 4- or 8-bit base is merged onto that base
+dequantised, which is what it was trained on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft import environment
+from sft.cli import Command
+from sft.errors import MergeError, Problem
+from sft.files import to_json, write_text
+from sft.rules import one_of, rule_problems, setting
+
+logger = logging.getLogger("sft")
+
+REPORT = "merge_report.json"
+FAILED = ".failed"  # the suffix of a merged model that is not what was trained
+SPARE = 64 << 20  # bytes for what lies beside the weights
+
+
+@dataclass
+class MergeConfig:
+    """What to merge, and where to."""
+
+    run: str | None = setting(None, "a run's folder; its adapter/ becomes its merged/")
+    adapter: Any = setting(None, "or an adapter folder (PEFT format); or a list of them")
+    weights: list[float] = setting([], "of several adapters, by which each is multiplied; []: 1")
+    output: str | None = setting(None, "where the merged model goes; null: merged/ in the run")
+    base: str | None = setting(None, "base model; null: the one the adapter names")
+    check_base: bool = setting(True, "false: merge onto a base other than the trained one")
+    quantized_base: str = setting(
+        "dequantized",
+        "merge what was trained on a 4- or 8-bit base onto what training computed with "
+        "(dequantized), or onto the weights before that (original), which answers differently",
+        one_of("dequantized", "original"),
+    )
+    dtype: str = setting(
+        "auto",
+        "of the written weights; auto: the base model's own",
+        one_of("auto", "float32", "bfloat16", "float16"),
+    )
+    max_shard_size: str | None = setting(None, "of a file, such as 5GB; null: the base's own files")
+    device: str = setting("cpu", "where deltas are added", one_of("cpu", "cuda"))
+    verify: bool = setting(True, "false: do not compare with base + adapter; it is recorded")
+    push_to_hub: str | None = setting(None, "a repository to upload to (private if it is new)")
+    overwrite: bool = setting(False, "true: replace a merged model that is in the output folder")
+
+
+def check(config: MergeConfig) -> list[Problem]:
+    """Find what is wrong with the settings alone."""
+    problems = []
+    if (config.run is None) == (config.adapter is None):
+        problems.append(Problem("run, adapter", "give one of them", "run=outputs/NAME"))
+    elif config.adapter is not None and config.output is None:
+        problems.append(Problem("output=null", "adapter= needs a place to go", "output=FOLDER"))
+    given = config.adapter if isinstance(config.adapter, list) else [config.adapter]
+    if not given or not all(isinstance(item, str | None) for item in given):
+        rule = "must be a folder or a list of folders"
+        problems.append(Problem(f"adapter={config.adapter}", rule, "adapter=FOLDER"))
+    if config.weights and len(config.weights) != len(given):
+        rule = f"must be as many as there are adapters: {len(given)}"
+        problems.append(Problem(f"weights={config.weights}", rule, "leave it out"))
+    if config.max_shard_size is not None and _bytes(config.max_shard_size) is None:
+        rule = "must be a size"
+        fix = "max_shard_size=5GB"
+        problems.append(Problem(f"max_shard_size={config.max_shard_size}", rule, fix))
+    if config.push_to_hub is not None and os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        rule = "cannot be reached with HF_HUB_OFFLINE=1"
+        problems.append(Problem(f"push_to_hub={config.push_to_hub}", rule, "unset HF_HUB_OFFLINE"))
+    return problems
+
+
+def _bytes(size: str) -> int | None:
+    """Read a size as Transformers writes it: 5GB is 5 billion bytes, 5GiB more."""
+    powers = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    text = size.strip().upper()
+    for unit in ("KIB", "MIB", "GIB", "KB", "MB", "GB"):
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.isdigit() and int(number):
+            return int(number) * powers[unit]
+    return None
+
+
+def merge(config: MergeConfig) -> None:
+    """Merge, verify, and only then give the output its name.
+
+    Raises:
+        MergeError: Something is missing, the output is taken, or the merged model differs.
+    """
+    adapters, output = _places(config)
+    _check_output(output, config.overwrite)
+    environment.prepare()
+    import torch
+
+    from sft import checkpoint
+    from sft.merge import carry, plan
+    from sft.merge.verify import verify, verify_against_training
+    from sft.merge.write import write
+
+    began = time.perf_counter()
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise MergeError("device=cuda: there is no GPU\n    fix: device=cpu")
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    size = None if config.max_shard_size is None else _bytes(config.max_shard_size)
+    weights = config.weights or [1.0] * len(adapters)
+    sources = plan.find(adapters, weights, config.base)
+    compared = plan.check_base(sources) if config.check_base else "not compared, as asked"
+    quantization = sources.quantization
+    is_quantized = quantization.load_in_4bit or quantization.load_in_8bit
+    dequantized = is_quantized and config.quantized_base == "dequantized"
+    prepared = plan.prepare(sources, dequantized, dtype, size)
+    _check_space(prepared.layout.size, output)
+    report: dict[str, Any] = {
+        "passed": False,
+        "adapters": [str(folder.resolve()) for folder in sources.adapters],
+        "weights": sources.weights,
+        "base": str(sources.base.name_or_path),
+        "base_compared": compared,
+        "onto": config.quantized_base if is_quantized else "the base's own weights",
+        "dtype": config.dtype if dtype is not None else str(sources.stored_dtype)[6:],
+        "untied": prepared.layout.untied,
+    }
+    with _claimed(output) as partial:
+        write_text(partial / REPORT, to_json(report, indent=2) + "\n")  # until it is verified
+        with _progress(prepared.layout.size) as tick:
+            write(prepared.layout, partial, torch.device(config.device), tick)
+        if index := prepared.layout.index():
+            write_text(partial / "model.safetensors.index.json", index)
+        carry.write(prepared, dtype, partial)
+        report["seconds_merging"] = round(time.perf_counter() - began, 2)
+        if config.verify:
+            report |= verify(prepared, partial, dtype or sources.stored_dtype)
+            if quantization.load_in_8bit or (is_quantized and not dequantized):
+                report["from_training"] = verify_against_training(prepared, partial)
+        else:
+            report |= {"passed": None, "reason": "verify=false"}
+        report["seconds"] = round(time.perf_counter() - began, 2)
+        write_text(partial / REPORT, to_json(report, indent=2) + "\n")
+        if report["passed"] is False:
+            failed = output.with_name(output.name + FAILED)
+            shutil.rmtree(failed, ignore_errors=True)
+            partial.rename(failed)
+            raise MergeError(
+                f"the merged model is not the trained one: {report['reason']}; it is in {failed} "
+                "for inspection\n    fix: dtype=float32"
+            )
+        checkpoint.finish(partial, output)
+    _tell(output, report)
+    if config.push_to_hub is not None:
+        _push(output, config.push_to_hub)
+
+
+def _places(config: MergeConfig) -> tuple[list[Path], Path]:
+    """Say which adapters are merged, and where to."""
+    if config.run is None:
+        given = config.adapter if isinstance(config.adapter, list) else [config.adapter]
+        return [Path(item) for item in given], Path(str(config.output))
+    run = Path(config.run)
+    if (run / "model").is_dir():
+        raise MergeError(f"{run} trained every weight: {run / 'model'} is the whole model already")
+    return [run / "adapter"], Path(config.output or run / "merged")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Refuse to replace anything but what a merge has made."""
+    if output.exists() and not overwrite:
+        raise MergeError(
+            f"{output} exists\n    fix: overwrite=true to replace it, or output=ANOTHER"
+        )
+    for folder in (output, output.with_name(output.name + FAILED)):
+        if folder.exists() and not (folder / REPORT).is_file():
+            raise MergeError(f"{folder} is not a merged model of ours\n    fix: output=ANOTHER")
+
+
+def _check_space(size: int, output: Path) -> None:
+    there = next(path for path in output.absolute().parents if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < size + SPARE:
+        raise MergeError(
+            f"the merged model takes {size / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB free"
+            "\n    fix: output=FOLDER on another disk, or dtype=bfloat16"
+        )
+
+
+@contextlib.contextmanager
+def _claimed(output: Path) -> Iterator[Path]:
+    """Make the folder that is written into; another merge to the same output is refused.
+
+    What a failure leaves is removed; what a kill leaves, the next merge removes.
+    """
+    from sft import checkpoint
+
+    partial = output.with_name(output.name + checkpoint.PARTIAL)
+    if partial.exists():
+        names = [path.name for path in partial.iterdir()]
+        if names and not any(name.startswith(REPORT) for name in names):
+            raise MergeError(f"{partial} is not a merge of ours\n    fix: output=ANOTHER")
+        with _locked(partial):
+            pass
+    try:
+        partial = checkpoint.begin(output)
+        with _locked(partial):
+            try:
+                yield partial
+            except BaseException:
+                checkpoint.abandon(output)
+                raise
+    except OSError as error:
+        raise MergeError(
+            f"{output} cannot be written: {error}\n    fix: mend that, or output=ANOTHER"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder; the kernel lets it go with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        message = f"another merge writes {folder}\n    fix: wait, or output=ANOTHER"
+        raise MergeError(message) from None
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _progress(size: int) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    with tqdm(total=size, unit="B", unit_scale=True, desc="merging", delay=2, leave=False) as bar:
+        yield bar.update
+
+
+def _tell(output: Path, report: dict[str, Any]) -> None:
+    """Say what came out."""
+    if report["passed"] is None:
+        logger.info("merged into %s (%s), not verified, as asked", output, report["dtype"])
+        return
+    effect = report["adapter_effect"]
+    texts = report["greedy_texts"]
+    logger.info("merged into %s (%s, %.1f s)", output, report["dtype"], report["seconds"])
+    logger.info(
+        "verified on %s: logits within %.2g of base + adapter (allowed %.2g), the adapter moves "
+        "them by %.2g; same top token at %.1f %%, KL %.2g; %d of %d greedy texts equal",
+        report["compared_on"],
+        report["max_difference"],
+        report["allowed_difference"],
+        effect["max_difference"],
+        100 * report["top1_agreement"],
+        report["kl"],
+        texts["equal"],
+        texts["of"],
+    )
+    losses = report["eval_loss"]
+    if losses["merged"] is not None:
+        logger.info(
+            "loss on their trained tokens: base + adapter %.6f, merged %.6f",
+            losses["base_and_adapter"],
+            losses["merged"],
+        )
+
+
+def _push(folder: Path, repository: str) -> None:
+    """Upload the verified folder; one that is new is private."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        where = api.upload_folder(folder_path=folder, repo_id=repository)
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MergeError(
+            f"{folder} is merged, but {repository} could not be written: {reason}\n"
+            f"    fix: hf auth login, then: hf upload {repository} {folder}"
+        ) from error
+    logger.info("uploaded to %s", where)
+
+
+main = Command(
+    name="merge",
+    schema=MergeConfig,
+    run=merge,
+    check=lambda config: [*rule_problems(config), *check(config)],
+    summary="fold an adapter into full weights, and verify them",
+    examples=(
+        "python -m sft.merge run=outputs/opt-125m_alpaca_r8_seed42",
+        "python -m sft.merge adapter=FOLDER output=FOLDER base=facebook/opt-125m",
+        "python -m sft.merge 'adapter=[ONE,OTHER]' 'weights=[0.7,0.3]' output=FOLDER",
+    ),
+)
+
+if __name__ == "__main__":
+    main()

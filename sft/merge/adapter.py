@@ -1,0 +1,330 @@
+"""What adapters change, parameter by parameter, as PEFT itself puts them on the model.
+
+PEFT loads them onto the architecture, whose weights have shapes and no memory, so that whatever it
+knows of patterns, names and ties counts here too. What it would ignore is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sft.errors import MergeError
+from sft.merge.change import Change, LowRank
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+WEIGHTS = "adapter_model.safetensors"
+# What PEFT's LoRA can do to the forward pass that is the same as adding a product to the weight.
+PLAIN_VARIANTS = {"MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant"}
+DORA_VARIANTS = {"DoraLinearVariant", "DoraEmbeddingVariant"}
+# Settings that cannot be written into weights, or not by us.
+REFUSED = (
+    *("layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora"),
+    *("monteclora_config", "kasa_config", "megatron_config"),
+)
+# These change the base before the first step by what only the training run had.
+UNKNOWN_STARTS = ("corda", "lora_ga", "loftq")
+RESTARTING = ("pissa", "olora")  # these take their first product out of the base
+_NOTHING = torch.zeros(())
+
+
+def hollow(architecture: PreTrainedModel) -> PreTrainedModel:
+    """Give weights on the meta device the shape of real ones, all on one number."""
+    architecture.tie_weights()
+    made: dict[int, nn.Parameter] = {}
+    for module in architecture.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = nn.Parameter(_NOTHING.expand(parameter.shape), requires_grad=False)
+                module._parameters[name] = made.setdefault(id(parameter), empty)
+                made.setdefault(id(empty), empty)
+                empty._stands_for = parameter  # type: ignore[attr-defined]  # so its id stays taken
+    return architecture
+
+
+def is_hollow(tensor: torch.Tensor) -> bool:
+    """Say whether nothing was loaded into a weight."""
+    return tensor.data_ptr() == _NOTHING.data_ptr() or (
+        tensor.untyped_storage().nbytes() < tensor.nbytes
+    )
+
+
+def check_file(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Refuse an adapter that is damaged, empty, not finite, or that changes nothing.
+
+    Users of ZeRO-3 found 40-byte files after days (TRL #4416, PEFT #2892).
+
+    Returns:
+        The shapes of its tensors by name.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        states = sorted(item.name for item in folder.glob("*zero_pp_rank_*")) or sorted(
+            item.name for item in folder.glob("global_step*")
+        )
+        if states:
+            raise MergeError(
+                f"{folder} holds DeepSpeed's shards ({states[0]}), not an adapter\n"
+                "    fix: adapter=FOLDER with adapter_model.safetensors, as the run has it"
+            )
+        raise MergeError(f"there is no {path}\n    fix: adapter=FOLDER with safetensors weights")
+    shapes: dict[str, tuple[int, ...]] = {}
+    empty, broken, trained, zero = [], [], 0, 0
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                shapes[name] = tuple(tensor.shape)
+                empty += [name] * (tensor.numel() == 0)
+                broken += [name] * (not tensor.isfinite().all())
+                if "lora_B" in name or "lora_embedding_B" in name:
+                    trained += bool(tensor.any())
+                    zero += not tensor.any()
+    except SafetensorError as error:
+        raise MergeError(f"{path} is damaged: {error}\n    fix: train or copy it anew") from None
+    if not shapes or empty:
+        raise MergeError(f"{path} holds empty tensors {empty[:3]}\n    fix: train it anew")
+    if broken:
+        raise MergeError(f"{path} is not finite in {broken[:3]}\n    fix: a lower learning rate")
+    if zero and not trained:
+        raise MergeError(f"every lora_B of {path} is zero: it changes nothing")
+    return shapes
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """Read an adapter's settings, and refuse what cannot be merged.
+
+    Raises:
+        MergeError: It is no LoRA, or one whose effect is not a change of weights.
+    """
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        raise MergeError(f"{folder} is a {kind} adapter; LoRA is merged\n    fix: PEFT's own merge")
+    for name in REFUSED:
+        if getattr(config, name, None):
+            raise MergeError(f"{folder} uses {name}: not merged\n    fix: keep the adapter")
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.startswith((*UNKNOWN_STARTS, "pissa_niter")):
+        raise MergeError(
+            f"{folder} began with init_lora_weights={start}, which changed the base by what only "
+            "training knew\n    fix: save it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    return config
+
+
+def name_of(index: int) -> str:
+    """Name an adapter on the model."""
+    return f"adapter{index}"
+
+
+def attach(
+    model: PreTrainedModel, folders: Sequence[Path], configs: Sequence[LoraConfig]
+) -> PeftModel:
+    """Load adapters onto the architecture; they are named by ``name_of``.
+
+    Raises:
+        MergeError: One does not fit the base: modules, shapes or tensors are others.
+    """
+    from peft import get_peft_model
+
+    peft_model: Any = None
+    for index, (folder, config) in enumerate(zip(folders, configs, strict=True)):
+        config = copy.copy(config)
+        config.inference_mode = True
+        if str(config.init_lora_weights).lower() in RESTARTING:
+            config.init_lora_weights = True  # nothing is initialised here; see _restart
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if peft_model is None:
+                    peft_model = get_peft_model(
+                        model, config, adapter_name=name_of(0), low_cpu_mem_usage=True
+                    )
+                result = peft_model.load_adapter(
+                    str(folder), name_of(index), torch_device="cpu", low_cpu_mem_usage=True
+                )
+        except (ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise MergeError(
+                f"{folder} does not fit the base: {reason}\n    fix: base=THE_ONE_IT_WAS_TRAINED_ON"
+            ) from error
+        wrong = [*result.unexpected_keys, *result.missing_keys]
+        if wrong:
+            raise MergeError(
+                f"{len(result.unexpected_keys)} tensors of {folder} have no place in the base, and "
+                f"{len(result.missing_keys)} places have no tensor, such as {wrong[0]}\n"
+                "    fix: base=THE_ONE_IT_WAS_TRAINED_ON"
+            )
+    return peft_model
+
+
+def changes(
+    model: PeftModel,
+    weights: Sequence[float],
+    starts: Sequence[Any],
+    partners: Callable[[str], list[str]],
+) -> dict[str, Change]:
+    """Say what becomes of each parameter that the adapters touch.
+
+    Args:
+        model: The architecture with the adapters on it.
+        weights: By which each adapter's product is multiplied.
+        starts: Each adapter's ``init_lora_weights``.
+        partners: Gives the names that are one parameter in the base.
+
+    Returns:
+        By the parameter's name in the base; parameters that are tied come under each of their
+        names.
+
+    Raises:
+        MergeError: A tensor of an adapter would not be used, or not by its whole meaning.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    found: dict[str, Change] = {}
+    used: set[int] = set()
+
+    def change(name: str) -> Change:
+        return found.setdefault(name, Change())
+
+    inner = model.get_base_model()
+    for path, module in inner.named_modules():
+        place = base_name(path)
+        if isinstance(module, LoraLayer):
+            for index, weight in enumerate(weights):
+                name = name_of(index)
+                if name in module.scaling:
+                    _add_product(change, place, module, name, weight, starts[index], used)
+        elif isinstance(module, ModulesToSaveWrapper):
+            for index in range(len(weights)):
+                saved = getattr(module.modules_to_save, name_of(index), None)
+                for name, parameter in saved.named_parameters() if saved is not None else ():
+                    _replace(change(f"{place}.{name}"), f"{place}.{name}", parameter, used)
+        elif isinstance(module, TrainableTokensLayer):
+            for index in range(len(weights)):
+                if name_of(index) in module.trainable_tokens_delta:
+                    values = module.trainable_tokens_delta[name_of(index)]
+                    rows = torch.tensor(module.token_indices[name_of(index)])
+                    _claim(used, values)
+                    change(f"{place}.weight").tokens = (rows, values.detach().float())
+    for name, parameter in inner.named_parameters(remove_duplicate=False):
+        if is_hollow(parameter) or id(parameter) in used:
+            continue
+        if any(part in name for part in (".lora_", ".modules_to_save.", ".token_adapter.")):
+            raise MergeError(f"{name} of the adapter is of a kind that is not merged")
+        # A base weight that the adapter's file brings, such as a resized embedding, is loaded into
+        # the one tensor that tied names share.
+        for partner in partners(base_name(name)):
+            _replace(change(partner), partner, parameter, used)
+    return found
+
+
+def base_name(path: str) -> str:
+    """Name a module or parameter of a PEFT model as the base does."""
+    wrappers = {"base_layer", "original_module", "token_adapter"}
+    return ".".join(part for part in path.split(".") if part not in wrappers)
+
+
+def _claim(used: set[int], *tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        used.add(id(tensor))
+
+
+def _replace(change: Change, name: str, parameter: torch.Tensor, used: set[int]) -> None:
+    if is_hollow(parameter):
+        raise MergeError(f"the adapter has no tensor for {name}\n    fix: train or copy it anew")
+    if change.replaced is not None and not change.replaced.equal(parameter.detach()):
+        raise MergeError(
+            f"two adapters bring a {name} of their own\n    fix: merge one of them, or without "
+            "modules_to_save"
+        )
+    change.replaced = parameter.detach()
+    _claim(used, parameter)
+
+
+def _add_product(
+    change: Callable[[str], Change],
+    place: str,
+    module: Any,
+    name: str,
+    weight: float,
+    start: Any,
+    used: set[int],
+) -> None:
+    """Take one adapter's product from one layer of PEFT's."""
+    variant = type(module.lora_variant[name]).__name__ if name in module.lora_variant else None
+    if variant is not None and variant not in PLAIN_VARIANTS | DORA_VARIANTS:
+        raise MergeError(f"{place} is adapted by {variant}, which is not merged")
+    scale = module.scaling[name] * weight
+    if name in module.lora_embedding_A:
+        first, second = module.lora_embedding_A[name], module.lora_embedding_B[name]
+        left, right, transposed = first.T[None], second.T[None], True
+    else:
+        first, second = module.lora_A[name].weight, module.lora_B[name].weight
+        transposed = bool(getattr(module, "fan_in_fan_out", False))
+        if hasattr(module, "get_delta_factors") and module.num_experts > 1:
+            left, right, _ = module.get_delta_factors(name)
+        elif transposed:
+            left, right = first.T[None], second.T[None]
+        else:
+            left, right = second[None], first[None]
+    parameter = f"{place}.{getattr(module, 'parameter_name', 'weight')}"
+    entry = change(parameter)
+    # PEFT's factors may be views of the adapter's tensors in any order; products want rows.
+    left, right = left.detach().float().contiguous(), right.detach().float().contiguous()
+    entry.products.append(LowRank(left, right, scale))
+    _claim(used, first, second)
+    if variant in DORA_VARIANTS:
+        magnitude = module.lora_magnitude_vector[name].weight
+        entry.magnitude, entry.by_row = magnitude.detach().float().view(-1), not transposed
+        _claim(used, magnitude)
+    bias = getattr(module.lora_B[name], "bias", None) if name in module.lora_B else None
+    if bias is not None:
+        if getattr(module.get_base_layer(), "bias", None) is None:
+            raise MergeError(
+                f"lora_bias adds to a bias that {place} does not have\n    fix: keep the adapter"
+            )
+        other = change(f"{place}.bias")
+        added = bias.detach().float() * scale
+        other.added = added if other.added is None else other.added + added
+        _claim(used, bias)
+    if str(start).lower() in RESTARTING:
+        entry.restart = _restart(module, name, str(start).lower())
+
+
+def _restart(module: Any, name: str, start: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Let PEFT take its first product out of a real weight, as it did before training."""
+    from peft.tuners.lora import LoraConfig
+    from peft.tuners.lora.layer import Linear
+
+    transposed = bool(getattr(module, "fan_in_fan_out", False))
+    rank, alpha, root = module.r[name], module.lora_alpha[name], module.use_rslora[name]
+
+    def restart(weight: torch.Tensor) -> torch.Tensor:
+        rows, columns = weight.shape
+        layer: Any = nn.Linear(1, 1, bias=False)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.in_features, layer.out_features = (rows, columns) if transposed else (columns, rows)
+        config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=root, init_lora_weights=start)
+        config.fan_in_fan_out = transposed
+        Linear(layer, "restart", config, r=rank, lora_alpha=alpha)
+        result: torch.Tensor = layer.weight.data
+        return result
+
+    return restart

@@ -1,0 +1,130 @@
+"""What a merged folder needs besides weights: settings, tokenizer and card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sft.answers import stop_ids
+from sft.config import ModelConfig, QuantizationConfig
+from sft.errors import MergeError
+from sft.files import write_text
+from sft.inference import write_card
+from sft.model import load_tokenizer, loading, source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sft.merge.plan import Prepared
+
+TOKENIZER = "tokenizer_config.json"
+
+
+def write(prepared: Prepared, dtype: torch.dtype | None, folder: Path) -> None:
+    """Write config, generation config, tokenizer, chat template and card.
+
+    Args:
+        prepared: The merge.
+        dtype: Of the weights; None: the base's own.
+        folder: Where the weights are.
+    """
+    tokenizer = tokenizer_of(prepared)
+    tokenizer.save_pretrained(folder)
+    settings = _base_settings(prepared.sources.base)
+    text = settings.get("text_config", settings)
+    for level in {id(settings): settings, id(text): text}.values():
+        if prepared.layout.untied:
+            level["tie_word_embeddings"] = False
+        if dtype is not None:
+            level.pop("torch_dtype", None)
+            level["dtype"] = str(dtype).removeprefix("torch.")
+    rows = prepared.model.get_input_embeddings().weight.shape[0]
+    if "vocab_size" in text and prepared.resized:
+        text["vocab_size"] = rows
+    _carry_code(prepared.sources.base, settings, folder)
+    write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    _generation(prepared, tokenizer).save_pretrained(folder)
+    card = prepared.sources.card
+    if card is not None:
+        # The merged weights are whole, and need no base.
+        whole = dataclasses.replace(card, quantization=QuantizationConfig(), identity={})
+        write_card(folder, whole)
+
+
+def check(prepared: Prepared, folder: Path) -> None:
+    """Hold what was written against where it came from.
+
+    Raises:
+        MergeError: Something that decides what the model answers is another.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    wanted, written = tokenizer_of(prepared), AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    before = prepared.model.config.get_text_config()
+    tied = bool(before.tie_word_embeddings) and not prepared.layout.untied
+    pairs = {
+        "vocabulary": (wanted.get_vocab(), written.get_vocab()),
+        "EOS token": (wanted.eos_token_id, written.eos_token_id),
+        "pad token": (wanted.pad_token_id, written.pad_token_id),
+        "chat template": (wanted.chat_template, written.chat_template),
+        "tie_word_embeddings": (tied, bool(config.tie_word_embeddings)),
+    }
+    if wrong := [name for name, (one, other) in pairs.items() if one != other]:
+        raise MergeError(f"the {wrong[0]} of {folder} is not what it was")
+
+
+def tokenizer_of(prepared: Prepared) -> PreTrainedTokenizerBase:
+    """Load the adapter's tokenizer, or the base's where the adapter brings none."""
+    first = prepared.sources.adapters[0]
+    own = (first / TOKENIZER).is_file()
+    return load_tokenizer(ModelConfig(name_or_path=str(first)) if own else prepared.sources.base)
+
+
+def _base_settings(base: ModelConfig) -> dict[str, Any]:
+    """Read the base's config.json as it is, with what Transformers does not know too."""
+    from transformers.utils.hub import cached_file
+
+    where = source(base)
+    with loading("config", base):
+        path = cached_file(
+            where["pretrained_model_name_or_path"], "config.json", revision=where["revision"]
+        )
+        settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return settings
+
+
+def _carry_code(base: ModelConfig, settings: dict[str, Any], folder: Path) -> None:
+    """Let a model whose code lies beside its weights find it again."""
+    name = Path(str(base.name_or_path))
+    if name.is_dir():
+        for path in name.glob("*.py"):
+            shutil.copy(path, folder)
+        return
+    for kind, place in settings.get("auto_map", {}).items():
+        if isinstance(place, str) and "--" not in place:
+            settings["auto_map"][kind] = f"{name}--{place}"
+
+
+def _generation(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Any:
+    from transformers import GenerationConfig
+
+    from sft.data.template import Template
+
+    where = source(prepared.sources.base)
+    try:
+        generation = GenerationConfig.from_pretrained(
+            where["pretrained_model_name_or_path"], revision=where["revision"]
+        )
+    except OSError:  # there is none
+        generation = GenerationConfig.from_model_config(prepared.model.config)
+    card = prepared.sources.card
+    if card is not None:
+        stop_id = Template(card.template, tokenizer).stop_id()
+        generation.eos_token_id = stop_ids(generation, tokenizer, stop_id)
+    return generation

@@ -1,0 +1,115 @@
+"""What an adapter does to one parameter of the base, applied in float32 to some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+Rows = Callable[[int, int], torch.Tensor]  # float32 rows [start, stop) of one matrix
+
+
+@dataclass
+class LowRank:
+    """A product that is added: ``scale * left @ right``.
+
+    Attributes:
+        left: Shape (matrices, rows, rank), float32.
+        right: Shape (matrices, rank, columns), float32.
+        scale: Of the adapter, times its weight in the merge.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+
+@dataclass
+class Change:
+    """How a parameter of the merged model differs from the base's.
+
+    Attributes:
+        replaced: The adapter's own tensor, which stands instead of the base's.
+        restart: Turns the whole base matrix into what it was at the first step of training
+            (PiSSA and OLoRA take their first product out of it).
+        products: What is added; of several adapters, one after the other.
+        magnitude: DoRA's length of each output, float32.
+        by_row: DoRA's outputs are rows of the matrix (Linear), not columns (Conv1D, Embedding).
+        added: A vector that is added to a bias.
+        tokens: Rows, and the values that they get instead.
+    """
+
+    replaced: torch.Tensor | None = None
+    restart: Callable[[torch.Tensor], torch.Tensor] | None = None
+    products: list[LowRank] = field(default_factory=list)
+    magnitude: torch.Tensor | None = None
+    by_row: bool = True
+    added: torch.Tensor | None = None
+    tokens: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def column_factor(self, rows: Rows, count: int, step: int) -> torch.Tensor | None:
+        """Find what DoRA multiplies columns by; needs all rows, a pass of its own."""
+        if self.magnitude is None or self.by_row:
+            return None
+        total = torch.zeros_like(self.magnitude, dtype=torch.float64)
+        for start in range(0, count, step):
+            tile = rows(start, min(start + step, count))
+            self._add_products(tile, 0, start)
+            total += tile.double().square().sum(0)
+        return self.magnitude / total.sqrt().float()
+
+    def apply(
+        self, tile: torch.Tensor, matrix: int, start: int, column_factor: torch.Tensor | None
+    ) -> None:
+        """Change rows of the base, in place.
+
+        Args:
+            tile: Float32, shape (rows, columns); a vector is one row.
+            matrix: Which matrix of the parameter the rows are of.
+            start: The first of them in that matrix.
+            column_factor: From ``column_factor``.
+        """
+        self._add_products(tile, matrix, start)
+        if column_factor is not None:
+            tile.mul_(column_factor)
+        elif self.magnitude is not None:
+            lengths = torch.linalg.norm(tile, dim=1)
+            tile.mul_((self.magnitude[start : start + len(tile)] / lengths).unsqueeze(1))
+        if self.added is not None:
+            tile.add_(self.added)
+        if self.tokens is not None:
+            indices, values = self.tokens
+            here = (indices >= start) & (indices < start + len(tile))
+            tile[indices[here] - start] = values[here]
+
+    def _add_products(self, tile: torch.Tensor, matrix: int, start: int) -> None:
+        stop = start + len(tile)
+        for product in self.products:
+            delta = product.left[matrix, start:stop] @ product.right[matrix]
+            tile.add_(delta.mul_(product.scale))
+
+    def to(self, device: torch.device) -> None:
+        """Move what is added and multiplied to where the sums are made."""
+        for product in self.products:
+            product.left, product.right = product.left.to(device), product.right.to(device)
+        if self.magnitude is not None:
+            self.magnitude = self.magnitude.to(device)
+        if self.added is not None:
+            self.added = self.added.to(device)
+        if self.tokens is not None:
+            self.tokens = (self.tokens[0].to(device), self.tokens[1].to(device))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Give all the numbers that it is made of."""
+        for product in self.products:
+            yield from (product.left, product.right)
+            yield torch.tensor(product.scale)
+        for tensor in (self.replaced, self.magnitude, self.added, *(self.tokens or ())):
+            if tensor is not None:
+                yield tensor
+
+    def same_as(self, other: Change) -> bool:
+        """Say whether both do the same, as on two parameters that are tied."""
+        mine, others = list(self.tensors()), list(other.tensors())
+        return len(mine) == len(others) and all(map(torch.equal, mine, others))

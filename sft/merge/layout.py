@@ -1,0 +1,252 @@
+"""What the merged model's files will hold, tensor by tensor, decided before any is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from sft.errors import MergeError
+from sft.merge.change import Change
+from sft.merge.files import FLOATS, NAMES, SINGLE, Base, Piece, Stored
+
+Whole = Callable[[torch.Tensor], torch.Tensor]  # what a matrix goes through as a whole
+
+
+@dataclass
+class Part:
+    """Some rows of an output, and what happens to them.
+
+    Attributes:
+        start: The first row.
+        stop: After the last.
+        piece: Which rows of which parameter they are; None where the model knows no such tensor.
+        change: None where they are the base's own.
+    """
+
+    start: int
+    stop: int
+    piece: Piece | None
+    change: Change | None
+
+
+@dataclass
+class Output:
+    """A tensor of the merged model.
+
+    Attributes:
+        name: In the file.
+        stored: Where the base has it.
+        shape: As it is written.
+        dtype: The format's name of it.
+        parts: All of its rows.
+        whole: What the base's matrix goes through first, such as quantisation and back.
+    """
+
+    name: str
+    stored: Stored
+    shape: tuple[int, ...]
+    dtype: str
+    parts: list[Part]
+    whole: Whole | None = None
+
+    @property
+    def size(self) -> int:
+        """Count its bytes."""
+        return math.prod(self.shape) * itemsize(self)
+
+    @property
+    def columns(self) -> int:
+        """Give the length of its last dimension; a vector is one row."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def is_copy(self) -> bool:
+        """Say whether the base's bytes are all there is to it."""
+        return (
+            self.dtype == self.stored.dtype
+            and self.whole is None
+            and not any(part.change for part in self.parts)
+        )
+
+
+def itemsize(output: Output) -> int:
+    """Give the bytes of one number."""
+    if output.dtype in FLOATS:
+        return FLOATS[output.dtype].itemsize
+    return output.stored.size // max(1, math.prod(output.stored.shape))
+
+
+@dataclass
+class File:
+    """One file of the merged model."""
+
+    name: str
+    outputs: list[Output] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Count the bytes of its tensors."""
+        return sum(output.size for output in self.outputs)
+
+    def header(self) -> bytes:
+        """Make the bytes before the tensors: the format's length and JSON, padded to 8."""
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for output in self.outputs:
+            entries[output.name] = {
+                "dtype": output.dtype,
+                "shape": list(output.shape),
+                "data_offsets": [offset, offset + output.size],
+            }
+            offset += output.size
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+@dataclass
+class Layout:
+    """All files of the merged weights.
+
+    Attributes:
+        files: As they will be.
+        untied: The embedding and the head, which the base ties, become different tensors.
+    """
+
+    files: list[File]
+    untied: bool
+
+    @property
+    def size(self) -> int:
+        """Count the bytes of all tensors."""
+        return sum(file.size for file in self.files)
+
+    def index(self) -> str | None:
+        """Make the index of several files; None for one."""
+        if len(self.files) == 1:
+            return None
+        where = {output.name: file.name for file in self.files for output in file.outputs}
+        content = {"metadata": {"total_size": self.size}, "weight_map": where}
+        return json.dumps(content, indent=2) + "\n"
+
+
+def plan(
+    base: Base,
+    changes: Mapping[str, Change],
+    wholes: Mapping[str, Whole],
+    dtype: torch.dtype | None,
+    shard_size: int | None,
+    name_of: Callable[[str], str],
+) -> Layout:
+    """Decide what is written.
+
+    Args:
+        base: Its files.
+        changes: By parameter.
+        wholes: What whole weights go through before they are changed, by parameter.
+        dtype: Of all floating tensors; None: each keeps its own.
+        shard_size: Bytes of the largest file; None: the base's own files.
+        name_of: Gives the stored name of a parameter that the base does not store.
+
+    Raises:
+        MergeError: A change cannot be written.
+    """
+    changes = dict(changes)
+    held = {piece.parameter for found in base.pieces.values() for piece in found}
+    apart = []
+    for group in base.tied:
+        changed = [changes.get(name, Change()) for name in group]
+        if all(change.same_as(changed[0]) for change in changed):
+            changes |= {name: changed[0] for name in group if group[0] in changes}
+        else:
+            apart += [group]
+    writer = _Writer(base, changes, wholes, dtype)
+    files = [
+        File(path.name, [writer.output(tensor.name, tensor, None) for tensor in tensors])
+        for path, tensors in base.files.items()
+    ]
+    for name in (name for group in apart for name in group if name not in held):
+        partner = next(filter(None, map(base.stored, base.partners(name))))
+        files[-1].outputs.append(writer.output(name_of(name), partner, name))
+    kept = {name for group in base.tied if group not in apart for name in group}
+    if lost := sorted(changes.keys() - writer.written - kept):
+        how = base.rearranged.get(lost[0])
+        raise MergeError(
+            f"{len(lost)} changes cannot be written into the base's files, such as that of "
+            f"{lost[0]}{f', whose rows {how} rearranges' if how else ''}\n"
+            "    fix: PEFT's own merge, in memory"
+        )
+    for file in files:
+        # As the format's own writer has it: wide numbers first, so that all are aligned.
+        file.outputs.sort(key=itemsize, reverse=True)
+    if shard_size is not None:
+        files = _split([output for file in files for output in file.outputs], shard_size)
+    elif len(files) == 1:
+        files[0].name = SINGLE
+    return Layout(files, bool(apart))
+
+
+@dataclass
+class _Writer:
+    """Decides on single tensors, and notes which changes have found their place."""
+
+    base: Base
+    changes: dict[str, Change]
+    wholes: Mapping[str, Whole]
+    dtype: torch.dtype | None
+    written: set[str] = field(default_factory=set)
+
+    def output(self, name: str, stored: Stored, parameter: str | None) -> Output:
+        """Decide what becomes of a stored tensor.
+
+        Args:
+            name: It will have.
+            stored: Where its rows are.
+            parameter: The name of the parameter that it is, other than the base says.
+        """
+        pieces = self.base.pieces[stored.name]
+        if parameter is not None:
+            pieces = [replace(piece, parameter=parameter) for piece in pieces]
+        is_float = stored.dtype in FLOATS
+        dtype = NAMES[self.dtype] if is_float and self.dtype is not None else stored.dtype
+        shape, parts, start = stored.shape, [], 0
+        for piece in pieces:
+            change = self.changes.get(piece.parameter)
+            if change is not None:
+                self.written.add(piece.parameter)
+                if change.replaced is not None and len(pieces) == 1 and piece.start == 0:
+                    shape = tuple(change.replaced.shape) if len(stored.shape) < 3 else shape
+                    piece = replace(piece, rows=math.prod(shape[:-1]))
+            parts.append(Part(start, start + piece.rows, piece, change))
+            start += piece.rows
+        if not parts:
+            parts.append(Part(0, stored.rows, None, None))
+        whole = self._whole(stored, pieces)
+        return Output(name, stored, shape, dtype, parts, whole)
+
+    def _whole(self, stored: Stored, pieces: list[Piece]) -> Whole | None:
+        """Find what the matrix goes through as a whole."""
+        found = [self.wholes[piece.parameter] for piece in pieces if piece.parameter in self.wholes]
+        if found and (len(pieces) != 1 or len(stored.shape) != 2):
+            raise MergeError(
+                f"{stored.name} is a part of {pieces[0].parameter}, which can only be dequantised "
+                "or restarted as a whole\n    fix: PEFT's own merge, in memory"
+            )
+        return found[0] if found else None
+
+
+def _split(outputs: list[Output], most: int) -> list[File]:
+    """Fill files one after the other; a tensor that is larger than a file has one of its own."""
+    files = [File("")]
+    for output in outputs:
+        if files[-1].outputs and files[-1].size + output.size > most:
+            files.append(File(""))
+        files[-1].outputs.append(output)
+    for number, file in enumerate(files, 1):
+        several = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file.name = several if len(files) > 1 else SINGLE
+    return files

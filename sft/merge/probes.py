@@ -1,0 +1,110 @@
+"""What base + adapter and the merged model are compared on: samples that the run held out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sft.data.encode import IGNORE_INDEX
+from sft.files import read_records, write_text
+
+if TYPE_CHECKING:
+    from sft.data.prepare import Prepared
+
+FILE = "probes.jsonl"  # in the run's folder; the adapter's own folder goes to others
+COUNT = 8
+LENGTH = 256  # tokens of each
+SCORES = 1 << 25  # logits that are kept of one model: 128 MiB
+
+
+@dataclass
+class Probes:
+    """Token ids to compare on.
+
+    Attributes:
+        ids: Shape (samples, longest), padded on the right.
+        mask: Of the same shape: 1 where there is a token.
+        labels: Of the same shape: the token that should follow, -100 where none is trained.
+        prompts: What precedes the first trained token of each sample.
+        origin: In words.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+    prompts: list[list[int]]
+    origin: str
+
+    def positions(self, vocabulary: int) -> torch.Tensor:
+        """Choose positions whose logits are compared: trained ones first; shape of ``ids``."""
+        room = max(16, SCORES // vocabulary)
+        chosen = torch.zeros_like(self.mask, dtype=torch.bool)
+        for candidates in (self.labels != IGNORE_INDEX, self.mask.bool()):
+            spare = (candidates & ~chosen).nonzero()
+            step = max(1, -(-len(spare) // max(1, room - int(chosen.sum()))))
+            if room > int(chosen.sum()):
+                row, column = spare[::step].T
+                chosen[row, column] = True
+        return chosen
+
+
+def keep(prepared: Prepared, path: Path) -> None:
+    """Write the samples that a later merge is verified on: held out, or else trained."""
+    part = prepared.eval or prepared.train
+    origin = "held-out samples" if prepared.eval else "training samples"
+    lines = []
+    for index in range(min(COUNT, len(part.dataset))):
+        sample = part.dataset[index]
+        ids, labels = _window(sample)
+        lines.append({"origin": origin, "input_ids": ids, "labels": labels})
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _window(sample: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Cut a sample's first document to where its trained tokens begin."""
+    length = (sample.get("seq_lengths") or [len(sample["input_ids"])])[0]
+    ids, labels = sample["input_ids"][:length], sample["labels"][:length]
+    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), 0)
+    stop = min(length, max(LENGTH, first + LENGTH // 2))
+    start = max(0, stop - LENGTH)
+    return ids[start:stop], labels[start:stop]
+
+
+def load(adapter: Path, vocabulary: int, pad: int) -> Probes:
+    """Read the samples of the run that an adapter's folder lies in; else make some.
+
+    Args:
+        adapter: Its folder.
+        vocabulary: Ids that may be drawn, where there is no run.
+        pad: The id that fills up.
+    """
+    path = adapter.parent / FILE
+    lines = read_records(path) if path.is_file() else []
+    if lines:
+        samples = [(line["input_ids"], line["labels"]) for line in lines]
+        origin = f"{len(samples)} {lines[0]['origin']} of the run"
+    else:
+        drawn = torch.randint(0, vocabulary, (4, 64), generator=torch.Generator().manual_seed(0))
+        samples = [(ids, [IGNORE_INDEX] * len(ids)) for ids in drawn.tolist()]
+        origin = "4 x 64 random tokens, as no run lies around the adapter"
+    longest = max(len(ids) for ids, _ in samples)
+
+    def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+    return Probes(
+        ids=padded([ids for ids, _ in samples], pad),
+        mask=padded([[1] * len(ids) for ids, _ in samples], 0),
+        labels=padded([[*labels[1:], IGNORE_INDEX] for _, labels in samples], IGNORE_INDEX),
+        prompts=[_prompt(ids, labels) for ids, labels in samples],
+        origin=origin,
+    )
+
+
+def _prompt(ids: list[int], labels: list[int]) -> list[int]:
+    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
+    return ids[: max(1, first)]

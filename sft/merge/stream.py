@@ -1,0 +1,143 @@
+"""A forward pass whose weights are read as they are needed, and let go after: a layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+
+from sft.merge.adapter import base_name, is_hollow
+from sft.merge.files import Base, Piece, Stored
+from sft.merge.layout import Whole
+
+CHUNK = 1 << 24  # numbers of a head that are multiplied at once
+
+
+class Weights:
+    """Reads parameters of a model from its files, in float32.
+
+    Args:
+        base: The files; none of their parameters may be rearranged at load.
+        wholes: What some weights go through, by parameter.
+    """
+
+    def __init__(self, base: Base, wholes: dict[str, Whole]) -> None:
+        self.base, self.wholes = base, wholes
+        self.places: dict[str, list[tuple[Stored, int, Piece]]] = {}
+        for tensors in base.files.values():
+            for stored in tensors:
+                row = 0
+                for piece in base.pieces[stored.name]:
+                    self.places.setdefault(piece.parameter, []).append((stored, row, piece))
+                    row += piece.rows
+
+    def place(self, name: str) -> list[tuple[Stored, int, Piece]]:
+        """Say where a parameter's rows are, under this name or one that it is tied to."""
+        return next(self.places[other] for other in self._names(name) if other in self.places)
+
+    def _names(self, name: str) -> list[str]:
+        return [name, *self.base.partners(name)]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a parameter."""
+        shape = self.base.shapes[name]
+        places = self.place(name)
+        if name in self.wholes:
+            return self.wholes[name](places[0][0].read(0, places[0][0].rows)).float().view(shape)
+        matrices = torch.empty(shape).view(shape[0] if len(shape) == 3 else 1, -1, shape[-1])
+        for stored, row, piece in places:
+            rows = matrices[piece.matrix, piece.start : piece.start + piece.rows]
+            rows.copy_(stored.read(row, row + piece.rows))
+        return matrices.view(shape)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read some rows of a matrix that one stored tensor holds."""
+        [(stored, row, _)] = self.place(name)
+        return stored.read(row + start, row + stop).float()
+
+
+def stream(model: nn.Module, weights: Weights) -> None:
+    """Let a model without weights, or with those of an adapter only, read what it lacks.
+
+    Args:
+        model: On hollow weights (``sft.merge.adapter.hollow``); a PEFT model, or a plain one.
+        weights: Of the base.
+    """
+    inner: nn.Module = model
+    if isinstance(model, PeftModel):
+        inner = model.get_base_model()
+    for path, module, deep in _units(inner):
+        if deep or not _by_rows(path, module, weights):
+            _fill_and_empty(path, module, weights, deep)
+
+
+def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """List what is filled at once: each layer with all in it, and what lies outside of layers.
+
+    What PEFT wraps is filled with the wrapper, which may use weights without a forward pass.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    deep: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{above}.") for above in deep):
+            continue
+        parent = model.get_submodule(path.rpartition(".")[0]) if path else None
+        is_layer = isinstance(parent, nn.ModuleList)
+        if is_layer or isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            deep.append(path)
+            yield path, module, True
+        elif module._parameters:
+            yield path, module, False
+
+
+def _fill_and_empty(path: str, module: nn.Module, weights: Weights, deep: bool) -> None:
+    def lacking() -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in module.named_parameters(path, recurse=deep):
+            if is_hollow(parameter):
+                yield base_name(name), parameter
+
+    held = [(name, parameter, parameter.data) for name, parameter in lacking()]
+
+    def fill(*arguments: Any) -> None:
+        for name, parameter, _ in held:
+            parameter.data = weights.read(name)
+
+    def empty(*arguments: Any) -> None:
+        for _, parameter, nothing in held:
+            parameter.data = nothing
+
+    module.register_forward_pre_hook(fill)
+    module.register_forward_hook(empty, always_call=True)
+
+
+def _by_rows(path: str, module: Any, weights: Weights) -> bool:
+    """Let a plain embedding or head, the largest tensors of most models, read rows only."""
+    if type(module) not in (nn.Embedding, nn.Linear):
+        return False
+    name = f"{path}.weight"
+    if len(weights.place(name)) != 1 or name in weights.wholes:
+        return False
+
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        wanted, where = torch.unique(ids, return_inverse=True)
+        table = torch.cat([weights.rows(name, row, row + 1) for row in wanted.tolist()])
+        return F.embedding(where, table)
+
+    def multiply(hidden: torch.Tensor) -> torch.Tensor:
+        rows, columns = module.weight.shape
+        step = max(1, CHUNK // columns)
+        parts = [
+            F.linear(hidden, weights.rows(name, row, min(row + step, rows)))
+            for row in range(0, rows, step)
+        ]
+        result = torch.cat(parts, -1)
+        return result if module.bias is None else result + weights.read(f"{name[:-6]}bias")
+
+    module.forward = embed if type(module) is nn.Embedding else multiply
+    return True

@@ -1,0 +1,264 @@
+"""The proof: what base + adapter answers, the written folder answers too."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from sft.config import ModelConfig, QuantizationConfig
+from sft.data.encode import IGNORE_INDEX
+from sft.merge import adapter as adapters
+from sft.merge import carry, probes
+from sft.merge.files import Base, shards
+from sft.merge.probes import Probes
+from sft.merge.stream import Weights, stream
+from sft.model import keep_training_layout, load_architecture, load_frozen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sft.merge.plan import Prepared
+
+logger = logging.getLogger("sft")
+
+# Largest logit difference that rounding explains, as a share of the largest logit.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+RESIDENT = 1 << 30  # bytes of weights in float32 that are loaded whole; others layer by layer
+GREEDY_PROMPTS = 4
+GREEDY_TOKENS, GREEDY_TOKENS_STREAMED = 32, 8  # each reads all the weights where they are streamed
+
+
+@dataclass
+class Answers:
+    """What a model says: logits (positions, vocabulary), and greedy texts."""
+
+    logits: torch.Tensor
+    texts: list[str]
+
+
+def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Compare base + adapter with what was written.
+
+    Both compute in float32, so that what differs is the weights.
+
+    Args:
+        prepared: The merge.
+        folder: The merged model.
+        dtype: Of its weights.
+
+    Returns:
+        The figures, ``passed``, and ``reason`` where it is false.
+
+    Raises:
+        MergeError: A file was not carried over, or cannot be read.
+    """
+    carry.check(prepared, folder)
+    tokenizer = carry.tokenizer_of(prepared)
+    rows = prepared.model.get_input_embeddings().weight.shape[0]
+    samples = probes.load(
+        prepared.sources.adapters[0], min(len(tokenizer), rows), tokenizer.pad_token_id
+    )
+    chosen = samples.positions(rows)
+    resident = prepared.must_be_resident or 2 * prepared.layout.size <= RESIDENT
+    tokens = GREEDY_TOKENS if resident else GREEDY_TOKENS_STREAMED
+
+    stored = prepared.sources.quantization if prepared.dequantized else QuantizationConfig()
+    model = _reference(prepared, stored, weights_only=True) if resident else _streamed(prepared)
+    with model.disable_adapter():
+        base = _logits(model, samples, chosen)
+    wanted = _answers(model, tokenizer, samples, chosen, tokens)
+    figures: dict[str, Any] = {"adapter_effect": _differences(base, wanted.logits)}
+    del base, model
+    written = _load(folder) if resident else _stream_folder(folder)
+    got = _answers(written, tokenizer, samples, chosen, tokens)
+    del written
+    figures |= _compare(wanted, got, samples.labels[chosen])
+    allowed = TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * wanted.logits.abs().max().item()
+    report = {
+        "compared_on": f"{samples.origin}, {int(chosen.sum())} positions",
+        "weights_loaded": "whole" if resident else "layer by layer",
+        "allowed_difference": allowed,
+        **figures,
+    }
+    reason = _why_not(report, bool(got.logits.isfinite().all()))
+    return {"passed": reason is None, "reason": reason, **report}
+
+
+def verify_against_training(prepared: Prepared, folder: Path) -> dict[str, Any]:
+    """Measure how far a merged model is from base + adapter as training computed them.
+
+    Weights alone cannot be that where they are the original base's, nor for an 8-bit base, whose
+    forward pass rounds what goes into each layer too.
+    """
+    rows = prepared.model.get_input_embeddings().weight.shape[0]
+    samples = probes.load(prepared.sources.adapters[0], rows, 0)
+    chosen = samples.positions(rows)
+    wanted = _logits(_reference(prepared, prepared.sources.quantization), samples, chosen)
+    got = _logits(_load(folder), samples, chosen)
+    return _differences(got, wanted)
+
+
+def _why_not(report: dict[str, Any], finite: bool) -> str | None:
+    if not finite:
+        return "its logits are not finite"
+    if report["max_difference"] > report["allowed_difference"]:
+        return (
+            f"logits differ by {report['max_difference']:.3g} where rounding explains "
+            f"{report['allowed_difference']:.3g}"
+        )
+    if report["adapter_effect"]["max_difference"] == 0:
+        return "the adapter does not change what the base answers"
+    if report["mean_difference"] > report["adapter_effect"]["mean_difference"] / 2:
+        return "rounding takes away more than half of what the adapter changes"
+    return None
+
+
+def _reference(
+    prepared: Prepared, quantization: QuantizationConfig, weights_only: bool = False
+) -> Any:
+    """Load base and adapters whole, by Transformers and PEFT alone.
+
+    Args:
+        prepared: The merge.
+        quantization: How the base is stored.
+        weights_only: Do without what 8-bit layers do to their inputs.
+    """
+    from peft import PeftModel
+
+    sources = prepared.sources
+    quantized = quantization.load_in_4bit or quantization.load_in_8bit
+    base = load_frozen(sources.base, quantization, sources.dtype if quantized else torch.float32)
+    if quantization.load_in_8bit and weights_only:
+        base = base.dequantize().float()
+    elif quantized:
+        _compute_in_float32(base)
+    if prepared.resized:
+        base.resize_token_embeddings(prepared.resized, mean_resizing=False)
+    model = PeftModel.from_pretrained(
+        base, str(sources.adapters[0]), adapter_name=adapters.name_of(0)
+    )
+    for index, folder in enumerate(sources.adapters[1:], 1):
+        model.load_adapter(str(folder), adapter_name=adapters.name_of(index))
+    return _weighed(model, prepared)
+
+
+def _weighed(model: Any, prepared: Prepared) -> Any:
+    """Let all adapters act at once, each by its weight."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    names = [adapters.name_of(index) for index in range(len(prepared.sources.adapters))]
+    if len(names) > 1:
+        model.base_model.set_adapter(names)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, weight in zip(names, prepared.sources.weights, strict=True):
+                if name in module.scaling:
+                    module.scaling[name] *= weight
+    return model.eval()
+
+
+def _compute_in_float32(model: Any) -> None:
+    """Leave quantised weights as training made them, and compute everything in float32."""
+    import bitsandbytes
+
+    stored = (bitsandbytes.nn.Params4bit, bitsandbytes.nn.Int8Params)
+    for parameter in model.parameters():
+        if not isinstance(parameter, stored):
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = torch.float32
+    keep_training_layout(model)
+
+
+def _streamed(prepared: Prepared) -> Any:
+    model = _weighed(prepared.model, prepared)
+    stream(model, Weights(prepared.base, prepared.wholes))
+    return model
+
+
+def _load(folder: Path) -> Any:
+    return load_frozen(
+        ModelConfig(name_or_path=str(folder.resolve())), QuantizationConfig(), torch.float32
+    )
+
+
+def _stream_folder(folder: Path) -> Any:
+    here = ModelConfig(name_or_path=str(folder.resolve()))
+    architecture = load_architecture(here, buffers=True)
+    base = Base.read(shards(here), architecture)
+    model = adapters.hollow(architecture).eval()
+    stream(model, Weights(base, {}))
+    return model
+
+
+def _answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Probes,
+    chosen: torch.Tensor,
+    tokens: int,
+) -> Answers:
+    from sft.answers import complete
+
+    logits = _logits(model, samples, chosen)
+    texts = complete(model, tokenizer, samples.prompts[:GREEDY_PROMPTS], tokens, model.device)
+    return Answers(logits, texts)
+
+
+def _logits(model: Any, samples: Probes, chosen: torch.Tensor) -> torch.Tensor:
+    """Run a model over the samples; shape (chosen positions, vocabulary), on the CPU."""
+    with torch.no_grad(), _only(model.get_output_embeddings(), chosen.to(model.device)):
+        output = model(
+            input_ids=samples.ids.to(model.device),
+            attention_mask=samples.mask.to(model.device),
+            use_cache=False,
+        )
+    logits: torch.Tensor = output.logits[0].float().cpu()
+    return logits
+
+
+@contextlib.contextmanager
+def _only(head: torch.nn.Module, chosen: torch.Tensor) -> Iterator[None]:
+    """Let a head see the chosen positions only: all logits would be the largest tensor of all."""
+    handle = head.register_forward_pre_hook(lambda _, given: (given[0][chosen][None], *given[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _differences(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
+    """Measure how far logits are from others; KL is in nats, a mean over positions."""
+    difference = (got - wanted).abs()
+    divergence = 0.0
+    for one, other in zip(torch.split(wanted, 16), torch.split(got, 16), strict=True):
+        p, q = one.double().log_softmax(-1), other.double().log_softmax(-1)
+        divergence += (p.exp() * (p - q)).sum().item()
+    return {
+        "max_difference": difference.max().item(),
+        "mean_difference": difference.mean().item(),
+        "kl": divergence / len(wanted),
+        "top1_agreement": (wanted.argmax(-1) == got.argmax(-1)).float().mean().item(),
+    }
+
+
+def _compare(wanted: Answers, got: Answers, labels: torch.Tensor) -> dict[str, Any]:
+    trained = labels != IGNORE_INDEX
+    losses = [
+        F.cross_entropy(answers.logits[trained], labels[trained]).item() if trained.any() else None
+        for answers in (wanted, got)
+    ]
+    equal = sum(one == other for one, other in zip(wanted.texts, got.texts, strict=True))
+    return {
+        **_differences(got.logits, wanted.logits),
+        "greedy_texts": {"equal": equal, "of": len(wanted.texts)},
+        "eval_loss": {"base_and_adapter": losses[0], "merged": losses[1]},
+    }

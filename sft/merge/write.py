@@ -1,0 +1,200 @@
+"""Writing the merged weights: many rows at once by several threads, none of them kept.
+
+Bytes that nothing changes are copied by the kernel from file to file. Changed rows are read, made
+float32, changed and rounded once, a tile of the size of a processor's cache at a time. While a file
+is on its way to the disk, the next is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sft.merge.change import Rows
+from sft.merge.files import FLOATS, Stored, read_into
+from sft.merge.layout import File, Layout, Output, Part, itemsize
+
+Tick = Callable[[int], object]  # is told of bytes that were written
+TILE = 1 << 18  # numbers; in float32 they fit the second cache of a core
+CHUNK = 1 << 23  # numbers that one thread takes at once
+COPY = 1 << 26  # bytes that the kernel copies at once
+ELSEWHERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
+
+
+def write(layout: Layout, folder: Path, device: torch.device, tick: Tick) -> None:
+    """Write all files, and wait until they are on the disk.
+
+    Args:
+        layout: What is written.
+        folder: Where to; it exists.
+        device: Where the sums are made.
+        tick: Is told of bytes that were written.
+
+    Raises:
+        OSError: The disk is full, or fails.
+        MergeError: A file of the base is shorter than it says.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each of our threads works on a tile of its own
+    workers, disk = ThreadPoolExecutor(threads), ThreadPoolExecutor(1)
+    try:
+        ends = []
+        for file in layout.files:
+            handle, chunks = _start(file, folder / file.name, device, tick, workers, threads)
+            ends.append(disk.submit(_finish, handle, chunks))
+        _wait(ends)
+    finally:
+        workers.shutdown(cancel_futures=True)
+        disk.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _start(
+    file: File,
+    path: Path,
+    device: torch.device,
+    tick: Tick,
+    workers: ThreadPoolExecutor,
+    threads: int,
+) -> tuple[int, list[Future[None]]]:
+    """Hand the parts of a file to the threads."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    head = file.header()
+    os.ftruncate(handle, len(head) + file.size)
+    os.pwrite(handle, head, 0)
+    offset, chunks = len(head), []
+    for output in file.outputs:
+        if output.is_copy:
+            chunks += [
+                workers.submit(_copy, output.stored, start, handle, offset, tick)
+                for start in range(0, output.size, COPY)
+            ]
+        else:
+            matrix = None
+            if output.whole is not None:
+                _wait(chunks)  # so that one such matrix is in memory at a time
+                torch.set_num_threads(threads)
+                matrix = output.whole(output.stored.read(0, output.stored.rows)).float()
+                torch.set_num_threads(1)
+            job = _Job(output, matrix, handle, offset, device, tick)
+            for part in output.parts:
+                chunks += [workers.submit(job.run, *rows) for rows in job.chunks(part)]
+            if matrix is not None:
+                _wait(chunks)
+        offset += output.size
+    return handle, chunks
+
+
+def _wait(futures: Iterable[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def _finish(handle: int, chunks: list[Future[None]]) -> None:
+    try:
+        _wait(chunks)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _copy(stored: Stored, start: int, handle: int, offset: int, tick: Tick) -> None:
+    """Copy some bytes of a tensor, within the kernel where the file systems allow it."""
+    left = min(COPY, stored.size - start)
+    tick(left)
+    read, written = stored.offset + start, offset + start
+    source = os.open(stored.file, os.O_RDONLY)
+    try:
+        while left:
+            try:
+                done = os.copy_file_range(source, handle, left, read, written)
+            except OSError as error:
+                if error.errno not in ELSEWHERE:
+                    raise
+                buffer = torch.empty(min(left, 4 * TILE), dtype=torch.uint8)
+                read_into(source, buffer, read)
+                done = len(buffer)
+                _put(handle, buffer, written)
+            if not done:
+                raise OSError(errno.EIO, "ended early", str(stored.file))
+            left, read, written = left - done, read + done, written + done
+    finally:
+        os.close(source)
+
+
+def _put(handle: int, buffer: torch.Tensor, offset: int) -> None:
+    view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+    while view:
+        done = os.pwrite(handle, view, offset)
+        view, offset = view[done:], offset + done
+
+
+@dataclass
+class _Job:
+    """The rows of one tensor that is computed.
+
+    Attributes:
+        output: What is written.
+        matrix: The base's, where it went through something as a whole; None: read from its file.
+        handle: Of the file that is written.
+        offset: Of the tensor in it.
+        device: Where the sums are made.
+        tick: Is told of bytes.
+    """
+
+    output: Output
+    matrix: torch.Tensor | None
+    handle: int
+    offset: int
+    device: torch.device
+    tick: Tick
+
+    def chunks(self, part: Part) -> list[tuple[Part, int, int, torch.Tensor | None]]:
+        """Cut a part into what one thread takes at once."""
+        rows, columns = part.stop - part.start, self.output.columns
+        factor = None
+        if part.change is not None:
+            part.change.to(self.device)
+            step = max(1, TILE // columns)
+            factor = part.change.column_factor(self._reader(part), rows, step)
+        step = max(1, CHUNK // columns)
+        return [(part, start, min(start + step, rows), factor) for start in range(0, rows, step)]
+
+    def run(self, part: Part, start: int, stop: int, factor: torch.Tensor | None) -> None:
+        """Compute and write rows ``start`` to ``stop`` of a part."""
+        columns, size = self.output.columns, itemsize(self.output)
+        step = max(1, (TILE if self.device.type == "cpu" else 64 * TILE) // columns)
+        buffer = torch.empty(step * columns * size, dtype=torch.uint8)
+        rounded = buffer.view(FLOATS[self.output.dtype]).view(step, columns)
+        rows = self._reader(part)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            tile = rows(first, last)
+            if part.change is not None and part.piece is not None:
+                row = part.piece.start + first
+                part.change.apply(tile, part.piece.matrix, row, factor)
+            rounded[: last - first].copy_(tile)
+            done = (last - first) * columns * size
+            _put(self.handle, buffer[:done], self.offset + (part.start + first) * columns * size)
+            self.tick(done)
+
+    def _reader(self, part: Part) -> Rows:
+        """Give what reads rows of a part as the base has them, in float32, to be changed."""
+        if part.change is not None and part.change.replaced is not None and part.piece is not None:
+            tensor = part.change.replaced
+            tensor = tensor[part.piece.matrix] if tensor.ndim == 3 else tensor
+            own = tensor.reshape(-1, self.output.columns)[part.piece.start :]
+            return lambda first, last: own[first:last].to(self.device, torch.float32, copy=True)
+        if self.matrix is not None:
+            matrix = self.matrix[part.start :]
+            return lambda first, last: matrix[first:last].to(self.device, copy=True)
+        stored = self.output.stored
+        return lambda first, last: stored.read(part.start + first, part.start + last).to(
+            self.device, torch.float32, copy=True
+        )
