@@ -25,6 +25,25 @@ def complete(
     stop_id: int | None = None,
     **options: Any,
 ) -> list[str]:
+    """Continue a batch of encoded prompts with text; see ``continuations``.
+
+    Returns:
+        The texts that follow the prompts, without special tokens.
+    """
+    ids = continuations(model, tokenizer, prompts, max_new_tokens, device, stop_id, **options)
+    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    device: torch.device,
+    stop_id: int | None = None,
+    **options: Any,
+) -> torch.Tensor:
     """Continue a batch of encoded prompts.
 
     Args:
@@ -37,7 +56,7 @@ def complete(
         **options: Further arguments of ``generate``; greedy unless they say otherwise.
 
     Returns:
-        The texts that follow the prompts, without special tokens.
+        Token ids that follow the prompts, shape (prompts, tokens), padded on the right.
     """
     width = max(map(len, prompts))
     ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
@@ -45,7 +64,7 @@ def complete(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        output = model.generate(
+        output: torch.Tensor = model.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
             max_new_tokens=max_new_tokens,
@@ -56,8 +75,7 @@ def complete(
             **{"do_sample": False, "repetition_penalty": 1.0, **options},
         )
     model.train(was_training)
-    texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return texts
+    return output[:, width:]
 
 
 def stop_ids(

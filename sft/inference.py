@@ -39,7 +39,7 @@ class Card:
 
 def card_of(config: Config, identity: dict[str, str]) -> Card:
     """Note what a run has chosen, and the base and the precision that it had."""
-    kept = {what: identity[what] for what in ("base", "precision") if what in identity}
+    kept = {what: found for what, found in identity.items() if what in ("base", "precision")}
     return Card(config.model, config.template, config.quantization, kept)
 
 

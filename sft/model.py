@@ -122,11 +122,13 @@ def load_architecture(model: ModelConfig, buffers: bool = False) -> PreTrainedMo
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     with loading("config", model):
         config = AutoConfig.from_pretrained(**source(model))
         options: dict[str, Any] = {"dtype": torch.float32} if buffers else {}
-        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
+        empty = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
+        with no_init_weights(), empty:
             architecture = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=model.trust_remote_code, **options
             )

@@ -140,6 +140,7 @@ def attach(
         MergeError: One does not fit the base: modules, shapes or tensors are others.
     """
     from peft import get_peft_model
+    from transformers.initialization import no_init_weights
 
     peft_model: Any = None
     for index, (folder, config) in enumerate(zip(folders, configs, strict=True)):
@@ -148,7 +149,7 @@ def attach(
         if str(config.init_lora_weights).lower() in RESTARTING:
             config.init_lora_weights = True  # nothing is initialised here; see _restart
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), no_init_weights():
                 warnings.simplefilter("ignore")
                 if peft_model is None:
                     peft_model = get_peft_model(

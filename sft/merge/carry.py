@@ -114,8 +114,6 @@ def _carry_code(base: ModelConfig, settings: dict[str, Any], folder: Path) -> No
 def _generation(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Any:
     from transformers import GenerationConfig
 
-    from sft.data.template import Template
-
     where = source(prepared.sources.base)
     try:
         generation = GenerationConfig.from_pretrained(
@@ -123,8 +121,15 @@ def _generation(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Any:
         )
     except OSError:  # there is none
         generation = GenerationConfig.from_model_config(prepared.model.config)
-    card = prepared.sources.card
-    if card is not None:
-        stop_id = Template(card.template, tokenizer).stop_id()
-        generation.eos_token_id = stop_ids(generation, tokenizer, stop_id)
+    if prepared.sources.card is not None:
+        stops = stop_ids(generation, tokenizer, stop_id(prepared, tokenizer))
+        generation.eos_token_id = stops
     return generation
+
+
+def stop_id(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Give the token that ends an answer in the template of training; None: EOS alone."""
+    from sft.data.template import Template
+
+    card = prepared.sources.card
+    return Template(card.template, tokenizer).stop_id() if card is not None else None

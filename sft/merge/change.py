@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-Rows = Callable[[int, int], torch.Tensor]  # float32 rows [start, stop) of one matrix
+Rows = Callable[[int, torch.Tensor], object]  # fills float32 rows from this one on
 
 
 @dataclass
@@ -48,19 +48,32 @@ class Change:
     added: torch.Tensor | None = None
     tokens: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def column_factor(self, rows: Rows, count: int, step: int) -> torch.Tensor | None:
-        """Find what DoRA multiplies columns by; needs all rows, a pass of its own."""
+    def column_factor(self, rows: Rows, count: int, tile: torch.Tensor) -> torch.Tensor | None:
+        """Find what DoRA multiplies columns by; needs all rows, a pass of its own.
+
+        Args:
+            rows: Reads the base's.
+            count: Of them.
+            tile: Room for some.
+        """
         if self.magnitude is None or self.by_row:
             return None
         total = torch.zeros_like(self.magnitude, dtype=torch.float64)
-        for start in range(0, count, step):
-            tile = rows(start, min(start + step, count))
-            self._add_products(tile, 0, start)
-            total += tile.double().square().sum(0)
+        scratch = torch.empty_like(tile)
+        for start in range(0, count, len(tile)):
+            some = tile[: count - start]
+            rows(start, some)
+            self._add_products(some, 0, start, scratch)
+            total += some.double().square().sum(0)
         return self.magnitude / total.sqrt().float()
 
     def apply(
-        self, tile: torch.Tensor, matrix: int, start: int, column_factor: torch.Tensor | None
+        self,
+        tile: torch.Tensor,
+        matrix: int,
+        start: int,
+        column_factor: torch.Tensor | None,
+        scratch: torch.Tensor,
     ) -> None:
         """Change rows of the base, in place.
 
@@ -69,8 +82,9 @@ class Change:
             matrix: Which matrix of the parameter the rows are of.
             start: The first of them in that matrix.
             column_factor: From ``column_factor``.
+            scratch: Room for at least as many rows.
         """
-        self._add_products(tile, matrix, start)
+        self._add_products(tile, matrix, start, scratch)
         if column_factor is not None:
             tile.mul_(column_factor)
         elif self.magnitude is not None:
@@ -83,11 +97,13 @@ class Change:
             here = (indices >= start) & (indices < start + len(tile))
             tile[indices[here] - start] = values[here]
 
-    def _add_products(self, tile: torch.Tensor, matrix: int, start: int) -> None:
-        stop = start + len(tile)
+    def _add_products(
+        self, tile: torch.Tensor, matrix: int, start: int, scratch: torch.Tensor
+    ) -> None:
+        delta = scratch[: len(tile)]
         for product in self.products:
-            delta = product.left[matrix, start:stop] @ product.right[matrix]
-            tile.add_(delta.mul_(product.scale))
+            left = product.left[matrix, start : start + len(tile)]
+            tile.add_(torch.mm(left, product.right[matrix], out=delta).mul_(product.scale))
 
     def to(self, device: torch.device) -> None:
         """Move what is added and multiplied to where the sums are made."""

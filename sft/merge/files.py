@@ -6,10 +6,11 @@ this process's memory until the file is closed, and a shard may be as large as m
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,15 +67,30 @@ class Stored:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Read some rows, as they are stored; shape (stop - start, columns)."""
+        with self.reader(stop - start) as read:
+            return read(start, stop - start)
+
+    @contextlib.contextmanager
+    def reader(self, most: int) -> Iterator[Callable[[int, int], torch.Tensor]]:
+        """Give what reads a number of rows from one on, into one buffer again and again.
+
+        Args:
+            most: Rows that are read at once.
+        """
         dtype = FLOATS[self.dtype]
         width = self.columns * dtype.itemsize
-        buffer = torch.empty((stop - start) * width, dtype=torch.uint8)
+        buffer = torch.empty(most * width, dtype=torch.uint8)
+        rows = buffer.view(dtype).view(most, self.columns)
         handle = os.open(self.file, os.O_RDONLY)
+
+        def read(start: int, count: int) -> torch.Tensor:
+            read_into(handle, buffer[: count * width], self.offset + start * width)
+            return rows[:count]
+
         try:
-            read_into(handle, buffer, self.offset + start * width)
+            yield read
         finally:
             os.close(handle)
-        return buffer.view(dtype).view(stop - start, self.columns)
 
 
 def read_into(handle: int, buffer: torch.Tensor, offset: int) -> None:

@@ -33,6 +33,7 @@ class Sources:
         adapters: Their folders.
         weights: By which each is multiplied.
         configs: PEFT's settings of each.
+        shapes: Of each adapter's tensors, by name.
         card: What training noted beside the first; None where another tool made it.
         base: The base model.
         quantization: How training stored the base.
@@ -43,6 +44,7 @@ class Sources:
     adapters: list[Path]
     weights: list[float]
     configs: list[LoraConfig]
+    shapes: list[dict[str, tuple[int, ...]]]
     card: Card | None
     base: ModelConfig
     quantization: QuantizationConfig
@@ -75,8 +77,7 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
             f"the adapters were trained on different bases: {', '.join(sorted(names))}\n"
             "    fix: base=ONE that fits them all"
         )
-    for folder in folders:
-        adapters.check_file(folder)
+    shapes = [adapters.check_file(folder) for folder in folders]
     configs = [adapters.read_config(folder) for folder in folders]
     if len(folders) > 1 or list(weights) != [1.0]:
         _check_sum(folders, configs, cards)
@@ -94,6 +95,7 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
         adapters=list(folders),
         weights=list(weights),
         configs=configs,
+        shapes=shapes,
         card=card,
         base=bases[0],
         quantization=card.quantization if card else QuantizationConfig(),
@@ -237,8 +239,8 @@ def _resize(architecture: PreTrainedModel, sources: Sources) -> int | None:
     embedding = architecture.get_input_embeddings()
     name = next(name for name, module in architecture.named_modules() if module is embedding)
     endings = (f"{name}.weight", f"{name}.base_layer.weight")
-    for folder in sources.adapters:
-        for tensor, shape in adapters.check_file(folder).items():
+    for shapes in sources.shapes:
+        for tensor, shape in shapes.items():
             if tensor.endswith(endings) and shape[0] != embedding.weight.shape[0]:
                 architecture.resize_token_embeddings(shape[0], mean_resizing=False)
                 return shape[0]

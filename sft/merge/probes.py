@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from sft.data.encode import IGNORE_INDEX
 from sft.files import read_records, write_text
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 FILE = "probes.jsonl"  # in the run's folder; the adapter's own folder goes to others
 COUNT = 8
-LENGTH = 256  # tokens of each
+LENGTH = 128  # tokens of each
 SCORES = 1 << 25  # logits that are kept of one model: 128 MiB
 
 
@@ -51,6 +52,37 @@ class Probes:
                 chosen[row, column] = True
         return chosen
 
+    def answered(self, answers: list[list[int]]) -> Probes:
+        """Put answers after the first prompts; what is to be foretold is theirs alone."""
+        rows = [(prompt, answer) for prompt, answer in zip(self.prompts, answers, strict=False)]
+        pad = 0  # masked
+        longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+        ids, mask, labels = [], [], []
+        for prompt, answer in rows:
+            length = len(prompt) + len(answer)
+            ids.append([*prompt, *answer] + [pad] * (longest - length))
+            mask.append([1] * length + [0] * (longest - length))
+            blank = [IGNORE_INDEX] * (len(prompt) - 1)
+            labels.append(blank + answer + [IGNORE_INDEX] * (longest - length + 1))
+        return Probes(
+            torch.tensor(ids), torch.tensor(mask), torch.tensor(labels), [], "greedy answers"
+        )
+
+    def __add__(self, other: Probes) -> Probes:
+        """Put two sets one below the other."""
+        width = max(self.ids.shape[1], other.ids.shape[1])
+
+        def both(one: torch.Tensor, two: torch.Tensor, fill: int) -> torch.Tensor:
+            return torch.cat([F.pad(t, (0, width - t.shape[1]), value=fill) for t in (one, two)])
+
+        return Probes(
+            both(self.ids, other.ids, 0),
+            both(self.mask, other.mask, 0),
+            both(self.labels, other.labels, IGNORE_INDEX),
+            self.prompts + other.prompts,
+            self.origin,
+        )
+
 
 def keep(prepared: Prepared, path: Path) -> None:
     """Write the samples that a later merge is verified on: held out, or else trained."""
@@ -74,13 +106,12 @@ def _window(sample: dict[str, Any]) -> tuple[list[int], list[int]]:
     return ids[start:stop], labels[start:stop]
 
 
-def load(adapter: Path, vocabulary: int, pad: int) -> Probes:
+def load(adapter: Path, vocabulary: int) -> Probes:
     """Read the samples of the run that an adapter's folder lies in; else make some.
 
     Args:
         adapter: Its folder.
         vocabulary: Ids that may be drawn, where there is no run.
-        pad: The id that fills up.
     """
     path = adapter.parent / FILE
     lines = read_records(path) if path.is_file() else []
@@ -97,7 +128,7 @@ def load(adapter: Path, vocabulary: int, pad: int) -> Probes:
         return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
     return Probes(
-        ids=padded([ids for ids, _ in samples], pad),
+        ids=padded([ids for ids, _ in samples], 0),
         mask=padded([[1] * len(ids) for ids, _ in samples], 0),
         labels=padded([[*labels[1:], IGNORE_INDEX] for _, labels in samples], IGNORE_INDEX),
         prompts=[_prompt(ids, labels) for ids, labels in samples],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sft.merge.adapter import base_name, is_hollow
 from sft.merge.files import Base, Piece, Stored
 from sft.merge.layout import Whole
 
+TILE = 1 << 18  # numbers that are read at once
 CHUNK = 1 << 24  # numbers of a head that are multiplied at once
 
 
@@ -27,6 +29,8 @@ class Weights:
 
     def __init__(self, base: Base, wholes: dict[str, Whole]) -> None:
         self.base, self.wholes = base, wholes
+        self.threads = ThreadPoolExecutor(torch.get_num_threads())
+        self.spare: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self.places: dict[str, list[tuple[Stored, int, Piece]]] = {}
         for tensors in base.files.values():
             for stored in tensors:
@@ -43,16 +47,26 @@ class Weights:
         return [name, *self.base.partners(name)]
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a parameter."""
+        """Read a parameter, into memory that was given back if there is some of its shape."""
         shape = self.base.shapes[name]
         places = self.place(name)
         if name in self.wholes:
             return self.wholes[name](places[0][0].read(0, places[0][0].rows)).float().view(shape)
-        matrices = torch.empty(shape).view(shape[0] if len(shape) == 3 else 1, -1, shape[-1])
+        spare = self.spare.get(shape)
+        result = spare.pop() if spare else torch.empty(shape)
+        matrices = result.view(shape[0] if len(shape) == 3 else 1, -1, shape[-1])
+        step = max(1, TILE // shape[-1])
         for stored, row, piece in places:
-            rows = matrices[piece.matrix, piece.start : piece.start + piece.rows]
-            rows.copy_(stored.read(row, row + piece.rows))
-        return matrices.view(shape)
+            with stored.reader(step) as read:
+                for start in range(0, piece.rows, step):
+                    count = min(step, piece.rows - start)
+                    into = matrices[piece.matrix, piece.start + start :][:count]
+                    into.copy_(read(row + start, count))
+        return result
+
+    def give_back(self, tensor: torch.Tensor) -> None:
+        """Let the next parameter of this shape be read into the same memory."""
+        self.spare.setdefault(tuple(tensor.shape), []).append(tensor)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read some rows of a matrix that one stored tensor holds."""
@@ -105,11 +119,13 @@ def _fill_and_empty(path: str, module: nn.Module, weights: Weights, deep: bool) 
     held = [(name, parameter, parameter.data) for name, parameter in lacking()]
 
     def fill(*arguments: Any) -> None:
-        for name, parameter, _ in held:
-            parameter.data = weights.read(name)
+        tensors = weights.threads.map(weights.read, [name for name, _, _ in held])
+        for (_, parameter, _), tensor in zip(held, tensors, strict=True):
+            parameter.data = tensor
 
     def empty(*arguments: Any) -> None:
         for _, parameter, nothing in held:
+            weights.give_back(parameter.data)
             parameter.data = nothing
 
     module.register_forward_pre_hook(fill)

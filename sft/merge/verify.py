@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,6 @@ from sft.merge.stream import Weights, stream
 from sft.model import keep_training_layout, load_architecture, load_frozen
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from sft.merge.plan import Prepared
 
 logger = logging.getLogger("sft")
@@ -35,18 +32,12 @@ GREEDY_PROMPTS = 4
 GREEDY_TOKENS, GREEDY_TOKENS_STREAMED = 32, 8  # each reads all the weights where they are streamed
 
 
-@dataclass
-class Answers:
-    """What a model says: logits (positions, vocabulary), and greedy texts."""
-
-    logits: torch.Tensor
-    texts: list[str]
-
-
 def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Compare base + adapter with what was written.
 
-    Both compute in float32, so that what differs is the weights.
+    Both compute in float32, so that what differs is the weights. Base + adapter continues prompts
+    greedily; where the merged model, given these texts, would say each next token too, its own
+    greedy texts are the same.
 
     Args:
         prepared: The merge.
@@ -62,33 +53,58 @@ def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, An
     carry.check(prepared, folder)
     tokenizer = carry.tokenizer_of(prepared)
     rows = prepared.model.get_input_embeddings().weight.shape[0]
-    samples = probes.load(
-        prepared.sources.adapters[0], min(len(tokenizer), rows), tokenizer.pad_token_id
-    )
+    samples = probes.load(prepared.sources.adapters[0], min(len(tokenizer), rows))
     chosen = samples.positions(rows)
     resident = prepared.must_be_resident or 2 * prepared.layout.size <= RESIDENT
-    tokens = GREEDY_TOKENS if resident else GREEDY_TOKENS_STREAMED
-
     stored = prepared.sources.quantization if prepared.dequantized else QuantizationConfig()
     model = _reference(prepared, stored, weights_only=True) if resident else _streamed(prepared)
     with model.disable_adapter():
         base = _logits(model, samples, chosen)
-    wanted = _answers(model, tokenizer, samples, chosen, tokens)
-    figures: dict[str, Any] = {"adapter_effect": _differences(base, wanted.logits)}
+    wanted = _logits(model, samples, chosen)
+    effect = _differences(base, wanted)
+    answers = _greedy(model, prepared, samples, resident)
     del base, model
     written = _load(folder) if resident else _stream_folder(folder)
-    got = _answers(written, tokenizer, samples, chosen, tokens)
-    del written
-    figures |= _compare(wanted, got, samples.labels[chosen])
-    allowed = TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * wanted.logits.abs().max().item()
+    greedy = samples.answered(answers)
+    together = samples + greedy
+    columns = together.ids.shape[1]
+    foretold = greedy.labels != IGNORE_INDEX
+    wide = [F.pad(mask, (0, columns - mask.shape[1])) for mask in (chosen, foretold)]
+    logits = _logits(written, together, torch.cat(wide))
+    got, said = logits[: len(wanted)], logits[len(wanted) :].argmax(-1)
+    right = torch.ones_like(greedy.labels, dtype=torch.bool)
+    right[foretold] = said == greedy.labels[foretold]
     report = {
-        "compared_on": f"{samples.origin}, {int(chosen.sum())} positions",
+        "compared_on": f"{samples.origin}, {len(wanted)} positions",
         "weights_loaded": "whole" if resident else "layer by layer",
-        "allowed_difference": allowed,
-        **figures,
+        "allowed_difference": TOLERANCE.get(dtype, 1e-4) * wanted.abs().max().item(),
+        "adapter_effect": effect,
+        **_differences(got, wanted),
+        "greedy_texts": {"equal": int(right.all(1).sum()), "of": len(answers)},
+        "eval_loss": {
+            "base_and_adapter": _loss(wanted, samples.labels[chosen]),
+            "merged": _loss(got, samples.labels[chosen]),
+        },
     }
-    reason = _why_not(report, bool(got.logits.isfinite().all()))
+    reason = _why_not(report, bool(got.isfinite().all()))
     return {"passed": reason is None, "reason": reason, **report}
+
+
+def _greedy(model: Any, prepared: Prepared, samples: Probes, resident: bool) -> list[list[int]]:
+    """Continue the first prompts; each answer ends with what stopped it, if anything did."""
+    from sft.answers import continuations, stop_ids
+
+    tokenizer = carry.tokenizer_of(prepared)
+    stop_id = carry.stop_id(prepared, tokenizer)
+    length = GREEDY_TOKENS if resident else GREEDY_TOKENS_STREAMED
+    prompts = samples.prompts[:GREEDY_PROMPTS]
+    ids = continuations(model, tokenizer, prompts, length, model.device, stop_id)
+    stops = stop_ids(model.generation_config, tokenizer, stop_id)
+    answers = []
+    for row in ids.tolist():
+        end = next((i for i, token in enumerate(row) if token in stops), len(row) - 1)
+        answers.append(row[: end + 1])
+    return answers
 
 
 def verify_against_training(prepared: Prepared, folder: Path) -> dict[str, Any]:
@@ -98,7 +114,7 @@ def verify_against_training(prepared: Prepared, folder: Path) -> dict[str, Any]:
     forward pass rounds what goes into each layer too.
     """
     rows = prepared.model.get_input_embeddings().weight.shape[0]
-    samples = probes.load(prepared.sources.adapters[0], rows, 0)
+    samples = probes.load(prepared.sources.adapters[0], rows)
     chosen = samples.positions(rows)
     wanted = _logits(_reference(prepared, prepared.sources.quantization), samples, chosen)
     got = _logits(_load(folder), samples, chosen)
@@ -199,20 +215,6 @@ def _stream_folder(folder: Path) -> Any:
     return model
 
 
-def _answers(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Probes,
-    chosen: torch.Tensor,
-    tokens: int,
-) -> Answers:
-    from sft.answers import complete
-
-    logits = _logits(model, samples, chosen)
-    texts = complete(model, tokenizer, samples.prompts[:GREEDY_PROMPTS], tokens, model.device)
-    return Answers(logits, texts)
-
-
 def _logits(model: Any, samples: Probes, chosen: torch.Tensor) -> torch.Tensor:
     """Run a model over the samples; shape (chosen positions, vocabulary), on the CPU."""
     with torch.no_grad(), _only(model.get_output_embeddings(), chosen.to(model.device)):
@@ -250,15 +252,7 @@ def _differences(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _compare(wanted: Answers, got: Answers, labels: torch.Tensor) -> dict[str, Any]:
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> float | None:
+    """Give the mean loss on trained tokens; None where there are none."""
     trained = labels != IGNORE_INDEX
-    losses = [
-        F.cross_entropy(answers.logits[trained], labels[trained]).item() if trained.any() else None
-        for answers in (wanted, got)
-    ]
-    equal = sum(one == other for one, other in zip(wanted.texts, got.texts, strict=True))
-    return {
-        **_differences(got.logits, wanted.logits),
-        "greedy_texts": {"equal": equal, "of": len(wanted.texts)},
-        "eval_loss": {"base_and_adapter": losses[0], "merged": losses[1]},
-    }
+    return F.cross_entropy(logits[trained], labels[trained]).item() if trained.any() else None

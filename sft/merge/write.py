@@ -7,9 +7,10 @@ is on its way to the disk, the next is written.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from sft.merge.files import FLOATS, Stored, read_into
 from sft.merge.layout import File, Layout, Output, Part, itemsize
 
 Tick = Callable[[int], object]  # is told of bytes that were written
-TILE = 1 << 18  # numbers; in float32 they fit the second cache of a core
-CHUNK = 1 << 23  # numbers that one thread takes at once
+TILE = 1 << 19  # numbers; smaller ones cost more calls, larger ones more of the caches
+CHUNK = 1 << 24  # numbers that one thread takes at once
 COPY = 1 << 26  # bytes that the kernel copies at once
 ELSEWHERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
@@ -157,44 +158,49 @@ class _Job:
 
     def chunks(self, part: Part) -> list[tuple[Part, int, int, torch.Tensor | None]]:
         """Cut a part into what one thread takes at once."""
-        rows, columns = part.stop - part.start, self.output.columns
+        rows = part.stop - part.start
         factor = None
         if part.change is not None:
             part.change.to(self.device)
-            step = max(1, TILE // columns)
-            factor = part.change.column_factor(self._reader(part), rows, step)
-        step = max(1, CHUNK // columns)
+            with self._reader(part) as reader:
+                factor = part.change.column_factor(reader, rows, self._tile())
+        step = max(1, CHUNK // self.output.columns)
         return [(part, start, min(start + step, rows), factor) for start in range(0, rows, step)]
 
     def run(self, part: Part, start: int, stop: int, factor: torch.Tensor | None) -> None:
         """Compute and write rows ``start`` to ``stop`` of a part."""
-        columns, size = self.output.columns, itemsize(self.output)
-        step = max(1, (TILE if self.device.type == "cpu" else 64 * TILE) // columns)
-        buffer = torch.empty(step * columns * size, dtype=torch.uint8)
-        rounded = buffer.view(FLOATS[self.output.dtype]).view(step, columns)
-        rows = self._reader(part)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            tile = rows(first, last)
-            if part.change is not None and part.piece is not None:
-                row = part.piece.start + first
-                part.change.apply(tile, part.piece.matrix, row, factor)
-            rounded[: last - first].copy_(tile)
-            done = (last - first) * columns * size
-            _put(self.handle, buffer[:done], self.offset + (part.start + first) * columns * size)
-            self.tick(done)
+        width = self.output.columns * itemsize(self.output)
+        tile, scratch = self._tile(), self._tile()
+        buffer = torch.empty(len(tile) * width, dtype=torch.uint8)
+        rounded = buffer.view(FLOATS[self.output.dtype]).view(tile.shape)
+        with self._reader(part) as reader:
+            for first in range(start, stop, len(tile)):
+                some = tile[: stop - first]
+                reader(first, some)
+                if part.change is not None and part.piece is not None:
+                    row = part.piece.start + first
+                    part.change.apply(some, part.piece.matrix, row, factor, scratch)
+                rounded[: len(some)].copy_(some)
+                done = len(some) * width
+                _put(self.handle, buffer[:done], self.offset + (part.start + first) * width)
+                self.tick(done)
 
-    def _reader(self, part: Part) -> Rows:
-        """Give what reads rows of a part as the base has them, in float32, to be changed."""
+    def _tile(self) -> torch.Tensor:
+        numbers = TILE if self.device.type == "cpu" else 64 * TILE
+        rows = max(1, numbers // self.output.columns)
+        return torch.empty(rows, self.output.columns, device=self.device)
+
+    @contextlib.contextmanager
+    def _reader(self, part: Part) -> Iterator[Rows]:
+        """Give what reads rows of a part as the base has them, to be changed."""
         if part.change is not None and part.change.replaced is not None and part.piece is not None:
-            tensor = part.change.replaced
-            tensor = tensor[part.piece.matrix] if tensor.ndim == 3 else tensor
-            own = tensor.reshape(-1, self.output.columns)[part.piece.start :]
-            return lambda first, last: own[first:last].to(self.device, torch.float32, copy=True)
-        if self.matrix is not None:
+            own = part.change.replaced
+            own = own[part.piece.matrix] if own.ndim == 3 else own
+            own = own.reshape(-1, self.output.columns)[part.piece.start :]
+            yield lambda first, tile: tile.copy_(own[first : first + len(tile)])
+        elif self.matrix is not None:
             matrix = self.matrix[part.start :]
-            return lambda first, last: matrix[first:last].to(self.device, copy=True)
-        stored = self.output.stored
-        return lambda first, last: stored.read(part.start + first, part.start + last).to(
-            self.device, torch.float32, copy=True
-        )
+            yield lambda first, tile: tile.copy_(matrix[first : first + len(tile)])
+        else:
+            with self.output.stored.reader(self._tile().shape[0]) as read:
+                yield lambda first, tile: tile.copy_(read(part.start + first, len(tile)))
