@@ -6,6 +6,9 @@ import tempfile
 
 import pytest
 
+# Before anything imports torch. Two workers with two threads each, on two cores, mostly wait for
+# one another, and a thread that waits keeps its core: tests took up to ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Prepared data of the tests, apart from the user's; processes that tests start inherit it.
 os.environ["SFT_CACHE_DIR"] = tempfile.mkdtemp(prefix="sft-cache-")
 # What a shell starts in the background ignores interrupts, and so would every child of the tests.
