@@ -23,7 +23,7 @@ train: $(READY)  ## fine-tune the embedded model on the embedded data, offline (
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sft.train $(ARGS)
 
 test: $(READY)  ## run every test, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: $(READY)  ## run the tests that take seconds
 	$(BIN)/python -m pytest tests/unit $(ARGS)
