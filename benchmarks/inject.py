@@ -50,4 +50,7 @@ if __name__ == "__main__":
     given, module = sys.argv[1:3]
     arm(given)
     sys.argv = [module, *sys.argv[3:]]
-    importlib.import_module(module).main()
+    run = importlib.import_module(module)
+    if hasattr(run, "__path__"):
+        run = importlib.import_module(f"{module}.__main__")
+    run.main()

@@ -74,7 +74,7 @@ def sft_config(
 
     fields = dataclasses.asdict(config.train)
     extra, global_batch = fields.pop("extra"), fields.pop("global_batch_size")
-    for name in ("padding_free", "pad_to_multiple_of", "on_nan", "max_loss_jump"):  # ours
+    for name in ("padding_free", "pad_to_multiple_of", "on_nan", "max_loss_jump", "merge"):  # ours
         del fields[name]
     fields["gradient_checkpointing"] = recomputes
     micro = fields["per_device_train_batch_size"]

@@ -251,6 +251,9 @@ class TrainConfig:
     save_total_limit: int = setting(
         2, "checkpoints kept: the best of those evaluated, and the newest", at_least(2)
     )
+    merge: bool = setting(
+        False, "true: when training is done, fold the adapter into full weights, and verify them"
+    )
     on_nan: str = setting(
         "stop",
         "where a loss or its gradient is not finite: stop, or skip the step's update",

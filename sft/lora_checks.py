@@ -17,6 +17,8 @@ def lora(config: Config) -> Iterator[Problem]:
     """Find what is wrong with the adapter."""
     section = config.lora
     if not section.enabled:
+        if config.train.merge:
+            yield Problem("train.merge=true", "lora=none trains whole weights", "train.merge=false")
         return
     targets = section.target_modules
     named = [targets] if isinstance(targets, str) else targets

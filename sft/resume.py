@@ -27,7 +27,7 @@ HARMLESS = {
     *("train.padding_free", "train.pad_to_multiple_of", "train.gradient_checkpointing"),
     *("train.logging_steps", "train.eval_strategy", "train.eval_steps"),
     *("train.save_strategy", "train.save_steps", "train.save_total_limit"),
-    *("train.dataloader_num_workers", "train.on_nan", "train.max_loss_jump"),
+    *("train.dataloader_num_workers", "train.on_nan", "train.max_loss_jump", "train.merge"),
 }
 # What is not a setting and may be allowed to differ too.
 CONTENTS = ("base", "data")

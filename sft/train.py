@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import environment
 from sft.checks import check
 from sft.cli import Command
 from sft.config import Config, fill_names, streamed_samples
-from sft.errors import RunError, Stopped
+from sft.errors import MergeError, RunError, Stopped
 from sft.signals import Signals
 
 if TYPE_CHECKING:
@@ -24,7 +27,21 @@ logger = logging.getLogger("sft")
 
 
 def train(config: Config) -> None:
+    """Train one run, and merge its adapter where that is asked for.
+
+    Raises:
+        SftError: With what is wrong and how to mend it.
+    """
+    folder = fit(config)
+    if config.train.merge and os.environ.get("RANK", "0") == "0":
+        merge(folder)
+
+
+def fit(config: Config) -> Path:
     """Train, evaluate and save one run; refuses before any weight loads.
+
+    Returns:
+        The run's folder.
 
     Raises:
         SftError: With what is wrong and how to mend it.
@@ -112,6 +129,23 @@ def train(config: Config) -> None:
         raise
     finally:
         environment.end_process_group()
+    return run.dir
+
+
+def merge(folder: Path) -> None:
+    """Merge in a process of its own, with all the memory; other ranks have ended, and none waits.
+
+    Raises:
+        MergeError: It failed, and has said why; the run itself is finished.
+    """
+    from sft.trial import environment as outside_of_ranks
+
+    command = [sys.executable, "-m", "sft.merge", f"run={folder}"]
+    if subprocess.run(command, env=outside_of_ranks(), check=False).returncode:
+        raise MergeError(
+            f"{folder} is trained, its adapter was not merged\n    fix: see what was said above, "
+            f"then: python -m sft.merge run={folder}"
+        )
 
 
 def start(

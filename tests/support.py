@@ -63,6 +63,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 128, "num_key_value_heads": 2},
     "qwen3": {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "qwen3_moe": {
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
 }
 
 
@@ -86,8 +94,7 @@ def build_model(folder: Path, family: str, tied: bool, **changed: Any) -> Path:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **sizes,
-        **{**FAMILIES[family], **changed},
+        **{**sizes, **FAMILIES[family], **changed},
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -96,4 +103,22 @@ def build_model(folder: Path, family: str, tied: bool, **changed: Any) -> Path:
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_adapter(folder: Path, base: Path, seed: int = 1, **settings: Any) -> Path:
+    """Write an adapter as PEFT does, every trainable number of it moved by a little."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(**settings))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    adapted.save_pretrained(folder)
     return folder

@@ -113,7 +113,7 @@ def read_config(folder: Path) -> LoraConfig:
     config = PeftConfig.from_pretrained(str(folder))
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
-        raise MergeError(f"{folder} is a {kind} adapter; LoRA is merged\n    fix: PEFT's own merge")
+        raise MergeError(f"{folder} is {kind}, not LoRA\n    fix: PEFT's own merge, in memory")
     for name in REFUSED:
         if getattr(config, name, None):
             raise MergeError(f"{folder} uses {name}: not merged\n    fix: keep the adapter")
@@ -139,7 +139,7 @@ def attach(
     Raises:
         MergeError: One does not fit the base: modules, shapes or tensors are others.
     """
-    from peft import get_peft_model
+    from peft import PeftModelForCausalLM
     from transformers.initialization import no_init_weights
 
     peft_model: Any = None
@@ -152,7 +152,7 @@ def attach(
             with warnings.catch_warnings(), no_init_weights():
                 warnings.simplefilter("ignore")
                 if peft_model is None:
-                    peft_model = get_peft_model(
+                    peft_model = PeftModelForCausalLM(
                         model, config, adapter_name=name_of(0), low_cpu_mem_usage=True
                     )
                 result = peft_model.load_adapter(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-Rows = Callable[[int, torch.Tensor], object]  # fills float32 rows from this one on
+Rows = Callable[[int, int], torch.Tensor]  # rows of the base, from one to another
 
 
 @dataclass
 class LowRank:
     """A product that is added: ``scale * left @ right``.
+
+    A power of two, as alpha / r mostly is, is taken into ``left``, where it changes no digit.
 
     Attributes:
         left: Shape (matrices, rows, rank), float32.
@@ -23,6 +26,10 @@ class LowRank:
     left: torch.Tensor
     right: torch.Tensor
     scale: float
+
+    def __post_init__(self) -> None:
+        if math.frexp(self.scale)[0] == 0.5:
+            self.left, self.scale = self.left * self.scale, 1.0
 
 
 @dataclass
@@ -48,23 +55,22 @@ class Change:
     added: torch.Tensor | None = None
     tokens: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def column_factor(self, rows: Rows, count: int, tile: torch.Tensor) -> torch.Tensor | None:
+    def column_factor(self, rows: Rows, count: int, numbers: int) -> torch.Tensor | None:
         """Find what DoRA multiplies columns by; needs all rows, a pass of its own.
 
         Args:
             rows: Reads the base's.
             count: Of them.
-            tile: Room for some.
+            numbers: That are in memory at once.
         """
         if self.magnitude is None or self.by_row:
             return None
         total = torch.zeros_like(self.magnitude, dtype=torch.float64)
-        scratch = torch.empty_like(tile)
-        for start in range(0, count, len(tile)):
-            some = tile[: count - start]
-            rows(start, some)
-            self._add_products(some, 0, start, scratch)
-            total += some.double().square().sum(0)
+        step = max(1, numbers // len(total))
+        for start in range(0, count, step):
+            tile = rows(start, min(start + step, count)).to(total.device, torch.float32, copy=True)
+            self._add_products(tile, 0, start, torch.empty_like(tile))
+            total += tile.double().square().sum(0)
         return self.magnitude / total.sqrt().float()
 
     def apply(
@@ -103,7 +109,8 @@ class Change:
         delta = scratch[: len(tile)]
         for product in self.products:
             left = product.left[matrix, start : start + len(tile)]
-            tile.add_(torch.mm(left, product.right[matrix], out=delta).mul_(product.scale))
+            torch.mm(left, product.right[matrix], out=delta)
+            tile.add_(delta if product.scale == 1 else delta.mul_(product.scale))
 
     def to(self, device: torch.device) -> None:
         """Move what is added and multiplied to where the sums are made."""

@@ -1,16 +1,15 @@
 """Safetensors files on disk: where each tensor is, and which parameters of the model it holds.
 
-Tensors are read by their offsets instead of through a memory map: what a map has touched counts as
-this process's memory until the file is closed, and a shard may be as large as memory.
+Rows are read by their offsets instead of through a memory map: what a map has touched counts as
+this process's memory until the file is closed, and page tables cost more than copying does.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,42 +64,32 @@ class Stored:
         """Count the rows of the matrices that it is, one below the other."""
         return math.prod(self.shape[:-1])
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Read some rows, as they are stored; shape (stop - start, columns)."""
-        with self.reader(stop - start) as read:
-            return read(start, stop - start)
-
-    @contextlib.contextmanager
-    def reader(self, most: int) -> Iterator[Callable[[int, int], torch.Tensor]]:
-        """Give what reads a number of rows from one on, into one buffer again and again.
+    def read(self, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Read some rows, as they are stored.
 
         Args:
-            most: Rows that are read at once.
+            start: The first.
+            stop: After the last.
+            buffer: Bytes to read them into; None: new ones.
+
+        Returns:
+            Shape (stop - start, columns).
+
+        Raises:
+            MergeError: The file has become shorter.
         """
         dtype = FLOATS[self.dtype]
         width = self.columns * dtype.itemsize
-        buffer = torch.empty(most * width, dtype=torch.uint8)
-        rows = buffer.view(dtype).view(most, self.columns)
-        handle = os.open(self.file, os.O_RDONLY)
-
-        def read(start: int, count: int) -> torch.Tensor:
-            read_into(handle, buffer[: count * width], self.offset + start * width)
-            return rows[:count]
-
-        try:
-            yield read
-        finally:
-            os.close(handle)
-
-
-def read_into(handle: int, buffer: torch.Tensor, offset: int) -> None:
-    """Fill a buffer of bytes from a file; the kernel may give less than was asked at once."""
-    view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-    while view:
-        got = os.preadv(handle, [view], offset)
-        if not got:
-            raise MergeError("a file of the base model ended early\n    fix: download it again")
-        view, offset = view[got:], offset + got
+        size, offset = (stop - start) * width, self.offset + start * width
+        buffer = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer[:size]
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        with self.file.open("rb", buffering=0) as opened:
+            while view:  # the kernel may give less than was asked at once
+                got = os.preadv(opened.fileno(), [view], offset)
+                if not got:
+                    raise MergeError(f"{self.file} ended early\n    fix: download or copy it anew")
+                view, offset = view[got:], offset + got
+        return buffer.view(dtype).view(stop - start, self.columns)
 
 
 def header(file: Path) -> list[Stored]:

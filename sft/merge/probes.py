@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FILE = "probes.jsonl"  # in the run's folder; the adapter's own folder goes to others
 COUNT = 8
 LENGTH = 128  # tokens of each
-SCORES = 1 << 25  # logits that are kept of one model: 128 MiB
+SCORES = 1 << 24  # logits that are kept of one model: 64 MiB
 
 
 @dataclass

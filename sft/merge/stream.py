@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,6 @@ from sft.merge.adapter import base_name, is_hollow
 from sft.merge.files import Base, Piece, Stored
 from sft.merge.layout import Whole
 
-TILE = 1 << 18  # numbers that are read at once
 CHUNK = 1 << 24  # numbers of a head that are multiplied at once
 
 
@@ -55,14 +55,15 @@ class Weights:
         spare = self.spare.get(shape)
         result = spare.pop() if spare else torch.empty(shape)
         matrices = result.view(shape[0] if len(shape) == 3 else 1, -1, shape[-1])
-        step = max(1, TILE // shape[-1])
         for stored, row, piece in places:
-            with stored.reader(step) as read:
-                for start in range(0, piece.rows, step):
-                    count = min(step, piece.rows - start)
-                    into = matrices[piece.matrix, piece.start + start :][:count]
-                    into.copy_(read(row + start, count))
+            rows = matrices[piece.matrix, piece.start : piece.start + piece.rows]
+            rows.copy_(stored.read(row, row + piece.rows))
         return result
+
+    def close(self) -> None:
+        """Let all memory go."""
+        self.threads.shutdown()
+        self.spare.clear()
 
     def give_back(self, tensor: torch.Tensor) -> None:
         """Let the next parameter of this shape be read into the same memory."""
@@ -74,19 +75,22 @@ class Weights:
         return stored.read(row + start, row + stop).float()
 
 
-def stream(model: nn.Module, weights: Weights) -> None:
+@contextlib.contextmanager
+def streamed(model: Any, weights: Weights) -> Iterator[Any]:
     """Let a model without weights, or with those of an adapter only, read what it lacks.
 
     Args:
         model: On hollow weights (``sft.merge.adapter.hollow``); a PEFT model, or a plain one.
         weights: Of the base.
     """
-    inner: nn.Module = model
-    if isinstance(model, PeftModel):
-        inner = model.get_base_model()
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     for path, module, deep in _units(inner):
         if deep or not _by_rows(path, module, weights):
             _fill_and_empty(path, module, weights, deep)
+    try:
+        yield model
+    finally:
+        weights.close()
 
 
 def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:

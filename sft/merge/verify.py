@@ -17,7 +17,7 @@ from sft.merge import adapter as adapters
 from sft.merge import carry, probes
 from sft.merge.files import Base, shards
 from sft.merge.probes import Probes
-from sft.merge.stream import Weights, stream
+from sft.merge.stream import Weights, streamed
 from sft.model import keep_training_layout, load_architecture, load_frozen
 
 if TYPE_CHECKING:
@@ -56,21 +56,20 @@ def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, An
     samples = probes.load(prepared.sources.adapters[0], min(len(tokenizer), rows))
     chosen = samples.positions(rows)
     resident = prepared.must_be_resident or 2 * prepared.layout.size <= RESIDENT
-    stored = prepared.sources.quantization if prepared.dequantized else QuantizationConfig()
-    model = _reference(prepared, stored, weights_only=True) if resident else _streamed(prepared)
-    with model.disable_adapter():
-        base = _logits(model, samples, chosen)
-    wanted = _logits(model, samples, chosen)
-    effect = _differences(base, wanted)
-    answers = _greedy(model, prepared, samples, resident)
+    with _base_and_adapter(prepared, resident) as model:
+        with model.disable_adapter():
+            base = _logits(model, samples, chosen)
+        wanted = _logits(model, samples, chosen)
+        effect = _differences(base, wanted)
+        answers = _greedy(model, prepared, samples, resident)
     del base, model
-    written = _load(folder) if resident else _stream_folder(folder)
     greedy = samples.answered(answers)
     together = samples + greedy
     columns = together.ids.shape[1]
     foretold = greedy.labels != IGNORE_INDEX
     wide = [F.pad(mask, (0, columns - mask.shape[1])) for mask in (chosen, foretold)]
-    logits = _logits(written, together, torch.cat(wide))
+    with _written(folder, resident) as model:
+        logits = _logits(model, together, torch.cat(wide))
     got, said = logits[: len(wanted)], logits[len(wanted) :].argmax(-1)
     right = torch.ones_like(greedy.labels, dtype=torch.bool)
     right[foretold] = said == greedy.labels[foretold]
@@ -117,7 +116,8 @@ def verify_against_training(prepared: Prepared, folder: Path) -> dict[str, Any]:
     samples = probes.load(prepared.sources.adapters[0], rows)
     chosen = samples.positions(rows)
     wanted = _logits(_reference(prepared, prepared.sources.quantization), samples, chosen)
-    got = _logits(_load(folder), samples, chosen)
+    with _written(folder, resident=True) as model:
+        got = _logits(model, samples, chosen)
     return _differences(got, wanted)
 
 
@@ -194,25 +194,29 @@ def _compute_in_float32(model: Any) -> None:
     keep_training_layout(model)
 
 
-def _streamed(prepared: Prepared) -> Any:
-    model = _weighed(prepared.model, prepared)
-    stream(model, Weights(prepared.base, prepared.wholes))
-    return model
+@contextlib.contextmanager
+def _base_and_adapter(prepared: Prepared, resident: bool) -> Iterator[Any]:
+    """Give what was trained, loaded whole or read layer by layer."""
+    if resident:
+        stored = prepared.sources.quantization if prepared.dequantized else QuantizationConfig()
+        yield _reference(prepared, stored, weights_only=True)
+    else:
+        model = _weighed(prepared.model, prepared)
+        with streamed(model, Weights(prepared.base, prepared.wholes)):
+            yield model
 
 
-def _load(folder: Path) -> Any:
-    return load_frozen(
-        ModelConfig(name_or_path=str(folder.resolve())), QuantizationConfig(), torch.float32
-    )
-
-
-def _stream_folder(folder: Path) -> Any:
+@contextlib.contextmanager
+def _written(folder: Path, resident: bool) -> Iterator[Any]:
+    """Give what was written, likewise."""
     here = ModelConfig(name_or_path=str(folder.resolve()))
-    architecture = load_architecture(here, buffers=True)
-    base = Base.read(shards(here), architecture)
-    model = adapters.hollow(architecture).eval()
-    stream(model, Weights(base, {}))
-    return model
+    if resident:
+        yield load_frozen(here, QuantizationConfig(), torch.float32)
+    else:
+        architecture = load_architecture(here, buffers=True)
+        base = Base.read(shards(here), architecture)
+        with streamed(adapters.hollow(architecture).eval(), Weights(base, {})) as model:
+            yield model
 
 
 def _logits(model: Any, samples: Probes, chosen: torch.Tensor) -> torch.Tensor:
@@ -239,14 +243,17 @@ def _only(head: torch.nn.Module, chosen: torch.Tensor) -> Iterator[None]:
 
 def _differences(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
     """Measure how far logits are from others; KL is in nats, a mean over positions."""
-    difference = (got - wanted).abs()
-    divergence = 0.0
+    most = total = divergence = 0.0
     for one, other in zip(torch.split(wanted, 16), torch.split(got, 16), strict=True):
-        p, q = one.double().log_softmax(-1), other.double().log_softmax(-1)
+        p, q = one.double(), other.double()
+        difference = (q - p).abs()
+        most = max(most, difference.max().item())
+        total += difference.sum().item()
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
         divergence += (p.exp() * (p - q)).sum().item()
     return {
-        "max_difference": difference.max().item(),
-        "mean_difference": difference.mean().item(),
+        "max_difference": most,
+        "mean_difference": total / wanted.numel(),
         "kl": divergence / len(wanted),
         "top1_agreement": (wanted.argmax(-1) == got.argmax(-1)).float().mean().item(),
     }

@@ -7,23 +7,23 @@ is on its way to the disk, the next is written.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sft.merge.change import Rows
-from sft.merge.files import FLOATS, Stored, read_into
+from sft.merge.files import FLOATS, Stored
 from sft.merge.layout import File, Layout, Output, Part, itemsize
 
 Tick = Callable[[int], object]  # is told of bytes that were written
 TILE = 1 << 19  # numbers; smaller ones cost more calls, larger ones more of the caches
 CHUNK = 1 << 24  # numbers that one thread takes at once
+FLUSH = 8  # chunks after which the disk is waited for
 COPY = 1 << 26  # bytes that the kernel copies at once
 ELSEWHERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
@@ -39,7 +39,6 @@ def write(layout: Layout, folder: Path, device: torch.device, tick: Tick) -> Non
 
     Raises:
         OSError: The disk is full, or fails.
-        MergeError: A file of the base is shorter than it says.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each of our threads works on a tile of its own
@@ -98,8 +97,12 @@ def _wait(futures: Iterable[Future[None]]) -> None:
 
 
 def _finish(handle: int, chunks: list[Future[None]]) -> None:
+    """Wait for a file's chunks; the disk gets some at a time, so that little is left at the end."""
     try:
-        _wait(chunks)
+        for count, chunk in enumerate(chunks, 1):
+            chunk.result()
+            if count % FLUSH == 0:
+                os.fdatasync(handle)
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -110,23 +113,17 @@ def _copy(stored: Stored, start: int, handle: int, offset: int, tick: Tick) -> N
     left = min(COPY, stored.size - start)
     tick(left)
     read, written = stored.offset + start, offset + start
-    source = os.open(stored.file, os.O_RDONLY)
-    try:
+    with stored.file.open("rb") as source:
         while left:
             try:
-                done = os.copy_file_range(source, handle, left, read, written)
+                done = os.copy_file_range(source.fileno(), handle, left, read, written)
             except OSError as error:
                 if error.errno not in ELSEWHERE:
                     raise
-                buffer = torch.empty(min(left, 4 * TILE), dtype=torch.uint8)
-                read_into(source, buffer, read)
-                done = len(buffer)
-                _put(handle, buffer, written)
+                done = os.pwrite(handle, os.pread(source.fileno(), min(left, TILE), read), written)
             if not done:
                 raise OSError(errno.EIO, "ended early", str(stored.file))
             left, read, written = left - done, read + done, written + done
-    finally:
-        os.close(source)
 
 
 def _put(handle: int, buffer: torch.Tensor, offset: int) -> None:
@@ -134,6 +131,34 @@ def _put(handle: int, buffer: torch.Tensor, offset: int) -> None:
     while view:
         done = os.pwrite(handle, view, offset)
         view, offset = view[done:], offset + done
+
+
+class _Room(threading.local):
+    """What a thread works in, made once: new memory for each tile would cost more than the sums."""
+
+    def __init__(self) -> None:
+        self.numbers = 0
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def of(self, numbers: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Give room for so many: two of float32, and bytes to read and to write."""
+        if numbers > self.numbers or self.tensors["tile"].device.type != device.type:
+            self.numbers = numbers
+            self.tensors = {
+                "tile": torch.empty(numbers, device=device),
+                "scratch": torch.empty(numbers, device=device),
+                "read": torch.empty(8 * numbers, dtype=torch.uint8),
+                "written": torch.empty(8 * numbers, dtype=torch.uint8),
+            }
+        return {
+            "tile": self.tensors["tile"][:numbers],
+            "scratch": self.tensors["scratch"][:numbers],
+            "read": self.tensors["read"],
+            "written": self.tensors["written"],
+        }
+
+
+_room = _Room()
 
 
 @dataclass
@@ -162,45 +187,38 @@ class _Job:
         factor = None
         if part.change is not None:
             part.change.to(self.device)
-            with self._reader(part) as reader:
-                factor = part.change.column_factor(reader, rows, self._tile())
+            factor = part.change.column_factor(lambda *some: self._base(part, *some), rows, TILE)
         step = max(1, CHUNK // self.output.columns)
         return [(part, start, min(start + step, rows), factor) for start in range(0, rows, step)]
 
     def run(self, part: Part, start: int, stop: int, factor: torch.Tensor | None) -> None:
         """Compute and write rows ``start`` to ``stop`` of a part."""
-        width = self.output.columns * itemsize(self.output)
-        tile, scratch = self._tile(), self._tile()
-        buffer = torch.empty(len(tile) * width, dtype=torch.uint8)
-        rounded = buffer.view(FLOATS[self.output.dtype]).view(tile.shape)
-        with self._reader(part) as reader:
-            for first in range(start, stop, len(tile)):
-                some = tile[: stop - first]
-                reader(first, some)
-                if part.change is not None and part.piece is not None:
-                    row = part.piece.start + first
-                    part.change.apply(some, part.piece.matrix, row, factor, scratch)
-                rounded[: len(some)].copy_(some)
-                done = len(some) * width
-                _put(self.handle, buffer[:done], self.offset + (part.start + first) * width)
-                self.tick(done)
+        columns, size = self.output.columns, itemsize(self.output)
+        step = max(1, (TILE if self.device.type == "cpu" else CHUNK) // columns)
+        room = _room.of(step * columns, self.device)
+        tile, scratch = (room[name].view(step, columns) for name in ("tile", "scratch"))
+        buffer = room["written"][: step * columns * size]
+        rounded = buffer.view(FLOATS[self.output.dtype]).view(step, columns)
+        for row in range(start, stop, step):
+            rows = tile[: stop - row]
+            rows.copy_(self._base(part, row, row + len(rows), room["read"]))
+            if part.change is not None and part.piece is not None:
+                place = part.piece.start + row
+                part.change.apply(rows, part.piece.matrix, place, factor, scratch)
+            rounded[: len(rows)].copy_(rows)
+            done = len(rows) * columns * size
+            _put(self.handle, buffer[:done], self.offset + (part.start + row) * columns * size)
+            self.tick(done)
 
-    def _tile(self) -> torch.Tensor:
-        numbers = TILE if self.device.type == "cpu" else 64 * TILE
-        rows = max(1, numbers // self.output.columns)
-        return torch.empty(rows, self.output.columns, device=self.device)
-
-    @contextlib.contextmanager
-    def _reader(self, part: Part) -> Iterator[Rows]:
-        """Give what reads rows of a part as the base has them, to be changed."""
+    def _base(
+        self, part: Part, start: int, stop: int, raw: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Give rows of a part as they are before they are changed; raw is room to read them."""
         if part.change is not None and part.change.replaced is not None and part.piece is not None:
             own = part.change.replaced
             own = own[part.piece.matrix] if own.ndim == 3 else own
             own = own.reshape(-1, self.output.columns)[part.piece.start :]
-            yield lambda first, tile: tile.copy_(own[first : first + len(tile)])
-        elif self.matrix is not None:
-            matrix = self.matrix[part.start :]
-            yield lambda first, tile: tile.copy_(matrix[first : first + len(tile)])
-        else:
-            with self.output.stored.reader(self._tile().shape[0]) as read:
-                yield lambda first, tile: tile.copy_(read(part.start + first, len(tile)))
+            return own[start:stop]
+        if self.matrix is not None:
+            return self.matrix[part.start + start : part.start + stop]
+        return self.output.stored.read(part.start + start, part.start + stop, raw)

@@ -1,14 +1,20 @@
-"""What merges, bit by bit against base + adapter, and every refusal before anything is written."""
+"""Merging what a run has trained: proven, safe, and every refusal before anything is written."""
 
+import fcntl
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support import build_model
+from support import ROOT, build_model, run_sft
 from transformers import AutoModelForCausalLM
 
 from sft import train
@@ -18,28 +24,21 @@ from sft.merge import __main__ as merge
 WEIGHTS = "adapter_model.safetensors"
 
 
-PATTERNS = ["lora.rank_pattern={q_proj: 4}", "lora.alpha_pattern={up_proj: 3}"]
-
-
 def trained(folder: Path, base: Path, rows: Path, *overrides: str) -> Path:
     run = folder / "run"
-    train.train(
-        train.main.compose(
-            [
-                *("model=hf", f"model.name_or_path={base}", f"output_dir={run}"),
-                *("dataset=jsonl", f"dataset.path={rows}", "dataset.eval_fraction=0"),
-                *("template=chat", "train.global_batch_size=4", "train.max_steps=3"),
-                *("train.warmup_steps=0", "train.learning_rate=2e-2", "train.save_strategy=no"),
-                *overrides,
-            ]
-        )
-    )
+    settings = [
+        *("model=hf", f"model.name_or_path={base}", f"output_dir={run}"),
+        *("dataset=jsonl", f"dataset.path={rows}"),
+        *("template=chat", "train.global_batch_size=4", "train.max_steps=3"),
+        *("train.warmup_steps=0", "train.learning_rate=2e-2", "train.save_strategy=no"),
+    ]
+    train.train(train.main.compose([*settings, *overrides]))
     return run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, llama: Path, rows: Path) -> Path:
-    return trained(tmp_path_factory.mktemp("merge"), llama, rows)
+    return trained(tmp_path_factory.mktemp("merge"), llama, rows, "dataset.eval_fraction=0")
 
 
 def merged(*overrides: str) -> None:
@@ -73,13 +72,96 @@ def test_kinds_of_adapter_merge(tmp_path: Path, rows: Path, overrides: list[str]
         assert (adapted(ids).logits - whole(ids).logits).abs().max() < 1e-4
 
 
-def test_bfloat16_rounds_once(run: Path, tmp_path: Path) -> None:
+def report_of(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "merge_report.json").read_text())
+    return report
+
+
+def test_is_compared_on_the_runs_own_samples(
+    run: Path, tmp_path: Path, llama: Path, rows: Path
+) -> None:
+    merged(f"run={run}")
+    assert report_of(run / "merged")["compared_on"].startswith("8 training samples of the run")
+    run = trained(tmp_path, llama, rows, "dataset.eval_fraction=0.34")
+    merged(f"run={run}")
+    report = report_of(run / "merged")
+    assert report["compared_on"].startswith("8 held-out samples of the run")
+    losses = report["eval_loss"]
+    assert losses["merged"] == pytest.approx(losses["base_and_adapter"], rel=1e-5)
+    assert report["base_compared"] == "the same as in training"
+
+
+@pytest.mark.parametrize("fault", ["lost", "doubled", "swapped"])
+def test_a_merge_that_is_wrong_is_marked_and_not_used(
+    run: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of fourteen changes goes wrong while it is written."""
+    from sft.merge.change import Change
+
+    honest = Change._add_products
+    places: dict[int, int] = {}
+
+    def dishonest(self: Change, tile: torch.Tensor, *rest: Any) -> None:
+        number = places.setdefault(id(self), len(places))
+        before = tile.clone()
+        honest(self, tile, *rest)
+        if number == 5:
+            faults = {
+                "lost": lambda: tile.copy_(before),
+                "doubled": lambda: honest(self, tile, *rest),
+                "swapped": lambda: tile.copy_(before - (tile - before)),
+            }
+            faults[fault]()
+
+    monkeypatch.setattr(Change, "_add_products", dishonest)
+    with pytest.raises(MergeError, match="is not the trained one: logits differ by"):
+        merged(f"run={run}", f"output={tmp_path / 'out'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
+    report = report_of(tmp_path / "out.failed")
+    assert report["passed"] is False and "logits differ" in report["reason"]
+    monkeypatch.undo()
+    merged(f"run={run}", f"output={tmp_path / 'out'}")
+    assert report_of(tmp_path / "out")["passed"]
+
+
+def test_a_rounding_that_swallows_the_adapter_is_said(run: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", adapter)
+    change(adapter / WEIGHTS, lambda tensor: tensor * 1e-3)
+    out = tmp_path / "out"
+    with pytest.raises(MergeError, match="rounding takes away more than half of what the adapter"):
+        merged(f"adapter={adapter}", f"output={out}", "dtype=bfloat16")
+    merged(f"adapter={adapter}", f"output={out}", "dtype=float32")
+
+
+def test_precision_and_file_sizes_are_as_asked(run: Path, tmp_path: Path) -> None:
     merged(f"adapter={run / 'adapter'}", f"output={tmp_path / 'float32'}")
-    merged(f"adapter={run / 'adapter'}", f"output={tmp_path / 'half'}", "dtype=bfloat16")
+    half, small = tmp_path / "half", tmp_path / "small"
+    merged(f"adapter={run / 'adapter'}", f"output={half}", "dtype=bfloat16")
+    merged(f"adapter={run / 'adapter'}", f"output={small}", "max_shard_size=150KB")
     exact = load_file(tmp_path / "float32" / "model.safetensors")
-    rounded = load_file(tmp_path / "half" / "model.safetensors")
+    rounded = load_file(half / "model.safetensors")
     assert exact.keys() == rounded.keys()
     assert all(rounded[key].equal(exact[key].bfloat16()) for key in exact)
+    assert AutoModelForCausalLM.from_pretrained(half).dtype == torch.bfloat16
+    files = sorted(small.glob("model-*-of-*.safetensors"))
+    assert len(files) > 2 and all(path.stat().st_size < 160_000 for path in files)
+    assert json.loads((small / "model.safetensors.index.json").read_text())["weight_map"]
+    model = AutoModelForCausalLM.from_pretrained(small)
+    assert all(model.state_dict()[key].equal(exact[key]) for key in exact)
+    # A base in several files is merged into as many.
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", adapter)
+    merged(f"adapter={adapter}", f"output={tmp_path / 'out'}", f"base={small}", "check_base=false")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == [
+        path.name for path in files
+    ]
+
+
+def test_without_verification_it_is_recorded(run: Path, tmp_path: Path) -> None:
+    merged(f"run={run}", f"output={tmp_path / 'out'}", "verify=false")
+    report = report_of(tmp_path / "out")
+    assert (report["passed"], report["reason"]) == (None, "verify=false")
 
 
 def test_merged_folder_holds_what_generation_needs(run: Path, tmp_path: Path) -> None:
@@ -128,6 +210,158 @@ def test_damaged_adapter_is_refused(run: Path, tmp_path: Path, damage, message: 
     with pytest.raises(MergeError, match=message):
         merged(f"adapter={adapter}", f"output={tmp_path / 'out'}")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+@pytest.fixture
+def base(run: Path, tmp_path: Path, llama: Path) -> Path:
+    """Give a copy of the base that may be damaged."""
+    return Path(shutil.copytree(llama, tmp_path / "base"))
+
+
+def test_another_base_is_refused(run: Path, tmp_path: Path, base: Path) -> None:
+    command = [f"run={run}", f"output={tmp_path / 'out'}", f"base={base}"]
+    merged(*command)
+    assert report_of(tmp_path / "out")["base_compared"] == "the same as in training"
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    os.utime(base / "model.safetensors", (1, 1))
+    with pytest.raises(MergeError, match=r"is not what the adapter was trained on: .* there, "):
+        merged(*command, "overwrite=true")
+    merged(*command, "overwrite=true", "check_base=false")
+    assert report_of(tmp_path / "out")["base_compared"] == "not compared, as asked"
+
+
+def test_a_damaged_base_is_refused(run: Path, tmp_path: Path, base: Path) -> None:
+    command = [f"run={run}", f"output={tmp_path / 'out'}", f"base={base}", "check_base=false"]
+    weights = base / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(MergeError, match=r"model.safetensors is damaged"):
+        merged(*command)
+    tensors = load_file_bytes(whole)
+    tensors.pop("model.norm.weight")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(MergeError, match=r"lacks 1 tensors .* such as model.norm.weight"):
+        merged(*command)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"the weights of .* cannot be loaded"):
+        merged(*command)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def load_file_bytes(content: bytes) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    return load(content)
+
+
+def test_a_base_of_another_shape_is_refused(run: Path, tmp_path: Path) -> None:
+    for family, settings, message in (
+        ("opt", {}, "does not fit the base: Target modules"),
+        ("llama", {"intermediate_size": 192}, "does not fit the base: Error"),
+        ("llama", {"num_hidden_layers": 1}, "14 tensors .* have no place in the base"),
+    ):
+        other = build_model(tmp_path / f"{family}{len(settings)}{message[-4:]}", family, False)
+        if settings:
+            shutil.rmtree(other)
+            build_model(other, family, False, **settings)
+        with pytest.raises(MergeError, match=message):
+            merged(f"run={run}", f"output={tmp_path / 'out'}", f"base={other}", "check_base=false")
+    assert not (tmp_path / "out").exists()
+
+
+def test_deepspeed_shards_are_no_adapter(run: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", adapter)
+    (adapter / WEIGHTS).rename(adapter / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(MergeError, match=r"holds DeepSpeed's shards .* not an adapter"):
+        merged(f"adapter={adapter}", f"output={tmp_path / 'out'}")
+
+
+def test_a_killed_merge_leaves_nothing_that_looks_finished(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    inject = [sys.executable, str(ROOT / "benchmarks" / "inject.py")]
+    for place in ("sft.merge.write.write:before", "sft.merge.carry.write:after"):
+        killed = subprocess.run(
+            [*inject, f"SIGKILL:{place}:1:0", "sft.merge", f"run={run}", f"output={out}"],
+            capture_output=True,
+            cwd=tmp_path,
+        )
+        assert killed.returncode == -9
+        assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    merged(f"run={run}", f"output={out}")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_merges_do_not_share_an_output(run: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("years")
+    with pytest.raises(MergeError, match=r"out.partial is not a merge of ours"):
+        merged(f"run={run}", f"output={tmp_path / 'out'}")
+    (partial / "thesis.txt").rename(partial / "merge_report.json")
+    handle = os.open(partial, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(MergeError, match="another merge writes"):
+        merged(f"run={run}", f"output={tmp_path / 'out'}")
+    assert (partial / "merge_report.json").read_text() == "years"
+    os.close(handle)
+    merged(f"run={run}", f"output={tmp_path / 'out'}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system that the merged model does not fit."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_seen_before_and_survived(
+    run: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MergeError, match=r"takes 0.00 GB, and .*disk has 0.00 GB free"):
+        merged(f"run={run}", f"output={disk / 'out'}")
+    monkeypatch.setattr(merge, "SPARE", -(1 << 40))  # somebody else takes the room meanwhile
+    with pytest.raises(MergeError, match=r"out cannot be written: .*No space left"):
+        merged(f"run={run}", f"output={disk / 'out'}")
+    assert list(disk.iterdir()) == []
+
+
+def test_training_merges_at_its_end(tmp_path: Path, llama: Path, rows: Path) -> None:
+    """On rank 0 of two, after both have ended."""
+    result = run_sft(
+        "train",
+        *("model=hf", f"model.name_or_path={llama}", "output_dir=run", "template=chat"),
+        *("dataset=jsonl", f"dataset.path={rows}", "train.global_batch_size=8"),
+        *("train.max_steps=2", "train.warmup_steps=0", "train.learning_rate=2e-2"),
+        *("zero=stage3", "train.save_strategy=no", "train.merge=true"),
+        ranks=2,
+        cwd=tmp_path,
+    )
+    assert "merged into run/merged" in result.stdout
+    assert report_of(tmp_path / "run" / "merged")["passed"]
+
+
+def test_what_cannot_be_uploaded_stays(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run_sft(
+        *("merge", f"run={run}", f"output={out}", "push_to_hub=me/model"),
+        cwd=tmp_path,
+        check=False,
+        HF_ENDPOINT="http://127.0.0.1:9",
+        HF_TOKEN="hf_none",
+        HF_HUB_OFFLINE="0",
+    )
+    assert result.returncode == 1
+    assert f"error: {out} is merged, but me/model could not be written: " in result.stderr
+    assert "hf_none" not in result.stderr
+    assert report_of(out)["passed"]
 
 
 def change(path: Path, new) -> None:

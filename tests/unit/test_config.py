@@ -288,6 +288,7 @@ def test_the_names_read_from_source_are_the_installed_classes_fields() -> None:
         "global_batch_size",
         "on_nan",
         "max_loss_jump",
+        "merge",
     }
     assert ours(LoraSection) - lora_names == {"enabled"}
     assert ours(QuantizationConfig) - upstream.bnb_config_names() == set()
