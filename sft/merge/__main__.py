@@ -8,6 +8,7 @@ dequantised, which is what it was trained on.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -28,6 +29,7 @@ logger = logging.getLogger("sft")
 
 REPORT = "merge_report.json"
 FAILED = ".failed"  # the suffix of a merged model that is not what was trained
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 SPARE = 64 << 20  # bytes for what lies beside the weights
 
 
@@ -219,6 +221,8 @@ def _claimed(output: Path) -> Iterator[Path]:
                 checkpoint.abandon(output)
                 raise
     except OSError as error:
+        if error.errno not in DISK:
+            raise
         raise MergeError(
             f"{output} cannot be written: {error}\n    fix: mend that, or output=ANOTHER"
         ) from error

@@ -7,6 +7,7 @@ knows of patterns, names and ties counts here too. What it would ignore is refus
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from sft.merge.change import Change, LowRank
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
+
+logger = logging.getLogger("sft")
 
 WEIGHTS = "adapter_model.safetensors"
 # What PEFT's LoRA can do to the forward pass that is the same as adding a product to the weight.
@@ -99,6 +102,8 @@ def check_file(folder: Path) -> dict[str, tuple[int, ...]]:
         raise MergeError(f"{path} is not finite in {broken[:3]}\n    fix: a lower learning rate")
     if zero and not trained:
         raise MergeError(f"every lora_B of {path} is zero: it changes nothing")
+    if zero:
+        logger.info("warning: %d of %d lora_B of %s are zero", zero, zero + trained, path)
     return shapes
 
 

@@ -134,9 +134,11 @@ def shards(model: ModelConfig) -> list[Path]:
     where = source(model)
     name, revision = where["pretrained_model_name_or_path"], where["revision"]
     with loading("weights", model):
-        index = cached_file(
-            name, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
+        absent = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False,
+        }
+        index = cached_file(name, INDEX, revision=revision, **absent)
         if index is None:
             return [Path(cached_file(name, SINGLE, revision=revision))]
         files, _ = get_checkpoint_shard_files(name, index, revision=revision)

@@ -125,6 +125,11 @@ class Layout:
         """Count the bytes of all tensors."""
         return sum(file.size for file in self.files)
 
+    @property
+    def numbers(self) -> int:
+        """Count the numbers of all tensors."""
+        return sum(math.prod(output.shape) for file in self.files for output in file.outputs)
+
     def index(self) -> str | None:
         """Make the index of several files; None for one."""
         if len(self.files) == 1:

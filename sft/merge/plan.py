@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,8 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
             )
     cards = [read_card(folder) for folder in folders]
     bases = [base_of(folder, card, asked) for folder, card in zip(folders, cards, strict=True)]
+    card = cards[0]
+    bases = [_as_trained(base, card) for base in bases]
     names = {str(base.name_or_path) for base in bases}
     if len(names) > 1:
         raise MergeError(
@@ -89,7 +93,6 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
             "    fix: base=THE_MODEL_THAT_THEY_WERE_MADE_OF"
         )
     stored = config.dtype or torch.float32
-    card = cards[0]
     precision = card.identity.get("precision") if card else None
     return Sources(
         adapters=list(folders),
@@ -102,6 +105,14 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
         dtype=dtype_of(precision) if precision else stored,
         stored_dtype=stored,
     )
+
+
+def _as_trained(base: ModelConfig, card: Card | None) -> ModelConfig:
+    """Take the commit of training, where the hub's branch may have moved on."""
+    if card is None or base.name_or_path != card.model.name_or_path:
+        return base
+    commit = re.fullmatch("commit ([0-9a-f]{40})", card.identity.get("base", ""))
+    return dataclasses.replace(base, revision=commit[1]) if commit else base
 
 
 def _check_sum(

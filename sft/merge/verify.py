@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,6 @@ from sft.model import keep_training_layout, load_architecture, load_frozen
 
 if TYPE_CHECKING:
     from sft.merge.plan import Prepared
-
-logger = logging.getLogger("sft")
 
 # Largest logit difference that rounding explains, as a share of the largest logit.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -55,7 +52,7 @@ def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, An
     rows = prepared.model.get_input_embeddings().weight.shape[0]
     samples = probes.load(prepared.sources.adapters[0], min(len(tokenizer), rows))
     chosen = samples.positions(rows)
-    resident = prepared.must_be_resident or 2 * prepared.layout.size <= RESIDENT
+    resident = prepared.must_be_resident or 4 * prepared.layout.numbers <= RESIDENT
     with _base_and_adapter(prepared, resident) as model:
         with model.disable_adapter():
             base = _logits(model, samples, chosen)

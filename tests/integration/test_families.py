@@ -71,7 +71,18 @@ def test_quantised_base_trains_and_merges(
     assert found[-1] < found[0] - 0.5
     merge.merge(merge.main.compose([f"run={run}"]))
     report = json.loads((run / "merged" / "merge_report.json").read_text())
-    assert report["passed"]
+    assert report["passed"] and report["onto"] == "dequantized"
+    merge.merge(
+        merge.main.compose(
+            [f"run={run}", f"output={tmp_path / 'original'}", "quantized_base=original"]
+        )
+    )
+    other = json.loads((tmp_path / "original" / "merge_report.json").read_text())
+    assert other["passed"] and other["onto"] == "original"
+    # The default is nearer to what was trained: for 8 bits, whose forward pass rounds its inputs
+    # too, both are measured against that pass.
+    near = report.get("from_training", report)["mean_difference"]
+    assert near < 0.9 * other["from_training"]["mean_difference"]
     assert (
         json.loads((run / "merged" / "config.json").read_text()).get("quantization_config") is None
     )
