@@ -89,6 +89,22 @@ def source(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def commit_of(model: ModelConfig) -> str | None:
+    """Name the commit of a model on the hub, as it is cached now; None for a folder.
+
+    Raises:
+        ModelError: It is not there or cannot be reached.
+    """
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    where = source(model)
+    name = where["pretrained_model_name_or_path"]
+    with loading("config", model):
+        path = cached_file(name, "config.json", revision=where["revision"])
+    commit: str | None = extract_commit_hash(path, None)
+    return None if Path(name).is_dir() else commit
+
+
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer; one without a pad token pads with EOS (labels hide padding by length).
 

@@ -13,8 +13,6 @@ from sft.errors import CheckpointError
 from sft.files import digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from sft.data.prepare import Prepared
 
 # Settings that change no trained weight, or not beyond the order of floating-point sums.
@@ -91,18 +89,22 @@ def changed(path: Path, ranks: int, stage: int) -> str:
     return "" if same else f" (made by {there}; now {here})"
 
 
-def base_identity(model: ModelConfig, architecture: PreTrainedModel) -> str:
-    """Identify a base model: by its commit on the hub, or a hash of its config and weights."""
+def base_identity(model: ModelConfig) -> str:
+    """Identify a base model: by its commit on the hub, or a hash of its config and weights.
+
+    Raises:
+        ModelError: It is not there or cannot be reached.
+    """
+    from sft.model import commit_of
+
     folder = Path(str(model.name_or_path))
     if not folder.is_dir():
-        return f"commit {architecture.config._commit_hash}"
+        return f"commit {commit_of(model)}"
     weights = folder.glob("*.safetensors") if model.pretrained else []
     return digest(sorted(map(str, [folder / "config.json", *weights])), folder)
 
 
-def identity(
-    model: ModelConfig, architecture: PreTrainedModel, prepared: Prepared
-) -> dict[str, str]:
+def identity(model: ModelConfig, prepared: Prepared) -> dict[str, str]:
     """Identify what is trained, and on what, by content.
 
     Returns:
@@ -111,4 +113,4 @@ def identity(
     sets = [prepared.train.dataset] + ([prepared.eval.dataset] if prepared.eval else [])
     files = [file["filename"] for dataset in sets for file in dataset.cache_files]
     data = digest(files, Path(files[0]).parent)
-    return {"base": base_identity(model, architecture), "data": data}
+    return {"base": base_identity(model), "data": data}

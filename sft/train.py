@@ -75,7 +75,7 @@ def fit(config: Config) -> Path:
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     model.check_fits(architecture, tokenizer, prepared.parts.values())
     if os.environ.get("RANK", "0") == "0":
-        found = resume.identity(config.model, architecture, prepared)
+        found = resume.identity(config.model, prepared)
         run.identify({**found, "precision": precision})  # auto may be another on this machine
     collator, kernel = build.make_collator(config, architecture, precision, tokenizer, prepared)
     layers, reason = linear.choose(config, architecture, precision, stage)

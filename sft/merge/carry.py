@@ -15,14 +15,10 @@ from sft.config import ModelConfig, QuantizationConfig
 from sft.errors import MergeError
 from sft.files import write_text
 from sft.inference import write_card
-from sft.model import load_tokenizer, loading, source
+from sft.model import loading, source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from sft.merge.plan import Prepared
-
-TOKENIZER = "tokenizer_config.json"
 
 
 def write(prepared: Prepared, dtype: torch.dtype | None, folder: Path) -> None:
@@ -33,7 +29,7 @@ def write(prepared: Prepared, dtype: torch.dtype | None, folder: Path) -> None:
         dtype: Of the weights; None: the base's own.
         folder: Where the weights are.
     """
-    tokenizer = tokenizer_of(prepared)
+    tokenizer = prepared.tokenizer
     tokenizer.save_pretrained(folder)
     settings = _base_settings(prepared.sources.base)
     text = settings.get("text_config", settings)
@@ -48,7 +44,7 @@ def write(prepared: Prepared, dtype: torch.dtype | None, folder: Path) -> None:
         text["vocab_size"] = rows
     _carry_code(prepared.sources.base, settings, folder)
     write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
-    _generation(prepared, tokenizer).save_pretrained(folder)
+    _generation(prepared).save_pretrained(folder)
     card = prepared.sources.card
     if card is not None:
         # The merged weights are whole, and need no base.
@@ -64,7 +60,7 @@ def check(prepared: Prepared, folder: Path) -> None:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    wanted, written = tokenizer_of(prepared), AutoTokenizer.from_pretrained(folder)
+    wanted, written = prepared.tokenizer, AutoTokenizer.from_pretrained(folder)
     config = AutoConfig.from_pretrained(folder).get_text_config()
     before = prepared.model.config.get_text_config()
     tied = bool(before.tie_word_embeddings) and not prepared.layout.untied
@@ -77,13 +73,6 @@ def check(prepared: Prepared, folder: Path) -> None:
     }
     if wrong := [name for name, (one, other) in pairs.items() if one != other]:
         raise MergeError(f"the {wrong[0]} of {folder} is not what it was")
-
-
-def tokenizer_of(prepared: Prepared) -> PreTrainedTokenizerBase:
-    """Load the adapter's tokenizer, or the base's where the adapter brings none."""
-    first = prepared.sources.adapters[0]
-    own = (first / TOKENIZER).is_file()
-    return load_tokenizer(ModelConfig(name_or_path=str(first)) if own else prepared.sources.base)
 
 
 def _base_settings(base: ModelConfig) -> dict[str, Any]:
@@ -111,7 +100,7 @@ def _carry_code(base: ModelConfig, settings: dict[str, Any], folder: Path) -> No
             settings["auto_map"][kind] = f"{name}--{place}"
 
 
-def _generation(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _generation(prepared: Prepared) -> Any:
     from transformers import GenerationConfig
 
     where = source(prepared.sources.base)
@@ -122,14 +111,14 @@ def _generation(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Any:
     except OSError:  # there is none
         generation = GenerationConfig.from_model_config(prepared.model.config)
     if prepared.sources.card is not None:
-        stops = stop_ids(generation, tokenizer, stop_id(prepared, tokenizer))
+        stops = stop_ids(generation, prepared.tokenizer, stop_id(prepared))
         generation.eos_token_id = stops
     return generation
 
 
-def stop_id(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def stop_id(prepared: Prepared) -> int | None:
     """Give the token that ends an answer in the template of training; None: EOS alone."""
     from sft.data.template import Template
 
     card = prepared.sources.card
-    return Template(card.template, tokenizer).stop_id() if card is not None else None
+    return Template(card.template, prepared.tokenizer).stop_id() if card is not None else None

@@ -21,8 +21,9 @@ from sft.merge.quantized import dequantizers
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENIZER = "tokenizer_config.json"
 # Settings of an adapter that have no meaning as a part of a sum.
 WHOLE_ONLY = ("use_dora", "modules_to_save", "trainable_token_indices")
 
@@ -63,7 +64,7 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
     """
     from transformers import AutoConfig
 
-    from sft.model import dtype_of, loading, source
+    from sft.model import commit_of, dtype_of, loading, source
 
     for folder in folders:
         if not (folder / ADAPTER_SETTINGS).is_file():
@@ -85,11 +86,14 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
     configs = [adapters.read_config(folder) for folder in folders]
     if len(folders) > 1 or list(weights) != [1.0]:
         _check_sum(folders, configs, cards)
-    with loading("config", bases[0]):
-        config = AutoConfig.from_pretrained(**source(bases[0]))
+    base = bases[0]
+    with loading("config", base):
+        config = AutoConfig.from_pretrained(**source(base))
+    if commit := commit_of(base):  # what is read from the hub later is of the same commit
+        base = dataclasses.replace(base, revision=commit)
     if getattr(config, "quantization_config", None) is not None:
         raise MergeError(
-            f"the files of {bases[0].name_or_path} are quantised themselves\n"
+            f"the files of {base.name_or_path} are quantised themselves\n"
             "    fix: base=THE_MODEL_THAT_THEY_WERE_MADE_OF"
         )
     stored = config.dtype or torch.float32
@@ -100,7 +104,7 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
         configs=configs,
         shapes=shapes,
         card=card,
-        base=bases[0],
+        base=base,
         quantization=card.quantization if card else QuantizationConfig(),
         dtype=dtype_of(precision) if precision else stored,
         stored_dtype=stored,
@@ -142,13 +146,12 @@ def check_base(sources: Sources) -> str:
     Raises:
         MergeError: It is another.
     """
-    from sft.model import load_architecture
     from sft.resume import base_identity
 
     trained = sources.card.identity.get("base") if sources.card else None
     if trained is None:
         return "not known what the adapter was trained on"
-    here = base_identity(sources.base, load_architecture(sources.base))
+    here = base_identity(sources.base)
     if here.startswith("commit ") != trained.startswith("commit "):
         return f"not compared: {trained} in training, {here} here"
     if here != trained:
@@ -172,6 +175,7 @@ class Prepared:
         layout: What is written.
         dequantized: The base goes through its training storage first.
         resized: Rows of the embedding, where the adapter brings others than the base has.
+        tokenizer: The adapter's, or the base's where the adapter brings none.
     """
 
     sources: Sources
@@ -181,6 +185,7 @@ class Prepared:
     layout: Layout
     dequantized: bool
     resized: int | None
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def must_be_resident(self) -> bool:
@@ -206,7 +211,7 @@ def prepare(
     Raises:
         MergeError: The adapter does not fit the base, or cannot be written into it.
     """
-    from sft.model import load_architecture
+    from sft.model import load_architecture, load_tokenizer
 
     architecture = load_architecture(sources.base, buffers=True)
     base = Base.read(shards(sources.base), architecture)
@@ -222,7 +227,10 @@ def prepare(
         if change.restart is not None:
             wholes[name] = _restart(wholes.get(name), change.restart, sources.dtype)
     layout = plan(base, changes, wholes, dtype, shard_size, names)
-    return Prepared(sources, base, model, wholes, layout, dequantized, resized)
+    own = ModelConfig(name_or_path=str(sources.adapters[0]))
+    brings = (sources.adapters[0] / TOKENIZER).is_file()
+    tokenizer = load_tokenizer(own if brings else sources.base)
+    return Prepared(sources, base, model, wholes, layout, dequantized, resized, tokenizer)
 
 
 def _restart(before: Whole | None, restart: Whole, dtype: torch.dtype) -> Whole:

@@ -48,7 +48,7 @@ def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, An
         MergeError: A file was not carried over, or cannot be read.
     """
     carry.check(prepared, folder)
-    tokenizer = carry.tokenizer_of(prepared)
+    tokenizer = prepared.tokenizer
     rows = prepared.model.get_input_embeddings().weight.shape[0]
     samples = probes.load(prepared.sources.adapters[0], min(len(tokenizer), rows))
     chosen = samples.positions(rows)
@@ -90,8 +90,8 @@ def _greedy(model: Any, prepared: Prepared, samples: Probes, resident: bool) -> 
     """Continue the first prompts; each answer ends with what stopped it, if anything did."""
     from sft.answers import continuations, stop_ids
 
-    tokenizer = carry.tokenizer_of(prepared)
-    stop_id = carry.stop_id(prepared, tokenizer)
+    tokenizer = prepared.tokenizer
+    stop_id = carry.stop_id(prepared)
     length = GREEDY_TOKENS if resident else GREEDY_TOKENS_STREAMED
     prompts = samples.prompts[:GREEDY_PROMPTS]
     ids = continuations(model, tokenizer, prompts, length, model.device, stop_id)

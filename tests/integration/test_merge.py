@@ -348,6 +348,33 @@ def test_training_merges_at_its_end(tmp_path: Path, llama: Path, rows: Path) -> 
     assert report_of(tmp_path / "run" / "merged")["passed"]
 
 
+def test_a_model_of_the_hub_trains_and_merges_offline(
+    tmp_path: Path, llama: Path, rows: Path
+) -> None:
+    """From the hub's cache, as a download leaves it; the branch moves on before the merge."""
+    cached = tmp_path / "hub" / "models--me--small"
+    commits = ["a" * 40, "b" * 40]
+    for commit in commits:
+        shutil.copytree(llama, cached / "snapshots" / commit)
+    (cached / "snapshots" / commits[1] / "model.safetensors").write_bytes(b"another")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commits[0])
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    run_sft(
+        "train",
+        *("model=hf", "model.name_or_path=me/small", "output_dir=run", "template=chat"),
+        *("dataset=jsonl", f"dataset.path={rows}", "train.global_batch_size=4"),
+        *("train.max_steps=2", "train.warmup_steps=0", "train.save_strategy=no"),
+        cwd=tmp_path,
+        **offline,
+    )
+    card = json.loads((tmp_path / "run" / "adapter" / "sft.json").read_text())
+    assert card["identity"]["base"] == f"commit {commits[0]}"
+    (cached / "refs" / "main").write_text(commits[1])
+    run_sft("merge", "run=run", cwd=tmp_path, **offline)
+    assert report_of(tmp_path / "run" / "merged")["base_compared"] == "the same as in training"
+
+
 def test_what_cannot_be_uploaded_stays(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run_sft(
