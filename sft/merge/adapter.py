@@ -43,14 +43,12 @@ _NOTHING = torch.zeros(())
 def hollow(architecture: PreTrainedModel) -> PreTrainedModel:
     """Give weights on the meta device the shape of real ones, all on one number."""
     architecture.tie_weights()
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the second keeps its id taken
     for module in architecture.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 empty = nn.Parameter(_NOTHING.expand(parameter.shape), requires_grad=False)
-                module._parameters[name] = made.setdefault(id(parameter), empty)
-                made.setdefault(id(empty), empty)
-                empty._stands_for = parameter  # type: ignore[attr-defined]  # so its id stays taken
+                module._parameters[name] = made.setdefault(id(parameter), (empty, parameter))[0]
     return architecture
 
 

@@ -38,6 +38,7 @@ class Sources:
         configs: PEFT's settings of each.
         shapes: Of each adapter's tensors, by name.
         card: What training noted beside the first; None where another tool made it.
+        trained_on: Which base each was trained on, by commit or hash, where that is known.
         base: The base model.
         quantization: How training stored the base.
         dtype: In which training loaded the base.
@@ -49,6 +50,7 @@ class Sources:
     configs: list[LoraConfig]
     shapes: list[dict[str, tuple[int, ...]]]
     card: Card | None
+    trained_on: list[str]
     base: ModelConfig
     quantization: QuantizationConfig
     dtype: torch.dtype
@@ -104,6 +106,7 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
         configs=configs,
         shapes=shapes,
         card=card,
+        trained_on=[card.identity["base"] for card in cards if card and "base" in card.identity],
         base=base,
         quantization=card.quantization if card else QuantizationConfig(),
         dtype=dtype_of(precision) if precision else stored,
@@ -148,13 +151,14 @@ def check_base(sources: Sources) -> str:
     """
     from sft.resume import base_identity
 
-    trained = sources.card.identity.get("base") if sources.card else None
-    if trained is None:
+    if not sources.trained_on:
         return "not known what the adapter was trained on"
     here = base_identity(sources.base)
-    if here.startswith("commit ") != trained.startswith("commit "):
-        return f"not compared: {trained} in training, {here} here"
-    if here != trained:
+    for trained in sources.trained_on:
+        if here.startswith("commit ") != trained.startswith("commit "):
+            return f"not compared: {trained} in training, {here} here"
+        if here == trained:
+            continue
         raise MergeError(
             f"{sources.base.name_or_path} is not what the adapter was trained on: {trained} there, "
             f"{here} here\n    fix: base=THE_ONE_IT_WAS_TRAINED_ON, or check_base=false if its "

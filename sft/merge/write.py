@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +105,9 @@ def _finish(handle: int, chunks: list[Future[None]]) -> None:
                 os.fdatasync(handle)
         os.fsync(handle)
     finally:
+        for chunk in chunks:  # after a failure; none may write into what has this number next
+            chunk.cancel()
+        wait(chunks)
         os.close(handle)
 
 
