@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, run_sft
+from support import ROOT
+from warm import run_warm
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN = Path("outputs") / "tiny_demo_r8_seed42"
@@ -79,7 +80,7 @@ def test_the_merged_model_alone_gives_the_same_answers(folder: Path) -> None:
     answers = {}
     for source in (f"run={RUN}", f"model={RUN / 'merged'}"):
         output = folder / f"{source.partition('=')[0]}.jsonl"
-        run_sft("generate", source, f"file={eval_rows}", f"output={output}", cwd=folder)
+        run_warm("generate", source, f"file={eval_rows}", f"output={output}", cwd=folder)
         answers[source] = [json.loads(line)["generated"] for line in output.open()]
     adapter, merged = answers.values()
     assert adapter == merged

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from support import ROOT, losses, run_sft
+from warm import run_warm
 
 TEXT = ["dataset=text", "dataset.path=text.txt", "dataset.max_length=64"]
 # What replaces the recipe's model, data and length, and the steps that then follow.
@@ -40,7 +41,7 @@ def test_every_recipe_is_here() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_runs_on_two_ranks(folder: Path, name: str) -> None:
     replaced, steps = RECIPES[name]
-    result = run_sft(
+    result = run_warm(
         "train",
         *(f"experiment={name}", "model=tiny", *replaced, "output_dir=run", "train.logging_steps=1"),
         ranks=2,

@@ -1,14 +1,13 @@
 """Several ranks: ZeRO is really on, changes nothing but memory, and ranks that part are stopped."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support import PLAIN, losses, records, run_sft
+from support import PLAIN, losses, records
+from warm import run_warm
 
 # Losses and adapters of all stages and rank counts agree to this, in float32. Most of it is the
 # order of the sums over a batch; seen: 2e-7 on losses of 6.
@@ -39,7 +38,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory, llama: Path, rows: Path) ->
     for name, ranks in (("one", 1), *((stage, 2) for stage in STAGES)):
         how = PLAIN if name == "one" else [f"zero={name}"]
         runs[name] = folder / name
-        run_sft("train", *common, *how, f"output_dir={runs[name]}", ranks=ranks, cwd=folder)
+        run_warm("train", *common, *how, f"output_dir={runs[name]}", ranks=ranks, cwd=folder)
     return runs
 
 
@@ -47,15 +46,7 @@ def run_script(folder: Path, text: str, *overrides: str) -> subprocess.Completed
     """Run a script on two ranks."""
     script = folder / "script.py"
     script.write_text(text)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run(
-        [*launch, str(script), *overrides],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_warm(str(script), *overrides, ranks=2, cwd=folder, check=False)
 
 
 def test_stages_and_rank_counts_give_the_plain_losses(stages: dict[str, Path]) -> None:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support import SHARED, losses, run_sft
+from support import SHARED, losses
+from warm import run_warm
 
 pytestmark = pytest.mark.skipif(
     not (SHARED / "facts").is_dir(), reason=f"no real input: {SHARED} is absent"
@@ -71,7 +72,7 @@ def test_opt_125m_learns_real_rows_under_zero_2(tmp_path: Path, opt_125m: Path, 
 
     text = (SHARED / "data" / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
     (tmp_path / "shakespeare.txt").write_text(text[:7_000], encoding="utf-8")
-    run_sft(
+    run_warm(
         "train",
         *("model=opt-125m", f"model.name_or_path={opt_125m}", "zero=stage2", "output_dir=run"),
         *(item.format(data=SHARED / "data") for item in SOURCES[name]),
@@ -87,7 +88,7 @@ def test_opt_125m_learns_real_rows_under_zero_2(tmp_path: Path, opt_125m: Path, 
     assert found[0] == pytest.approx(10.8, abs=0.3)  # ln(50,272), a uniform guess
     assert found[-1] < found[0] - 0.5
 
-    run_sft("merge", "run=run", cwd=tmp_path)
+    run_warm("merge", "run=run", cwd=tmp_path)
     ids = torch.arange(2, 66)[None]
     base = AutoModelForCausalLM.from_pretrained(opt_125m).eval()
     merged = AutoModelForCausalLM.from_pretrained(run / "merged").eval()

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT, records, run_sft
+from support import ROOT, records
+from warm import run_warm
 
 INJECT = str(ROOT / "benchmarks" / "inject.py")
 
@@ -41,15 +42,8 @@ def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, saving: list
     train(*saving, f"output_dir={straight}")
 
     def two_ranks(fault: str, stage: str) -> subprocess.CompletedProcess[str]:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        start += ["--nproc_per_node", "2", INJECT, fault, "sft.train"]
-        return subprocess.run(
-            [*start, *saving, f"zero={stage}", f"output_dir={run}"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
+        command = [fault, "sft.train", *saving, f"zero={stage}", f"output_dir={run}"]
+        return run_warm(INJECT, *command, ranks=2, cwd=tmp_path, check=False)
 
     killed = two_ranks("SIGKILL:sft.guard.Guard.on_step_end:before:3:1", "stage2")
     assert killed.returncode != 0
@@ -59,7 +53,7 @@ def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, saving: list
         stopped.stdout
     )
     assert "stopped by another rank's signal after step 3, which is saved" in stopped.stderr
-    again = run_sft("train", *saving, f"output_dir={run}", cwd=tmp_path)
+    again = run_warm("train", *saving, f"output_dir={run}", cwd=tmp_path)
     assert "checkpoint-3 (made by 2 ranks under ZeRO stage 3; now 1 ranks" in again.stdout
     assert losses(run) == pytest.approx(losses(straight), rel=1e-5)
     one, other = (

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from support import build_model, records, run_sft
+from warm import run_warm
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(
         "train.save_steps=4",
         "train.num_train_epochs=4",
     ]
-    run_sft("train", *common, "output_dir=straight", cwd=tmp_path)
+    run_warm("train", *common, "output_dir=straight", cwd=tmp_path)
     command = [sys.executable, "-m", "sft.train", *common, "output_dir=killed"]
     child = subprocess.Popen(
         command,
@@ -89,7 +90,7 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, common: list[str]) -> None:
     short = [*common, "train.max_steps=2", "output_dir=run"]
-    run_sft("train", *short, cwd=tmp_path)
+    run_warm("train", *short, cwd=tmp_path)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
 
     again = run_sft("train", *short, cwd=tmp_path, check=False)
@@ -97,13 +98,13 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, common: list[str]) -> None
     assert "run is finished\n    fix: run_name=NAME" in again.stderr
     assert "Traceback" not in again.stderr
 
-    other = run_sft("train", *short, "seed=7", "lora.r=4", cwd=tmp_path, check=False)
+    other = run_warm("train", *short, "seed=7", "lora.r=4", cwd=tmp_path, check=False)
     assert other.returncode == 1
     assert "lora.r: 8 there, 4 here" in other.stderr
     assert "seed: 42 there, 7 here" in other.stderr
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
-    run_sft("train", *short, "seed=7", "overwrite=true", cwd=tmp_path)
+    run_warm("train", *short, "seed=7", "overwrite=true", cwd=tmp_path)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["final"]["steps"] == 2
