@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import ROOT, build_model, run_sft
 from transformers import AutoModelForCausalLM
+from warm import run_warm
 
 from sft import train
 from sft.errors import MergeError, ModelError
@@ -335,7 +336,7 @@ def test_a_full_disk_is_seen_before_and_survived(
 
 def test_training_merges_at_its_end(tmp_path: Path, llama: Path, rows: Path) -> None:
     """On rank 0 of two, after both have ended."""
-    result = run_sft(
+    run_warm(
         "train",
         *("model=hf", f"model.name_or_path={llama}", "output_dir=run", "template=chat"),
         *("dataset=jsonl", f"dataset.path={rows}", "train.global_batch_size=8"),
@@ -344,7 +345,6 @@ def test_training_merges_at_its_end(tmp_path: Path, llama: Path, rows: Path) -> 
         ranks=2,
         cwd=tmp_path,
     )
-    assert "merged into run/merged" in result.stdout
     assert report_of(tmp_path / "run" / "merged")["passed"]
 
 
