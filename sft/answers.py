@@ -17,20 +17,14 @@ if TYPE_CHECKING:
 
 
 def complete(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    device: torch.device,
-    stop_id: int | None = None,
-    **options: Any,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *given: Any, **options: Any
 ) -> list[str]:
-    """Continue a batch of encoded prompts with text; see ``continuations``.
+    """Continue a batch of encoded prompts with text; takes what ``continuations`` takes.
 
     Returns:
         The texts that follow the prompts, without special tokens.
     """
-    ids = continuations(model, tokenizer, prompts, max_new_tokens, device, stop_id, **options)
+    ids = continuations(model, tokenizer, *given, **options)
     texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts
 
