@@ -86,14 +86,14 @@ def check(config: MergeConfig) -> list[Problem]:
 
 
 def _bytes(size: str) -> int | None:
-    """Read a size as Transformers writes it: 5GB is 5 billion bytes, 5GiB more."""
-    powers = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    text = size.strip().upper()
-    for unit in ("KIB", "MIB", "GIB", "KB", "MB", "GB"):
-        number = text.removesuffix(unit).strip()
-        if text.endswith(unit) and number.isdigit() and int(number):
-            return int(number) * powers[unit]
-    return None
+    """Read a size, as Transformers does; None where it is none."""
+    from transformers.utils.hub import convert_file_size_to_int
+
+    try:
+        found: int = convert_file_size_to_int(size)
+    except ValueError:
+        return None
+    return found if found > 0 else None
 
 
 def merge(config: MergeConfig) -> None:
@@ -155,9 +155,11 @@ def merge(config: MergeConfig) -> None:
             failed = output.with_name(output.name + FAILED)
             shutil.rmtree(failed, ignore_errors=True)
             partial.rename(failed)
+            exact = report["dtype"] == "float32"
+            fix = "please report this, with the folder's report" if exact else "dtype=float32"
             raise MergeError(
                 f"the merged model is not the trained one: {report['reason']}; it is in {failed} "
-                "for inspection\n    fix: dtype=float32"
+                f"for inspection\n    fix: {fix}"
             )
         checkpoint.finish(partial, output)
     _tell(output, report)

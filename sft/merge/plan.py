@@ -136,10 +136,10 @@ def _check_sum(
                 f"{folder} has {wrong[0]}, which cannot be weighed or added to another adapter's\n"
                 "    fix: merge it alone, without weights"
             )
-    if len({card.quantization.load_in_4bit for card in cards if card}) > 1:
+    if len({repr(card.quantization) for card in cards if card}) > 1:
         raise MergeError(
-            "one adapter was trained on a 4-bit base and another was not\n"
-            "    fix: quantized_base=original"
+            "the adapters were trained on a base that was quantised in different ways\n"
+            "    fix: merge those that were trained on the same"
         )
 
 

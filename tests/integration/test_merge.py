@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from warm import run_warm
 
 from sft import train
-from sft.errors import MergeError, ModelError
+from sft.errors import ConfigError, MergeError, ModelError
 from sft.merge import __main__ as merge
 
 WEIGHTS = "adapter_model.safetensors"
@@ -159,6 +159,12 @@ def test_precision_and_file_sizes_are_as_asked(run: Path, tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.parametrize("size", ["5", "0GB", "five GB", "-1GB"])
+def test_what_is_no_size_is_refused(size: str) -> None:
+    with pytest.raises(ConfigError, match="must be a size"):
+        merge.main.compose(["adapter=a", "output=b", f"max_shard_size={size}"])
+
+
 def test_without_verification_it_is_recorded(run: Path, tmp_path: Path) -> None:
     merged(f"run={run}", f"output={tmp_path / 'out'}", "verify=false")
     report = report_of(tmp_path / "out")
@@ -270,6 +276,22 @@ def test_a_base_of_another_shape_is_refused(run: Path, tmp_path: Path) -> None:
         with pytest.raises(MergeError, match=message):
             merged(f"run={run}", f"output={tmp_path / 'out'}", f"base={other}", "check_base=false")
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_unlike_bases_are_not_added(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run / "adapter", other)
+    card = json.loads((other / "sft.json").read_text())
+    card["quantization"]["load_in_8bit"] = True
+    (other / "sft.json").write_text(json.dumps(card))
+    command = [f"adapter=[{run / 'adapter'},{other}]", f"output={tmp_path / 'out'}"]
+    with pytest.raises(MergeError, match="quantised in different ways"):
+        merged(*command)
+    card["quantization"]["load_in_8bit"] = False
+    card["identity"]["base"] = "0" * 32
+    (other / "sft.json").write_text(json.dumps(card))
+    with pytest.raises(MergeError, match="is not what the adapter was trained on: 0000"):
+        merged(*command)
 
 
 def test_deepspeed_shards_are_no_adapter(run: Path, tmp_path: Path) -> None:

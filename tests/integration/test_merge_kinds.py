@@ -34,6 +34,11 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "PiSSA": ("llama", False, {"target_modules": "all-linear", "init_lora_weights": "pissa"}),
     "OLoRA": ("llama", False, {"target_modules": "all-linear", "init_lora_weights": "olora"}),
     "MiCA": ("llama", False, {"target_modules": "all-linear", "init_lora_weights": "mica"}),
+    "VeLoRA": (
+        "llama",
+        False,
+        {"target_modules": "all-linear", "velora_config": {"num_groups": 16}},
+    ),
     "trained head": ("llama", False, {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}),
     "trained head, untied": (
         "llama",
