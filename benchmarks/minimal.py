@@ -1,7 +1,8 @@
 """A training loop written by hand for this one job: the practical limit of ``step.py``.
 
 No trainer, no adapter library, nothing that can be set: documents joined into one row, causal
-attention per document, the head over trained positions only, AdamW on LoRA's matrices.
+attention per document, the head over trained positions only, AdamW on LoRA's matrices. Where a CPU
+has no bf16, it has our products of them: a limit is no slower than it must be.
 """
 
 import argparse
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+from sft.fast import half
 
 RANK, ALPHA = 8, 16
 
@@ -57,10 +60,10 @@ def attention(
 
 
 def batches(given: argparse.Namespace, longest: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield ``--micro`` rows at a time, joined, with the prompt's labels -100."""
+    """Yield all rows, ``--micro`` at a time, joined, with the prompt's labels -100."""
     tokenizer = AutoTokenizer.from_pretrained(given.folder)
     rows = [json.loads(line) for line in open(given.rows)]
-    for begin in itertools.count(step=given.micro):
+    for begin in range(0, len(rows), given.micro):
         ids, labels, places = [], [], []
         for row in rows[begin : begin + given.micro]:
             prompt = tokenizer(row["prompt"], add_special_tokens=False).input_ids
@@ -80,6 +83,7 @@ def batches(given: argparse.Namespace, longest: int) -> Iterator[dict[str, torch
 
 def train(given: argparse.Namespace, meter: Any, longest: int) -> None:
     """Take the steps."""
+    half.widen_products()
     AttentionInterface.register("by_hand", attention)
     dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=dtype)
@@ -98,21 +102,23 @@ def train(given: argparse.Namespace, meter: Any, longest: int) -> None:
     optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=True)
     pad = AutoTokenizer.from_pretrained(given.folder).pad_token_id
     loss = torch.zeros(())
-    for batch in itertools.islice(batches(given, longest), meter.warmup + meter.steps):
-        meter.begin_step(batch, pad)
-        places = torch.nn.functional.pad(batch["lengths"].cumsum(0), (1, 0)).int()
-        bounds: Any = places.tolist()
-        if given.device == "cuda":
-            bounds = (places.cuda(), int(batch["lengths"].max()))
-        labels = batch["labels"].to(given.device)
-        ids, positions = (batch[key].to(given.device) for key in ("input_ids", "position_ids"))
-        states = model.base_model(ids, position_ids=positions, bounds=bounds, use_cache=False)
-        counted = labels[1:] != -100
-        logits = head(states.last_hidden_state[0, :-1][counted]).float()
-        loss = F.cross_entropy(logits, labels[1:][counted])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        meter.end_step()
+    for _ in range(meter.warmup + 1):
+        meter.begin_epoch()
+        for batch in batches(given, longest):
+            meter.see(batch, pad)
+            places = torch.nn.functional.pad(batch["lengths"].cumsum(0), (1, 0)).int()
+            bounds: Any = places.tolist()
+            if given.device == "cuda":
+                bounds = (places.cuda(), int(batch["lengths"].max()))
+            labels = batch["labels"].to(given.device)
+            ids, positions = (batch[key].to(given.device) for key in ("input_ids", "position_ids"))
+            states = model.base_model(ids, position_ids=positions, bounds=bounds, use_cache=False)
+            counted = labels[1:] != -100
+            logits = head(states.last_hidden_state[0, :-1][counted]).float()
+            loss = F.cross_entropy(logits, labels[1:][counted])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        meter.end_epoch()
     assert float(loss.detach()) < 20, "it does not train"

@@ -1,10 +1,12 @@
 """What several ranks cost: CPU time per token on two, over that on one, for each ZeRO stage.
 
     python benchmarks/ranks.py --rows ROWS.jsonl --tokenizer FOLDER [--model opt-125m]
-        [--zero none stage1 stage2 stage3] [--ranks 2] [--steps 4] [--runs 3] [--micro 4]
+        [--zero none stage1 stage2 stage3] [--ranks 2] [--steps 4] [--warmup 1] [--runs 3]
+        [--micro 4]
 
 Rows are those of ``step.py``, as are the model and the settings; each rank has ``--micro`` of them
-a step and one thread. The first ``--warmup`` steps are not counted.
+a step and one thread, ``--steps`` an epoch on all ranks; ``--warmup`` epochs are not counted. One
+rank alone has the same rows, in as many more steps.
 """
 
 import argparse
@@ -23,7 +25,7 @@ def only(given: argparse.Namespace) -> None:
     """Train in this process, as one rank, and write down what was measured."""
     from transformers import AutoTokenizer
 
-    meter = step.Meter(given.warmup, given.steps)
+    meter = step.Meter(given.warmup)
     step.watch_trainer(meter, AutoTokenizer.from_pretrained(given.folder).pad_token_id)
     ranks, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
     settings = {"zero": given.only, "train.global_batch_size": str(given.micro * ranks)}
@@ -36,8 +38,8 @@ def measured(stage: str, ranks: int, given: argparse.Namespace, folder: str) -> 
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(ranks), __file__, "--only", stage]
-        command += ["--folder", folder, "--output", output, "--rows", given.rows]
-        for key in ("steps", "warmup", "micro", "precision"):
+        command += ["--folder", folder, "--output", output, "--rows", f"{folder}/rows.jsonl"]
+        for key in ("warmup", "micro", "precision"):
             command += [f"--{key}", str(getattr(given, key))]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -72,6 +74,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         step.build(given.model, given.tokenizer, Path(folder))
+        count = given.steps * given.micro * given.ranks
+        step.take(given.rows, count, Path(folder, "rows.jsonl"))
         cases = [("none", 1), *((stage, given.ranks) for stage in given.zero)]
         runs: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in cases}
         for _ in range(given.runs):

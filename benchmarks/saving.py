@@ -63,8 +63,8 @@ def only(given: argparse.Namespace) -> None:
 
     Trainer._save_checkpoint = both  # type: ignore[method-assign]
     settings = {"zero": given.only, "lora": given.lora[0], "train.save_strategy": "steps"}
-    settings["train.save_steps"] = "2"
-    step.ours(given, step.Meter(1, 1), Path(given.output), **settings)
+    settings |= {"train.save_steps": "2", "train.max_steps": "2"}
+    step.ours(given, step.Meter(0), Path(given.output), **settings)
 
 
 def main() -> None:

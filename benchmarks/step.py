@@ -1,16 +1,16 @@
 """Useful tokens per CPU-second of a training step: ours, TRL's, other tools', and the limits.
 
     python benchmarks/step.py --rows ROWS.jsonl --tokenizer FOLDER [--model opt-125m llama-135m]
-        [--precision bf16 fp32] [--steps 8] [--runs 3] [--threads 1] [--micro 8]
-        [--peer llamafactory=PYTHON axolotl=PYTHON]
+        [--precision bf16 fp32] [--steps 8] [--warmup 1] [--runs 3] [--threads 1]
+        [--micro 8] [--peer llamafactory=PYTHON axolotl=PYTHON]
 
 Rows have ``prompt`` and ``completion``; the loss is on the completion. Every tool trains LoRA of
-rank 8 on the same random weights and the same rows, as many as it takes at ``--micro`` a step, in
-its own order (packed: an eighth as many blocks a step). A tool runs in a process of its own, the
-tools in turn; the first ``--warmup`` steps are not counted. ``--peer`` names the Python of an
-environment in which LLaMA-Factory or Axolotl is installed. Useful tokens are those that are no
-padding; a product's share is that of the operations that frozen weights need. On a GPU it
-is seconds that count.
+rank 8 on the same random weights for an epoch of the same rows, the first ``--steps`` times
+``--micro`` of the file, in its own order (packed: an eighth as many blocks a step). A tool runs in
+a process of its own, the tools in turn; ``--warmup`` epochs before are not counted. ``--peer``
+names the Python of an environment in which LLaMA-Factory or Axolotl is installed. Useful tokens are
+those that are no padding; a product's share is that of the operations that frozen weights need. On
+a GPU it is seconds that count.
 """
 
 import argparse
@@ -68,11 +68,17 @@ def build(name: str, tokenizer: str, folder: Path) -> None:
     made.save_pretrained(folder)
 
 
-class Meter:
-    """Counts tokens and time from one step to another."""
+def take(rows: str, count: int, path: Path) -> None:
+    """Write the first rows of a file to another."""
+    with open(rows) as every, open(path, "w") as few:
+        few.writelines(itertools.islice(every, count))
 
-    def __init__(self, warmup: int, steps: int) -> None:
-        self.warmup, self.steps, self.step = warmup, steps, 0
+
+class Meter:
+    """Counts tokens and time of one epoch, after those of ``warmup``."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup, self.epoch = warmup, 0
         self.tokens = self.trained = 0
         self.began = self.ended = (0.0, 0.0)
 
@@ -84,26 +90,28 @@ class Meter:
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
 
-    def begin_step(self, inputs: dict[str, Any], pad: int) -> None:
+    def begin_epoch(self) -> None:
+        """Call before an epoch's first batch is made."""
+        self.began = self.now()
+
+    def see(self, inputs: dict[str, Any], pad: int) -> None:
         """Call with each batch."""
-        if self.step == self.warmup:
-            self.began = self.now()
-        if self.warmup <= self.step < self.warmup + self.steps:
+        if self.epoch == self.warmup:
             self.tokens += int((inputs["input_ids"] != pad).sum())
             self.trained += int((inputs["labels"] != -100).sum())
-        self.step += 1
 
-    def end_step(self) -> None:
-        """Call after the optimizer's step."""
-        if self.step == self.warmup + self.steps:
-            self.ended = self.now()
+    def end_epoch(self) -> None:
+        """Call after an epoch's last step."""
+        self.ended = self.now()
+        self.epoch += 1
 
     def result(self) -> dict[str, float]:
-        """Give what was measured."""
-        seconds, cpu = (b - a for a, b in zip(self.began, self.ended, strict=True))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        """Give what was measured, of the last epoch."""
         import torch
 
+        assert self.epoch == self.warmup + 1
+        seconds, cpu = (b - a for a, b in zip(self.began, self.ended, strict=True))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**30
         return {
@@ -122,19 +130,22 @@ def watch_trainer(meter: Meter, pad: int) -> None:
     stock = transformers.Trainer.training_step
 
     def measured(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        meter.begin_step(inputs, pad)
+        meter.see(inputs, pad)
         return stock(self, model, inputs, *args, **kwargs)
 
-    class End(transformers.TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            meter.end_step()
+    class Epochs(transformers.TrainerCallback):
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            meter.begin_epoch()
+
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            meter.end_epoch()
 
     transformers.Trainer.training_step = measured
     started = transformers.Trainer.__init__
 
     def begun(self: Any, *args: Any, **kwargs: Any) -> None:
         started(self, *args, **kwargs)
-        self.add_callback(End())
+        self.add_callback(Epochs())
 
     transformers.Trainer.__init__ = begun
 
@@ -153,7 +164,7 @@ def ours(given: argparse.Namespace, meter: Meter, folder: Path, **settings: str)
         "dataset.packing": "none",
         "train.global_batch_size": str(given.micro),
         "train.per_device_train_batch_size": str(given.micro),
-        "train.max_steps": str(meter.warmup + meter.steps),
+        "train.num_train_epochs": str(meter.warmup + 1),
         "train.save_strategy": "no",
         "train.warmup_steps": "0",
         "train.logging_steps": "10",
@@ -185,7 +196,7 @@ def trl(
         max_length=LENGTH,
         packing=packing,
         per_device_train_batch_size=max(1, given.micro // 8) if packing else given.micro,
-        max_steps=meter.warmup + meter.steps,
+        num_train_epochs=meter.warmup + 1,
         learning_rate=2e-4,
         bf16=given.precision == "bf16",
         use_cpu=given.device == "cpu",
@@ -218,6 +229,9 @@ def peak(given: argparse.Namespace) -> float:
     """Measure floating-point operations per second of a matrix product in the MLP's shape."""
     import torch
 
+    from sft.fast import half
+
+    half.widen_products()
     torch.set_num_threads(given.threads)
     dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
     size = 8192 if given.device == "cuda" else 1024
@@ -254,7 +268,7 @@ def llamafactory(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
             "overwrite_cache": True,
             "per_device_train_batch_size": given.micro,
             "learning_rate": 2e-4,
-            "max_steps": meter.warmup + meter.steps,
+            "num_train_epochs": meter.warmup + 1,
             "save_strategy": "no",
             "disable_tqdm": True,
             "use_cpu": given.device == "cpu",
@@ -284,7 +298,7 @@ def axolotl(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
         "output_dir": str(folder / "out"),
         "micro_batch_size": given.micro,
         "gradient_accumulation_steps": 1,
-        "max_steps": meter.warmup + meter.steps,
+        "num_epochs": meter.warmup + 1,
         "learning_rate": 2e-4,
         "optimizer": "adamw_torch",
         "lr_scheduler": "cosine",
@@ -321,7 +335,7 @@ def only(given: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     pad = AutoTokenizer.from_pretrained(given.folder).pad_token_id
-    meter = Meter(given.warmup, given.steps)
+    meter = Meter(given.warmup)
     watch_trainer(meter, pad)
     with tempfile.TemporaryDirectory() as folder:
         CONTENDERS[given.only](given, meter, Path(folder))
@@ -335,7 +349,7 @@ def measured(
     """Run one contender in a process of its own."""
     command = [python, __file__, "--only", name, "--folder", folder]
     command += ["--rows", f"{folder}/rows.jsonl", "--precision", precision]
-    for key in ("steps", "warmup", "threads", "micro"):
+    for key in ("warmup", "threads", "micro"):
         command += [f"--{key}", str(getattr(given, key))]
     environment = os.environ | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"}
     environment |= {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
@@ -403,8 +417,8 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16"])
     parser.add_argument("--tools", nargs="+", default=list(CONTENDERS))
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--micro", type=int, default=8)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -419,8 +433,7 @@ def main() -> None:
     for model in given.model:
         with tempfile.TemporaryDirectory() as folder:
             build(model, given.tokenizer, Path(folder))
-            with open(given.rows) as rows, open(f"{folder}/rows.jsonl", "w") as few:
-                few.writelines(itertools.islice(rows, (given.warmup + given.steps) * given.micro))
+            take(given.rows, given.steps * given.micro, Path(folder, "rows.jsonl"))
             for precision in given.precision:
                 compare(model, precision, given, folder)
 

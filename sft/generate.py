@@ -70,7 +70,9 @@ def generate(config: GenerateConfig) -> None:
 
     from sft.answers import complete
     from sft.data.encoder import Encoder
+    from sft.fast import half
 
+    half.widen_products()
     model, template = _load(config, folder)
     rows = _rows(config, template)
     encoder = Encoder(template.tokenizer)

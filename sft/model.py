@@ -25,19 +25,21 @@ def choose_precision(precision: str) -> tuple[str, str]:
     """
     import torch
 
+    from sft.fast import half
+
     gpu = torch.cuda.is_available()
     if gpu:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        can = torch.cpu.get_capabilities()
-        has_bf16 = any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM
+        has_bf16 = half.cpu_has(torch.bfloat16)
     device = "GPU" if gpu else "CPU"
     if precision == "fp16" and not gpu:
         raise ConfigError(
             [Problem("precision=fp16", "there is no GPU to scale it on", "precision=bf16")]
         )
     if precision == "bf16" and not has_bf16:
-        return precision, f"as asked; warning: the {device} has no bf16 and emulates it, slowly"
+        how = "emulates it, slowly" if gpu else "computes products in float32, and rounds them"
+        return precision, f"as asked; the {device} has no bf16, and {how}"
     if precision != "auto":
         return precision, "as asked"
     return ("bf16", f"the {device} has it") if has_bf16 else ("fp32", f"the {device} has no bf16")

@@ -57,11 +57,12 @@ def fit(config: Config) -> Path:
     from sft.data import artefact
     from sft.data.prepare import prepare
     from sft.data.template import Template
-    from sft.fast import head, linear
+    from sft.fast import half, head, linear
     from sft.ranks import gather
 
     precision, reason = model.choose_precision(config.precision)
     logger.info("precision %s: %s", precision, reason)
+    half.widen_products()
     tokenizer = model.load_tokenizer(config.model)
     architecture = model.load_architecture(config.model)
     ds_config = zero.read(config.zero)

@@ -146,7 +146,7 @@ class SummedLoss(torch.autograd.Function):
                     p *= logits.scale
                 gradient = p.to(dtype)
                 if grads[0] is not None:
-                    torch.mm(gradient, head, out=grads[0][part])
+                    grads[0][part] = gradient @ head
                 if grads[1] is not None:
                     grads[1].addmm_(gradient.float().t(), x.float())
                 if grads[2] is not None:
