@@ -281,6 +281,11 @@ def llamafactory(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
 
 def axolotl(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
     """Train by Axolotl with its example of a LoRA's settings, samples not packed."""
+    import transformers
+
+    # Of which it has no setting of its own, and without which it refuses bf16.
+    fields: Any = transformers.TrainingArguments.__dataclass_fields__
+    fields["use_cpu"].default = given.device == "cpu"
     from axolotl.cli.config import load_cfg
     from axolotl.cli.train import do_train
 
@@ -304,7 +309,6 @@ def axolotl(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
         "lr_scheduler": "cosine",
         "bf16": given.precision == "bf16",
         "save_strategy": "no",
-        "use_cpu": given.device == "cpu",
         # Its Triton kernels know neither OPT nor a CPU.
         **{f"lora_{part}_kernel": given.device == "cuda" for part in ("mlp", "qkv", "o")},
     }
@@ -355,8 +359,10 @@ def measured(
     environment |= {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
-        sys.exit(f"{name}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+        raise RuntimeError(f"{name}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    print(f"{name}: {found}", file=sys.stderr, flush=True)
+    return found
 
 
 def sizes(folder: str) -> tuple[int, int]:
@@ -386,9 +392,13 @@ def compare(model: str, precision: str, given: argparse.Namespace, folder: str) 
     peaks = []
     for _ in range(given.runs):
         peaks.append(measured("peak", sys.executable, given, precision, folder)["flops"])
-        for name in names:
+        for name in list(runs):
             python = peers.get(name, sys.executable)
-            runs[name].append(measured(name, python, given, precision, folder))
+            try:
+                runs[name].append(measured(name, python, given, precision, folder))
+            except RuntimeError as error:
+                print(f"{error}\nleft out", file=sys.stderr)
+                del runs[name]
     speeds = {
         name: statistics.median(run["tokens"] / run[clock] for run in found)
         for name, found in runs.items()

@@ -71,6 +71,7 @@ def sft_config(
     from trl import SFTConfig
 
     from sft.errors import ConfigError, Problem
+    from sft.fast import zero3
 
     fields = dataclasses.asdict(config.train)
     extra, global_batch = fields.pop("extra"), fields.pop("global_batch_size")
@@ -120,6 +121,7 @@ def sft_config(
         deepspeed.ops.__compatible_ops__ = {}
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend)
+        zero3.learn_each_way()
     return args
 
 

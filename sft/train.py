@@ -62,7 +62,8 @@ def fit(config: Config) -> Path:
 
     precision, reason = model.choose_precision(config.precision)
     logger.info("precision %s: %s", precision, reason)
-    half.widen_products()
+    if precision != "fp32":
+        half.widen_products()
     tokenizer = model.load_tokenizer(config.model)
     architecture = model.load_architecture(config.model)
     ds_config = zero.read(config.zero)
@@ -70,6 +71,9 @@ def fit(config: Config) -> Path:
     lora = None
     if config.lora.enabled:
         lora = adapter.lora_config(config.lora, architecture, stage)
+    if ds_config is not None and stage == 3:
+        ranks = [lora.r, *lora.rank_pattern.values()] if lora else [0]
+        ds_config = zero.sized(ds_config, architecture, max(ranks))
 
     config.template = artefact.template_of(config.dataset.path) or config.template
     template = Template(config.template, tokenizer, config.dataset.format)

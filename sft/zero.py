@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft.config import DS_CONFIG_DIR, ZeroConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFETCH = 50_000_000  # elements at most, which is DeepSpeed's own default
 
 
 def json_path(zero: ZeroConfig) -> Path:
@@ -45,3 +50,40 @@ def stage(ds_config: dict[str, Any] | None) -> int:
     section = (ds_config or {}).get("zero_optimization")
     value = section.get("stage") if isinstance(section, dict) else 0
     return value if isinstance(value, int) else 0  # zero_checks reports any other
+
+
+def sized(ds_config: dict[str, Any], architecture: PreTrainedModel, rank: int) -> dict[str, Any]:
+    """Size what ZeRO-3 leaves to ``auto`` to the model; the Trainer knows its width only.
+
+    Args:
+        ds_config: A configuration of stage 3, overrides merged in.
+        architecture: The model, weights or none.
+        rank: The largest of its LoRA; 0: there is none.
+
+    Returns:
+        The configuration, in which every rank keeps the adapter and other small tensors whole, and
+        gathers up to one decoder layer ahead.
+    """
+    text = architecture.config.get_text_config()
+    apart = {id(module.weight) for module in _ends(architecture)}
+    body = [weight for weight in architecture.parameters() if id(weight) not in apart]
+    matrices = [weight for weight in body if weight.dim() > 1]
+    of_adapter = rank * max(max(weight.shape) for weight in matrices)
+    smallest = min(weight.numel() for weight in matrices)
+    layer = sum(weight.numel() for weight in body) // text.num_hidden_layers
+    sizes = {
+        "stage3_param_persistence_threshold": max(
+            10 * text.hidden_size,  # as the Trainer has it: biases and norms
+            min(of_adapter, smallest - 1),
+        ),
+        "stage3_prefetch_bucket_size": min(layer, PREFETCH),
+    }
+    section = ds_config["zero_optimization"]
+    chosen = {name: size for name, size in sizes.items() if section.get(name) == "auto"}
+    return {**ds_config, "zero_optimization": {**section, **chosen}}
+
+
+def _ends(architecture: PreTrainedModel) -> list[Any]:
+    """List the embedding and the head, which are as large as the vocabulary."""
+    ends = architecture.get_input_embeddings(), architecture.get_output_embeddings()
+    return [end for end in ends if end is not None]

@@ -1,15 +1,23 @@
 """A DeepSpeed JSON: merged with its overrides, and every key and combination checked."""
 
+import collections
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
+    PartitionedParameterCoordinator,
+    ZeRoTraceMode,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft import upstream, zero, zero_checks
 from sft.config import DS_CONFIG_DIR, ZeroConfig
 from sft.errors import Problem
+from sft.fast import zero3
 
 STAGES = {
     "stage1.json": 1,
@@ -359,3 +367,70 @@ def test_every_key_exists_in_the_installed_deepspeed() -> None:
         assert upstream.field_names("deepspeed", file, class_name)
     top = {name for name in (*zero_checks.SECTIONS, *zero_checks.REFUSED) if "." not in name}
     assert top - constants == set()
+
+
+class Order(torch.nn.Module):
+    """Two layers as DeepSpeed marks them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+        for number, layer in enumerate(self.layers):
+            layer.ds_external_parameters = lambda: []
+            layer.weight.ds_id, layer.weight.ds_persist = number, False
+            layer.weight.ds_numel = layer.weight.numel()
+
+
+def to_release(coordinator: Any, order: list[Any], step: int) -> set[int]:
+    """Ask DeepSpeed what the module that was used last may release, once it knows the order."""
+    name = f"_{PartitionedParameterCoordinator.__name__}__"
+    setattr(coordinator, f"{name}submodule_order", tuple(order))
+    decided: set[int] = getattr(coordinator, f"{name}params_to_release")(order[step - 1], step)
+    return decided
+
+
+def coordinator() -> Any:
+    made = object.__new__(PartitionedParameterCoordinator)
+    name = f"_{PartitionedParameterCoordinator.__name__}__"
+    setattr(made, f"{name}trace_mode", ZeRoTraceMode.COMPLETE)
+    setattr(made, f"{name}most_recent_step_id_param_fetched_for", collections.defaultdict(int))
+    setattr(made, f"{name}max_reuse_dist_in_numel", 1000)
+    return made
+
+
+def test_an_evaluation_does_not_decide_what_training_releases(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = Order().layers
+    evaluation, training = [first, second], [first, second, second, first]
+    stock = getattr(PartitionedParameterCoordinator, zero3.DECIDE)
+    monkeypatch.setattr(PartitionedParameterCoordinator, zero3.DECIDE, stock)
+    zero3.learn_each_way()
+    made = coordinator()
+    for _ in range(2):
+        assert to_release(made, evaluation, 1) == {0}
+        assert to_release(made, training, 1) == set()  # soon used again, going back
+        assert to_release(made, training, 4) == {0}
+    once = getattr(PartitionedParameterCoordinator, zero3.DECIDE)
+    zero3.learn_each_way()
+    assert getattr(PartitionedParameterCoordinator, zero3.DECIDE) is once
+
+
+@pytest.mark.parametrize("rank, kept", [(8, 8 * 3072), (512, 768 * 768 - 1), (0, 7680)])
+def test_stage_3_is_sized_to_the_model(rank: int, kept: int) -> None:
+    fields = {"hidden_size": 768, "num_hidden_layers": 3, "num_attention_heads": 12}
+    fields |= {"ffn_dim": 3072, "vocab_size": 5000, "word_embed_proj_dim": 768}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **fields))
+    asked = zero.read(ZeroConfig("stage3.json"))
+    assert asked is not None
+    section = zero.sized(asked, model, rank)["zero_optimization"]
+    assert section["stage3_param_persistence_threshold"] == kept
+    layer = sum(weight.numel() for weight in model.model.decoder.layers[0].parameters())
+    assert layer <= section["stage3_prefetch_bucket_size"] <= 1.1 * layer
+    assert section["reduce_bucket_size"] == "auto"
+    over = {"zero_optimization": {"stage3_prefetch_bucket_size": 7}}
+    chosen = zero.read(ZeroConfig("stage3.json", over))
+    assert chosen is not None
+    sized = zero.sized(chosen, model, rank)["zero_optimization"]
+    assert sized["stage3_prefetch_bucket_size"] == 7
