@@ -102,7 +102,9 @@ def sft_config(
                 # Which checkpoint is the best, so that it is kept.
                 **({"metric_for_best_model": "eval_loss"} if evaluates else {}),
                 "logging_nan_inf_filter": False,  # a NaN must show in the logged loss
+                # Together: a batch is on its way to the GPU while the one before is computed.
                 "dataloader_pin_memory": torch.cuda.is_available(),
+                "accelerator_config": {"non_blocking": torch.cuda.is_available()},
                 # What is left in float32 beside 16 bits; asked for, fp32 is float32.
                 "tf32": True if precision != "fp32" and is_torch_tf32_available() else None,
                 "log_level_replica": "error",

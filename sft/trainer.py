@@ -48,6 +48,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if not self.aux_loss_enabled:
             peft = isinstance(self.model, PeftModel)
             head.install(self.model.get_base_model() if peft else self.model, kind)
+            self.data_collator.loss_positions = True
 
     def compute_loss(
         self,

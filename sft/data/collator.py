@@ -40,17 +40,24 @@ class Collator:
         cu_seq_lens_q   [0, 2, 3, 5, 6]   int32, and cu_seq_lens_k; padding is [5, 6)
         max_length_q    2                 and max_length_k
 
+    With ``loss_positions``, for ``sft.fast.head``, also the places of trained labels in all rows,
+    so that a GPU need not be waited for to find them::
+
+        loss_positions  [1, 4]
+
     Attributes:
         pad_token_id: What rows are filled up with; no loss sees it.
         padding_free: Join the samples into one row.
         pad_to_multiple_of: Round the length up.
         documents: Say where documents begin and end, in every mode.
+        loss_positions: Say which labels are trained.
     """
 
     pad_token_id: int
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
     documents: bool = False
+    loss_positions: bool = False
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate."""
@@ -73,6 +80,8 @@ class Collator:
             "input_ids": _filled(ids, width, self.pad_token_id),
             "labels": _filled(labels, width, IGNORE_INDEX),
         }
+        if self.loss_positions:
+            batch["loss_positions"] = trained_places(batch["labels"])
         if not (packed or self.padding_free or self.documents):
             batch["attention_mask"] = _filled([np.ones_like(row) for row in ids], width, 0)
             return batch
@@ -88,6 +97,20 @@ class Collator:
             batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.from_numpy(bounds)
             batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
         return batch
+
+
+def trained_places(labels: torch.Tensor) -> torch.Tensor:
+    """Give the places of trained labels in the flattened batch; a row's first has no prediction.
+
+    Args:
+        labels: (batch, length), -100 where nothing is trained.
+
+    Returns:
+        (N,), int64.
+    """
+    trained = labels != IGNORE_INDEX
+    trained[:, 0] = False
+    return trained.flatten().nonzero()[:, 0]
 
 
 def _filled(rows: list[Any], width: int, value: int) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -144,10 +145,25 @@ def _packed_mask(
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)  # type: ignore[no-any-return]
 
 
+_stock_preprocess = masking_utils._preprocess_mask_arguments
+
+
+@functools.wraps(_stock_preprocess)
+def _preprocess(config: Any, embeds: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+    """Say at once what _packed_mask will say.
+
+    Else documents would be looked for in the positions, and a GPU waited for, in every pass.
+    """
+    if config._attn_implementation == NAME and attention_mask is None:
+        return True, None, None, None, None, None, None
+    return _stock_preprocess(config, embeds, attention_mask, *args, **kwargs)
+
+
 def register() -> None:
     """Make ``attn_implementation="packed"`` known to Transformers."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, _packed_mask)
+    masking_utils._preprocess_mask_arguments = _preprocess
 
 
 def takes_ours(architecture: PreTrainedModel) -> bool:

@@ -1,7 +1,6 @@
-"""The LM head and the loss in one: only trained positions, a few at a time, gradient included.
+"""The LM head and the loss in one, on trained positions only: which way, and put into the model.
 
-The full logits of a batch, (tokens, vocabulary), never exist. Since nothing follows the loss, its
-gradient is formed while a chunk's logits are at hand, so that nothing is computed twice.
+The full logits of a batch, (tokens, vocabulary), never exist.
 """
 
 from __future__ import annotations
@@ -12,18 +11,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from transformers.utils import ModelOutput
-from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from sft.data.encode import IGNORE_INDEX
+from sft.data.collator import trained_places
 from sft.errors import ConfigError, Problem
+from sft.fast.loss import Logits, SummedLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from trl import SFTConfig
 
-CHUNK = 1 << 24  # logits at once: 64 MiB in float32, whatever the vocabulary and the batch
+TILE = 32768  # of the vocabulary at once, as TRL's trainer has it
 
 
 @dataclass
@@ -32,9 +32,9 @@ class HeadOutput(ModelOutput):  # type: ignore[misc]
 
     Attributes:
         loss: Summed over the N positions, scalar.
-        log_probs: Of the labels, without gradient; shape (N,), or of the batch, zero elsewhere.
-        label_mask: Which are trained, of the same shape.
-        entropy: Of the predictions in nats, of the same shape; None unless asked for.
+        log_probs: Of the labels, without gradient, (N,).
+        label_mask: Ones, (N,); of TRL's own output it says which of the batch are trained.
+        entropy: Of the predictions in nats, (N,); None unless asked for.
         is_top1: Whether the label is the likeliest token, likewise.
     """
 
@@ -45,140 +45,19 @@ class HeadOutput(ModelOutput):  # type: ignore[misc]
     is_top1: torch.Tensor | None = None
 
 
-@dataclass
-class Logits:
-    """What a model does to its head's output.
-
-    Attributes:
-        scale: It is multiplied by this (Cohere, Granite).
-        softcap: Then x becomes softcap * tanh(x / softcap) (Gemma); None: it stays.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config: Any) -> Logits:
-        """Read a model's config: each family has a name of its own for it."""
-        scale = 1.0
-        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-            scale *= getattr(config, name, None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        scale *= divisor if config.model_type == "hyperclovax" else 1 / divisor
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
-
-
-class SummedLoss(torch.autograd.Function):
-    """Sum the loss over positions; its gradient is formed in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        logits: Logits,
-        dft: bool,
-        metrics: bool,
-    ) -> tuple[torch.Tensor, ...]:
-        """Score the labels.
-
-        Args:
-            ctx: Autograd's.
-            hidden: The backbone's last states, (N, width).
-            weight: The head's, (vocabulary, width).
-            bias: The head's, (vocabulary,), or None.
-            labels: (N,).
-            logits: What becomes of the head's output.
-            dft: Weigh each token's loss by its probability (arXiv 2508.05629).
-            metrics: Also give entropy and is_top1.
-
-        Returns:
-            loss (scalar), log_probs, entropy and is_top1 (N,); the last two empty unless asked for.
-        """
-        device = hidden.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
-        head, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
-        wanted = ctx.needs_input_grad
-        grads = [
-            torch.empty_like(hidden, dtype=dtype) if wanted[0] else None,
-            torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None,
-            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None,
-        ]
-        log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        entropy = torch.empty_like(log_probs[: len(hidden) if metrics else 0])
-        is_top1 = torch.empty_like(entropy, dtype=torch.bool)
-        rows = max(1, CHUNK // len(weight))
-        with torch.autocast(device.type, enabled=False):
-            for begin in range(0, len(hidden), rows):
-                part = slice(begin, begin + rows)
-                x, target = hidden[part].to(dtype), labels[part, None]
-                z = F.linear(x, head, shift).float()
-                if logits.scale != 1:
-                    z *= logits.scale
-                if logits.softcap is not None:
-                    z = z.div_(logits.softcap).tanh_()
-                    slope = 1 - z.square()
-                    z *= logits.softcap
-                of_label = z.gather(1, target)
-                largest = z.amax(1, keepdim=True)
-                if metrics:
-                    is_top1[part] = z.argmax(1) == target[:, 0]
-                    kept = z.clone()
-                p = z.sub_(largest).exp_()
-                total = p.sum(1, keepdim=True)
-                log_normaliser = largest + total.log()
-                log_probs[part] = (of_label - log_normaliser)[:, 0]
-                p /= total
-                if metrics:
-                    entropy[part] = log_normaliser[:, 0] - kept.mul_(p).sum(1)
-                if not any(wanted):
-                    continue
-                # The gradient of -log p(label) on z is p, less one at the label.
-                p.scatter_add_(1, target, torch.full_like(of_label, -1))
-                if dft:
-                    p *= log_probs[part, None].exp()
-                if logits.softcap is not None:
-                    p *= slope
-                if logits.scale != 1:
-                    p *= logits.scale
-                gradient = p.to(dtype)
-                if grads[0] is not None:
-                    grads[0][part] = gradient @ head
-                if grads[1] is not None:
-                    grads[1].addmm_(gradient.float().t(), x.float())
-                if grads[2] is not None:
-                    grads[2] += gradient.float().sum(0)
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.mark_non_differentiable(log_probs, entropy, is_top1)
-        each = -log_probs * log_probs.exp() if dft else -log_probs
-        return each.sum(), log_probs, entropy, is_top1
-
-    @staticmethod
-    def backward(ctx: Any, of_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        """Scale what the forward pass formed."""
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        found = [None if grad is None else (grad * of_loss).to(dtype) for grad, dtype in pairs]
-        return (*found, None, None, None, None)
-
-
 def install(model: PreTrainedModel, kind: str) -> None:
     """Let ``model(..., labels=..., fused_lm_head=True)`` give a HeadOutput.
 
-    Called otherwise, the model does what it did; ``fused_lm_head`` is TRL's name.
+    Called otherwise, the model does what it did; ``fused_lm_head`` is TRL's name. With
+    ``loss_positions``, of the collator, a GPU is not asked which labels are trained.
 
     Args:
         model: The base model, to which TRL has given its head.
         kind: ``chunked``: as above; ``trl``: TRL's kernel; ``plain``: from the model's own logits.
     """
     before = getattr(model.forward, "before", model.forward)  # not a head that we installed
-    model.forward = before
-    add_fused_lm_head(model)
-    without_metrics = model.forward
     logits = Logits.of(model.config.get_text_config())
+    score = _by_trl if kind == "trl" else _by_chunks
 
     @functools.wraps(type(model).forward)
     def forward(
@@ -188,56 +67,64 @@ def install(model: PreTrainedModel, kind: str) -> None:
         head_metrics: bool = False,
         head_dft: bool = False,
         labels: torch.Tensor | None = None,
+        loss_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head:
             return before(*args, **({} if labels is None else {"labels": labels}), **kwargs)
         assert labels is not None
-        if kind == "trl":
-            score = before if head_metrics else without_metrics
-            found = score(*args, labels=labels, fused_lm_head=True, **kwargs)
-            return _summed(found, head_dft)
-        labels = labels[:, 1:]
-        trained = labels != IGNORE_INDEX
+        if loss_positions is None:
+            loss_positions = trained_places(labels)
+        labels = labels.flatten()[loss_positions]
         if kind == "plain":
-            scores = before(*args, **kwargs).logits[:, :-1][trained].float()
-            return _scored(scores, labels[trained], head_dft, head_metrics)
-        states = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+            scores = before(*args, **kwargs).logits
+            scores = scores.flatten(0, 1)[(loss_positions - 1).to(scores.device)].float()
+            return _scored(scores, labels.to(scores.device), head_dft, head_metrics)
+        states = self.base_model(*args, **kwargs).last_hidden_state
+        states = states.flatten(0, 1)[(loss_positions - 1).to(states.device)]
         head = self.get_output_embeddings()
-        states, labels, trained = (x.to(head.weight.device) for x in (states, labels, trained))
+        states, labels = states.to(head.weight.device), labels.to(head.weight.device)
         with maybe_gather_lm_head_ctx(head.weight, head.bias):
-            weights: tuple[Any, ...] = (head.weight, head.bias)
-            if not torch.is_grad_enabled():  # else its gradient would be formed all the same
-                weights = tuple(None if w is None else w.detach() for w in weights)
-            loss, log_probs, entropy, is_top1 = SummedLoss.apply(  # type: ignore[no-untyped-call]
-                states[trained],
-                *weights,
-                labels[trained],
-                logits,
-                head_dft,
-                head_metrics,
-            )
-        return HeadOutput(
-            loss=loss,
-            log_probs=log_probs,
-            label_mask=trained[trained],
-            entropy=entropy if head_metrics else None,
-            is_top1=is_top1 if head_metrics else None,
-        )
+            return score(states, head, labels, logits, head_dft, head_metrics)
 
     forward.before = before  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
-def _summed(found: Any, dft: bool) -> HeadOutput:
-    """Sum what TRL's kernel gives for each position, zero where nothing is trained."""
-    weights = found.log_probs.detach().exp() if dft else 1
+def _by_chunks(
+    states: torch.Tensor, head: Any, labels: torch.Tensor, logits: Logits, dft: bool, metrics: bool
+) -> HeadOutput:
+    """Score the labels, (N,), on the backbone's states, (N, width)."""
+    weights: tuple[Any, ...] = (head.weight, head.bias)
+    if not torch.is_grad_enabled():  # else its gradient would be formed all the same
+        weights = tuple(None if weight is None else weight.detach() for weight in weights)
+    loss, log_probs, entropy, is_top1 = SummedLoss.apply(  # type: ignore[no-untyped-call]
+        states, *weights, labels, logits, dft, metrics
+    )
     return HeadOutput(
-        loss=-(found.log_probs * weights).sum(),
-        log_probs=found.log_probs.detach(),
-        label_mask=found.label_mask,
-        entropy=found.entropy,
-        is_top1=found.is_top1,
+        loss=loss,
+        log_probs=log_probs,
+        label_mask=torch.ones_like(labels, dtype=torch.bool),
+        entropy=entropy if metrics else None,
+        is_top1=is_top1 if metrics else None,
+    )
+
+
+def _by_trl(
+    states: torch.Tensor, head: Any, labels: torch.Tensor, logits: Logits, dft: bool, metrics: bool
+) -> HeadOutput:
+    """Do the same with TRL's kernel, which is Triton's on a GPU."""
+    wanted = ("entropy", "is_top1") if metrics else ()
+    log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
+        states, head.weight, head.bias, labels, 1.0, TILE, logits.softcap, logits.scale, wanted
+    )
+    weights = log_probs.detach().exp() if dft else 1
+    return HeadOutput(
+        loss=-(log_probs * weights).sum(),
+        log_probs=log_probs.detach(),
+        label_mask=torch.ones_like(labels, dtype=torch.bool),
+        entropy=None if entropy is None else entropy.detach(),
+        is_top1=is_top1,
     )
 
 

@@ -38,6 +38,7 @@ def test_the_docstring_is_true() -> None:
     assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 2, 3, 5, 6]
     assert (batch["max_length_q"], batch["max_length_k"]) == (2, 2)
     assert "attention_mask" not in batch
+    assert Collator(0, loss_positions=True)(PACKED)["loss_positions"].tolist() == [1, 4]
 
 
 def test_padded_to_a_multiple() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support import build_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -18,8 +19,9 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
+from sft.data.collator import trained_places
 from sft.errors import ConfigError
-from sft.fast import head, proof
+from sft.fast import attention, head, loss, proof
 
 SHAPE = {
     "vocab_size": 307,
@@ -70,7 +72,7 @@ def found(model: Any, **options: Any) -> tuple[Any, list[torch.Tensor | None]]:
 def test_it_is_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dft: bool
 ) -> None:
-    monkeypatch.setattr(head, "CHUNK", 5 * 307)  # several chunks, the last one shorter
+    monkeypatch.setattr(loss, "CHUNK", 5 * 307)  # several chunks, the last one shorter
     model = model_of(tmp_path, family)
     with torch.no_grad():
         inputs = {key: value for key, value in batch().items() if key != "labels"}
@@ -85,9 +87,6 @@ def test_it_is_exact(
         results[kind] = found(model, head_metrics=True, head_dft=dft)
     weights = expected.exp() if dft else 1
     for output, _ in results.values():
-        if output.log_probs.dim() == 2:  # TRL's are of the batch
-            for name in ("log_probs", "entropy", "is_top1"):
-                output[name] = output[name][output.label_mask]
         assert output.loss.item() == pytest.approx(-(expected * weights).sum().item(), rel=2e-6)
         torch.testing.assert_close(output.log_probs.double(), expected, rtol=0, atol=3e-6)
         entropy = -(every.exp() * every).sum(-1)[trained]
@@ -126,6 +125,36 @@ def test_a_frozen_head_gets_no_gradient_and_autocast_computes_in_bf16(tmp_path: 
     assert model.get_output_embeddings().weight.grad is None
 
 
+class Waiting(TorchDispatchMode):
+    """Refuses what would wait for a GPU: reading a value, or a shape that values decide."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["plain", "chunked", "trl"])
+def test_told_what_is_trained_nothing_waits_for_a_gpu(tmp_path: Path, kind: str) -> None:
+    model = model_of(tmp_path, "llama")
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    head.install(model, kind)
+    expected, grads = found(model, head_metrics=True)
+    places = trained_places(batch()["labels"])
+    model.zero_grad()
+    with Waiting():
+        inputs = {**batch(), "loss_positions": places, "use_cache": False}
+        inputs["position_ids"] = torch.arange(20).expand(3, -1)
+        output = model(**inputs, fused_lm_head=True, head_metrics=True)
+        (output.loss / 21).backward()
+    assert torch.equal(output.loss, expected.loss)
+    for value, parameter in zip(grads, model.parameters(), strict=True):
+        assert value is None or torch.equal(value, parameter.grad)
+    with pytest.raises(AssertionError, match="nonzero"), Waiting():
+        model(**batch(), fused_lm_head=True)
+
+
 def test_nothing_trained_is_a_zero_that_can_be_differentiated(tmp_path: Path) -> None:
     model = model_of(tmp_path, "opt")
     head.install(model, "chunked")
@@ -150,7 +179,7 @@ def test_a_factor_that_is_not_known_is_seen(tmp_path: Path, monkeypatch: Any) ->
     model = model_of(tmp_path, "cohere")
     head.install(model, "chunked")
     assert proof.difference(model, torch.device("cpu"), 307, torch.float32) < 1
-    monkeypatch.setattr(head.Logits, "of", classmethod(lambda cls, config: cls()))
+    monkeypatch.setattr(loss.Logits, "of", classmethod(lambda cls, config: cls()))
     model = model_of(tmp_path, "cohere").train()
     head.install(model, "chunked")
     assert proof.difference(model, torch.device("cpu"), 307, torch.float32) > 100
