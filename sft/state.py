@@ -53,9 +53,7 @@ class Optimizer:
         self.torch = outer.optimizer if self.zero else outer
         self.parameters = {
             name: parameter
-            for name, parameter in trainer.accelerator.unwrap_model(
-                trainer.model_wrapped
-            ).named_parameters()
+            for name, parameter in trainer.bare_model.named_parameters()
             if parameter.requires_grad
         }
 

@@ -203,7 +203,7 @@ def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, 
 
     samples = trainer.eval_dataset.select(range(min(count, len(trainer.eval_dataset))))
     metrics = exact_match(
-        trainer.accelerator.unwrap_model(trainer.model_wrapped),
+        trainer.bare_model,
         trainer.processing_class,
         samples,
         trainer.args.per_device_eval_batch_size,

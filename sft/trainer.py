@@ -42,6 +42,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.step_losses: list[torch.Tensor] = []  # of this rank's micro-batches, on its device
 
+    @property
+    def bare_model(self) -> Any:
+        """The model without what is wrapped around it: DDP, DeepSpeed, torch.compile."""
+        return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+
     def use_head(self, kind: str) -> None:
         """Compute the loss with this head: ``chunked``, ``trl`` or ``plain``."""
         self.lm_head = kind

@@ -21,7 +21,7 @@ def gathered(trainer: Trainer) -> dict[str, torch.Tensor]:
     All ranks must call it. DeepSpeed's own gathering leaves out what an adapter holds and does not
     train.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    model = trainer.bare_model
     parameters = dict(model.named_parameters())
     if not any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
         state: dict[str, torch.Tensor] = model.state_dict()
@@ -53,7 +53,7 @@ def write(trainer: Trainer, folder: Path, weights: dict[str, torch.Tensor], upda
     Raises:
         CheckpointError: What was written is not what was trained.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    model = trainer.bare_model
     model.save_pretrained(folder, state_dict=weights)
     trainer.processing_class.save_pretrained(folder)
     live = get_peft_model_state_dict(model, weights) if isinstance(model, PeftModel) else weights

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from support import PLAIN, build_model, losses, records
 
 
@@ -61,6 +62,22 @@ def test_packed_as_one_by_one(tmp_path: Path, rows: Path) -> None:
     assert fast == pytest.approx(plain, rel=1e-4)
     assert fast_eval == pytest.approx(plain_eval, rel=1e-4)
     assert fast[-1] < fast[0]
+
+
+def test_compiled_it_trains_saves_and_evaluates_as_it_is(
+    tmp_path: Path, llama: Path, rows: Path
+) -> None:
+    """Not compiled in truth, which takes minutes: what matters is the wrapper around the model."""
+    steps = "train.max_steps=2"
+    with torch.compiler.set_stance("force_eager"):
+        compiled = "train.extra={torch_compile: true}"
+        found = trained(tmp_path / "compiled", llama, rows, steps, compiled)
+    assert found == trained(tmp_path / "plain", llama, rows, steps)
+    one, other = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("compiled", "plain")
+    )
+    assert one == other
 
 
 def test_samples_are_padded_where_joined_they_would_see_each_other(
