@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from sft import counts
 from sft.errors import CheckpointError
 from sft.files import write_text
 from sft.ranks import gather
@@ -186,7 +187,7 @@ def progress(trainer: Trainer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         "schedule": _plain(trainer.lr_scheduler.state_dict()),
         "scaler": scaler.state_dict() if scaler is not None else {},
         "loss_scaler": _plain(vars(loss_scaler)) if loss_scaler is not None else {},
-        "counts": gather(trainer.counts()),
+        "counts": gather(counts.kept(trainer)),
     }
     return record, {
         f"rank{rank}/{key}": value

@@ -13,9 +13,8 @@ import torch.distributed as dist
 from peft import PeftModel
 from trl import SFTTrainer
 
-from sft import checkpoint, state, streams, tensors, weights, zero
-from sft.data.encode import IGNORE_INDEX
-from sft.data.sampler import Fillers, Shuffle, samples_of
+from sft import checkpoint, counts, state, streams, tensors, weights, zero
+from sft.data.sampler import Fillers, Shuffle, eval_batches, samples_of
 from sft.fast import head
 from sft.ranks import RankZero
 
@@ -27,20 +26,19 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     """Trains on samples that have ``input_ids`` and ``labels`` already."""
 
     control: Any
+    _total_train_tokens: int
     lm_head = "trl"
     guard: Guard | None = None
     on_nan = "stop"
     grad_norm: Any = 0.0  # of the step that was made last
     saved_counts: list[dict[str, Any]] | None = None  # by rank, of the checkpoint resumed from
-    # Of the steps that will be logged: entropy, right guesses, trained tokens.
-    _sums: torch.Tensor | None = None
-    _tokens = 0  # that this rank saw since the last line
     _updates = 0  # steps of this process that changed the weights
     _saved: int | None = None  # the step of the newest checkpoint
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.step_losses: list[torch.Tensor] = []  # of this rank's micro-batches, on its device
+        self.counts = counts.Counts()
 
     @property
     def bare_model(self) -> Any:
@@ -69,8 +67,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """
         if self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        mask = inputs.get("attention_mask")
-        self._tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+        self.counts.see(inputs)
         step = self.state.global_step + 1
         logs = step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
         output = model(
@@ -81,9 +78,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             head_metrics=logs,
         )
         if logs:
-            found = [output.entropy, output.is_top1, output.label_mask]
-            sums = torch.stack([values.sum(dtype=torch.float64) for values in found]).detach()
-            self._sums = sums if self._sums is None else self._sums + sums
+            self.counts.add(output)
         if num_items_in_batch is None:
             return output.loss / output.label_mask.sum().clamp(min=1)
         # The tokens of every rank are counted, and DDP takes the mean of the ranks' gradients.
@@ -113,46 +108,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._updates += 1
         return norm
 
-    def counts(self) -> dict[str, Any]:
-        """Give what this rank summed and counted, for a checkpoint."""
-        return {
-            "loss": self._tr_loss.item(),
-            "logged_at": self._globalstep_last_logged,
-            "sums": None if self._sums is None else self._sums.tolist(),
-            "tokens": int(self._tokens),
-            "all_tokens": self._total_train_tokens,
-            "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
-            "recent": list(self.guard.recent) if self.guard else [],
-            "skipped": self.guard.skipped if self.guard else 0,
-        }
-
     def resume_counts(self) -> None:
-        """Go on summing and counting, and log as often as this command says.
-
-        Where ranks are as many as they were, each takes its own again; else they share.
-        """
-        if self.saved_counts is None:
-            return
-        # The intervals in the state are those of the command that saved it.
-        self.state.compute_steps(self.args, self.state.max_steps)
-        saved, ranks = self.saved_counts, self.args.world_size
-        own = saved[self.args.process_index] if len(saved) == ranks else None
-        sums = [count["sums"] for count in saved if count["sums"] is not None]
-        if own is None:
-            mean = sum(count["loss"] for count in saved) / len(saved)
-            shared = [sum(column) / ranks for column in zip(*sums, strict=True)] if sums else None
-            tokens = sum(count["tokens"] for count in saved) / ranks
-            own = {**saved[0], "loss": mean, "sums": shared, "tokens": tokens}
-        device = self.args.device
-        self._tr_loss = torch.tensor(own["loss"], device=device)
-        self._globalstep_last_logged = own["logged_at"]
-        if own["sums"] is not None:
-            self._sums = torch.tensor(own["sums"], dtype=torch.float64, device=device)
-        self._tokens, self._total_train_tokens = own["tokens"], own["all_tokens"]
-        self._metrics["train"].update(own["metrics"])
-        if self.guard:
-            self.guard.recent.extend(own["recent"])
-            self.guard.skipped = own["skipped"]
+        """Go on summing and counting where a checkpoint left off."""
+        if self.saved_counts is not None:
+            counts.restore(self, self.saved_counts)
 
     def evaluate_if_due(self) -> None:
         """Make up for the evaluation of the step that a run was cut off after."""
@@ -183,21 +142,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was summed for this line."""
-        if "loss" in logs and self._sums is not None:
-            counted = torch.tensor([float(self._tokens)], dtype=torch.float64)
-            sums = torch.cat([self._sums, counted.to(self._sums.device)])
-            if dist.is_initialized():
-                dist.all_reduce(sums)
-            entropy, right, trained, tokens = sums.tolist()
-            self._total_train_tokens += int(tokens)
-            self._metrics["train"] |= {
-                "entropy": [entropy / max(trained, 1)],
-                "mean_token_accuracy": [right / max(trained, 1)],
-                "num_tokens": [self._total_train_tokens],
-            }
-            self._sums, self._tokens = None, 0
         if "loss" in logs:
-            self._tr_loss.zero_()  # the Trainer subtracts it from itself, which leaves a NaN one
+            found = self.counts.flush(self._total_train_tokens)
+            if found:
+                self._total_train_tokens = found["num_tokens"]
+            self._metrics["train"] |= {name: [value] for name, value in found.items()}
+            # The Trainer subtracts it from itself, which leaves a NaN one.
+            self._tr_loss.zero_()
         super().log(logs, start_time)
 
     def evaluate(
@@ -224,9 +175,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         was_training = model.training
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in self._eval_batches(samples):
+            for batch in eval_batches(
+                samples,
+                self.args.per_device_eval_batch_size,
+                self.args.process_index,
+                self.args.world_size,
+            ):
                 self._stop_if_asked()
-                outputs = model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
+                inputs = self._prepare_inputs(self.data_collator(batch))
+                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
                 total[0] -= outputs.log_probs.double().sum()
                 total[1] += outputs.label_mask.sum()
         if dist.is_initialized():
@@ -265,22 +222,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             sampler_fn=lambda dataset: Shuffle(dataset, self.args.seed),
             is_training=True,
         )
-
-    def _eval_batches(self, samples: Any) -> Any:
-        """Yield this rank's batches; every rank gets as many, as ZeRO-3 gathers at each forward.
-
-        Samples go round the ranks in order. A rank that has none left repeats the last sample with
-        nothing trained, which adds nothing to either sum.
-        """
-        size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
-        rank = self.args.process_index
-        for start in range(0, len(samples), size * ranks):
-            indices = range(start + rank, min(start + size * ranks, len(samples)), ranks)
-            batch = [samples[index] for index in indices]
-            if not batch:
-                last = samples[len(samples) - 1]["input_ids"]
-                batch = [{"input_ids": last, "labels": [IGNORE_INDEX] * len(last)}]
-            yield self.data_collator(batch)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train no step more where a run was cut off after its last checkpoint."""

@@ -87,3 +87,24 @@ def samples_of(
     order = order_of(count, seed, epoch)
     batches = [(place * accumulation + number) * ranks + rank for number in micro_batches]
     return [sample for batch in batches for sample in order[batch * micro : (batch + 1) * micro]]
+
+
+def eval_batches(samples: Any, size: int, rank: int, ranks: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield a rank's batches; every rank gets as many, as ZeRO-3 gathers at each forward pass.
+
+    Samples go round the ranks in order. A rank that has none left repeats the last sample with
+    nothing trained, which adds nothing to a sum over trained tokens.
+
+    Args:
+        samples: With ``input_ids`` and ``labels``.
+        size: Samples of a rank's batch, at most.
+        rank: Whose.
+        ranks: How many there are.
+    """
+    for start in range(0, len(samples), size * ranks):
+        indices = range(start + rank, min(start + size * ranks, len(samples)), ranks)
+        batch = [samples[index] for index in indices]
+        if not batch:
+            last = samples[len(samples) - 1]["input_ids"]
+            batch = [{"input_ids": last, "labels": [IGNORE_INDEX] * len(last)}]
+        yield batch
