@@ -83,9 +83,9 @@ def batches(given: argparse.Namespace, longest: int) -> Iterator[dict[str, torch
 
 def train(given: argparse.Namespace, meter: Any, longest: int) -> None:
     """Take the steps."""
-    half.widen_products()
-    AttentionInterface.register("by_hand", attention)
     dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+    half.widen_products(dtype)
+    AttentionInterface.register("by_hand", attention)
     model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=dtype)
     model.to(given.device).train().set_attn_implementation("by_hand")
     model.requires_grad_(False)

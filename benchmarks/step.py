@@ -231,9 +231,9 @@ def peak(given: argparse.Namespace) -> float:
 
     from sft.fast import half
 
-    half.widen_products()
     torch.set_num_threads(given.threads)
     dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+    half.widen_products(dtype)
     size = 8192 if given.device == "cuda" else 1024
     a, b = (torch.randn(size, 4 * 768, dtype=dtype, device=given.device) for _ in range(2))
     found = []

@@ -72,8 +72,8 @@ def generate(config: GenerateConfig) -> None:
     from sft.data.encoder import Encoder
     from sft.fast import half
 
-    half.widen_products()
     model, template = _load(config, folder)
+    half.widen_products(model.dtype)
     rows = _rows(config, template)
     encoder = Encoder(template.tokenizer)
     chat = template.config.kind == "chat"

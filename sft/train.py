@@ -62,8 +62,7 @@ def fit(config: Config) -> Path:
 
     precision, reason = model.choose_precision(config.precision)
     logger.info("precision %s: %s", precision, reason)
-    if precision != "fp32":
-        half.widen_products()
+    half.widen_products(model.dtype_of(precision))
     tokenizer = model.load_tokenizer(config.model)
     architecture = model.load_architecture(config.model)
     ds_config = zero.read(config.zero)

@@ -61,8 +61,9 @@ def sized(ds_config: dict[str, Any], architecture: PreTrainedModel, rank: int) -
         rank: The largest of its LoRA; 0: there is none.
 
     Returns:
-        The configuration, in which every rank keeps the adapter and other small tensors whole, and
-        gathers up to one decoder layer ahead.
+        The configuration, in which every rank keeps small tensors whole, the adapter's among them
+        where they are smaller than each matrix of the base, and gathers up to one decoder layer
+        ahead.
     """
     text = architecture.config.get_text_config()
     apart = {id(module.weight) for module in _ends(architecture)}

@@ -136,33 +136,26 @@ def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
     )
 
 
-def _packed_mask(
-    *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
-) -> torch.Tensor | None:
-    """Make a mask for generation only: documents come without one, and need none."""
-    if attention_mask is None:
-        return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)  # type: ignore[no-any-return]
-
-
 _stock_preprocess = masking_utils._preprocess_mask_arguments
 
 
 @functools.wraps(_stock_preprocess)
-def _preprocess(config: Any, embeds: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
-    """Say at once what _packed_mask will say.
+def _preprocess(
+    config: Any, inputs_embeds: Any, attention_mask: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Make a mask for generation only: documents come without one, and need none.
 
-    Else documents would be looked for in the positions, and a GPU waited for, in every pass.
+    Else they would be looked for in the positions, and a GPU waited for, in every forward pass.
     """
     if config._attn_implementation == NAME and attention_mask is None:
         return True, None, None, None, None, None, None
-    return _stock_preprocess(config, embeds, attention_mask, *args, **kwargs)
+    return _stock_preprocess(config, inputs_embeds, attention_mask, *args, **kwargs)
 
 
 def register() -> None:
     """Make ``attn_implementation="packed"`` known to Transformers."""
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _packed_mask)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
     masking_utils._preprocess_mask_arguments = _preprocess
 
 

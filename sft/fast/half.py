@@ -20,11 +20,16 @@ CAPABILITIES = {
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
-# How many of its results have the precision of what is multiplied; attention's normaliser has not.
-PRODUCTS = dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", ATTENTION), 1)
-PRODUCTS[f"{ATTENTION}_backward"] = 3
+# Which argument is the left factor, and how many results have the precision of the factors:
+# attention's normaliser has not.
+PRODUCTS = {
+    **dict.fromkeys(("mm", "mm.out", "bmm", "bmm.out", ATTENTION), (0, 1)),
+    **dict.fromkeys(("addmm", "baddbmm"), (1, 1)),
+    f"{ATTENTION}_backward": (0, 3),
+}
+ROWS = 16  # of a left factor: with fewer, as in generating, weights take longer to widen
 
-_kernels: list[torch.library.Library] = []  # ours, held for life
+_kernels: list[Any] = []  # ours, held for life
 
 
 def cpu_has(dtype: torch.dtype) -> bool:
@@ -34,32 +39,36 @@ def cpu_has(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def widen_products() -> None:
+def widen_products(dtype: torch.dtype) -> None:
     """Replace PyTorch's CPU kernels for products in a precision that the processor lacks."""
-    lacking = {dtype for dtype in CAPABILITIES if not cpu_has(dtype)}
-    if not lacking:
+    if dtype not in CAPABILITIES or cpu_has(dtype):
         return
     library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     _kernels.append(library)
-    for name, results in PRODUCTS.items():
-        kernel = _widened(torch.library.get_kernel(f"aten::{name}", "CPU"), results, lacking)
+    for name, (left, results) in PRODUCTS.items():
+        stock = torch.library.get_kernel(f"aten::{name}", "CPU")
+        kernel = _widened(stock, left, results, dtype)
         with warnings.catch_warnings():  # that a kernel is replaced
             warnings.simplefilter("ignore", UserWarning)
             library.impl(name, kernel, "CPU", with_keyset=True)
 
 
-def _widened(kernel: Any, results: int, lacking: set[torch.dtype]) -> Callable[..., Any]:
-    """Give a kernel that computes in float32 what the processor lacks, and the rest as before."""
+def _widened(kernel: Any, left: int, results: int, dtype: torch.dtype) -> Callable[..., Any]:
+    """Give a kernel that computes in float32 what is of that precision, and the rest as before."""
 
     def widen(value: Any) -> Any:
         return value.float() if isinstance(value, torch.Tensor) else value
 
-    def run(keys: Any, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        dtype = first.dtype
-        if dtype not in lacking:
-            return kernel.call_boxed(keys, first, *args, **kwargs)
+    def run(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        # Two, or three with what is added or is attended to; a mask, say, may be of another type.
+        factors = [value for value in args[:3] if isinstance(value, torch.Tensor)]
+        if any(factor.dtype != dtype for factor in factors) or args[left].shape[-2] < ROWS:
+            return kernel.call_boxed(keys, *args, **kwargs)
+        out = kwargs.get("out")
         wide = {name: widen(value) for name, value in kwargs.items()}
-        found = kernel.call_boxed(keys, first.float(), *map(widen, args), **wide)
+        found = kernel.call_boxed(keys, *map(widen, args), **wide)
+        if out is not None:
+            return out.copy_(found)
         if isinstance(found, torch.Tensor):
             return found.to(dtype)
         return *(x.to(dtype) for x in found[:results]), *found[results:]

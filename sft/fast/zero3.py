@@ -1,9 +1,9 @@
-"""ZeRO-3: what DeepSpeed learnt of one way through the model is not applied to another.
+"""ZeRO-3: what DeepSpeed learnt before training is not applied to training.
 
 It records in which order a model uses its parameters, and keeps those that are soon used again.
 What it concludes it keeps for ever (DeepSpeed 0.19), so that after an evaluation, which has no
 backward pass, training would release all parameters after the forward pass and gather them again:
-twice the traffic between ranks. The other way round, an evaluation would release nothing.
+twice the traffic between ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ORDER = "_PartitionedParameterCoordinator__submodule_order"
 
 
 def learn_each_way() -> None:
-    """Let DeepSpeed decide what to release for each recorded order by itself."""
+    """Let DeepSpeed decide what to release for each order that it records, by itself."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     stock: Any = getattr(PartitionedParameterCoordinator, DECIDE, None)
@@ -27,7 +27,7 @@ def learn_each_way() -> None:
         return  # done already, or another version
     decide = cached.__wrapped__
 
-    @functools.lru_cache(maxsize=8)  # training, evaluation, and either on another way
+    @functools.lru_cache(maxsize=8)  # forward passes before training, training, on any other way
     def decisions_for(order: Any) -> dict[Any, set[int]]:
         return {}
 

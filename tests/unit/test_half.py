@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,16 @@ from sft.fast import half
 
 
 @pytest.fixture(autouse=True)
-def lacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this processor lack both, whatever it is."""
+def lacking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this processor lack both, whatever it is, for one test."""
     monkeypatch.setattr(half, "cpu_has", lambda dtype: False)
-    if not half._kernels:
-        half.widen_products.__wrapped__()
+    monkeypatch.setattr(half, "_kernels", [])
+    for dtype in half.CAPABILITIES:
+        half.widen_products.__wrapped__(dtype)
+    assert len(half._kernels) == 2
+    yield
+    for library in reversed(half._kernels):
+        library._destroy()
 
 
 def once_rounded(exact: torch.Tensor, found: torch.Tensor) -> None:
@@ -86,5 +93,59 @@ def test_float32_is_what_it_was() -> None:
 def test_a_processor_that_has_it_keeps_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(half, "cpu_has", lambda dtype: True)
     before = list(half._kernels)
-    half.widen_products.__wrapped__()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        half.widen_products.__wrapped__(dtype)
     assert half._kernels == before
+
+
+class Stock:
+    """A kernel that says in which precisions it was called."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[torch.dtype]] = []
+
+    def call_boxed(self, keys: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        self.seen.append([value.dtype for value in tensors])
+        return torch.zeros(1) if "out" not in kwargs else kwargs["out"].fill_(3)
+
+
+def test_what_is_widened_and_what_is_not() -> None:
+    stock = Stock()
+    run = half._widened(stock, 0, 1, torch.bfloat16)
+    many, few, other = (torch.ones(rows, 4) for rows in (half.ROWS, half.ROWS - 1, half.ROWS))
+    wide, narrow = torch.float32, torch.bfloat16
+    assert run(None, many.bfloat16(), many.bfloat16()).dtype == narrow
+    run(None, few.bfloat16(), many.bfloat16())
+    run(None, many.bfloat16(), other)  # which PyTorch refuses, and must
+    run(None, many.half(), many.half())
+    out = torch.zeros(2, dtype=narrow)
+    assert run(None, many.bfloat16(), many.bfloat16(), out=out) is out
+    assert out.tolist() == [3, 3]
+    assert stock.seen == [
+        [wide, wide],
+        [narrow, narrow],
+        [narrow, wide],
+        [torch.float16, torch.float16],
+        [wide, wide, wide],
+    ]
+
+
+def test_products_of_unlike_precisions_are_still_refused() -> None:
+    x = torch.ones(half.ROWS, 8)
+    for other in (torch.float32, torch.float16):
+        with pytest.raises(RuntimeError, match="dtype"):
+            x.bfloat16() @ x.t().to(other)
+    with pytest.raises(RuntimeError, match="dtype"):
+        F.linear(x, x, torch.ones(half.ROWS, dtype=torch.bfloat16))
+
+
+def test_into_a_tensor_and_in_groups_as_experts_do() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 32).bfloat16(), torch.randn(2, 32, 48).bfloat16()
+    out = torch.empty(64, 48, dtype=torch.bfloat16)
+    torch.mm(x, weight[0], out=out)
+    once_rounded(x.double() @ weight[0].double(), out)
+    found = F.grouped_mm(x, weight, offs=torch.tensor([40, 64], dtype=torch.int32))
+    parts = [x[:40].double() @ weight[0].double(), x[40:].double() @ weight[1].double()]
+    once_rounded(torch.cat(parts), found)
