@@ -27,7 +27,9 @@ PRODUCTS = {
     **dict.fromkeys(("addmm", "baddbmm"), (1, 1)),
     f"{ATTENTION}_backward": (0, 3),
 }
-ROWS = 16  # of a left factor: with fewer, as in generating, weights take longer to widen
+# Of a left factor: with fewer, as in generating, a layer's weights take longer to widen than to
+# multiply, which PyTorch does well where they are read along their rows.
+ROWS = 16
 
 _kernels: list[Any] = []  # ours, held for life
 
@@ -62,7 +64,8 @@ def _widened(kernel: Any, left: int, results: int, dtype: torch.dtype) -> Callab
     def run(keys: Any, *args: Any, **kwargs: Any) -> Any:
         # Two, or three with what is added or is attended to; a mask, say, may be of another type.
         factors = [value for value in args[:3] if isinstance(value, torch.Tensor)]
-        if any(factor.dtype != dtype for factor in factors) or args[left].shape[-2] < ROWS:
+        few = args[left].shape[-2] < ROWS and args[left + 1].stride(-2) == 1
+        if few or any(factor.dtype != dtype for factor in factors):
             return kernel.call_boxed(keys, *args, **kwargs)
         out = kwargs.get("out")
         wide = {name: widen(value) for name, value in kwargs.items()}

@@ -113,18 +113,21 @@ class Stock:
 def test_what_is_widened_and_what_is_not() -> None:
     stock = Stock()
     run = half._widened(stock, 0, 1, torch.bfloat16)
-    many, few, other = (torch.ones(rows, 4) for rows in (half.ROWS, half.ROWS - 1, half.ROWS))
     wide, narrow = torch.float32, torch.bfloat16
-    assert run(None, many.bfloat16(), many.bfloat16()).dtype == narrow
-    run(None, few.bfloat16(), many.bfloat16())
-    run(None, many.bfloat16(), other)  # which PyTorch refuses, and must
-    run(None, many.half(), many.half())
+    many, few = torch.ones(half.ROWS, 4), torch.ones(half.ROWS - 1, 4)
+    weight = torch.ones(5, 4)
+    assert run(None, many.bfloat16(), weight.bfloat16().t()).dtype == narrow
+    run(None, few.bfloat16(), weight.bfloat16().t())  # a layer, in generating
+    run(None, few.bfloat16(), weight.t().bfloat16().contiguous())  # LoRA's gradient
+    run(None, many.bfloat16(), weight.t())  # which PyTorch refuses, and must
+    run(None, many.half(), weight.half().t())
     out = torch.zeros(2, dtype=narrow)
-    assert run(None, many.bfloat16(), many.bfloat16(), out=out) is out
+    assert run(None, many.bfloat16(), weight.bfloat16().t(), out=out) is out
     assert out.tolist() == [3, 3]
     assert stock.seen == [
         [wide, wide],
         [narrow, narrow],
+        [wide, wide],
         [narrow, wide],
         [torch.float16, torch.float16],
         [wide, wide, wide],
