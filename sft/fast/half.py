@@ -59,10 +59,11 @@ def _widened(kernel: Any, left: int, results: int, dtype: torch.dtype) -> Callab
     """Give a kernel that computes in float32 what is of that precision, and the rest as before."""
 
     def widen(value: Any) -> Any:
-        return value.float() if isinstance(value, torch.Tensor) else value
+        narrow = isinstance(value, torch.Tensor) and value.dtype == dtype
+        return value.float() if narrow else value
 
     def run(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        # Two, or three with what is added or is attended to; a mask, say, may be of another type.
+        # Two, or three with what is added or attended to; attention's mask may be of another type.
         factors = [value for value in args[:3] if isinstance(value, torch.Tensor)]
         few = args[left].shape[-2] < ROWS and args[left + 1].stride(-2) == 1
         if few or any(factor.dtype != dtype for factor in factors):
