@@ -38,8 +38,8 @@ def choose_precision(precision: str) -> tuple[str, str]:
             [Problem("precision=fp16", "there is no GPU to scale it on", "precision=bf16")]
         )
     if precision == "bf16" and not has_bf16:
-        how = "emulates it, slowly" if gpu else "computes products in float32, and rounds them"
-        return precision, f"as asked; the {device} has no bf16, and {how}"
+        how = "it is emulated, slowly" if gpu else "products are computed in float32 and rounded"
+        return precision, f"as asked; the {device} has no bf16: {how}"
     if precision != "auto":
         return precision, "as asked"
     return ("bf16", f"the {device} has it") if has_bf16 else ("fp32", f"the {device} has no bf16")
