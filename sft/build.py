@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from sft import environment
+from sft import environment, zero
 from sft.checks import world_size
 from sft.config import Config
 
@@ -123,7 +123,8 @@ def sft_config(
         deepspeed.ops.__compatible_ops__ = {}
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend)
-        zero3.learn_each_way()
+        if zero.stage(ds_config) == 3:
+            zero3.learn_each_way()
     return args
 
 

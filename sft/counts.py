@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sft.trainer import Trainer
 
 
-class Counts:
+class RunningMetrics:
     """Of this rank, since the last logged line.
 
     Attributes:

@@ -38,7 +38,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.step_losses: list[torch.Tensor] = []  # of this rank's micro-batches, on its device
-        self.counts = counts.Counts()
+        self.counts = counts.RunningMetrics()
 
     @property
     def bare_model(self) -> Any:
