@@ -210,6 +210,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         Sample k of an epoch's order is in step k // global_batch_size, whatever the ranks and the
         micro-batch. The stock sampler repeats samples until the last batch is full.
         """
+
+        def order(dataset: Fillers) -> Shuffle:
+            self._order = Shuffle(dataset, self.args.seed)
+            return self._order
+
         fillers = Fillers(
             self.train_dataset,
             self._train_batch_size * self.args.world_size,
@@ -219,14 +224,20 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             dataset=fillers,
             description="Training",
             batch_size=self._train_batch_size,
-            sampler_fn=lambda dataset: Shuffle(dataset, self.args.seed),
+            sampler_fn=order,
             is_training=True,
         )
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train no step more where a run was cut off after its last checkpoint."""
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        """Choose the epoch's order, and train no step where the checkpoint is of the last one.
+
+        The Trainer and Accelerate hand the epoch on from wrapper to wrapper, and the wrapper that
+        skips the batches before a checkpoint does not reach the sampler of several ranks: the rest
+        of the epoch would be read in the first epoch's order.
+        """
+        self._order.set_epoch(epoch)
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(epoch=epoch, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: run.json and config.yaml say more, and are true."""

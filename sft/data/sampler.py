@@ -41,7 +41,7 @@ class Shuffle(torch.utils.data.Sampler[int]):
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order; the Trainer calls it, on resuming too."""
+        """Choose the order of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
