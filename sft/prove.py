@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import subprocess
 import sys
@@ -12,20 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft import checkpoint
+from sft import checkpoint, environment
 from sft.checks import check
 from sft.cli import Command
-from sft.config import Config
+from sft.config import Config, fill_names, streamed_samples
 from sft.errors import RunError
 from sft.files import hash_of, read_records, write_text
 from sft.rules import at_least, setting
-from sft.trial import environment
+from sft.trial import environment as outside_of_ranks
 
 # What the proof itself decides.
 OWN = {
     *("steps", "ranks", "output_dir", "overwrite", "resume.checkpoint", "resume.allow"),
     *("train.max_steps", "train.save_strategy", "train.save_steps", "train.logging_steps"),
+    *("dataset.max_rows", "dataset.max_eval_rows"),
 }
+EPOCH = 3  # optimizer steps that an epoch takes at most, where the user limits no rows
+ROWS = ("rows", "eval_rows")
+LONGEST = 50  # steps of an epoch, above which the proof does not train one
 
 logger = logging.getLogger("sft")
 
@@ -34,34 +39,106 @@ logger = logging.getLogger("sft")
 class ProveConfig(Config):
     """A run's settings, and how far to train for the proof."""
 
-    steps: int = setting(4, "optimizer steps; resumed after half of them", at_least(2))
-    ranks: int = setting(1, "processes, as torchrun --nproc_per_node", at_least(1))
+    steps: int | None = setting(
+        None, "optimizer steps; null: two epochs of few rows and a step", at_least(2)
+    )
+    ranks: int | None = setting(
+        None, "processes, as torchrun --nproc_per_node; null: one, then two", at_least(1)
+    )
 
 
 def prove(config: ProveConfig) -> None:
-    """Train a few steps straight, then go on from their middle in a new process, and compare.
+    """Show on one and on two ranks that these settings resume exactly.
 
-    All that a killed process leaves is its files. So the finished run is cut back to what a kill
-    after half the steps would have left, and the same command is given again.
+    The run is stopped in the middle of a later epoch: the first epoch alone does not show whether
+    the order of the rows survives.
 
     Raises:
-        RunError: A run failed, or the two are not the same.
+        RunError: A run failed, or a resumed run differs from the straight one.
     """
-    half = config.steps // 2
+    epoch = _few_rows(config)
+    stop, steps = _where(config.steps, epoch)
+    if stop < epoch or stop % epoch == 0:
+        logger.info(
+            "warning: step %s is not in the middle of a later epoch: an epoch has %s steps; "
+            "dataset.max_rows=ROWS makes it shorter, steps=STEPS the proof longer",
+            stop,
+            epoch,
+        )
+    for ranks in [config.ranks] if config.ranks else _one_and_two(config):
+        _prove(config, ranks, stop, steps)
+
+
+def _few_rows(config: ProveConfig) -> int:
+    """Limit the rows, unless the user does, so that an epoch has few steps; give how many."""
+    fill_names(config)
+    environment.prepare()
+
+    from sft import model
+    from sft.data import artefact
+    from sft.data.prepare import prepare
+    from sft.data.template import Template
+
+    dataset, batch = config.dataset, config.train.global_batch_size
+    tokenizer = model.load_tokenizer(config.model)
+    chosen = artefact.template_of(dataset.path) or config.template
+    template = Template(chosen, tokenizer, dataset.format)
+    config.train.max_steps = config.steps or 3 * EPOCH  # a streamed source is read as far
+    if dataset.max_eval_rows is None:
+        dataset.max_eval_rows = EPOCH * batch
+    given, samples = dataset.max_rows, -1
+    dataset.max_rows = given or EPOCH * batch
+    while True:
+        before = samples
+        samples = len(
+            prepare(dataset, template, config.seed, streamed_samples(config)).train.dataset
+        )
+        epoch = math.ceil(samples / batch)
+        # Packing makes fewer samples than rows.
+        if given or epoch > 1 or samples == before:
+            return epoch
+        dataset.max_rows *= 4
+
+
+def _where(steps: int | None, epoch: int) -> tuple[int, int]:
+    """Choose the step to stop after, and the last one."""
+    if steps is None:
+        steps = 2 * epoch + 1 if 1 < epoch <= LONGEST else 4
+    later = [step for step in range(epoch + 1, steps) if step % epoch]
+    return min(later, key=lambda step: abs(step - steps / 2), default=steps // 2), steps
+
+
+def _one_and_two(config: ProveConfig) -> list[int]:
+    """List the numbers of ranks that the global batch and the GPUs allow."""
+    import torch
+
+    train = config.train
+    divides = train.global_batch_size % (2 * train.per_device_train_batch_size) == 0
+    fits = not torch.cuda.is_available() or torch.cuda.device_count() > 1
+    return [1, 2] if divides and fits else [1]
+
+
+def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> None:
+    """Train some steps straight, then go on from one of them in a new process, and compare.
+
+    All that a killed process leaves is its files. So the finished run is cut back to what a kill
+    after that step would have left, and the same command is given again.
+    """
     with tempfile.TemporaryDirectory(prefix="sft-prove-") as work:
         run = Path(work) / "run"
         command = [sys.executable, "-m"]
-        if config.ranks > 1:
+        if ranks > 1:
             command += ["torch.distributed.run", "--standalone"]
-            command += ["--nproc_per_node", str(config.ranks), "-m"]
+            command += ["--nproc_per_node", str(ranks), "-m"]
         given = [word for word in sys.argv[1:] if word.partition("=")[0].lstrip("+") not in OWN]
-        command += ["sft.train", *given, f"output_dir={run}", f"train.max_steps={config.steps}"]
-        command += ["train.save_strategy=steps", f"train.save_steps={half}"]
+        command += ["sft.train", *given, f"output_dir={run}", f"train.max_steps={steps}"]
+        command += ["train.save_strategy=steps", f"train.save_steps={stop}"]
         command += ["train.logging_steps=1"]
-        logger.info("training %s steps straight", config.steps)
+        command += [f"dataset.max_{name}={getattr(config.dataset, f'max_{name}')}" for name in ROWS]
+        logger.info("training %s steps straight on %s", steps, _counted(ranks))
         straight = _outcome(command, run)
-        _cut_back(run, half)
-        logger.info("going on from step %s in a new process", half)
+        _cut_back(run, stop)
+        logger.info("going on from step %s in a new process", stop)
         resumed = _outcome(command, run)
     differences = [
         f"step {one['step']}: {key} {one[key]} straight, {other.get(key)} resumed"
@@ -79,22 +156,29 @@ def prove(config: ProveConfig) -> None:
     ]
     if differences:
         raise RunError(
-            "the resumed run is another than the straight one:\n"
+            f"on {_counted(ranks)} the resumed run differs from the straight one:\n"
             + "\n".join(f"    {line}" for line in differences[:10])
             + "\n    fix: please report this, with the settings; until then, do not resume them"
         )
     logger.info(
-        "the same, bit for bit: losses, rates, gradient norms and evaluations of steps %s to %s, "
-        "and %s",
-        half + 1,
-        config.steps,
+        "the same, bit for bit, on %s: losses, rates, gradient norms and evaluations of steps "
+        "%s to %s, and %s",
+        _counted(ranks),
+        stop + 1,
+        steps,
         ", ".join(straight["files"]),
     )
 
 
+def _counted(ranks: int) -> str:
+    return f"{ranks} rank{'s' * (ranks > 1)}"
+
+
 def _outcome(command: list[str], run: Path) -> dict[str, Any]:
     """Train, and give what was logged and hashes of what was saved."""
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=outside_of_ranks(), capture_output=True, text=True, check=False
+    )
     if result.returncode:
         said = result.stderr.partition("error: ")[2] or result.stderr
         raise RunError(f"the run that was to be resumed failed: {said.strip()}")
@@ -127,7 +211,7 @@ main = Command(
     summary="show that these settings resume exactly",
     examples=(
         "python -m sft.prove model=opt-125m dataset=alpaca",
-        "python -m sft.prove model=opt-125m dataset=alpaca zero=stage2 ranks=4 steps=6",
+        "python -m sft.prove model=opt-125m dataset=alpaca zero=stage2 ranks=4",
     ),
 )
 

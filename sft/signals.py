@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
 STOPPED = 75  # sysexits.h calls it a temporary failure: the same command goes on
 INTERRUPTED = 130  # what shells report after Ctrl-C
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -26,6 +30,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
+        self._process = os.getpid()
         for number in WATCHED:
             if signal.getsignal(number) is not signal.SIG_IGN:  # that is how nohup works
                 self._before[number] = signal.signal(number, self._note)
@@ -41,13 +46,35 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a loader worker, forked a moment ago
+            return
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None and os.environ.get("RANK", "0") == "0":
             hint = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
             name = signal.Signals(number).name
             # os.write: logging may be in the middle of a line, whose lock is held.
-            os.write(
-                sys.stderr.fileno(), f"{name}: saving at the end of this step{hint}\n".encode()
-            )
+            line = f"{name}: saving at the end of this step{hint}\n"
+            with contextlib.suppress(OSError):  # a terminal that is closed
+                os.write(sys.stderr.fileno(), line.encode())
         self.received = number
+
+
+def in_own_group(init: Callable[[int], object], worker: int) -> None:
+    """Start a loader worker outside of its rank's process group, which torchrun signals.
+
+    A scheduler, ``timeout`` and a terminal signal the whole group too. A worker that dies of it
+    would take its rank down before the rank has saved.
+    """
+    os.setpgid(0, 0)
+    init(worker)
+
+
+def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
+    """Let a rank get SIGTERM, and so save and end, when its torchrun dies without a word to it."""
+    if "TORCHELASTIC_RUN_ID" not in environ or sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it died before it was watched
+        signal.raise_signal(signal.SIGTERM)

@@ -14,7 +14,7 @@ from sft.checks import check
 from sft.cli import Command
 from sft.config import Config, fill_names, streamed_samples
 from sft.errors import MergeError, RunError, Stopped
-from sft.signals import Signals
+from sft.signals import Signals, end_with_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,7 @@ def fit(config: Config) -> Path:
     """
     from sft.run import Run
 
+    end_with_launcher()
     fill_names(config)
     run = Run(config)
     resume_from = run.resume_point()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from sft import checkpoint, counts, state, streams, tensors, weights, zero
 from sft.data.sampler import Fillers, Shuffle, eval_batches, samples_of
 from sft.fast import head
 from sft.ranks import RankZero
+from sft.signals import in_own_group
 
 if TYPE_CHECKING:
     from sft.guard import Guard
@@ -220,13 +222,16 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._train_batch_size * self.args.world_size,
             self.data_collator.pad_token_id,
         )
-        return self._get_dataloader(
+        loader = self._get_dataloader(
             dataset=fillers,
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=order,
             is_training=True,
         )
+        inner = loader.base_dataloader  # which Accelerate wraps
+        inner.worker_init_fn = functools.partial(in_own_group, inner.worker_init_fn)
+        return loader
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         """Choose the epoch's order, and train no step where the checkpoint is of the last one.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,22 +41,25 @@ def losses(run: Path) -> dict[int, float]:
 def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, saving: list[str]) -> None:
     """One rank straight; and 2 under stage 2, killed, 2 under stage 3, stopped, 1 without ZeRO."""
     straight, run = tmp_path / "straight", tmp_path / "run"
+    # Two steps an epoch, so that each start but the first is in the middle of a later one.
+    saving = [item for item in saving if "save_steps" not in item]
+    saving += ["train.save_steps=3", "dataset.max_rows=12"]
     train(*saving, f"output_dir={straight}")
 
     def two_ranks(fault: str, stage: str) -> subprocess.CompletedProcess[str]:
         command = [fault, "sft.train", *saving, f"zero={stage}", f"output_dir={run}"]
         return run_warm(INJECT, *command, ranks=2, cwd=tmp_path, check=False)
 
-    killed = two_ranks("SIGKILL:sft.guard.Guard.on_step_end:before:3:1", "stage2")
+    killed = two_ranks("SIGKILL:sft.guard.Guard.on_step_end:before:4:1", "stage2")
     assert killed.returncode != 0
-    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2"]
-    stopped = two_ranks("SIGUSR1:sft.guard.Guard.on_step_end:before:1:1", "stage3")
-    assert "checkpoint-2 (made by 2 ranks under ZeRO stage 2; now 2 ranks under stage 3)" in (
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3"]
+    stopped = two_ranks("SIGUSR1:sft.guard.Guard.on_step_end:before:2:1", "stage3")
+    assert "checkpoint-3 (made by 2 ranks under ZeRO stage 2; now 2 ranks under stage 3)" in (
         stopped.stdout
     )
-    assert "stopped by another rank's signal after step 3, which is saved" in stopped.stderr
+    assert "stopped by another rank's signal after step 5, which is saved" in stopped.stderr
     again = run_warm("train", *saving, f"output_dir={run}", cwd=tmp_path)
-    assert "checkpoint-3 (made by 2 ranks under ZeRO stage 3; now 1 ranks" in again.stdout
+    assert "checkpoint-5 (made by 2 ranks under ZeRO stage 3; now 1 ranks" in again.stdout
     assert losses(run) == pytest.approx(losses(straight), rel=1e-5)
     one, other = (
         load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (straight, run)
@@ -63,8 +68,8 @@ def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, saving: list
         torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
     record = json.loads((run / "run.json").read_text())
     assert [(item["from"], item["ranks"]) for item in record["resumed"]] == [
-        ("checkpoint-2", 2),
-        ("checkpoint-3", 1),
+        ("checkpoint-3", 2),
+        ("checkpoint-5", 1),
     ]
     tokens = [line["num_tokens"] for line in records(straight) if "num_tokens" in line]
     assert [line["num_tokens"] for line in records(run) if "num_tokens" in line] == tokens
@@ -98,6 +103,7 @@ def test_a_signal_saves_and_stops(
     gone = ("train.max_steps", "train.save_s")
     command = [item for item in saving if not item.startswith(gone)]
     command += ["train.max_steps=5000", "train.save_strategy=no", "output_dir=run"]
+    command += ["train.dataloader_num_workers=2"]  # which die of a signal, if it reaches them
     child = subprocess.Popen(
         [sys.executable, "-m", "sft.train", *command],
         cwd=tmp_path,
@@ -105,13 +111,11 @@ def test_a_signal_saves_and_stops(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     run = tmp_path / "run"
-    deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() or not losses(run):
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    child.send_signal(number)
+    wait_for_step(child, run, 1)
+    os.killpg(child.pid, number)  # as a scheduler, timeout and a terminal do
     _, errors = child.communicate(timeout=60)
     assert child.returncode == code
     [saved] = run.glob("checkpoint-*")
@@ -123,6 +127,47 @@ def test_a_signal_saves_and_stops(
     )
     assert max(losses(run)) == step
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
+
+
+def wait_for_step(child: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() or max(losses(run), default=0) < step:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_ranks_save_when_torchrun_is_stopped_and_when_it_is_killed(
+    tmp_path: Path, saving: list[str]
+) -> None:
+    """With loader workers, which are in a rank's process group: torchrun signals that."""
+    from sft import checkpoint
+
+    gone = ("train.max_steps", "train.save_s")
+    command = [item for item in saving if not item.startswith(gone)]
+    command += ["train.max_steps=5000", "train.save_strategy=no", "output_dir=run"]
+    command += ["train.dataloader_num_workers=1"]
+    run, step = tmp_path / "run", 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for number, code in ((signal.SIGTERM, 1), (signal.SIGKILL, -9)):
+        child = subprocess.Popen(
+            [*torchrun, "--nproc_per_node=2", "-m", "sft.train", *command],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_for_step(child, run, step + 2)
+        ranks = psutil.Process(child.pid).children()
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=60)  # the ranks have its end of the pipe too
+        psutil.wait_procs(ranks, timeout=30)
+        assert child.returncode == code  # torchrun's own, whatever the ranks exit with
+        before, step = step, max(losses(run))
+        saved = checkpoint.checkpoints(run)[0]
+        assert checkpoint.step_of(saved) == step > before
+        assert f"stopped by SIGTERM after step {step}, which is saved" in errors
+        assert json.loads((run / "run.json").read_text())["status"] == "stopped"
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:
@@ -290,6 +335,39 @@ def test_a_loss_that_is_not_finite_names_its_rows(
     assert finite[-1] < finite[0]
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in adapter.values())
+
+
+def test_rows_are_named_right_in_a_later_epoch_that_was_resumed_on_two_ranks(
+    tmp_path: Path, saving: list[str], llama: Path
+) -> None:
+    """Four rows have no finite loss; each epoch of six steps skips them, and names no other."""
+    from transformers import AutoTokenizer
+
+    base, data, run = tmp_path / "base", tmp_path / "rows.jsonl", tmp_path / "run"
+    shutil.copytree(llama, base)
+    tokens = AutoTokenizer.from_pretrained(base)("Zq", add_special_tokens=False)["input_ids"]
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"][tokens] = float("nan")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    lines = [
+        {"prompt": f"say {i}" + " Zq" * (i % 6 == 0), "completion": str(i)} for i in range(1, 25)
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    gone = ("model.name_or_path", "dataset.", "train.max_steps", "train.per_device")
+    command = [item for item in saving if not item.startswith(gone)]
+    command += [f"model.name_or_path={base}", f"dataset.path={data}", f"output_dir={run}"]
+    command += ["train.max_steps=18", "train.on_nan=skip", "train.per_device_train_batch_size=1"]
+    fault = "SIGKILL:sft.guard.Guard.on_step_end:before:9:1"  # after checkpoint-8
+    killed = run_warm(INJECT, fault, "sft.train", *command, ranks=2, cwd=tmp_path, check=False)
+    assert killed.returncode != 0
+    again = run_warm("train", *command, ranks=2, cwd=tmp_path)
+    assert "resuming from" in again.stdout and "checkpoint-8" in again.stdout
+    named: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+    for line in (killed.stdout + again.stdout).splitlines():
+        if found := re.match(r"step (\d+): the loss is nan \(rows ([\d, ]+)\)", line):
+            rows = {int(row) for row in found[2].split(", ")}
+            named[(int(found[1]) - 1) // 6] |= rows
+    assert named == {epoch: {6, 12, 18, 24} for epoch in range(3)}
 
 
 def test_a_loss_that_jumps_stops_the_run(tmp_path: Path, saving: list[str], llama: Path) -> None:

@@ -1,0 +1,396 @@
+"""Strikes runs of several epochs at random moments; each must end as one that nothing befell.
+
+    python benchmarks/soak.py [--seconds 600] [--seed 0] [--jobs 1] [--only TEXT] [--output FILE]
+
+Each run trains the embedded model on 48 rows for 8 epochs of 6 steps, with dropout, evaluations and
+saves at steps of their own. It is struck three to seven times, each time at a random step or while
+it starts, and given again; then it may finish. A fault is a real one: SIGKILL of a rank, of all, of
+the launcher, of a loader worker or of everything; any other signal to a rank, the launcher or all;
+SIGSTOP for a while; a full disk (on a small tmpfs, where this user may mount one); a damaged
+checkpoint; a second start of the same command. A run is exact if every logged loss, rate, gradient
+norm and evaluation and every byte of the adapter are those of a run that nothing befell. In the
+elastic case each start has other ranks and another ZeRO stage: there each step must have read the
+same rows (the same count of tokens), and losses and weights must agree within the bounds below.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from faults import broken, flip, logged_steps, newest, outcome, tear_log, tmpfs, truncate
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load
+
+from sft import checkpoint
+
+SETTINGS = [
+    *("dataset.max_rows=48", "dataset.max_eval_rows=16", "dataset.exact_match=0"),
+    *("train.num_train_epochs=8", "train.logging_steps=1"),
+    *("train.eval_strategy=steps", "train.eval_steps=5", "train.save_strategy=steps"),
+    *("train.save_steps=4", "train.save_total_limit=3", "lora.lora_dropout=0.1", "precision=fp32"),
+]
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGABRT", "SIGSEGV")
+PATIENCE = 150  # seconds for a command to end after a fault, or to finish
+LOSS = 1e-3  # elastic: relative; a row read twice or not at all changes a loss by some 1e-1
+WEIGHT = (
+    0.05  # elastic: of the largest weight; Adam turns a rounding of a tiny gradient into a step
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a run is launched; an elastic one takes any of the launches at each start."""
+
+    name: str
+    launches: tuple[tuple[int, str], ...]  # ranks and ZeRO stage
+    settings: tuple[str, ...] = ()
+    micro: int = 2
+
+
+PACKED = ("dataset.packing=bfd", "dataset.max_length=64")
+WORKERS = ("train.dataloader_num_workers=2",)
+CASES = [
+    Case("1 rank", ((1, "none"),)),
+    Case("1 rank, loader workers", ((1, "none"),), WORKERS, 4),
+    Case("2 ranks", ((2, "none"),)),
+    Case("2 ranks, loader workers", ((2, "none"),), WORKERS, 4),
+    Case("2 ranks, packed", ((2, "none"),), PACKED, 1),
+    Case("2 ranks, stage1", ((2, "stage1"),)),
+    Case("2 ranks, stage2", ((2, "stage2"),)),
+    Case("2 ranks, stage3", ((2, "stage3"),)),
+    Case("elastic", ((1, "none"), (2, "none"), (2, "stage1"), (2, "stage2"), (2, "stage3"))),
+]
+
+
+@dataclass
+class Fault:
+    """One fault that was injected, and how the command under it ended."""
+
+    case: str
+    kind: str
+    step: int
+    code: int | None = None
+    broken: list[str] = field(default_factory=list)
+
+
+class Start:
+    """One start of a run's command."""
+
+    def __init__(
+        self,
+        run: Path,
+        launch: tuple[int, str],
+        case: Case,
+        cache: Path,
+        log: str = "log",
+    ) -> None:
+        self.run, self.launch, self.case, self.cache = run, launch, case, cache
+        self.ranks = launch[0]
+        self.log = run.parents[1] / log  # not on the disk that is filled
+        words = [sys.executable, "-m"]
+        if self.ranks > 1:
+            words += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
+            words += ["-m"]
+        words += ["sft.train", f"zero={launch[1]}", f"output_dir={run}", *SETTINGS, *case.settings]
+        words += ["train.global_batch_size=8", f"train.per_device_train_batch_size={case.micro}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "SFT_CACHE_DIR": str(cache)}
+        with self.log.open("wb") as output:
+            self.child = subprocess.Popen(
+                words, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """List the ranks; without a launcher, the command is the rank."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self.child.pid)
+            return own.children() if self.ranks > 1 else [own]
+        return []
+
+    def workers(self) -> list[psutil.Process]:
+        found = []
+        for rank in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += rank.children()
+        return found
+
+    def reaches(self, step: int, seconds: float) -> bool:
+        """Wait for a step to be logged and some seconds after; False: the command ended first."""
+        deadline = time.monotonic() + PATIENCE
+        while logged_steps(self.run) < step and time.monotonic() < deadline:
+            if self.child.poll() is not None:
+                return False
+            time.sleep(0.02)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.child.wait(seconds)
+        return self.child.poll() is None
+
+    def ends(self) -> int | None:
+        """Wait for the command and its ranks to end; None: they hang, and are killed."""
+        left = self.processes() + self.workers()
+        deadline = time.monotonic() + PATIENCE
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.child.wait(PATIENCE)
+        _, alive = psutil.wait_procs(left, timeout=max(deadline - time.monotonic(), 1))
+        if self.child.poll() is None or alive:
+            for process in (*alive, self.child):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.child.wait()
+            return None
+        return self.child.returncode
+
+
+def send(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def signalled(start: Start, chance: random.Random) -> str:
+    name, whom = chance.choice(SIGNALS), chance.choice(["a rank", "the launcher", "all"])
+    launcher, ranks = psutil.Process(start.child.pid), start.processes()
+    targets = {
+        "a rank": [chance.choice(ranks or [launcher])],
+        "the launcher": [launcher],
+        "all": [launcher, *ranks, *start.workers()],
+    }[whom]
+    send(targets, getattr(signal, name))
+    return f"{name} to {whom}"
+
+
+def killed(start: Start, chance: random.Random) -> str:
+    whom = chance.choice(["a rank", "all ranks", "the launcher", "everything", "a loader worker"])
+    launcher, ranks = psutil.Process(start.child.pid), start.processes()
+    if whom == "a loader worker" and not start.workers():
+        whom = "a rank"
+    targets = {
+        "a rank": [chance.choice(ranks or [launcher])],
+        "all ranks": ranks,
+        "the launcher": [launcher],
+        "everything": [launcher, *ranks],
+        "a loader worker": start.workers()[:1],
+    }[whom]
+    send(targets, signal.SIGKILL)
+    return f"SIGKILL of {whom}"
+
+
+def stopped(start: Start, chance: random.Random) -> str:
+    rank = chance.choice(start.processes() or [psutil.Process(start.child.pid)])
+    send([rank], signal.SIGSTOP)
+    time.sleep(chance.uniform(0.5, 3))
+    send([rank], signal.SIGCONT)
+    return "SIGSTOP, then SIGCONT"
+
+
+def filled(start: Start, chance: random.Random) -> str:
+    """Fill the disk but for a random rest, and free it once the command has ended."""
+    ballast = start.run.parent / "ballast"
+    free = os.statvfs(start.run.parent)
+    rest = chance.randrange(0, 600_000)
+    with contextlib.suppress(OSError):
+        ballast.write_bytes(bytes(max(free.f_bavail * free.f_frsize - rest, 0)))
+    start.ends()
+    ballast.unlink()
+    return "the disk is full"
+
+
+def damaged(start: Start, chance: random.Random) -> str:
+    """Kill everything, and damage the newest of several checkpoints, or the log."""
+    send([psutil.Process(start.child.pid), *start.processes()], signal.SIGKILL)
+    start.ends()
+    if not start.run.is_dir() or len(checkpoint.checkpoints(start.run)) < 2:
+        return "SIGKILL of everything"
+    files = sorted(path for path in newest(start.run).iterdir() if path.is_file())
+    harms: dict[str, Callable[[Path], object]] = {
+        "a bit flipped": flip,
+        "a file truncated": truncate,
+        "a file deleted": lambda run: chance.choice(files).unlink(),
+        "the log's last line torn": tear_log,
+    }
+    name = chance.choice(list(harms))
+    harms[name](start.run)
+    return f"damage: {name}"
+
+
+def again(start: Start, chance: random.Random) -> str:
+    """Give the same command a second time; one of the two must be refused."""
+    second = Start(start.run, start.launch, start.case, start.cache, "second.log")
+    code = second.ends()
+    words = ("another process trains", "another process has trained", "is finished")
+    refused = code not in (0, None) and any(word in second.said() for word in words)
+    return "a second start" if code == 0 or refused else f"a second start: {second.said()[-300:]}"
+
+
+FAULTS = [signalled, signalled, killed, killed, stopped, filled, damaged, again]
+
+
+def suffer(
+    case: Case, chance: random.Random, run: Path, cache: Path, steps: int, disk: bool
+) -> list[Fault]:
+    """Strike a run some times."""
+    faults: list[Fault] = []
+    for _ in range(chance.randint(3, 7)):
+        reached = logged_steps(run)
+        start = Start(run, chance.choice(case.launches), case, cache)
+        trains = chance.random() < 0.8 and reached < steps
+        step = chance.randint(reached + 1, steps) if trains else 0
+        if not start.reaches(step, chance.uniform(0, 0.3 if trains else 12)):
+            break
+        strike = chance.choice(FAULTS)
+        strike = killed if strike is filled and not disk else strike
+        fault = Fault(case.name, strike(start, chance), logged_steps(run))
+        fault.code = start.ends()
+        fault.broken = [] if fault.kind.startswith("damage") else broken(run)
+        faults.append(fault)
+        if fault.code is None or fault.broken or fault.code == 0:
+            break
+    return faults
+
+
+def finish(case: Case, chance: random.Random, run: Path, cache: Path) -> str:
+    """Give the command until it says that the run is finished; say what is wrong."""
+    for _ in range(2):  # the one before may have been struck as it had finished already
+        if finished(run):
+            return ""
+        last = Start(run, chance.choice(case.launches), case, cache)
+        if last.ends() is None:
+            return "hangs"
+    return "" if finished(run) else last.said()[-400:]
+
+
+def finished(run: Path) -> bool:
+    file = run / "run.json"
+    return file.is_file() and json.loads(file.read_text())["status"] == "finished"
+
+
+def differs(run: Path, straight: Path, elastic: bool) -> str:
+    """Say how a run differs from the straight one."""
+    (logged, files), (expected, weights) = outcome(run), outcome(straight)
+    if not elastic:
+        wrong = [f"step {a['step']}" for a, b in zip(logged, expected, strict=False) if a != b]
+        wrong += ["the adapter"] if files != weights else []
+        wrong += ["the log's length"] if len(logged) != len(expected) else []
+        return ", ".join(wrong[:3])
+    for name in ("num_tokens", "loss", "eval_loss"):
+        one, other = ({r["step"]: r[name] for r in log if name in r} for log in (logged, expected))
+        bound = 0 if name == "num_tokens" else LOSS
+        if one.keys() != other.keys():
+            return f"the logged steps of {name}"
+        for step in one:
+            if abs(one[step] - other[step]) > bound * other[step]:
+                return f"step {step}: {name} {one[step]}, not {other[step]}"
+    for file, content in files.items():
+        tensors, right = load(content), load(weights[file])
+        for name, tensor in tensors.items():
+            if abs(tensor - right[name]).max() > WEIGHT * abs(right[name]).max():
+                return f"{name} by {abs(tensor - right[name]).max():.2g}"
+    return ""
+
+
+class Soak:
+    """All runs of a call; the straight ones are trained once."""
+
+    def __init__(self, folder: Path, seed: int, cases: list[Case]) -> None:
+        self.folder, self.seed, self.cases = folder, seed, cases
+        self.locks = {case.name: threading.Lock() for case in cases}
+
+    def straight(self, case: Case) -> Path:
+        """Train a case undisturbed, once."""
+        folder = self.folder / f"straight{self.cases.index(case)}"
+        with self.locks[case.name]:
+            folder.mkdir(exist_ok=True)
+            run = folder / "run"
+            if not finished(run):
+                start = Start(run, case.launches[0], case, self.folder / "cache")
+                assert start.ends() == 0, start.said()
+        return run
+
+    def one(self, number: int) -> tuple[list[Fault], str]:
+        """Soak one run; give its faults and what is wrong with it."""
+        chance = random.Random(f"{self.seed}/{number}")
+        case = self.cases[number % len(self.cases)]
+        straight = self.straight(case)
+        folder = self.folder / str(number)
+        folder.mkdir()
+        with tmpfs(folder / "disk", "40m") as mounted:
+            run, cache = folder / "disk" / "run", self.folder / "cache"
+            faults = suffer(case, chance, run, cache, logged_steps(straight), mounted)
+            wrong = finish(case, chance, run, cache)
+            wrong = wrong or differs(run, straight, len(case.launches) > 1)
+        for fault in faults:
+            if fault.code is None:
+                wrong = f"hung after {fault.kind}; {wrong}"
+            if fault.broken or ": " in fault.kind.removeprefix("damage: "):
+                wrong = f"{fault.kind} left {fault.broken}; {wrong}"
+        return faults, wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600, help="no run begins after them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--only", default="", help="what a case's name holds")
+    parser.add_argument("--output", type=Path, help="append a JSON line for each run")
+    given = parser.parse_args()
+    # A shell's background job ignores Ctrl-C, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    cases = [case for case in CASES if given.only in case.name]
+    deadline = time.monotonic() + given.seconds
+    numbers = iter(itertools.takewhile(lambda _: time.monotonic() < deadline, itertools.count()))
+    lock, table = threading.Lock(), Counter[tuple[str, str]]()
+
+    def job(soak: Soak) -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            faults, wrong = soak.one(number)
+            with lock:
+                name = soak.cases[number % len(soak.cases)].name
+                told = ", ".join(f"{f.kind} at {f.step} ({f.code})" for f in faults)
+                print(f"{number:3} {'BAD' if wrong else 'ok '} {name}: {told} {wrong}", flush=True)
+                for fault in faults:
+                    table[fault.kind, "bad" if wrong else "exact"] += 1
+                if given.output:
+                    record = {"seed": given.seed, "run": number, "case": name, "wrong": wrong}
+                    record["faults"] = [vars(fault) for fault in faults]
+                    with given.output.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as threads:
+        soak = Soak(Path(folder), given.seed, cases)
+        for future in [threads.submit(job, soak) for _ in range(given.jobs)]:
+            future.result()
+    shown = Table("fault", "struck", "in runs that went on exactly", "in others")
+    for kind in sorted({kind for kind, _ in table}):
+        exact, bad = table[kind, "exact"], table[kind, "bad"]
+        shown.add_row(kind, str(exact + bad), str(exact), str(bad or ""))
+    Console(width=100).print(shown)
+    bad = sum(count for (_, verdict), count in table.items() if verdict == "bad")
+    print(f"{table.total()} faults; {bad} of them in runs that went wrong")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
