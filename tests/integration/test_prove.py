@@ -56,16 +56,16 @@ def test_the_proof_can_fail(
         (path / checkpoint.MANIFEST).write_text(json.dumps(listed))
 
     monkeypatch.setattr(prove, "_cut_back", dishonest)
-    command = [*saving, "steps=4", "ranks=1"]
+    command = [*saving, "ranks=1"]
     monkeypatch.setattr(sys, "argv", ["prove", *command])
-    with pytest.raises(RunError, match=r"(?s)differs from the straight one:\n    step 4: loss"):
+    with pytest.raises(RunError, match=r"(?s)differs from the straight one:.*step 5: loss"):
         prove.prove(prove.main.compose(command))
 
 
 @pytest.mark.parametrize(
     ("steps", "epoch", "stop", "last"),
     [
-        (None, 3, 5, 7),  # in the middle of the second epoch, and into the third
+        (None, 3, 4, 7),  # in the middle of the second epoch, and into the third
         (None, 2, 3, 5),
         (None, 400, 2, 4),  # rows that cannot be limited: not in two epochs of them
         (None, 1, 2, 4),  # an epoch of one step has no middle
