@@ -2,8 +2,8 @@
 
     python benchmarks/faults.py [--zero none stage1 stage2 stage3] [--ranks 2] [--only TEXT]
 
-Every run trains the embedded model on the embedded data for 8 steps with dropout, an evaluation and
-a checkpoint every 2. A fault is a real one: ``kill -9`` at a chosen point of one rank or of all
+Every run trains the embedded model on 24 rows for 8 steps, three to an epoch, with dropout, an
+evaluation and a checkpoint every 2. A fault is a real one: ``kill -9`` at a chosen point of one rank or of all
 (``inject.py``), a signal, a full or read-only disk (a small tmpfs, where this user may mount one),
 bytes changed in a checkpoint. Afterwards the same command is given again, once. A run went on
 exactly if every logged loss, rate, gradient norm and evaluation, and every byte of the adapter,
@@ -37,7 +37,7 @@ SETTINGS = [
     *("train.max_steps=8", "train.save_strategy=steps", "train.save_steps=2"),
     *("train.eval_strategy=steps", "train.eval_steps=2", "train.logging_steps=1"),
     *("train.global_batch_size=8", "train.per_device_train_batch_size=2"),
-    *("dataset.max_rows=400", "dataset.max_eval_rows=32", "dataset.exact_match=0"),
+    *("dataset.max_rows=24", "dataset.max_eval_rows=32", "dataset.exact_match=0"),
     *("lora.lora_dropout=0.1", "precision=fp32"),
 ]
 CLOCKS = ("runtime", "seconds", "per_second", "train_loss", "total_flos")

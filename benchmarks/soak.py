@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py [--seconds 600] [--seed 0] [--jobs 1] [--only TEXT] [--output FILE]
 
-Each run trains the embedded model on 48 rows for 12 epochs of 6 steps, with dropout, evaluations and
-saves at steps of their own. It is struck three to seven times, each time at a random step or while
+Each run trains the embedded model on 48 rows for 12 epochs of 6 steps, with dropout, and evaluates
+and saves every few steps. It is struck three to seven times, each time at a random step or while
 it starts, and given again; then it may finish. A fault is a real one: SIGKILL of a rank, of all, of
 the launcher, of a loader worker or of everything; any other signal to a rank, the launcher or all;
 SIGSTOP for a while; a full disk (on a small tmpfs, where this user may mount one); a damaged
