@@ -3,9 +3,9 @@
     python benchmarks/faults.py [--zero none stage1 stage2 stage3] [--ranks 2] [--only TEXT]
 
 Every run trains the embedded model on 24 rows for 8 steps, three to an epoch, with dropout, an
-evaluation and a checkpoint every 2. A fault is a real one: ``kill -9`` at a chosen point of one rank or of all
-(``inject.py``), a signal, a full or read-only disk (a small tmpfs, where this user may mount one),
-bytes changed in a checkpoint. Afterwards the same command is given again, once. A run went on
+evaluation and a checkpoint every 2. A fault is a real one: ``kill -9`` at a chosen point of one
+rank or all (``inject.py``), a signal, a full or read-only disk (a small tmpfs, where this user may
+mount one), bytes changed in a checkpoint. Then the same command is given again, once. A run went on
 exactly if every logged loss, rate, gradient norm and evaluation, and every byte of the adapter,
 are those of the undisturbed run.
 
