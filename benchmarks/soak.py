@@ -250,7 +250,7 @@ def suffer(
     """Strike a run some times."""
     faults: list[Fault] = []
     for _ in range(chance.randint(3, 7)):
-        reached = logged_steps(run)
+        reached, harmed = logged_steps(run), broken(run)
         start = Start(run, chance.choice(case.launches), case, cache)
         trains = chance.random() < 0.8 and reached < steps
         step = chance.randint(reached + 1, steps) if trains else 0
@@ -260,7 +260,8 @@ def suffer(
         strike = killed if strike is filled and not disk else strike
         fault = Fault(case.name, strike(start, chance), logged_steps(run))
         fault.code = start.ends()
-        fault.broken = [] if fault.kind.startswith("damage") else broken(run)
+        if not fault.kind.startswith("damage"):
+            fault.broken = [name for name in broken(run) if name not in harmed]
         faults.append(fault)
         if fault.code is None or fault.broken or fault.code == 0:
             break
