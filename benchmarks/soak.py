@@ -1,6 +1,6 @@
 """Strikes runs of several epochs at random moments; each must end as one that nothing befell.
 
-    python benchmarks/soak.py [--seconds 600] [--seed 0] [--jobs 1] [--only TEXT] [--output FILE]
+    python benchmarks/soak.py [--seconds 600] [--seed 0] [--jobs 1] [--only TEXT] [--cold]
 
 Each run trains the embedded model on 48 rows for 12 epochs of 6 steps, with dropout, and evaluates
 and saves every few steps. It is struck three to seven times, each time at a random step or while
@@ -20,7 +20,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -33,6 +32,7 @@ from pathlib import Path
 
 import psutil
 from faults import broken, flip, logged_steps, newest, outcome, tear_log, tmpfs, truncate
+from launch import Cold, Warm
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load
@@ -41,12 +41,12 @@ from sft import checkpoint
 
 SETTINGS = [
     *("dataset.max_rows=48", "dataset.max_eval_rows=16", "dataset.exact_match=0"),
-    *("train.num_train_epochs=12", "train.logging_steps=1"),
+    *("train.global_batch_size=8", "train.num_train_epochs=12", "train.logging_steps=1"),
     *("train.eval_strategy=steps", "train.eval_steps=5", "train.save_strategy=steps"),
     *("train.save_steps=4", "train.save_total_limit=3", "precision=fp32"),
 ]
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGABRT", "SIGSEGV")
-PATIENCE = 150  # seconds for a command to end after a fault, or to finish
+PATIENCE = 300  # seconds for a command to end after a fault, or to finish
 LOSS = 1e-3  # elastic: relative; a row read twice or not at all changes a loss by some 1e-1
 WEIGHT = (
     0.05  # elastic: of the largest weight; Adam turns a rounding of a tiny gradient into a step
@@ -93,6 +93,8 @@ class Fault:
 class Start:
     """One start of a run's command."""
 
+    how: type[Cold] | type[Warm] = Warm
+
     def __init__(
         self,
         run: Path,
@@ -104,17 +106,10 @@ class Start:
         self.run, self.launch, self.case, self.cache = run, launch, case, cache
         self.ranks = launch[0]
         self.log = run.parents[1] / log  # not on the disk that is filled
-        words = [sys.executable, "-m"]
-        if self.ranks > 1:
-            words += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
-            words += ["-m"]
-        words += ["sft.train", f"zero={launch[1]}", f"output_dir={run}", *SETTINGS, *case.settings]
-        words += ["train.global_batch_size=8", f"train.per_device_train_batch_size={case.micro}"]
+        settings = [f"zero={launch[1]}", f"output_dir={run}", *SETTINGS, *case.settings]
+        settings += [f"train.per_device_train_batch_size={case.micro}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "SFT_CACHE_DIR": str(cache)}
-        with self.log.open("wb") as output:
-            self.child = subprocess.Popen(
-                words, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
+        self.child = self.how(self.ranks, settings, self.log, environment)
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")
@@ -137,27 +132,23 @@ class Start:
         """Wait for a step to be logged and some seconds after; False: the command ended first."""
         deadline = time.monotonic() + PATIENCE
         while logged_steps(self.run) < step and time.monotonic() < deadline:
-            if self.child.poll() is not None:
+            if self.child.code() is not None:
                 return False
             time.sleep(0.02)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.child.wait(seconds)
-        return self.child.poll() is None
+        return self.child.code(seconds) is None
 
     def ends(self) -> int | None:
         """Wait for the command and its ranks to end; None: they hang, and are killed."""
         left = self.processes() + self.workers()
         deadline = time.monotonic() + PATIENCE
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.child.wait(PATIENCE)
+        code = self.child.code(PATIENCE)
         _, alive = psutil.wait_procs(left, timeout=max(deadline - time.monotonic(), 1))
-        if self.child.poll() is None or alive:
-            for process in (*alive, self.child):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            self.child.wait()
+        if code is None or alive:
+            send(alive, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child.pid, signal.SIGKILL)
             return None
-        return self.child.returncode
+        return code
 
 
 def send(processes: list[psutil.Process], number: int) -> None:
@@ -352,11 +343,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--only", default="", help="what a case's name holds")
+    parser.add_argument("--cold", action="store_true", help="start as a user does, see launch.py")
     parser.add_argument("--output", type=Path, help="append a JSON line for each run")
     given = parser.parse_args()
     # A shell's background job ignores them, and so would all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    for number in (signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    Start.how = Cold if given.cold else Warm
     cases = [case for case in CASES if given.only in case.name]
     deadline = time.monotonic() + given.seconds
     numbers = iter(itertools.takewhile(lambda _: time.monotonic() < deadline, itertools.count()))
