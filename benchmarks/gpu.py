@@ -128,7 +128,7 @@ def fail() -> dict[str, Any]:
 
 
 def hang() -> dict[str, Any]:
-    subprocess.run(["sleep", "600"])
+    subprocess.run(["sleep", "600.25"])
     return {}
 
 
@@ -205,13 +205,15 @@ def work() -> None:
 
 def preload(process: str) -> None:
     """Import what the stages need, so that their time is their own."""
+    if process == "commands" and gpu_commands.has_gpu():
+        return  # each command imports for itself
     from sft import environment
 
     environment.prepare()
     import sft.train
     import sft.trainer  # noqa: F401
 
-    if process == "commands" and not gpu_commands.has_gpu():
+    if process == "commands":
         import deepspeed  # noqa: F401
 
 

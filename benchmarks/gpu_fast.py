@@ -7,16 +7,17 @@ from typing import Any
 
 import gpu_machine
 from gpu_parts import (
+    SHAPES,
     WORK,
     Clock,
     Skip,
+    batch,
     clean,
     device,
     folder_of,
     has_gpu,
     is_tiny,
     median,
-    micro,
     peak_gib,
     rows_of,
     train,
@@ -35,13 +36,13 @@ def steps() -> tuple[int, int]:
     return (5, 2) if is_tiny() else (STEPS, WARMUP)
 
 
-def length_of(longest: int) -> int:
-    return min(longest, 128) if is_tiny() else longest
+def length_of(shape: str, longest: int) -> int:
+    return min(128 if is_tiny() else longest, SHAPES[shape]["max_position_embeddings"])
 
 
 def data(shape: str, longest: int, samples: int, packing: str) -> list[str]:
     """Give the settings of rows in Dolly's lengths, enough for all steps."""
-    longest = length_of(longest)
+    longest = length_of(shape, longest)
     each = 150 if packing == "none" else longest  # fewer tokens than a row has
     rows = rows_of(shape, 64 + samples * each // 150, longest)
     return [
@@ -99,6 +100,7 @@ def result(name: str, clock: Clock, rows: str) -> dict[str, Any]:
         "mfu_of_published": achieved / gpu_machine.PUBLISHED_TFLOPS,
         "of_measured_product": achieved / product_peak(),
         "peak_gib": peak_gib(),
+        "recomputed": clock.trainer.args.gradient_checkpointing,
         "last_loss": float(clock.losses[-1]),
     }
 
@@ -115,7 +117,7 @@ def ours(
     """Train by sft."""
     clock = Clock(*steps(), profiled)
     given = data(shape, longest, clock.steps * size, packing)
-    train(shape, clock, *given, *micro(size), *LORA, *settings)
+    train(shape, clock, *given, *batch(size), *LORA, *settings)
     found = result(name, clock, given[0].partition("=")[2])
     if profiled:
         found |= kernels(clock)
@@ -161,7 +163,7 @@ def trl(name: str, shape: str, size: int = 8, packing: bool = False) -> dict[str
     clean()
     args = SFTConfig(
         output_dir=str(WORK / "trl"),
-        max_length=length_of(longest),
+        max_length=length_of(shape, longest),
         packing=packing,
         per_device_train_batch_size=1 if packing else size,
         max_steps=clock.steps,
@@ -238,10 +240,10 @@ def memory(which: str) -> dict[str, Any]:
     given = data(shape, longest, clock.steps * size, "bfd")
     lora = [] if "lora=none" in settings else LORA
     checkpointing = f"train.gradient_checkpointing={str(recomputed).lower()}"
-    config = train(shape, clock, *given, *micro(size), checkpointing, *lora, *settings)
+    config = train(shape, clock, *given, *batch(size), checkpointing, *lora, *settings)
     architecture = sft.model.load_architecture(config.model)
     itemsize = sft.model.dtype_of(sft.model.choose_precision("auto")[0]).itemsize
-    text, tokens = architecture.config.get_text_config(), size * length_of(longest)
+    text, tokens = architecture.config.get_text_config(), size * length_of(shape, longest)
     kept = 0 if recomputed else sft.memory.activation_bytes(text, tokens, itemsize)
     state = sft.memory.state_bytes(config, architecture.num_parameters(), itemsize, 0)
     estimate = (kept + state) / 2**30

@@ -111,9 +111,9 @@ def product() -> dict[str, Any]:
     import torch
 
     found = {f"{kind}_tflops": product_peak(kind) for kind in ("bfloat16", "float16", "float32")}
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
     found["tf32_tflops"] = product_peak("float32")
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     return {**found, "of_published": found["bfloat16_tflops"] / PUBLISHED_TFLOPS}
 
 

@@ -123,6 +123,7 @@ def clean() -> None:
         logger.removeHandler(handler)
     gc.collect()
     if has_gpu():
+        torch.backends.fp32_precision = "ieee"  # a run in 16 bits allows TF32, and so it would stay
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -287,8 +288,7 @@ def train(shape: str, clock: Clock, *settings: str, base: Path | None = None) ->
     given = {
         "model": "hf",
         "model.name_or_path": str(base or folder_of(shape)),
-        "output_dir": str(WORK / "run"),
-        "overwrite": "true",
+        "output_dir": str(WORK / f"run-{time.monotonic_ns()}"),
         "train.max_steps": str(clock.steps),
         "train.save_strategy": "no",
         "train.eval_strategy": "no",
@@ -318,7 +318,7 @@ def train(shape: str, clock: Clock, *settings: str, base: Path | None = None) ->
     return config
 
 
-def micro(size: int) -> list[str]:
+def batch(size: int) -> list[str]:
     return [f"train.{kind}_batch_size={size}" for kind in ("global", "per_device_train")]
 
 

@@ -8,7 +8,7 @@ any hardware. Errors are relative, in the Euclidean norm.
 from pathlib import Path
 from typing import Any
 
-from gpu_parts import TINY, WORK, Clock, clean, device, has_gpu, is_tiny, needs_gpu, train
+from gpu_parts import TINY, WORK, Clock, batch, clean, device, has_gpu, is_tiny, needs_gpu, train
 
 SHARED: dict[str, Any] = {"intermediate_size": 1024, "num_key_value_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -105,9 +105,9 @@ def in_a_row(model: Any, texts: list[Any]) -> list[Any]:
     from sft.data.collator import Collator
 
     collator = Collator(0, padding_free=True, documents=True)
-    batch = collator([{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in texts])
-    del batch["labels"]
-    inputs = {k: v.to(device()) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    row = collator([{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in texts])
+    del row["labels"]
+    inputs = {k: v.to(device()) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
     return list(model(**inputs, use_cache=False).logits[0].split([len(ids) for ids in texts]))
 
 
@@ -167,7 +167,6 @@ def attention(family: str) -> dict[str, Any]:
 
 def head(kind: str) -> dict[str, Any]:
     """Compare a fused LM head with the model's own logits, from which the loss is computed."""
-    import torch
 
     from sft.fast import head as heads
 
@@ -194,7 +193,6 @@ def head(kind: str) -> dict[str, Any]:
     )
     total = float(-reference[0].sum())
     row["loss_apart"] = abs(float(output.loss) - total) / total
-    assert isinstance(output.loss, torch.Tensor) and output.loss.dtype == torch.float32
     return row
 
 
@@ -230,7 +228,7 @@ def precision(kind: str) -> dict[str, Any]:
     row: dict[str, Any] = {}
     settings = ["dataset=demo", "dataset.exact_match=0", "train.learning_rate=1e-3"]
     settings += ["dataset.max_rows=64", "dataset.max_eval_rows=8", "train.logging_steps=1"]
-    settings += ["train.max_grad_norm=1"]
+    settings += batch(8)
     for used in ("fp32", kind):
         clock = Clock(steps=4 if is_tiny() else 12, warmup=1)
         train("", clock, *settings, f"precision={used}", base=small_base())
