@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ import gpu_commands
 import gpu_fast
 import gpu_machine
 import gpu_right
+from gpu_parts import Skip
 
 HERE = Path(__file__).resolve()
 STARTING = 90  # seconds that a process may take to import everything
@@ -61,7 +63,7 @@ class Stage:
 
 
 def fast(name: str, limit: float, function: Callable[..., dict[str, Any]], *a: Any, **k: Any):
-    return Stage(f"fast.{name}", "fast", limit, partial(function, f"fast.{name}", *a, **k))
+    return Stage(f"fast.{name}", "train", limit, partial(function, f"fast.{name}", *a, **k))
 
 
 def command(name: str, limit: float, function: Callable[..., dict[str, Any]], *a: Any) -> Stage:
@@ -76,18 +78,18 @@ def against_trl(shape: str) -> Iterator[Stage]:
 
 
 STAGES = [
-    Stage("machine.packages", "machine", 90, gpu_machine.packages),
-    Stage("machine.device", "machine", 30, gpu_machine.device),
-    Stage("machine.product", "machine", 30, gpu_machine.product),
-    Stage("machine.memory", "machine", 30, gpu_machine.memory),
+    Stage("machine.packages", "train", 90, gpu_machine.packages),
+    Stage("machine.device", "train", 30, gpu_machine.device),
+    Stage("machine.product", "train", 30, gpu_machine.product),
+    Stage("machine.memory", "train", 30, gpu_machine.memory),
     *(
-        Stage(f"right.attention.{name}", "right", 30, partial(gpu_right.attention, name))
+        Stage(f"right.attention.{name}", "train", 30, partial(gpu_right.attention, name))
         for name in gpu_right.FAMILIES
     ),
-    Stage("right.head.chunked", "right", 30, partial(gpu_right.head, "chunked")),
-    Stage("right.head.trl", "right", 60, partial(gpu_right.head, "trl")),
-    Stage("right.precision.bf16", "right", 40, partial(gpu_right.precision, "bf16")),
-    Stage("right.precision.fp16", "right", 40, partial(gpu_right.precision, "fp16")),
+    Stage("right.head.chunked", "train", 30, partial(gpu_right.head, "chunked")),
+    Stage("right.head.trl", "train", 60, partial(gpu_right.head, "trl")),
+    Stage("right.precision.bf16", "train", 40, partial(gpu_right.precision, "bf16")),
+    Stage("right.precision.fp16", "train", 40, partial(gpu_right.precision, "fp16")),
     command("demo", 150, gpu_commands.demo),
     command("kill", 120, gpu_commands.kill),
     command("nf4", 150, gpu_commands.quantized, "nf4"),
@@ -113,7 +115,7 @@ STAGES = [
         for kind in ("packed", "sdpa", "eager", "flash_attention_2")
     ),
     *(
-        Stage(f"memory.{name}", "memory", 40, partial(gpu_fast.memory, name))
+        Stage(f"memory.{name}", "train", 40, partial(gpu_fast.memory, name))
         for name in gpu_fast.MEMORY
     ),
     *(
@@ -148,8 +150,6 @@ PLANTED = [
 
 def perform(stage: Stage) -> dict[str, Any]:
     """Run a stage in this process and make its row."""
-    from gpu_parts import Skip
-
     began = time.perf_counter()
     try:
         found = stage.run()
@@ -159,8 +159,6 @@ def perform(stage: Stage) -> dict[str, Any]:
     except Skip as reason:
         row = {"status": "skipped", "why": str(reason)}
     except BaseException as error:
-        import traceback
-
         traceback.print_exc()
         status = "timeout" if isinstance(error, TimeoutError) else "failed"
         row = {"status": status, "error": f"{type(error).__name__}: {error}"[-2000:]}
@@ -181,9 +179,10 @@ def work() -> None:
             rows.flush()
 
     process = sys.argv[-1]
-    if process not in ("machine", "planted"):
-        with contextlib.suppress(ImportError):  # each stage will say what is missing
-            preload(process)
+    try:
+        preload(process)
+    except Exception:  # the first stage names what is missing; others may do without
+        traceback.print_exc()
     beside = process == "commands" and gpu_commands.has_gpu()  # a CPU's are forked from this thread
     say({"ready": process, "beside": beside})
     for line in sys.stdin:
@@ -192,9 +191,7 @@ def work() -> None:
         gpu_commands.deadline = time.monotonic() + order["seconds"]
         if len(stages) == 1:
             row = perform(stages[0])
-            say(row)
-            if poisoned(row):
-                os._exit(3)
+            say({**row, "last": poisoned(row)})
             continue
         threads = [threading.Thread(target=lambda s=s: say(perform(s))) for s in stages]
         for thread in threads:
@@ -205,8 +202,9 @@ def work() -> None:
 
 def preload(process: str) -> None:
     """Import what the stages need, so that their time is their own."""
-    if process == "commands" and gpu_commands.has_gpu():
-        return  # each command imports for itself
+    if process == "planted" or (process == "commands" and gpu_commands.has_gpu()):
+        return  # on a GPU each command imports for itself
+    began = time.perf_counter()
     from sft import environment
 
     environment.prepare()
@@ -215,6 +213,7 @@ def preload(process: str) -> None:
 
     if process == "commands":
         import deepspeed  # noqa: F401
+    gpu_machine.import_seconds = time.perf_counter() - began
 
 
 def poisoned(row: dict[str, Any]) -> bool:
@@ -229,6 +228,7 @@ class Process:
     def __init__(self, name: str, work_dir: Path, tiny: bool) -> None:
         self.name = name
         self.log = work_dir / f"{name}.log"
+        self.beside = False  # stages may run beside each other in it
         self.said_before = 0  # bytes of the log, when the stages that run now began
         paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
@@ -236,6 +236,7 @@ class Process:
             "SFT_GPU_TINY": "1" if tiny else "",
             "SFT_CACHE_DIR": str(work_dir / "cache"),
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "TMPDIR": str(work_dir),
             "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
@@ -306,7 +307,7 @@ class Session:
     def __init__(self, given: argparse.Namespace, work_dir: Path, output: TextIO | None) -> None:
         self.given, self.work_dir, self.output = given, work_dir, output
         self.until = time.monotonic() + given.budget
-        self.process: Process | None = None
+        self.processes: dict[str, Process] = {}
         self.counts: dict[str, int] = {}
 
     def keep(self, row: dict[str, Any]) -> None:
@@ -330,50 +331,57 @@ class Session:
                 self.keep({"stage": stage.name, "status": "skipped", "why": "budget"})
                 continue
             try:
-                beside = self.enter(stage.process)
+                process = self.enter(stage.process)
             except (TimeoutError, ChildProcessError) as error:
-                self.lose([stage], error)
+                self.lose(stage.process, [stage], error)
                 continue
             batch = [stage]
-            while beside and stage.beside and waiting and waiting[0].process == stage.process:
+            while (
+                process.beside and stage.beside and waiting and waiting[0].process == stage.process
+            ):
                 batch.append(waiting.pop(0))
-            self.together(batch)
+            self.together(process, batch)
 
-    def enter(self, name: str) -> bool:
-        """Have a process of this name; tell whether stages may run beside each other in it."""
-        if self.process is None or self.process.name != name:
-            self.leave()
-            self.process = Process(name, self.work_dir, self.given.tiny)
-            message = self.process.read(min(self.until, time.monotonic() + STARTING))
-            self.beside = bool(message["beside"])
-        return self.beside
+    def enter(self, name: str) -> Process:
+        """Give the process of this name; one that has lost a stage is not used again."""
+        if name not in self.processes:
+            process = self.processes[name] = Process(name, self.work_dir, self.given.tiny)
+            message = process.read(min(self.until, time.monotonic() + STARTING))
+            process.beside = message["beside"]
+        return self.processes[name]
 
-    def leave(self) -> None:
-        if self.process is not None:
-            self.process.end()
-            self.process = None
+    def leave(self, name: str) -> None:
+        """End a process."""
+        self.processes.pop(name).end()
 
-    def together(self, batch: list[Stage]) -> None:
+    def close(self) -> None:
+        """End all."""
+        for name in list(self.processes):
+            self.leave(name)
+
+    def together(self, process: Process, batch: list[Stage]) -> None:
         """Run stages at the same time, or one."""
-        assert self.process is not None
         now = time.monotonic()
         seconds = min(max(stage.limit for stage in batch), self.until - now)
         # Commands end a little before, and say how far they came.
-        self.process.order(batch, seconds - 5 * (len(batch) > 1))
+        process.order(batch, seconds - 5 * (len(batch) > 1))
         left = {stage.name: stage for stage in batch}
         try:
             while left:
-                row = self.process.read(now + seconds)
+                row = process.read(now + seconds)
+                is_last = row.pop("last", False)
                 del left[row["stage"]]
                 self.keep(row)
+            if is_last:
+                self.leave(process.name)
         except (TimeoutError, ChildProcessError) as error:
-            self.lose(list(left.values()), error)
+            self.lose(process.name, list(left.values()), error)
 
-    def lose(self, stages: list[Stage], error: Exception) -> None:
+    def lose(self, name: str, stages: list[Stage], error: Exception) -> None:
         """Say which stages gave no row, and end their process."""
         status = "timeout" if isinstance(error, TimeoutError) else "failed"
-        said = self.process.last_lines() if self.process else ""
-        self.leave()
+        said = self.processes[name].last_lines()
+        self.leave(name)
         for stage in stages:
             text = f"{error}\n{said}".strip()
             self.keep({"stage": stage.name, "status": status, "error": text})
@@ -436,7 +444,7 @@ def main() -> None:
         stack.callback(shutil.rmtree, work_dir, ignore_errors=True)
         output = stack.enter_context(given.output.open("a")) if given.output else None
         session = Session(given, work_dir, output)
-        stack.callback(session.leave)
+        stack.callback(session.close)
         try:
             session.run(stages)
         except KeyboardInterrupt:
