@@ -169,6 +169,8 @@ def kill() -> dict[str, Any]:
 
 def prove() -> dict[str, Any]:
     """Let ``sft.prove`` show the same."""
+    if is_tiny():
+        raise Skip("it starts processes that import everything; the tests of sft.prove try it")
     return {"said": done("sft.prove", *settings("steps=4")).strip().splitlines()[-1]}
 
 
@@ -205,13 +207,12 @@ def zero(stage: str, precision: str = "auto") -> dict[str, Any]:
         needs_gpu()
     folder = WORK / f"zero-{stage}-{precision}"
     own = [f"zero={stage}", f"precision={precision}", f"output_dir={folder}"]
-    own += ["train.max_steps=4"] if is_tiny() else []
     done("sft.train", *settings(), *own)
     plain = without_zero(precision)
     losses, expected = logged(folder, "loss"), logged(plain, "loss")
     used = json.loads((plain / "run.json").read_text())["identity"]["precision"]
-    pairs = list(zip(losses, expected, strict=False))
-    apart = max(abs(a / b - 1) for a, b in pairs[: 1 if is_tiny() else None])
+    pairs = list(zip(losses, expected, strict=True))
+    apart = max(abs(a / b - 1) for a, b in pairs)
     wrong = []
     if not apart <= ZERO_BOUND[used]:
         wrong.append(f"losses are {apart:.2g} from those without ZeRO, over {ZERO_BOUND[used]}")

@@ -211,7 +211,8 @@ def small_base() -> Path:
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", max_position_embeddings=512, **fields)
     partial = WORK / "small.partial"
-    AutoModelForCausalLM.from_config(config).save_pretrained(partial)
+    # In 16 bits, as base models are stored.
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(partial)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(partial)
     return partial.rename(folder)
 
