@@ -107,9 +107,10 @@ def product() -> dict[str, Any]:
     import torch
 
     found = {f"{kind}_tflops": product_peak(kind) for kind in ("bfloat16", "float16", "float32")}
-    torch.set_float32_matmul_precision("high")
-    found["tf32_tflops"] = product_peak("float32")
-    torch.set_float32_matmul_precision("highest")
+    if has_gpu():
+        torch.backends.fp32_precision = "tf32"
+        found["tf32_tflops"] = product_peak("float32")
+        torch.backends.fp32_precision = "ieee"
     return {**found, "of_published": found["bfloat16_tflops"] / PUBLISHED_TFLOPS}
 
 

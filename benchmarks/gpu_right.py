@@ -23,7 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }
-DOCUMENTS = [37, 300, 5, 129, 1, 64, 200]  # tokens; some are beyond the window
+DOCUMENTS = [37, 300, 5, 129, 1, 64, 200]  # tokens; some are beyond the window of 64
 VOCABULARY = 1024
 TIMES_WORSE = 2
 
@@ -46,6 +46,9 @@ def models(family: str, kernel: str) -> tuple[Any, Any]:
     fields |= {"initializer_range": 0.1, **FAMILIES[family]}
     if family == "opt":
         fields["word_embed_proj_dim"] = width
+    if is_tiny():
+        small = {"sliding_window": 16, "head_dim": 16, "intermediate_size": 128, "ffn_dim": 128}
+        fields |= {name: value for name, value in small.items() if name in fields}
     made = []
     coarse, fine = precisions()
     torch.manual_seed(0)
@@ -65,7 +68,8 @@ def documents(changed: bool = False) -> list[Any]:
     import torch
 
     draw = torch.Generator().manual_seed(1)
-    made = [torch.randint(VOCABULARY, (size,), generator=draw) for size in DOCUMENTS]
+    sizes = [-(-size // 4) for size in DOCUMENTS] if is_tiny() else DOCUMENTS
+    made = [torch.randint(VOCABULARY, (size,), generator=draw) for size in sizes]
     if changed:
         made[1] = (made[1] + 1) % VOCABULARY
     return [ids.to(device()) for ids in made]
@@ -231,7 +235,7 @@ def precision(kind: str) -> dict[str, Any]:
     settings += ["dataset.max_rows=64", "dataset.max_eval_rows=8", "train.logging_steps=1"]
     settings += batch(8)
     for used in ("fp32", kind):
-        clock = Clock(steps=4 if is_tiny() else 12, warmup=1)
+        clock = Clock(steps=2 if is_tiny() else 12, warmup=1)
         train("", clock, *settings, f"precision={used}", base=small_base())
         losses[used] = [float(loss) for loss in clock.losses]
         scaler = clock.trainer.accelerator.scaler
