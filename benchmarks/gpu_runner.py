@@ -173,7 +173,10 @@ class Process:
         except queue.Empty:
             raise TimeoutError("ran out of its time") from None
         if message is None:
-            raise ChildProcessError(f"its process ended with {self.popen.wait(10)}")
+            code: Any = "its output closed"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self.popen.wait(10)
+            raise ChildProcessError(f"its process ended with {code}")
         return message
 
     def last_lines(self) -> str:
@@ -259,7 +262,7 @@ class Session:
         now = time.monotonic()
         seconds = min(max(stage.limit for stage in batch), self.until - now)
         # Commands end a little before, and say how far they came.
-        process.order(batch, seconds - 5 * (len(batch) > 1))
+        process.order(batch, seconds - 5 * process.beside)
         left = {stage.name: stage for stage in batch}
         try:
             while left:

@@ -40,9 +40,10 @@ def measure(output: Path, *words: str) -> tuple[int, list[dict[str, Any]]]:
     )
     assert list(work.iterdir()) == [], done.stdout + done.stderr
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(rows) == done.stdout.count("\nok ") + sum(
-        done.stdout.count(f"\n{status} ") for status in ("failed ", "skipped", "timeout")
-    ) + (1 if rows else 0), done.stdout
+    begins = ("ok ", "failed ", "skipped ", "timeout ")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(begins)]
+    printed = [line.split()[:2] for line in lines]
+    assert [[row["status"], row["stage"]] for row in rows] == printed
     return done.returncode, rows
 
 
@@ -66,8 +67,9 @@ def test_every_stage_gives_its_row(rows: list[dict[str, Any]]) -> None:
 
 def test_what_is_skipped_says_why(rows: list[dict[str, Any]]) -> None:
     why = {row["stage"]: row["why"] for row in rows if row["status"] == "skipped"}
-    expected = dict.fromkeys(NEEDS_GPU, "needs CUDA")
-    assert why == {**expected, "fast.attention.flash_attention_2": "flash_attn is not installed"}
+    assert why.pop("fast.attention.flash_attention_2") == "flash_attn is not installed"
+    assert why.pop("right.prove").endswith("the tests of sft.prove try it")
+    assert why == dict.fromkeys(NEEDS_GPU, "needs CUDA")
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -85,7 +87,6 @@ def test_the_figures_are_what_they_say(rows: list[dict[str, Any]]) -> None:
     assert len(right) == 5 and all(row["others_bit_identical"] for row in right)
     assert all(row["log_prob_error"] < 1e-6 for row in right)
     assert by_name["right.kill"]["killed_after"] == 5
-    assert by_name["right.prove"]["said"].startswith(("the same", "and adapter", "adapter"))
     trained = [row for name, row in by_name.items() if "tokens_per_second" in row]
     assert len(trained) >= 20 and all(row["tokens_per_second"] > 0 for row in trained)
     # One block has the median rate; and what TRL trains are the same rows.
