@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sft import checkpoint
 from sft.errors import CheckpointError
+
+_store: Any = None
+
+
+def from_rank_zero(name: str, decide: Callable[[], Any]) -> Any:
+    """Decide on rank 0, and give every rank its decision, before there is a process group.
+
+    The launcher's key-value store is there from the start. It outlives restarts of the ranks, so
+    each start has keys of its own.
+
+    Args:
+        name: A key, used once.
+        decide: Gives what JSON can hold.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return decide()
+    global _store  # rank 0 may be its server
+    _store, rank, _ = next(rendezvous("env://"))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"sft/{restarts}", _store)
+    if rank == 0:
+        store.set(name, json.dumps(decide()))
+    return json.loads(store.get(name))
 
 
 def gather(value: Any) -> list[Any]:

@@ -21,6 +21,7 @@ HARMLESS = {
     *("dataset.num_proc", "dataset.exact_match", "dataset.stop_above", "dataset.warn_above"),
     *("model.attn_implementation", "model.lm_head", "model.frozen_linear"),
     *("zero.config", "zero.overrides"),
+    "products",  # of the identity: a processor that cannot compute them so computes them otherwise
     *("train.per_device_train_batch_size", "train.per_device_eval_batch_size"),
     *("train.padding_free", "train.pad_to_multiple_of", "train.gradient_checkpointing"),
     *("train.logging_steps", "train.eval_strategy", "train.eval_steps"),
@@ -109,6 +110,7 @@ def identity(model: ModelConfig, prepared: Prepared) -> dict[str, str]:
 
     Returns:
         ``base``: see ``base_identity``; ``data``: a hash of the samples as they were tokenised.
+        ``precision`` and ``products``, of ``model.Precision``, are added by the run.
     """
     sets = [prepared.train.dataset] + ([prepared.eval.dataset] if prepared.eval else [])
     files = [file["filename"] for dataset in sets for file in dataset.cache_files]
