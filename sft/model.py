@@ -86,7 +86,9 @@ def _on_cpu(name: str, why: str, products: str | None) -> Precision:
         return Precision(name, f"{why}, products too: {speed.NAMES[products]}", products)
     measured = speed.speeds()
     if name == "auto":
-        way = speed.fastest(measured, [speed.FLOAT32, *ways])
+        # Widened is what float32 is, and conversions: never faster.
+        others = [way for way in ways if way != half.WIDENED]
+        way = speed.fastest(measured, [speed.FLOAT32, *others])
         name, why = ("fp32" if way == speed.FLOAT32 else "bf16"), "measured on this CPU"
     else:
         way = speed.fastest(measured, ways)

@@ -17,9 +17,7 @@ FLOAT32 = "float32"
 MARGIN = 1.15
 # The first layer of a small model's MLP: one product forward and one backward are 2.4 GFLOP.
 TOKENS, INPUTS, OUTPUTS = 256, 768, 3072
-# Rounds at the least, which warm up too, and then as many as begin within the time.
-ROUNDS = 2
-SECONDS = 0.25
+ROUNDS = 3  # the first warms up
 NAMES = {
     FLOAT32: "float32",
     half.NATIVE: "bf16",
@@ -37,8 +35,8 @@ def speeds() -> dict[str, float]:
 def _speeds(threads: int) -> dict[str, float]:
     """Measure once for each number of threads.
 
-    The ways take turns and the fastest round of each counts, since other processes may disturb
-    some. float32 counts as frozen layers compute it, see ``sft.fast.linear``.
+    CPU time is measured, the ways take turns, and the fastest round of each counts: other
+    processes disturb all three least. float32 counts as frozen layers compute it, see ``sft.fast.linear``.
     """
     shapes = (TOKENS, INPUTS), (TOKENS, OUTPUTS), (OUTPUTS, INPUTS)
     x, gradient, weight = (torch.ones(shape) for shape in shapes)  # draws no random numbers
@@ -66,12 +64,10 @@ def _speeds(threads: int) -> dict[str, float]:
     functions = {half.NATIVE: native, half.WIDENED: widened, half.SHORTENED: shortened}
     ways |= {way: [functions[way]] for way in half.ways(torch.bfloat16)}
     seconds = dict.fromkeys(ways, float("inf"))
-    began, rounds = time.perf_counter(), 0
-    while rounds < ROUNDS or time.perf_counter() < began + SECONDS:
-        rounds += 1
+    for _ in range(ROUNDS):
         for name, alternatives in ways.items():
             seconds[name] = min(seconds[name], *map(_seconds, alternatives))
-    operations = 2 * 2 * TOKENS * INPUTS * OUTPUTS
+    operations = threads * 2 * 2 * TOKENS * INPUTS * OUTPUTS
     return {name: operations / took / 1e9 for name, took in seconds.items()}
 
 
@@ -83,9 +79,9 @@ def _multiply(
 
 def _seconds(function: Callable[[], object]) -> float:
     with torch.no_grad():
-        began = time.perf_counter()
+        began = time.process_time()
         function()
-        return time.perf_counter() - began
+        return time.process_time() - began
 
 
 def fastest(speeds: Mapping[str, float], order: Sequence[str]) -> str:
