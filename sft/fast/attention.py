@@ -85,13 +85,8 @@ def packed_attention(
         )
     batch, heads, length, _ = query.shape
     if max_length_q is not None and _has_varlen(query, value) and not dropout:
-        joined = _varlen(
-            *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
-            cu_seq_lens_q,
-            max_length_q,
-            scaling,
-            sliding_window,
-        )
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        joined = _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)
         return joined.view(batch, length, heads, -1), None
     # (heads, batch * length, head_dim): a document may not reach over rows, but ends with one.
     query, key, value = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))

@@ -36,7 +36,8 @@ def _speeds(threads: int) -> dict[str, float]:
     """Measure once for each number of threads.
 
     CPU time is measured, the ways take turns, and the fastest round of each counts: other
-    processes disturb all three least. float32 counts as frozen layers compute it, see ``sft.fast.linear``.
+    processes disturb all three least. float32 counts as frozen layers compute it, see
+    ``sft.fast.linear``.
     """
     shapes = (TOKENS, INPUTS), (TOKENS, OUTPUTS), (OUTPUTS, INPUTS)
     x, gradient, weight = (torch.ones(shape) for shape in shapes)  # draws no random numbers
