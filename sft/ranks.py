@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -17,28 +18,28 @@ from torch.distributed.rendezvous import rendezvous
 from sft import checkpoint
 from sft.errors import CheckpointError
 
-_store: Any = None
+_store: Any = None  # rank 0 may be its server, for as long as it is referred to
+_decisions = itertools.count()
 
 
-def from_rank_zero(name: str, decide: Callable[[], Any]) -> Any:
+def from_rank_zero(decide: Callable[[], Any]) -> Any:
     """Decide on rank 0, and give every rank its decision, before there is a process group.
 
     The launcher's key-value store is there from the start. It outlives restarts of the ranks, so
-    each start has keys of its own.
+    each start, and each decision of it, has a key of its own.
 
     Args:
-        name: A key, used once.
         decide: Gives what JSON can hold.
     """
+    global _store
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return decide()
-    global _store  # rank 0 may be its server
     _store, rank, _ = next(rendezvous("env://"))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"sft/{restarts}", _store)
+    store, key = PrefixStore(f"sft/{restarts}", _store), str(next(_decisions))
     if rank == 0:
-        store.set(name, json.dumps(decide()))
-    return json.loads(store.get(name))
+        store.set(key, json.dumps(decide()))
+    return json.loads(store.get(key))
 
 
 def gather(value: Any) -> list[Any]:

@@ -62,7 +62,7 @@ def fit(config: Config) -> Path:
 
     begun = {} if config.overwrite else run.record().get("identity", {})
     chosen = model.Precision(
-        *from_rank_zero("precision", lambda: model.choose_precision(config.precision, begun))
+        *from_rank_zero(lambda: model.choose_precision(config.precision, begun))
     )
     precision = chosen.name
     logger.info("precision %s: %s", precision, chosen.reason)

@@ -236,10 +236,10 @@ def test_auto_is_what_the_run_began_with_on_another_processor(
         monkeypatch.setattr(speed, "speeds", lambda: measured)
 
     def trained(name: str, then: Any) -> dict[str, Any]:
-        """Train on one processor, and again from step 2 on another."""
+        """Train on one processor, and again from step 4 on another."""
         train(*command, f"output_dir={tmp_path / name}")
         straight = losses(tmp_path / name)
-        cut_off(tmp_path / name, 2)
+        cut_off(tmp_path / name, 4)
         then()
         train(*command, f"output_dir={tmp_path / name}")
         record = json.loads((tmp_path / name / "run.json").read_text())
@@ -258,7 +258,7 @@ def test_auto_is_what_the_run_began_with_on_another_processor(
     assert found["identity"]["products"] == half.SHORTENED
     assert found["resumed"][0]["allowed"] == []
 
-    cut_off(tmp_path / "other", 2)
+    cut_off(tmp_path / "other", 4)
     processor([half.WIDENED], 100.0, 90.0)
     train(*command, f"output_dir={tmp_path / 'other'}")
     found = json.loads((tmp_path / "other" / "run.json").read_text())

@@ -125,7 +125,7 @@ def test_all_ranks_have_rank_zero_s_decision() -> None:
         port = free.getsockname()[1]
     script = (
         "import os; from sft.ranks import from_rank_zero as f\n"
-        "print(*(f(name, lambda: [name, os.environ['RANK']]) for name in ('a', 'b')))"
+        "print(*(f(lambda: [name, os.environ['RANK']]) for name in ('a', 'b')))"
     )
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
