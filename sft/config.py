@@ -296,7 +296,8 @@ class Config:
     seed: int = setting(42, "of data order, adapter initialisation and dropout", at_least(0))
     precision: str = setting(
         "auto",
-        "of weights and arithmetic; auto: bf16 where the hardware has it, else fp32",
+        "of weights and arithmetic; auto: bf16 where a GPU has it or a CPU computes faster in it, "
+        "else fp32",
         one_of("auto", "fp32", "bf16", "fp16"),
     )
     model: ModelConfig = field(default_factory=ModelConfig)

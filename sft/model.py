@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft.config import Config, ModelConfig, QuantizationConfig
 from sft.errors import ConfigError, ModelError, Problem
@@ -17,32 +17,84 @@ if TYPE_CHECKING:
     from sft.data.audit import Counts
 
 
-def choose_precision(precision: str) -> tuple[str, str]:
-    """Give fp32, bf16 or fp16, and the reason.
+class Precision(NamedTuple):
+    """The precision of a run.
+
+    Attributes:
+        name: fp32, bf16 or fp16.
+        reason: Why, for the log.
+        products: How bf16 products are computed on a CPU, see ``sft.fast.half``; empty elsewhere.
+    """
+
+    name: str
+    reason: str
+    products: str = ""
+
+    def identity(self) -> dict[str, str]:
+        """Give what a resumed run goes on with."""
+        return {"precision": self.name, **({"products": self.products} if self.products else {})}
+
+
+def choose_precision(asked: str, begun: Mapping[str, str] | None = None) -> Precision:
+    """Choose fp32, bf16 or fp16, and on a CPU how products of bf16 are computed.
+
+    A CPU that has bf16 may still multiply faster in float32, so its speed is measured.
+
+    Args:
+        asked: ``precision`` of the config.
+        begun: The identity of the run that is resumed, if there is one: ``auto`` is the precision
+            that it has, and products are computed as they were, where the processor can.
 
     Raises:
         ConfigError: fp16 on a CPU, where the trainer would silently compute in fp32.
     """
     import torch
 
-    from sft.fast import half
+    begun = begun or {}
+    name = begun.get("precision", asked) if asked == "auto" else asked
+    why = "as asked" if asked != "auto" else "as this run began"
+    if not torch.cuda.is_available():
+        return _on_cpu(name, why, begun.get("products"))
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        reason = "the GPU has it" if has_bf16 else "the GPU has no bf16"
+        return Precision("bf16" if has_bf16 else "fp32", reason)
+    if name == "bf16" and not has_bf16:
+        why += "; the GPU has no bf16: it is emulated, slowly"
+    return Precision(name, why)
 
-    gpu = torch.cuda.is_available()
-    if gpu:
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = half.cpu_has(torch.bfloat16)
-    device = "GPU" if gpu else "CPU"
-    if precision == "fp16" and not gpu:
+
+def _on_cpu(name: str, why: str, products: str | None) -> Precision:
+    """Choose on a CPU: ``name`` may be auto, ``products`` is how they were computed before."""
+    import torch
+
+    from sft.fast import half, speed
+
+    if name == "fp16":
         raise ConfigError(
             [Problem("precision=fp16", "there is no GPU to scale it on", "precision=bf16")]
         )
-    if precision == "bf16" and not has_bf16:
-        how = "it is emulated, slowly" if gpu else "products are computed in float32 and rounded"
-        return precision, f"as asked; the {device} has no bf16: {how}"
-    if precision != "auto":
-        return precision, "as asked"
-    return ("bf16", f"the {device} has it") if has_bf16 else ("fp32", f"the {device} has no bf16")
+    ways = half.ways(torch.bfloat16)
+    if name == "fp32":
+        return Precision(name, why)
+    if half.NATIVE not in ways:
+        if name == "auto":
+            return Precision("fp32", "the CPU has no bf16")
+        why += "; the CPU has no bf16: products are computed in float32 and rounded"
+        return Precision(name, why, half.WIDENED)
+    if products in ways:
+        return Precision(name, f"{why}, products too: {speed.NAMES[products]}", products)
+    measured = speed.speeds()
+    if name == "auto":
+        # Widened is what float32 is, and conversions: never faster.
+        others = [way for way in ways if way != half.WIDENED]
+        way = speed.fastest(measured, [speed.FLOAT32, *others])
+        name, why = ("fp32" if way == speed.FLOAT32 else "bf16"), "measured on this CPU"
+    else:
+        way = speed.fastest(measured, ways)
+        why += f", products computed as {speed.NAMES[way]}"
+    reason = f"{why}: {speed.said(measured)}"
+    return Precision(name, reason, "" if name == "fp32" else way)
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sft import checkpoint
 from sft.errors import CheckpointError
+
+_store: Any = None  # rank 0 may be its server, for as long as it is referred to
+_decisions = itertools.count()
+
+
+def from_rank_zero(decide: Callable[[], Any]) -> Any:
+    """Decide on rank 0, and give every rank its decision, before there is a process group.
+
+    The launcher's key-value store is there from the start. It outlives restarts of the ranks, so
+    each start, and each decision of it, has a key of its own.
+
+    Args:
+        decide: Gives what JSON can hold.
+    """
+    global _store
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return decide()
+    _store, rank, _ = next(rendezvous("env://"))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, key = PrefixStore(f"sft/{restarts}", _store), str(next(_decisions))
+    if rank == 0:
+        store.set(key, json.dumps(decide()))
+    return json.loads(store.get(key))
 
 
 def gather(value: Any) -> list[Any]:

@@ -29,6 +29,9 @@ HARMLESS = {
 }
 # What is not a setting and may be allowed to differ too.
 CONTENTS = ("base", "data")
+# Likewise, and allowed without being asked for, since only the order of sums differs: how bf16
+# products are computed, on a processor that cannot compute them as the run began.
+NOTED = ("products",)
 
 
 def restarted(environ: Mapping[str, str] = os.environ) -> bool:
@@ -109,6 +112,7 @@ def identity(model: ModelConfig, prepared: Prepared) -> dict[str, str]:
 
     Returns:
         ``base``: see ``base_identity``; ``data``: a hash of the samples as they were tokenised.
+        ``precision`` and ``products``, of ``model.Precision``, are added by the run.
     """
     sets = [prepared.train.dataset] + ([prepared.eval.dataset] if prepared.eval else [])
     files = [file["filename"] for dataset in sets for file in dataset.cache_files]

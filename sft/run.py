@@ -125,7 +125,7 @@ class Run:
         self._accept(
             f"what {self.dir} trains is another now",
             changed,
-            set(self.config.resume.allow),
+            {*self.config.resume.allow, *resume.NOTED},
         )
 
     def _accept(self, what: str, differences: dict[str, str], allowed: set[str]) -> None:

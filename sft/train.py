@@ -59,11 +59,15 @@ def fit(config: Config) -> Path:
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.fast import half, head, linear
-    from sft.ranks import gather
+    from sft.ranks import from_rank_zero, gather
 
-    precision, reason = model.choose_precision(config.precision)
-    logger.info("precision %s: %s", precision, reason)
-    half.widen_products(model.dtype_of(precision))
+    begun = {} if config.overwrite else run.record().get("identity", {})
+    chosen = model.Precision(
+        *from_rank_zero(lambda: model.choose_precision(config.precision, begun))
+    )
+    precision = chosen.name
+    logger.info("precision %s: %s", precision, chosen.reason)
+    half.widen_products(model.dtype_of(precision), chosen.products)
     tokenizer = model.load_tokenizer(config.model)
     architecture = model.load_architecture(config.model)
     ds_config = zero.read(config.zero)
@@ -81,7 +85,7 @@ def fit(config: Config) -> Path:
     model.check_fits(architecture, tokenizer, prepared.parts.values())
     if os.environ.get("RANK", "0") == "0":
         found = resume.identity(config.model, prepared)
-        run.identify({**found, "precision": precision})  # auto may be another on this machine
+        run.identify({**found, **chosen.identity()})
     collator, kernel = build.make_collator(config, architecture, precision, tokenizer, prepared)
     layers, reason = linear.choose(config, architecture, precision, stage)
     logger.info("frozen layers %s: %s", layers, reason)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,18 +85,8 @@ def packed_attention(
         )
     batch, heads, length, _ = query.shape
     if max_length_q is not None and _has_varlen(query, value) and not dropout:
-        from torch.nn.attention.varlen import varlen_attn
-
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        joined = varlen_attn(
-            *(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q),
-            scale=scaling,
-            # What it sees to its left, besides itself; nothing to its right.
-            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            enable_gqa=heads != key.shape[1],
-            num_splits=1,  # else one document's length would change the others' rounding
-        )
-        assert isinstance(joined, torch.Tensor)
+        joined = _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)
         return joined.view(batch, length, heads, -1), None
     # (heads, batch * length, head_dim): a document may not reach over rows, but ends with one.
     query, key, value = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
@@ -122,6 +114,48 @@ def packed_attention(
     # (heads, batch * length, head_dim) -> (batch, length, heads, head_dim)
     output = torch.cat(parts, dim=1).view(len(query), batch, length, -1).permute(1, 2, 0, 3)
     return output.contiguous(), None
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Call PyTorch's attention over documents; tensors are (tokens, heads, head_dim)."""
+    from torch.nn.attention import varlen
+
+    takes = _parameters(varlen.varlen_attn)
+    options: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in takes:
+            options["enable_gqa"] = True
+        else:  # PyTorch 2.11; autograd sums the gradients of the copies
+            shared = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    if "num_splits" in takes:
+        # Splitting the keys would let one document's length change the others' rounding. PyTorch
+        # 2.11 has no such argument; its kernel splits only keys in pages, or with shared heads
+        # where every document is one token (flash_api.cpp, mha_varlen_fwd): neither comes here.
+        options["num_splits"] = 1
+    joined = varlen.varlen_attn(
+        *(query, key, value, bounds, bounds, longest, longest),
+        scale=scaling,
+        # What a token sees to its left, besides itself; nothing to its right.
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        **options,
+    )
+    assert isinstance(joined, torch.Tensor)
+    return joined
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """Name what a function takes: ``varlen_attn`` has gained arguments since PyTorch 2.11."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:

@@ -39,15 +39,16 @@ class Product(torch.autograd.Function):
     ) -> torch.Tensor:
         """Multiply; x is (..., in), the result (..., out)."""
         ctx.transposed = transposed
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """Multiply back."""
-        return _product(gradient, ctx.transposed, None), None, None, None
+        return product(gradient, ctx.transposed, None), None, None, None
 
 
-def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Multiply by a packed weight: x W^T + b, for x of (..., in)."""
     result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
         x.contiguous(), packed, bias, "none", [], ""
     )
@@ -86,7 +87,7 @@ def choose(
         raise ConfigError([Problem("model.frozen_linear=packed", rule, "model.frozen_linear=auto")])
     if asked != "auto":
         return asked, "as asked"
-    if reason or not _amd_with_avx512():
+    if reason or not amd_with_avx512():
         return "plain", reason or "MKL is as fast on this processor"
     if extra_bytes(architecture) > SHARE * available():
         return "plain", "packed weights would take half of the free memory"
@@ -118,11 +119,15 @@ def install(model: Any) -> int:
     """Pack the frozen layers, which takes their memory twice more; give their number."""
     layers = frozen(model)
     for layer in layers:
-        weight = layer.weight.detach()
-        pack: Any = torch.ops.mkldnn._reorder_linear_weight
-        packed = (pack(weight, ROWS), pack(weight.t().contiguous(), ROWS))
+        packed = pack(layer.weight.detach())
         layer.forward = types.MethodType(functools.partial(_forward, packed), layer)  # type: ignore[method-assign]
     return len(layers)
+
+
+def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy a weight into oneDNN's layout, and its transpose for the product backward."""
+    reorder: Any = torch.ops.mkldnn._reorder_linear_weight
+    return reorder(weight, ROWS), reorder(weight.t().contiguous(), ROWS)
 
 
 def _forward(
@@ -134,7 +139,7 @@ def _forward(
     return result
 
 
-def _amd_with_avx512() -> bool:
+def amd_with_avx512() -> bool:
     """Tell whether this is a processor on which MKL does not use what there is."""
     can = torch.cpu.get_capabilities()
     return "AMD" in can.get("cpu_name", "") and bool(can.get("avx512_f"))

@@ -87,3 +87,22 @@ def test_the_merged_model_alone_gives_the_same_answers(folder: Path) -> None:
     wanted = [json.loads(line)["completion"] for line in eval_rows.open()]
     right = sum(a.strip() == b for a, b in zip(merged, wanted, strict=True))
     assert right / len(wanted) > 0.95
+
+
+# What a run's first lines say, in order; which way was chosen, and why, differs by processor.
+FIRST_LINES = (
+    r"precision (fp32|bf16): (the [CG]PU has (it|no bf16)|measured on this CPU: .* GFLOP/s)",
+    "packing none: ",
+    "attention packed: ",
+    "frozen layers (plain|packed): ",
+)
+
+
+def test_the_first_lines_have_the_form_of_the_transcript(tmp_path: Path) -> None:
+    transcript = README.partition("```text\n")[2].splitlines()
+    short = ("train.max_steps=1", "dataset.max_rows=16", "dataset.max_eval_rows=4")
+    result = run_warm("train", *short, "dataset.exact_match=0", cwd=tmp_path)
+    for lines in (transcript, result.stdout.splitlines()):
+        assert len(lines) > len(FIRST_LINES)
+        for form, line in zip(FIRST_LINES, lines, strict=False):
+            assert re.match(form, line), lines[:6]

@@ -266,21 +266,50 @@ def test_another_base_under_the_same_name_is_noticed(
         train(*command)
 
 
-def test_another_precision_under_auto_is_noticed(
+def test_auto_is_what_the_run_began_with_on_another_processor(
     tmp_path: Path, saving: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a machine with other hardware, where auto is another."""
-    from sft import model
-    from sft.errors import RunError
+    """float32 was faster where the first run began, bf16 instructions where the other did."""
+    from sft.fast import half, speed
 
-    run = tmp_path / "run"
-    command = [item for item in saving if "precision" not in item] + [f"output_dir={run}"]
-    monkeypatch.setattr(model, "choose_precision", lambda asked: ("fp32", "a test"))
-    train(*command)
-    cut_off(run, 2)
-    monkeypatch.setattr(model, "choose_precision", lambda asked: ("bf16", "a test"))
-    with pytest.raises(RunError, match="precision: fp32 there, bf16 here"):
-        train(*command)
+    command = [item for item in saving if "precision" not in item]
+    ways = [half.NATIVE, half.WIDENED, half.SHORTENED]
+
+    def processor(possible: list[str], *figures: float) -> None:
+        measured = dict(zip([speed.FLOAT32, *possible], figures, strict=True))
+        monkeypatch.setattr(half, "ways", lambda dtype: possible)
+        monkeypatch.setattr(speed, "speeds", lambda: measured)
+
+    def trained(name: str, then: Any) -> dict[str, Any]:
+        """Train on one processor, and again from step 4 on another."""
+        train(*command, f"output_dir={tmp_path / name}")
+        straight = losses(tmp_path / name)
+        cut_off(tmp_path / name, 4)
+        then()
+        train(*command, f"output_dir={tmp_path / name}")
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        assert record["status"] == "finished"
+        assert losses(tmp_path / name) == straight
+        return record
+
+    processor(ways, 150.0, 81.0, 135.0, 139.0)
+    found = trained("first", lambda: processor(ways, 100.0, 190.0, 75.0, 90.0))
+    assert found["identity"]["precision"] == "fp32"
+    assert found["resumed"][0]["allowed"] == []
+
+    monkeypatch.setattr(half, "_ways", {})
+    processor(ways, 100.0, 60.0, 90.0, 140.0)
+    found = trained("other", lambda: processor(ways, 100.0, 190.0, 75.0, 90.0))
+    assert found["identity"]["products"] == half.SHORTENED
+    assert found["resumed"][0]["allowed"] == []
+
+    cut_off(tmp_path / "other", 4)
+    processor([half.WIDENED], 100.0, 90.0)
+    train(*command, f"output_dir={tmp_path / 'other'}")
+    found = json.loads((tmp_path / "other" / "run.json").read_text())
+    assert (found["identity"]["precision"], found["identity"]["products"]) == ("bf16", half.WIDENED)
+    noted = f"products: {half.SHORTENED} there, {half.WIDENED} here"
+    assert found["resumed"][-1]["allowed"] == [noted]
 
 
 def test_a_restarted_command_does_not_go_back_again(

@@ -1,10 +1,13 @@
 """Packed documents are trained exactly as they would be alone."""
 
+import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import build_model
 from transformers import AutoModelForCausalLM
 
@@ -149,3 +152,102 @@ def test_generation_with_our_kernel_is_sdpas(tmp_path: Path) -> None:
             options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
             texts.append(model.generate(ids, attention_mask=mask, **options))
         assert torch.equal(*texts)
+
+
+def plain_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    max_q: int,
+    scale: float | None,
+    window_size: tuple[int, int],
+) -> torch.Tensor:
+    """Compute in float32 what the CUDA kernel does: each document, causal, in a window."""
+    assert window_size[1] == 0
+    parts = []
+    for begin, end in itertools.pairwise(cu_seq_q.tolist()):
+        assert 0 < end - begin <= max_q
+        place = torch.arange(end - begin)
+        distance = place[:, None] - place[None, :]
+        sees = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] == -1))
+        q, k, v = (x[begin:end].transpose(0, 1) for x in (query, key, value))
+        parts.append(F.scaled_dot_product_attention(q, k, v, sees, scale=scale).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def as_in_2_11(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    assert query.shape[1] == key.shape[1] == value.shape[1]
+    assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k
+    return plain_varlen(query, key, value, cu_seq_q, max_q, scale, window_size)
+
+
+def as_in_2_13(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Any = None,
+    block_table: Any = None,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    assert num_splits == 1  # else the longest document would decide the rounding
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k
+    if enable_gqa:
+        times = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
+    return plain_varlen(query, key, value, cu_seq_q, max_q, scale, window_size)
+
+
+@pytest.mark.parametrize("stand_in", [as_in_2_11, as_in_2_13])
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
+def test_variable_lengths_with_the_arguments_that_pytorch_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Any, family: str
+) -> None:
+    """Shared heads (Llama), none (OPT), and a window (Qwen3), beside documents one by one."""
+    from torch.nn.attention import varlen
+
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+    changed = window if family == "qwen3" else {}
+    packs = samples()
+    alone = model_of(tmp_path, family, changed, None)
+    one_by_one = [Collator(0)([{"input_ids": ids, "labels": ids}]) for ids in documents(packs)]
+    expected, gradients = loss_and_gradients(alone, one_by_one)
+    largest = max(float(gradient.abs().max()) for gradient in gradients)
+    calls = []
+
+    @functools.wraps(stand_in)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(stand_in)
+        return stand_in(*args, **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", counted)
+    monkeypatch.setattr(attention, "_has_varlen", lambda query, value: True)
+    model = model_of(tmp_path, family, changed, "packed")
+    batch = Collator(0, padding_free=True, documents=True)(packs)
+    loss, found = loss_and_gradients(model, [batch])
+    assert len(calls) == 2  # layers
+    assert loss == pytest.approx(expected, rel=2e-6)
+    for a, b in zip(gradients, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=largest * 1e-6)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,17 +11,13 @@ import torch.nn.functional as F
 from sft.fast import half
 
 
-@pytest.fixture(autouse=True)
-def lacking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let this processor lack both, whatever it is, for one test."""
-    monkeypatch.setattr(half, "cpu_has", lambda dtype: False)
-    monkeypatch.setattr(half, "_kernels", [])
-    for dtype in half.CAPABILITIES:
-        half.widen_products.__wrapped__(dtype)
-    assert len(half._kernels) == 2
-    yield
-    for library in reversed(half._kernels):
-        library._destroy()
+@pytest.fixture(autouse=True, params=[half.WIDENED, half.SHORTENED])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Compute both precisions in one way, whatever this processor has, for one test."""
+    half._register()
+    ways = {torch.bfloat16: request.param, torch.float16: half.WIDENED}
+    monkeypatch.setattr(half, "_ways", ways)
+    return str(request.param)
 
 
 def once_rounded(exact: torch.Tensor, found: torch.Tensor) -> None:
@@ -90,29 +85,60 @@ def test_float32_is_what_it_was() -> None:
     assert (x @ weight.t()).double().sum().item().hex() == elsewhere.strip()
 
 
-def test_a_processor_that_has_it_keeps_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(half, "cpu_has", lambda dtype: True)
-    before = list(half._kernels)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        half.widen_products.__wrapped__(dtype)
-    assert half._kernels == before
+BF16 = {"avx512_bf16": True}
+ARM = {"bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("can", "asked", "found"),
+    [
+        ({}, None, half.WIDENED),
+        ({}, half.NATIVE, half.WIDENED),  # which PyTorch would emulate
+        ({}, half.SHORTENED, half.WIDENED),
+        (BF16, None, half.NATIVE),
+        (BF16, "", half.NATIVE),
+        (BF16, half.WIDENED, half.WIDENED),
+        (BF16, half.SHORTENED, half.SHORTENED),
+        (ARM, half.SHORTENED, half.NATIVE),
+    ],
+)
+def test_the_way_is_one_that_the_processor_has(
+    monkeypatch: pytest.MonkeyPatch, can: dict[str, bool], asked: str | None, found: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    half.widen_products(torch.bfloat16, asked)
+    assert half._ways[torch.bfloat16] == found
+    half.widen_products(torch.float16, asked)
+    assert half._ways[torch.float16] == half.WIDENED  # none of these has fp16
+    half.widen_products(torch.float32, asked)
+    assert torch.float32 not in half._ways
+
+
+def test_a_way_is_looked_up_at_each_call_and_registered_once(way: str) -> None:
+    library = half._library
+    for name in (half.NATIVE, way, half.NATIVE):
+        half.widen_products(torch.bfloat16, name)
+    half._register()
+    assert half._library is library
 
 
 class Stock:
-    """A kernel that says in which precisions it was called."""
+    """A kernel that notes in which precisions it was called."""
 
     def __init__(self) -> None:
         self.seen: list[list[torch.dtype]] = []
+        self.instructions: list[str] = []
 
     def call_boxed(self, keys: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         self.seen.append([value.dtype for value in tensors])
+        self.instructions.append(torch.backends.mkldnn.matmul.fp32_precision)
         return torch.zeros(1) if "out" not in kwargs else kwargs["out"].fill_(3)
 
 
-def test_what_is_widened_and_what_is_not() -> None:
+def test_what_is_widened_and_what_is_not(way: str) -> None:
     stock = Stock()
-    run = half._widened(stock, 0, 1, torch.bfloat16)
+    run = half._widened(stock, 0, 1, exact=False)
     wide, narrow = torch.float32, torch.bfloat16
     many, few = torch.ones(half.ROWS, 4), torch.ones(half.ROWS - 1, 4)
     weight = torch.ones(5, 4)
@@ -120,18 +146,37 @@ def test_what_is_widened_and_what_is_not() -> None:
     run(None, few.bfloat16(), weight.bfloat16().t())  # a layer, in generating
     run(None, few.bfloat16(), weight.t().bfloat16().contiguous())  # LoRA's gradient
     run(None, many.bfloat16(), weight.t())  # which PyTorch refuses, and must
+    run(None, many, weight.t())
+    half._ways[torch.float16] = half.NATIVE
     run(None, many.half(), weight.half().t())
     out = torch.zeros(2, dtype=narrow)
     assert run(None, many.bfloat16(), weight.bfloat16().t(), out=out) is out
     assert out.tolist() == [3, 3]
+    half._ways[torch.bfloat16] = half.NATIVE
+    run(None, many.bfloat16(), weight.bfloat16().t())
     assert stock.seen == [
         [wide, wide],
         [narrow, narrow],
         [wide, wide],
         [narrow, wide],
+        [wide, wide],
         [torch.float16, torch.float16],
         [wide, wide, wide],
+        [narrow, narrow],
     ]
+    # bf16 instructions are for widened products only: what is float32 itself stays so.
+    usual = torch.backends.mkldnn.matmul.fp32_precision
+    short = "bf16" if way == half.SHORTENED else usual
+    assert usual != "bf16"
+    assert stock.instructions == [short, usual, short, usual, usual, usual, short, usual]
+
+
+def test_attention_s_weights_are_not_shortened() -> None:
+    stock = Stock()
+    query = torch.ones(1, 1, half.ROWS, 4).bfloat16()
+    half._widened(stock, 0, 1, exact=True)(None, query, query, query)
+    assert stock.seen == [[torch.float32] * 3]
+    assert stock.instructions != ["bf16"]
 
 
 def test_products_of_unlike_precisions_are_still_refused() -> None:

@@ -87,12 +87,31 @@ def test_where_it_pays(
     kind: str,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(linear, "_amd_with_avx512", lambda: amd)
+    monkeypatch.setattr(linear, "amd_with_avx512", lambda: amd)
     monkeypatch.setattr(linear, "available", lambda: bytes_free)
     config = main.compose(overrides)
     architecture = load_architecture(config.model)
     found = linear.choose(config, architecture, "fp32", stage)
     assert found[0] == kind and reason in found[1]
+
+
+@pytest.mark.parametrize(
+    ("can", "kind"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, "packed"),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "avx512_bf16": True}, "packed"),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False, "avx2": True}, "plain"),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True, "avx512_bf16": True}, "plain"),
+        ({"bf16": True}, "plain"),  # ARM
+    ],
+)
+def test_which_processors_pack(
+    monkeypatch: pytest.MonkeyPatch, can: dict[str, Any], kind: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    monkeypatch.setattr(linear, "available", lambda: 1 << 40)
+    config = main.compose([])
+    assert linear.choose(config, load_architecture(config.model), "fp32", 0)[0] == kind
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

@@ -1,0 +1,100 @@
+"""How fast this CPU multiplies in float32 and in each way of bf16, and what is chosen from that."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from sft.fast import half, linear
+
+FLOAT32 = "float32"
+# How much faster a way must be than the one it displaces. float32 rounds least; and two starts on
+# one machine must choose alike, although its speed varies.
+MARGIN = 1.15
+# The first layer of a small model's MLP: one product forward and one backward are 2.4 GFLOP.
+TOKENS, INPUTS, OUTPUTS = 256, 768, 3072
+ROUNDS = 3  # the first warms up
+NAMES = {
+    FLOAT32: "float32",
+    half.NATIVE: "bf16",
+    half.WIDENED: "bf16 as float32",
+    half.SHORTENED: "bf16 as float32 by bf16 instructions",
+}
+
+
+def speeds() -> dict[str, float]:
+    """Give GFLOP/s of ``FLOAT32`` and each of ``half.ways``, with PyTorch's number of threads."""
+    return _speeds(torch.get_num_threads())
+
+
+@functools.cache
+def _speeds(threads: int) -> dict[str, float]:
+    """Measure once for each number of threads.
+
+    CPU time is measured, the ways take turns, and the fastest round of each counts: other
+    processes disturb all three least. float32 counts as frozen layers compute it, see
+    ``sft.fast.linear``.
+    """
+    shapes = (TOKENS, INPUTS), (TOKENS, OUTPUTS), (OUTPUTS, INPUTS)
+    x, gradient, weight = (torch.ones(shape) for shape in shapes)  # draws no random numbers
+    short = [value.bfloat16() for value in (x, gradient, weight)]
+
+    def native() -> None:
+        _multiply(*short)
+
+    def widened() -> None:
+        for result in _multiply(*(value.float() for value in short)):
+            result.bfloat16()
+
+    def shortened() -> None:
+        with half.bf16_instructions():
+            widened()
+
+    ways: dict[str, list[Callable[[], object]]] = {
+        FLOAT32: [lambda: _multiply(x, gradient, weight)]
+    }
+    if linear.amd_with_avx512():
+        forward, backward = linear.pack(weight)
+        ways[FLOAT32].append(
+            lambda: (linear.product(x, forward, None), linear.product(gradient, backward, None))
+        )
+    functions = {half.NATIVE: native, half.WIDENED: widened, half.SHORTENED: shortened}
+    ways |= {way: [functions[way]] for way in half.ways(torch.bfloat16)}
+    seconds = dict.fromkeys(ways, float("inf"))
+    for _ in range(ROUNDS):
+        for name, alternatives in ways.items():
+            seconds[name] = min(seconds[name], *map(_seconds, alternatives))
+    operations = threads * 2 * 2 * TOKENS * INPUTS * OUTPUTS
+    return {name: operations / took / 1e9 for name, took in seconds.items()}
+
+
+def _multiply(
+    x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return F.linear(x, weight), gradient @ weight
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    with torch.no_grad():
+        began = time.process_time()
+        function()
+        return time.process_time() - began
+
+
+def fastest(speeds: Mapping[str, float], order: Sequence[str]) -> str:
+    """Choose the first of an order, or a later one that is faster by more than ``MARGIN``."""
+    chosen = order[0]
+    for name in order[1:]:
+        if speeds[name] > MARGIN * speeds[chosen]:
+            chosen = name
+    return chosen
+
+
+def said(speeds: Mapping[str, float]) -> str:
+    """Say what was measured, the fastest first."""
+    found = sorted(speeds, key=lambda name: -speeds[name])
+    return ", ".join(f"{NAMES[name]} {speeds[name]:.0f}" for name in found) + " GFLOP/s"

@@ -1,0 +1,140 @@
+"""The precision of a run: what was measured to be fastest, the same on all ranks and resumes."""
+
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from sft.errors import ConfigError
+from sft.fast import half, linear, speed
+from sft.model import Precision, choose_precision
+
+NONE: dict[str, Any] = {"cpu_name": "Intel", "avx2": True}
+BF16: dict[str, Any] = {"cpu_name": "Intel", "avx512_f": True, "avx512_bf16": True}
+WAYS = (speed.FLOAT32, half.NATIVE, half.WIDENED, half.SHORTENED)
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the processor be another, with what is measured there; None: nothing may be."""
+
+    def become(can: dict[str, Any], figures: tuple[float, ...] | None) -> None:
+        def speeds() -> dict[str, float]:
+            assert figures is not None
+            return dict(zip(WAYS, figures, strict=False))
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+        monkeypatch.setattr(speed, "speeds", speeds)
+
+    return become
+
+
+@pytest.mark.parametrize(
+    ("figures", "auto", "bf16"),
+    [
+        # GFLOP/s of float32, bf16, bf16 as float32, and that by bf16 instructions.
+        ((102.0, 186.0, 73.0, 90.0), "native", "native"),  # AMD Zen 4, a thread
+        ((150.0, 81.0, 135.0, 139.0), None, half.WIDENED),  # Intel, AVX512-BF16 without AMX
+        ((100.0, 114.0, 90.0, 114.0), None, half.NATIVE),  # within what a speed varies
+        ((100.0, 60.0, 90.0, 140.0), half.SHORTENED, half.SHORTENED),
+        ((100.0, 60.0, 130.0, 60.0), None, half.WIDENED),  # disturbed: it is float32 and more
+        ((100.0, 120.0, 90.0, 130.0), half.NATIVE, half.NATIVE),
+    ],
+)
+def test_the_fastest_is_chosen_where_it_clearly_is(
+    processor: Any, figures: tuple[float, ...], auto: str | None, bf16: str
+) -> None:
+    processor(BF16, figures)
+    found = choose_precision("auto")
+    assert found[:1] + found[2:] == (("bf16", auto) if auto else ("fp32", ""))
+    assert found.reason.startswith("measured on this CPU: ")
+    assert f"float32 {figures[0]:.0f}" in found.reason and "GFLOP/s" in found.reason
+    asked = choose_precision("bf16")
+    assert (asked.name, asked.products) == ("bf16", bf16)
+    assert f"products computed as {speed.NAMES[bf16]}" in asked.reason
+
+
+def test_nothing_is_measured_where_nothing_is_to_choose(processor: Any) -> None:
+    for can in (NONE, BF16):
+        processor(can, None)
+        assert choose_precision("fp32") == Precision("fp32", "as asked", "")
+        with pytest.raises(ConfigError, match="precision=fp16"):
+            choose_precision("fp16")
+    processor(NONE, None)
+    assert choose_precision("auto") == Precision("fp32", "the CPU has no bf16", "")
+    assert choose_precision("bf16")[::2] == ("bf16", half.WIDENED)
+    assert "computed in float32 and rounded" in choose_precision("bf16").reason
+
+
+def test_a_resumed_run_goes_on_with_what_it_began_with(processor: Any) -> None:
+    processor(BF16, None)
+    for products in (half.NATIVE, half.WIDENED, half.SHORTENED):
+        begun = Precision("bf16", "", products).identity()
+        for asked in ("auto", "bf16"):
+            assert choose_precision(asked, begun)[::2] == ("bf16", products)
+    assert choose_precision("auto", begun).reason.startswith("as this run began")
+    assert choose_precision("auto", {"precision": "fp32"})[::2] == ("fp32", "")
+    processor(NONE, None)  # which cannot compute so
+    found = choose_precision("auto", {"precision": "bf16", "products": half.NATIVE})
+    assert found[::2] == ("bf16", half.WIDENED)
+    # A run of before there were figures, or of a GPU, has no way of computing noted.
+    processor(BF16, (100.0, 60.0, 90.0, 80.0))
+    assert choose_precision("auto", {"precision": "bf16"})[::2] == ("bf16", half.WIDENED)
+
+
+@pytest.mark.parametrize("amd", [True, False])
+@pytest.mark.parametrize("ways", [[half.WIDENED], [half.NATIVE], list(WAYS[1:])])
+def test_a_measurement_leaves_all_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, amd: bool, ways: list[str]
+) -> None:
+    monkeypatch.setattr(linear, "amd_with_avx512", lambda: amd)
+    monkeypatch.setattr(half, "ways", lambda dtype: ways)
+    for name, value in (("TOKENS", 16), ("INPUTS", 32), ("OUTPUTS", 48)):
+        monkeypatch.setattr(speed, name, value)
+    speed._speeds.cache_clear()
+    before = torch.get_rng_state(), dict(half._ways), half._library
+    usual = torch.backends.mkldnn.matmul.fp32_precision
+    found = speed.speeds()
+    assert list(found) == [speed.FLOAT32, *ways]
+    assert all(0 < figure for figure in found.values())
+    assert speed.speeds() is found  # measured once in a process
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (half._ways, half._library)
+    assert torch.backends.mkldnn.matmul.fp32_precision == usual != "bf16"
+    speed._speeds.cache_clear()
+
+
+def test_the_order_decides_what_is_close() -> None:
+    figures = {"a": 100.0, "b": 100 * speed.MARGIN, "c": 100 * speed.MARGIN + 0.1}
+    assert speed.fastest(figures, ["a", "b"]) == "a"
+    assert speed.fastest(figures, ["a", "b", "c"]) == "c"
+    assert speed.fastest(figures, ["c", "b", "a"]) == "c"
+    assert math.isclose(speed.MARGIN, 1.15)
+
+
+def test_all_ranks_have_rank_zero_s_decision() -> None:
+    from socket import socket
+
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = (
+        "import os; from sft.ranks import from_rank_zero as f\n"
+        "print(*(f(lambda: [name, os.environ['RANK']]) for name in ('a', 'b')))"
+    )
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["['a', '0'] ['b', '0']\n"] * 2
