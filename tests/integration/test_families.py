@@ -31,6 +31,7 @@ def test_family_trains_saves_and_merges(
                 *("dataset=jsonl", f"dataset.path={rows}", "template=chat"),
                 *("train.global_batch_size=4", "train.max_steps=6", "train.warmup_steps=0"),
                 *("train.logging_steps=1", "train.learning_rate=2e-2", "train.save_strategy=no"),
+                "precision=fp32",
             ]
         )
     )
@@ -53,8 +54,9 @@ def test_family_trains_saves_and_merges(
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # the base is stored in float32
 def test_quantised_base_trains_and_merges(
-    tmp_path: Path, rows: Path, llama: Path, quantization: str
+    tmp_path: Path, rows: Path, llama: Path, quantization: str, precision: str
 ) -> None:
     run = tmp_path / "run"
     train.train(
@@ -64,6 +66,7 @@ def test_quantised_base_trains_and_merges(
                 *("dataset=jsonl", f"dataset.path={rows}", "template=chat", f"output_dir={run}"),
                 *("train.global_batch_size=4", "train.max_steps=8", "train.warmup_steps=0"),
                 *("train.logging_steps=1", "train.learning_rate=2e-2", "train.save_strategy=no"),
+                f"precision={precision}",
             ]
         )
     )

@@ -62,7 +62,7 @@ def merged(*overrides: str) -> None:
 )
 def test_kinds_of_adapter_merge(tmp_path: Path, rows: Path, overrides: list[str]) -> None:
     base = build_model(tmp_path / "base", "llama", tied=True)
-    run = trained(tmp_path, base, rows, *overrides)
+    run = trained(tmp_path, base, rows, "precision=fp32", *overrides)
     merged(f"run={run}")
     report = json.loads((run / "merged" / "merge_report.json").read_text())
     assert report["passed"] and report["adapter_effect"]["max_difference"] > 1e-2
@@ -71,6 +71,22 @@ def test_kinds_of_adapter_merge(tmp_path: Path, rows: Path, overrides: list[str]
     whole = AutoModelForCausalLM.from_pretrained(run / "merged")
     with torch.no_grad():
         assert (adapted(ids).logits - whole(ids).logits).abs().max() < 1e-4
+
+
+def test_pissa_trained_in_bf16_merges(tmp_path: Path, llama: Path, rows: Path) -> None:
+    """Its first product was taken out of weights that were rounded when training loaded them."""
+    pissa = ["lora.extra.init_lora_weights=pissa", "precision=bf16"]
+    run = trained(tmp_path, llama, rows, *pissa)
+    merged(f"run={run}")
+    assert report_of(run / "merged")["passed"]
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(run / "merged")
+    kept = PeftModel.from_pretrained(base, run / "adapter").get_base_model()
+    for name, layer in kept.named_modules():
+        if name.endswith("_proj"):
+            expected = layer.get_base_layer().weight.float() + layer.get_delta_weight("default")
+            found = whole.get_submodule(name).weight
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def report_of(folder: Path) -> dict[str, Any]:

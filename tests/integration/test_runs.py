@@ -196,6 +196,7 @@ def test_evaluation_counts_every_token_once(tmp_path: Path, common: list[str]) -
                 *common,
                 f"train.per_device_eval_batch_size={size}",
                 "train.max_steps=1",
+                "precision=fp32",
                 f"output_dir={tmp_path / str(size)}",
             ]
         )
