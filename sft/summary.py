@@ -47,8 +47,8 @@ def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer
     )
     if config.quantization.load_in_8bit:
         logger.info(
-            "quantization int8: bitsandbytes rounds the inputs of each linear layer too: to float16, "
-            "where those above 65,504 overflow, and then to 8 bits"
+            "quantization int8: bitsandbytes rounds the inputs of linear layers too, to float16 "
+            "(above 65,504 they overflow), then to 8 bits"
         )
     sample = marked(prepared.train.dataset[0], tokenizer)
     if len(sample) > 2000:

@@ -56,7 +56,12 @@ def test_family_trains_saves_and_merges(
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])  # the base is stored in float32
 def test_quantised_base_trains_and_merges(
-    tmp_path: Path, rows: Path, llama: Path, quantization: str, precision: str
+    tmp_path: Path,
+    rows: Path,
+    llama: Path,
+    quantization: str,
+    precision: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = tmp_path / "run"
     train.train(
@@ -72,6 +77,7 @@ def test_quantised_base_trains_and_merges(
     )
     found = losses(run)
     assert found[-1] < found[0] - 0.5
+    assert {record.name for record in caplog.records} <= {"sft"}  # nothing of bitsandbytes
     merge.merge(merge.main.compose([f"run={run}"]))
     report = json.loads((run / "merged" / "merge_report.json").read_text())
     assert report["passed"] and report["onto"] == "dequantized"

@@ -35,7 +35,9 @@ def stages(tmp_path_factory: pytest.TempPathFactory, llama: Path, rows: Path) ->
     for name, ranks in (("one", 1), *((stage, 2) for stage in STAGES)):
         how = PLAIN if name == "one" else [f"zero={name}"]
         runs[name] = folder / name
-        run_warm("train", *common, *how, f"output_dir={runs[name]}", ranks=ranks, cwd=folder)
+        command = [*common, *how, f"output_dir={runs[name]}"]
+        done = run_warm("train", *command, ranks=ranks, cwd=folder)
+        assert done.stderr == ""  # nothing of Accelerate or DeepSpeed
     return runs
 
 

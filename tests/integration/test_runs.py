@@ -71,6 +71,7 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(
 
     assert "passed over killed/checkpoint-8: has no manifest.json" in again.stdout
     assert "resuming from killed/checkpoint-4" in again.stdout
+    assert again.stderr == ""
     resumed, never_killed = (
         {
             record["step"]: [record[key] for key in ("loss", "entropy", "num_tokens")]
