@@ -97,6 +97,30 @@ def test_quantised_base_trains_and_merges(
     )
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_4_bit_layers_keep_the_layout_of_training(
+    tmp_path: Path, llama: Path, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for, or in the base's files; as on a processor with AVX512-BF16."""
+    import bitsandbytes
+    from transformers import AutoConfig
+
+    from sft.config import Config, ModelConfig
+    from sft.model import load_base, load_frozen
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    config = train.main.compose(["model=hf", f"model.name_or_path={llama}", "quantization=nf4"])
+    if stored:
+        base = tmp_path / "base"
+        load_frozen(config.model, config.quantization).save_pretrained(base)
+        config = Config(model=ModelConfig(name_or_path=str(base)))
+    architecture = AutoConfig.from_pretrained(config.model.name_or_path)
+    model = load_base(config, architecture, "fp32", None)
+    layers = [item for item in model.modules() if isinstance(item, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 14
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
 def test_full_fine_tuning_writes_a_model(tmp_path: Path, rows: Path, llama: Path) -> None:
     run = tmp_path / "run"
     train.train(
