@@ -12,9 +12,8 @@ TINY = ROOT / "assets" / "tiny"
 SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))
 
 
-# The relative difference of two runs' losses, in float32, that another order of sums explains. A
-# sum of n terms is off by at most n/2 units in the last place (6e-8 each), mostly by a few; an
-# update carries that into the next step's loss, in the runs of these tests about tenfold.
+# How far the losses of two runs may be apart, as a share, where only the order of float32 sums
+# differs: seen are 1 to 2 units in the last place (6e-8), and an update carries them on.
 SAME_LOSS = 1e-5
 
 

@@ -22,18 +22,17 @@ for line in open(sys.argv[1]):
 SETTINGS = {
     "stage2": ["zero=stage2"],
     "plain": ["lora.r=4", "train.learning_rate=5e-3"],
-    "bf16": ["precision=bf16", "train.gradient_checkpointing=true"],
-    "stage3": ["zero=stage3", "seed=7"],
     "fails": ["zero=stage2", "train.max_grad_norm=0", "train.learning_rate=1e30"],
-    "again": ["train.per_device_train_batch_size=1"],
+    "stage3": ["zero=stage3", "seed=7", "train.per_device_train_batch_size=1"],
+    "bf16": ["precision=bf16", "train.gradient_checkpointing=true"],
 }
 
 
 def test_runs_of_one_process_compute_what_they_do_alone(tmp_path: Path, saving: list[str]) -> None:
     def command(name: str, folder: str) -> list[str]:
-        given = {item.partition("=")[0] for item in SETTINGS[name]}
-        common = [item for item in saving if item.partition("=")[0] not in given]
-        return [*common, *SETTINGS[name], f"output_dir={tmp_path / folder / name}"]
+        own = [*SETTINGS[name], "train.max_steps=4", f"output_dir={tmp_path / folder / name}"]
+        given = {item.partition("=")[0] for item in own}
+        return [item for item in saving if item.partition("=")[0] not in given] + own
 
     cells = tmp_path / "cells.jsonl"
     cells.write_text("".join(json.dumps(command(name, "notebook")) + "\n" for name in SETTINGS))
@@ -52,4 +51,4 @@ def test_runs_of_one_process_compute_what_they_do_alone(tmp_path: Path, saving: 
         )
         assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one), name
         # A log file holds its own run and nothing of those after it.
-        assert (run / "rank0.log").read_text().count("step 6/6  loss") == 1
+        assert (run / "rank0.log").read_text().count("step 4/4  loss") == 1
