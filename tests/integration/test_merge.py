@@ -25,13 +25,14 @@ from sft.merge import __main__ as merge
 WEIGHTS = "adapter_model.safetensors"
 
 
-def trained(folder: Path, base: Path, rows: Path, *overrides: str) -> Path:
+def trained(folder: Path, base: Path, rows: Path, *overrides: str, precision: str = "fp32") -> Path:
     run = folder / "run"
     settings = [
         *("model=hf", f"model.name_or_path={base}", f"output_dir={run}"),
         *("dataset=jsonl", f"dataset.path={rows}"),
         *("template=chat", "train.global_batch_size=4", "train.max_steps=3"),
         *("train.warmup_steps=0", "train.learning_rate=2e-2", "train.save_strategy=no"),
+        f"precision={precision}",
     ]
     train.train(train.main.compose([*settings, *overrides]))
     return run
@@ -62,7 +63,7 @@ def merged(*overrides: str) -> None:
 )
 def test_kinds_of_adapter_merge(tmp_path: Path, rows: Path, overrides: list[str]) -> None:
     base = build_model(tmp_path / "base", "llama", tied=True)
-    run = trained(tmp_path, base, rows, "precision=fp32", *overrides)
+    run = trained(tmp_path, base, rows, *overrides)
     merged(f"run={run}")
     report = json.loads((run / "merged" / "merge_report.json").read_text())
     assert report["passed"] and report["adapter_effect"]["max_difference"] > 1e-2
@@ -75,8 +76,8 @@ def test_kinds_of_adapter_merge(tmp_path: Path, rows: Path, overrides: list[str]
 
 def test_pissa_trained_in_bf16_merges(tmp_path: Path, llama: Path, rows: Path) -> None:
     """Its first product was taken out of weights that were rounded when training loaded them."""
-    pissa = ["lora.extra.init_lora_weights=pissa", "precision=bf16"]
-    run = trained(tmp_path, llama, rows, *pissa)
+    pissa = "lora.extra.init_lora_weights=pissa"
+    run = trained(tmp_path, llama, rows, pissa, precision="bf16")
     merged(f"run={run}")
     assert report_of(run / "merged")["passed"]
     base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
