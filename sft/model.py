@@ -284,7 +284,7 @@ def load_base(
             model = AutoModelForCausalLM.from_config(
                 architecture, trust_remote_code=config.model.trust_remote_code, **options
             )
-    if config.quantization.load_in_4bit:
+    if getattr(model, "is_loaded_in_4bit", False):  # as asked, or as its files are
         keep_training_layout(model)
     return model
 

@@ -54,7 +54,8 @@ class Run:
         self._accepted: list[str] = []
         self._record: dict[str, Any] = {}
         self._found: str | None = None  # the folder's run.json as it was when all was decided
-        self._lock: IO[str] | None = None  # held for life: the kernel frees it when we die
+        self._lock: IO[str] | None = None  # held until release(); the kernel frees it if we die
+        self._log: logging.Handler | None = None
 
     def resume_point(self) -> Path | None:
         """Decide, reading only, whether to start, to go on, or to refuse.
@@ -243,15 +244,28 @@ class Run:
             with contextlib.suppress(OSError):  # a full disk, which is the reason already
                 self._write()
 
+    def log_to_file(self, rank: int) -> None:
+        """Write this rank's log lines to a file in the folder too, until release()."""
+        self._log = logging.FileHandler(self.dir / f"rank{rank}.log", encoding="utf-8")
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.addHandler(self._log)
+        if logger.level == logging.NOTSET:  # in a notebook, where no command has set it
+            logger.setLevel(logging.INFO)
+
+    def release(self) -> None:
+        """Unlock the folder and close the log file, so that the process may train another run."""
+        if self._log is not None:
+            logger.removeHandler(self._log)
+            self._log.close()
+            self._log = None
+        if self._lock is not None:
+            # Unlock before closing: forked workers share the open file, and would keep the lock.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._lock.close()
+            self._lock = None
+
     def _write(self) -> None:
         write_text(self.dir / "run.json", to_json(self._record, indent=2) + "\n")
-
-
-def log_to_file(path: Path) -> None:
-    """Keep this rank's log in a file of its own."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
 
 
 def versions() -> dict[str, str]:

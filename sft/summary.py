@@ -45,6 +45,11 @@ def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer
         f"{total:,}",
         100 * trained / total,
     )
+    if config.quantization.load_in_8bit:
+        logger.info(
+            "quantization int8: bitsandbytes rounds the inputs of linear layers too, to float16 "
+            "(above 65,504 they overflow), then to 8 bits"
+        )
     sample = marked(prepared.train.dataset[0], tokenizer)
     if len(sample) > 2000:
         sample = f"{sample[:1000]} [...] {sample[-1000:]}"

@@ -52,8 +52,13 @@ def fit(config: Config) -> Path:
     fill_names(config)
     run = Run(config)
     resume_from = run.resume_point()
-    environment.prepare(distributed=config.zero.config is not None)
+    with environment.prepared(distributed=config.zero.config is not None):
+        fit_in(run, config, resume_from)
+    return run.dir
 
+
+def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
+    """Do what ``fit`` does once the libraries may be imported."""
     from sft import adapter, build, memory, model, resume, summary, zero
     from sft.data import artefact
     from sft.data.prepare import prepare
@@ -138,7 +143,7 @@ def fit(config: Config) -> Path:
         raise
     finally:
         environment.end_process_group()
-    return run.dir
+        run.release()
 
 
 def merge(folder: Path) -> None:
@@ -170,14 +175,13 @@ def start(
     from sft.fast import proof
     from sft.guard import Guard
     from sft.merge import probes
-    from sft.run import log_to_file
 
     if trainer.args.process_index == 0:
         run.claim()
         run.keep_audit(prepared.folder)
         probes.keep(prepared, run.dir / probes.FILE)
     trainer.accelerator.wait_for_everyone()
-    log_to_file(run.dir / f"rank{trainer.args.process_index}.log")
+    run.log_to_file(trainer.args.process_index)
     trainer.on_nan = run.config.train.on_nan
     callbacks.watch(trainer, run.dir / "metrics.jsonl")
     trainer.guard = Guard(trainer, signals, run.config.train.max_loss_jump)

@@ -12,6 +12,11 @@ TINY = ROOT / "assets" / "tiny"
 SHARED = Path(os.environ.get("SFT_SHARED", ROOT.parent / "shared"))
 
 
+# How far the losses of two runs may be apart, as a share, where only the order of float32 sums
+# differs: seen are 1 to 2 units in the last place (6e-8), and an update carries them on.
+SAME_LOSS = 1e-5
+
+
 def run_sft(
     command: str, *overrides: str, ranks: int = 1, cwd: Path, check: bool = True, **env: str
 ) -> subprocess.CompletedProcess[str]:
@@ -40,6 +45,35 @@ def records(run: Path) -> list[dict[str, Any]]:
 def losses(run: Path) -> list[float]:
     """List the training losses by step."""
     return [record["loss"] for record in records(run) if "loss" in record]
+
+
+def assert_same_adapter(found: Path, expected: Path, rate: float, steps: int) -> None:
+    """Require that two runs trained the same adapter but for the order of float32 sums.
+
+    Another number of ranks, ZeRO stage or processor adds up a gradient in another order, so that
+    its last bits differ. Adam divides a gradient by its own size: an element whose gradient is no
+    larger than these bits may move by the learning rate in every step, in either direction. Such
+    elements are few and hardly change the loss. All others agree.
+
+    Args:
+        found: A run's folder.
+        expected: Another run's.
+        rate: The largest learning rate.
+        steps: Optimizer steps.
+    """
+    from safetensors.torch import load_file
+
+    one, other = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (found, expected)
+    )
+    assert one.keys() == other.keys()
+    apart = total = 0
+    for name, tensor in other.items():
+        difference = (one[name] - tensor).abs()
+        assert difference.max() <= 2 * rate * steps, name
+        apart += int((difference > 1e-4 * tensor.abs().max()).sum())
+        total += tensor.numel()
+    assert apart <= 0.01 * total, f"{apart} of {total} elements differ by over 1e-4 of the largest"
 
 
 # Nothing of ours computes anything: the way that every fast one must agree with.

@@ -141,17 +141,23 @@ def _reference(
     Args:
         prepared: The merge.
         quantization: How the base is stored.
-        weights_only: Do without what 8-bit layers do to their inputs.
+        weights_only: Do without what quantised layers do in their forward pass: an 8-bit one
+            rounds its inputs; a 4-bit one, without gradients, does not round its weights to the
+            precision of training.
     """
     from peft import PeftModel
 
     sources = prepared.sources
     quantized = quantization.load_in_4bit or quantization.load_in_8bit
-    base = load_frozen(sources.base, quantization, sources.dtype if quantized else torch.float32)
-    if quantization.load_in_8bit and weights_only:
-        base = base.dequantize().float()
+    # Weights are quantised, and PiSSA's first product is taken, from what training had loaded.
+    derived = quantized or bool(prepared.wholes)
+    base = load_frozen(sources.base, quantization, sources.dtype if derived else torch.float32)
+    if quantized and weights_only:
+        base = base.dequantize(torch.float32).float()
     elif quantized:
         _compute_in_float32(base)
+    if weights_only and derived and sources.dtype != sources.stored_dtype:
+        _restore_others(base, prepared)
     if prepared.resized:
         base.resize_token_embeddings(prepared.resized, mean_resizing=False)
     model = PeftModel.from_pretrained(
@@ -159,7 +165,7 @@ def _reference(
     )
     for index, folder in enumerate(sources.adapters[1:], 1):
         model.load_adapter(str(folder), adapter_name=adapters.name_of(index))
-    return _weighed(model, prepared)
+    return _weighed(model if quantized else model.float(), prepared)
 
 
 def _weighed(model: Any, prepared: Prepared) -> Any:
@@ -175,6 +181,19 @@ def _weighed(model: Any, prepared: Prepared) -> Any:
                 if name in module.scaling:
                     module.scaling[name] *= weight
     return model.eval()
+
+
+@torch.no_grad()
+def _restore_others(model: Any, prepared: Prepared) -> None:
+    """Give the weights that a merge takes over as they are the values of the base's files.
+
+    Training loaded these too in its own precision, which may be narrower than the files'.
+    """
+    stored = load_frozen(prepared.sources.base, QuantizationConfig(), torch.float32)
+    values = dict(stored.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in prepared.wholes:
+            parameter.data = values[name].data
 
 
 def _compute_in_float32(model: Any) -> None:

@@ -31,6 +31,7 @@ def test_family_trains_saves_and_merges(
                 *("dataset=jsonl", f"dataset.path={rows}", "template=chat"),
                 *("train.global_batch_size=4", "train.max_steps=6", "train.warmup_steps=0"),
                 *("train.logging_steps=1", "train.learning_rate=2e-2", "train.save_strategy=no"),
+                "precision=fp32",
             ]
         )
     )
@@ -53,8 +54,14 @@ def test_family_trains_saves_and_merges(
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # the base is stored in float32
 def test_quantised_base_trains_and_merges(
-    tmp_path: Path, rows: Path, llama: Path, quantization: str
+    tmp_path: Path,
+    rows: Path,
+    llama: Path,
+    quantization: str,
+    precision: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = tmp_path / "run"
     train.train(
@@ -64,11 +71,13 @@ def test_quantised_base_trains_and_merges(
                 *("dataset=jsonl", f"dataset.path={rows}", "template=chat", f"output_dir={run}"),
                 *("train.global_batch_size=4", "train.max_steps=8", "train.warmup_steps=0"),
                 *("train.logging_steps=1", "train.learning_rate=2e-2", "train.save_strategy=no"),
+                f"precision={precision}",
             ]
         )
     )
     found = losses(run)
     assert found[-1] < found[0] - 0.5
+    assert {record.name for record in caplog.records} <= {"sft"}  # nothing of bitsandbytes
     merge.merge(merge.main.compose([f"run={run}"]))
     report = json.loads((run / "merged" / "merge_report.json").read_text())
     assert report["passed"] and report["onto"] == "dequantized"
@@ -86,6 +95,30 @@ def test_quantised_base_trains_and_merges(
     assert (
         json.loads((run / "merged" / "config.json").read_text()).get("quantization_config") is None
     )
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_4_bit_layers_keep_the_layout_of_training(
+    tmp_path: Path, llama: Path, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for, or in the base's files; as on a processor with AVX512-BF16."""
+    import bitsandbytes
+    from transformers import AutoConfig
+
+    from sft.config import Config, ModelConfig
+    from sft.model import load_base, load_frozen
+
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    config = train.main.compose(["model=hf", f"model.name_or_path={llama}", "quantization=nf4"])
+    if stored:
+        base = tmp_path / "base"
+        load_frozen(config.model, config.quantization).save_pretrained(base)
+        config = Config(model=ModelConfig(name_or_path=str(base)))
+    architecture = AutoConfig.from_pretrained(config.model.name_or_path)
+    model = load_base(config, architecture, "fp32", None)
+    layers = [item for item in model.modules() if isinstance(item, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 14
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
 def test_full_fine_tuning_writes_a_model(tmp_path: Path, rows: Path, llama: Path) -> None:

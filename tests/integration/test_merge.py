@@ -25,13 +25,14 @@ from sft.merge import __main__ as merge
 WEIGHTS = "adapter_model.safetensors"
 
 
-def trained(folder: Path, base: Path, rows: Path, *overrides: str) -> Path:
+def trained(folder: Path, base: Path, rows: Path, *overrides: str, precision: str = "fp32") -> Path:
     run = folder / "run"
     settings = [
         *("model=hf", f"model.name_or_path={base}", f"output_dir={run}"),
         *("dataset=jsonl", f"dataset.path={rows}"),
         *("template=chat", "train.global_batch_size=4", "train.max_steps=3"),
         *("train.warmup_steps=0", "train.learning_rate=2e-2", "train.save_strategy=no"),
+        f"precision={precision}",
     ]
     train.train(train.main.compose([*settings, *overrides]))
     return run
@@ -71,6 +72,22 @@ def test_kinds_of_adapter_merge(tmp_path: Path, rows: Path, overrides: list[str]
     whole = AutoModelForCausalLM.from_pretrained(run / "merged")
     with torch.no_grad():
         assert (adapted(ids).logits - whole(ids).logits).abs().max() < 1e-4
+
+
+def test_pissa_trained_in_bf16_merges(tmp_path: Path, llama: Path, rows: Path) -> None:
+    """Its first product was taken out of weights that were rounded when training loaded them."""
+    pissa = "lora.extra.init_lora_weights=pissa"
+    run = trained(tmp_path, llama, rows, pissa, precision="bf16")
+    merged(f"run={run}")
+    assert report_of(run / "merged")["passed"]
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(run / "merged")
+    kept = PeftModel.from_pretrained(base, run / "adapter").get_base_model()
+    for name, layer in kept.named_modules():
+        if name.endswith("_proj"):
+            expected = layer.get_base_layer().weight.float() + layer.get_delta_weight("default")
+            found = whole.get_submodule(name).weight
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def report_of(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,12 @@
-"""Compile locks: those of the dead are removed, those of the living are not."""
+"""Compile locks of the dead are removed; of the libraries' messages, only the known are hidden."""
 
+import importlib.metadata
+import logging
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 HOLD = """
 import sys
@@ -30,3 +34,34 @@ def test_compile_locks_of_the_dead_are_removed(tmp_path: Path) -> None:
     first.wait()
     subprocess.run(command, input="", capture_output=True, check=True)
     assert not lock.exists()
+
+
+def test_only_known_messages_are_hidden(caplog: pytest.LogCaptureFixture) -> None:
+    from sft import environment
+
+    environment.prepare()
+    for name, message in environment.SILENCED.items():
+        package, *path = name.split(".")
+        source = Path(str(importlib.metadata.distribution(package).locate_file(package)))
+        text = source.joinpath(*path).with_suffix(".py").read_text()
+        assert message in text, f"{name} says it in other words now"
+        logging.getLogger(name).warning(f"[RANK 0] {message}")  # as Accelerate says it
+        logging.getLogger(name).warning("new to us")
+    assert [record.getMessage() for record in caplog.records] == ["new to us"] * 3
+
+
+def test_of_progress_bars_the_loading_of_weights_is_hidden() -> None:
+    from transformers.utils import logging as bars
+
+    from sft import environment
+
+    before = bars.is_progress_bar_enabled()
+    environment.prepare()
+    bars.enable_progress_bar()
+    try:
+        assert isinstance(bars.tqdm([1], desc="Loading weights"), bars.EmptyTqdm)
+        assert list(bars.tqdm([1], desc="Loading weights")) == [1]
+        assert not isinstance(bars.tqdm([1], desc="another", disable=True), bars.EmptyTqdm)
+    finally:
+        if not before:
+            bars.disable_progress_bar()
