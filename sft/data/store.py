@@ -102,7 +102,7 @@ def encoded(
                 delay=2,  # what is quick needs no bar
                 disable=not sys.stderr.isatty(),
             )
-            for batch, done in _in_parallel(maker, batches, config.num_proc):
+            for batch, done in _in_parallel(maker, batches, config.num_proc, wanted is None):
                 gained = _samples_in(done.documents, config)
                 made += gained
                 bar.update(len(batch) if wanted is None else round(gained))
@@ -225,18 +225,29 @@ def _work(batch: list[Row | BadRow]) -> Encoded:
 
 
 def _in_parallel(
-    maker: RowEncoder, batches: Iterator[list[Row | BadRow]], num_proc: int | None
+    maker: RowEncoder, batches: Iterator[list[Row | BadRow]], num_proc: int | None, ahead: bool
 ) -> Iterator[tuple[list[Row | BadRow], Encoded]]:
-    """Encode batches, in order; the first in this process, more of them in others beside it."""
-    for batch in itertools.islice(batches, ALONE):
+    """Encode batches, in order; the first in this process, more of them in others beside it.
+
+    Args:
+        maker: Encodes a batch.
+        batches: Of rows.
+        num_proc: Processes; None: one a core.
+        ahead: Read up to ``ALONE`` batches beyond the first before the second is encoded, so that
+            no more than the first is encoded slowly. Not where reading stops at a number of rows.
+    """
+    alone = 1 if ahead else ALONE
+    for batch in itertools.islice(batches, alone):
         yield batch, maker(batch)
     processes = num_proc or len(os.sched_getaffinity(0))
-    following = next(batches, None)
-    if following is None:
+    following = list(itertools.islice(batches, ALONE + 1 - alone))
+    if alone + len(following) <= ALONE:
+        for batch in following:
+            yield batch, maker(batch)
         return
     maker.encoder.accelerate()
     if processes == 1:
-        for batch in itertools.chain([following], batches):
+        for batch in itertools.chain(following, batches):
             yield batch, maker(batch)
         return
     # Forked, so that the tokenizer is there already; no thread of ours is running yet.
@@ -244,7 +255,7 @@ def _in_parallel(
     with ProcessPoolExecutor(processes, context, _begin_worker, (maker,)) as pool:
         running: collections.deque[tuple[list[Row | BadRow], Future[Encoded]]]
         running = collections.deque()
-        for batch in itertools.chain([following], batches):
+        for batch in itertools.chain(following, batches):
             running.append((batch, pool.submit(_work, batch)))
             if len(running) > 2 * processes:  # so that memory stays bounded
                 first, done = running.popleft()

@@ -87,11 +87,14 @@ def check_file(folder: Path) -> dict[str, tuple[int, ...]]:
             for name in file.keys():
                 tensor = file.get_tensor(name)
                 shapes[name] = tuple(tensor.shape)
-                empty += [name] * (tensor.numel() == 0)
-                broken += [name] * (not tensor.isfinite().all())
+                if tensor.numel() == 0:
+                    empty.append(name)
+                    continue
+                low, high = torch.aminmax(tensor)  # one pass; NaN if one of them is
+                broken += [name] * (not (low.isfinite() and high.isfinite()))
                 if "lora_B" in name or "lora_embedding_B" in name:
-                    trained += bool(tensor.any())
-                    zero += not tensor.any()
+                    trained += bool(low or high)
+                    zero += not (low or high)
     except SafetensorError as error:
         raise MergeError(f"{path} is damaged: {error}\n    fix: train or copy it anew") from None
     if not shapes or empty:

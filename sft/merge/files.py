@@ -83,12 +83,15 @@ class Stored:
         size, offset = (stop - start) * width, self.offset + start * width
         buffer = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer[:size]
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-        with self.file.open("rb", buffering=0) as opened:
+        handle = os.open(self.file, os.O_RDONLY)
+        try:
             while view:  # the kernel may give less than was asked at once
-                got = os.preadv(opened.fileno(), [view], offset)
+                got = os.preadv(handle, [view], offset)
                 if not got:
                     raise MergeError(f"{self.file} ended early\n    fix: download or copy it anew")
                 view, offset = view[got:], offset + got
+        finally:
+            os.close(handle)
         return buffer.view(dtype).view(stop - start, self.columns)
 
 

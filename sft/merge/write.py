@@ -1,18 +1,22 @@
-"""Writing the merged weights: many rows at once by several threads, none of them kept.
+"""Write the merged weights: threads read, change and write some rows at a time, none are kept.
 
 Bytes that nothing changes are copied by the kernel from file to file. Changed rows are read, made
-float32, changed and rounded once, a tile of the size of a processor's cache at a time. While a file
-is on its way to the disk, the next is written.
+float32, changed and rounded once, a tile that fits into a core's cache at a time. As many files as
+there are threads are written in turn, because the kernel lets one thread at a time write into a
+file. Other threads send what was written to the disk meanwhile.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import errno
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +25,7 @@ from sft.merge.files import FLOATS, Stored
 from sft.merge.layout import File, Layout, Output, Part, itemsize
 
 Tick = Callable[[int], object]  # is told of bytes that were written
-TILE = 1 << 19  # numbers; smaller ones cost more calls, larger ones more of the caches
+TILE = 1 << 18  # numbers, 1.5 MiB of buffers: smaller ones cost more calls, larger ones miss L2
 CHUNK = 1 << 24  # numbers that one thread takes at once
 FLUSH = 8  # chunks after which the disk is waited for
 COPY = 1 << 26  # bytes that the kernel copies at once
@@ -42,53 +46,102 @@ def write(layout: Layout, folder: Path, device: torch.device, tick: Tick) -> Non
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each of our threads works on a tile of its own
-    workers, disk = ThreadPoolExecutor(threads), ThreadPoolExecutor(1)
-    try:
-        ends = []
-        for file in layout.files:
-            handle, chunks = _start(file, folder / file.name, device, tick, workers, threads)
-            ends.append(disk.submit(_finish, handle, chunks))
-        _wait(ends)
-    finally:
-        workers.shutdown(cancel_futures=True)
-        disk.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+    with contextlib.ExitStack() as handles:  # closed last: no thread is left to write into one
+        workers, disk = ThreadPoolExecutor(threads), ThreadPoolExecutor(threads)
+        writer = _Writer(folder, device, tick, workers, threads, handles)
+        try:
+            ends = [disk.submit(_finish, *found) for found in _in_turn(layout, writer, threads)]
+            _wait(as_completed(ends))
+        finally:
+            workers.shutdown(cancel_futures=True)
+            disk.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
-def _start(
-    file: File,
-    path: Path,
-    device: torch.device,
-    tick: Tick,
-    workers: ThreadPoolExecutor,
-    threads: int,
-) -> tuple[int, list[Future[None]]]:
-    """Hand the parts of a file to the threads."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    head = file.header()
-    os.ftruncate(handle, len(head) + file.size)
-    os.pwrite(handle, head, 0)
-    offset, chunks = len(head), []
-    for output in file.outputs:
-        if output.is_copy:
-            chunks += [
-                workers.submit(_copy, output.stored, start, handle, offset, tick)
-                for start in range(0, output.size, COPY)
-            ]
-        else:
-            matrix = None
-            if output.whole is not None:
-                _wait(chunks)  # so that one such matrix is in memory at a time
-                torch.set_num_threads(threads)
-                matrix = output.whole(output.stored.read(0, output.stored.rows)).float()
-                torch.set_num_threads(1)
-            job = _Job(output, matrix, handle, offset, device, tick)
-            for part in output.parts:
-                chunks += [workers.submit(job.run, *rows) for rows in job.chunks(part)]
-            if matrix is not None:
-                _wait(chunks)
-        offset += output.size
-    return handle, chunks
+def _in_turn(
+    layout: Layout, writer: _Writer, many: int
+) -> Iterator[tuple[int, list[Future[None]]]]:
+    """Submit the chunks of so many files at a time, one of each in turn; give those submitted."""
+    waiting = iter(layout.files)
+    active = collections.deque(map(writer.start, itertools.islice(waiting, many)))
+    while active:
+        handle, chunks, steps = active.popleft()
+        if next(steps, None) is not None:
+            active.append((handle, chunks, steps))
+            continue
+        yield handle, chunks
+        active.extend(map(writer.start, itertools.islice(waiting, 1)))
+
+
+@dataclass
+class _Writer:
+    """Hands the parts of files to threads.
+
+    Attributes:
+        folder: Where the files go.
+        device: Where the sums are made.
+        tick: Is told of bytes.
+        workers: The threads.
+        threads: How many.
+        handles: Closes the files.
+        pending: Chunks of all files that may not be written yet.
+    """
+
+    folder: Path
+    device: torch.device
+    tick: Tick
+    workers: ThreadPoolExecutor
+    threads: int
+    handles: contextlib.ExitStack
+    pending: list[Future[None]] = field(default_factory=list)
+
+    def start(self, file: File) -> tuple[int, list[Future[None]], Iterator[int]]:
+        """Create a file; each step of the iterator submits a chunk and adds it to the list."""
+        handle = os.open(self.folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self.handles.callback(os.close, handle)
+        head = file.header()
+        os.ftruncate(handle, len(head) + file.size)
+        os.pwrite(handle, head, 0)
+        chunks: list[Future[None]] = []
+        return handle, chunks, self._steps(file, handle, len(head), chunks)
+
+    def _steps(
+        self, file: File, handle: int, offset: int, chunks: list[Future[None]]
+    ) -> Iterator[int]:
+        def submit(function: Callable[..., None], *arguments: object) -> int:
+            chunks.append(self.workers.submit(function, *arguments))
+            self.pending.append(chunks[-1])
+            return len(chunks)
+
+        for output in file.outputs:
+            if output.is_copy:
+                for start in range(0, output.size, COPY):
+                    yield submit(_copy, output.stored, start, handle, offset, self.tick)
+            elif output.whole is None:
+                job = _Job(output, None, handle, offset, self.device, self.tick)
+                for part in output.parts:
+                    for rows in job.chunks(part):
+                        yield submit(job.run, *rows)
+            else:
+                yield self._submit_whole(output, output.whole, handle, offset, submit)
+            offset += output.size
+
+    def _submit_whole(
+        self,
+        output: Output,
+        whole: Callable[[torch.Tensor], torch.Tensor],
+        handle: int,
+        offset: int,
+        submit: Callable[..., int],
+    ) -> int:
+        """Compute a matrix that is changed as a whole; one of them is in memory at a time."""
+        _wait(self.pending)
+        self.pending.clear()
+        torch.set_num_threads(self.threads)
+        matrix = whole(output.stored.read(0, output.stored.rows)).float()
+        torch.set_num_threads(1)
+        job = _Job(output, matrix, handle, offset, self.device, self.tick)
+        return max(submit(job.run, *rows) for part in output.parts for rows in job.chunks(part))
 
 
 def _wait(futures: Iterable[Future[None]]) -> None:
@@ -98,17 +151,11 @@ def _wait(futures: Iterable[Future[None]]) -> None:
 
 def _finish(handle: int, chunks: list[Future[None]]) -> None:
     """Wait for a file's chunks; the disk gets some at a time, so that little is left at the end."""
-    try:
-        for count, chunk in enumerate(chunks, 1):
-            chunk.result()
-            if count % FLUSH == 0:
-                os.fdatasync(handle)
-        os.fsync(handle)
-    finally:
-        for chunk in chunks:  # after a failure; none may write into what has this number next
-            chunk.cancel()
-        wait(chunks)
-        os.close(handle)
+    for count, chunk in enumerate(chunks, 1):
+        chunk.result()
+        if count % FLUSH == 0:
+            os.fdatasync(handle)
+    os.fsync(handle)
 
 
 def _copy(stored: Stored, start: int, handle: int, offset: int, tick: Tick) -> None:
@@ -144,20 +191,18 @@ class _Room(threading.local):
         self.tensors: dict[str, torch.Tensor] = {}
 
     def of(self, numbers: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Give room for so many: two of float32, and bytes to read and to write."""
+        """Give room for so many: two of float32, and the bytes that are read, then written."""
         if numbers > self.numbers or self.tensors["tile"].device.type != device.type:
             self.numbers = numbers
             self.tensors = {
                 "tile": torch.empty(numbers, device=device),
                 "scratch": torch.empty(numbers, device=device),
-                "read": torch.empty(8 * numbers, dtype=torch.uint8),
-                "written": torch.empty(8 * numbers, dtype=torch.uint8),
+                "bytes": torch.empty(8 * numbers, dtype=torch.uint8),
             }
         return {
             "tile": self.tensors["tile"][:numbers],
             "scratch": self.tensors["scratch"][:numbers],
-            "read": self.tensors["read"],
-            "written": self.tensors["written"],
+            "bytes": self.tensors["bytes"],
         }
 
 
@@ -200,11 +245,12 @@ class _Job:
         step = max(1, (TILE if self.device.type == "cpu" else CHUNK) // columns)
         room = _room.of(step * columns, self.device)
         tile, scratch = (room[name].view(step, columns) for name in ("tile", "scratch"))
-        buffer = room["written"][: step * columns * size]
+        buffer = room["bytes"][: step * columns * size]
+        # The bytes that were read are done with once they are float32: less of the cache is taken.
         rounded = buffer.view(FLOATS[self.output.dtype]).view(step, columns)
         for row in range(start, stop, step):
             rows = tile[: stop - row]
-            rows.copy_(self._base(part, row, row + len(rows), room["read"]))
+            rows.copy_(self._base(part, row, row + len(rows), room["bytes"]))
             if part.change is not None and part.piece is not None:
                 place = part.piece.start + row
                 part.change.apply(rows, part.piece.matrix, place, factor, scratch)
