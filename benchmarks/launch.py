@@ -92,5 +92,6 @@ def _own_session(settings: Sequence[str]) -> None:
 
 
 def _rank(settings: Sequence[str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers: a command's default
     sys.argv = ["train", *settings]
     runpy.run_module("sft.train", run_name="__main__", alter_sys=True)

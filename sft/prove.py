@@ -137,27 +137,13 @@ def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> None:
         command += [f"dataset.max_{name}={getattr(config.dataset, f'max_{name}')}" for name in ROWS]
         logger.info("training %s steps straight on %s", steps, _counted(ranks))
         straight = _outcome(command, run)
-        _cut_back(run, stop)
+        cut_back(run, stop)
         logger.info("going on from step %s in a new process", stop)
         resumed = _outcome(command, run)
-    differences = [
-        f"step {one['step']}: {key} {one[key]} straight, {other.get(key)} resumed"
-        for one, other in zip(straight["logged"], resumed["logged"], strict=False)
-        for key in one
-        if one[key] != other.get(key)
-    ]
-    if len(straight["logged"]) != len(resumed["logged"]):
-        counts = len(straight["logged"]), len(resumed["logged"])
-        differences.append(f"{counts[0]} lines logged straight, {counts[1]} resumed")
-    differences += [
-        f"{name} differs"
-        for name in straight["files"]
-        if straight["files"][name] != resumed["files"].get(name)
-    ]
-    if differences:
+    if found := differences(straight, resumed):
         raise RunError(
             f"on {_counted(ranks)} the resumed run differs from the straight one:\n"
-            + "\n".join(f"    {line}" for line in differences[:10])
+            + "\n".join(f"    {line}" for line in found[:10])
             + "\n    fix: please report this, with the settings; until then, do not resume them"
         )
     logger.info(
@@ -175,13 +161,18 @@ def _counted(ranks: int) -> str:
 
 
 def _outcome(command: list[str], run: Path) -> dict[str, Any]:
-    """Train, and give what was logged and hashes of what was saved."""
+    """Train, and read what came of it."""
     result = subprocess.run(
         command, env=outside_of_ranks(), capture_output=True, text=True, check=False
     )
     if result.returncode:
         said = result.stderr.partition("error: ")[2] or result.stderr
         raise RunError(f"the run that was to be resumed failed: {said.strip()}")
+    return outcome(run)
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Read what a run logged, clocks left out, and hash the weights that it saved."""
     logged = [
         {key: value for key, value in record.items() if "seconds" not in key}
         for record in read_records(run / "metrics.jsonl")
@@ -191,7 +182,24 @@ def _outcome(command: list[str], run: Path) -> dict[str, Any]:
     return {"logged": logged, "files": {path.name: hash_of(path) for path in saved}}
 
 
-def _cut_back(run: Path, step: int) -> None:
+def differences(straight: dict[str, Any], resumed: dict[str, Any]) -> list[str]:
+    """List in what two outcomes differ, a line each."""
+    found = [
+        f"step {one['step']}: {key} {one[key]} straight, {other.get(key)} resumed"
+        for one, other in zip(straight["logged"], resumed["logged"], strict=False)
+        for key in one
+        if one[key] != other.get(key)
+    ]
+    if len(straight["logged"]) != len(resumed["logged"]):
+        counts = len(straight["logged"]), len(resumed["logged"])
+        found.append(f"{counts[0]} lines logged straight, {counts[1]} resumed")
+    files = straight["files"]
+    return found + [
+        f"{name} differs" for name in files if files[name] != resumed["files"].get(name)
+    ]
+
+
+def cut_back(run: Path, step: int) -> None:
     """Leave what a kill right after a checkpoint leaves."""
     for path in checkpoint.checkpoints(run):
         if checkpoint.step_of(path) > step:

@@ -44,6 +44,10 @@ class Signals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if error is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # The first rank that ends makes the launcher send SIGTERM to the others, which have
+            # yet to write run.json and to say why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a loader worker, forked a moment ago

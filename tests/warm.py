@@ -60,6 +60,7 @@ def _rank(
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers: a command's default
     sys.argv = [command, *overrides]
     if command.endswith(".py"):
         runpy.run_path(command, run_name="__main__")

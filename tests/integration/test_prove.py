@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from support import run_sft
+from warm import run_warm
+
+from sft import checkpoint, prove
+from sft.errors import RunError
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        ["zero=none", "precision=bf16", "train.per_device_train_batch_size=1", "ranks=null"],
-        ["zero=stage1", "dataset.packing=bfd", "dataset.max_length=64"],
+        ["zero=stage1", "dataset.packing=bfd", "dataset.max_length=64", "dataset.max_rows=18"],
         ["zero=stage2", "train.optim=adamw_8bit", "train.dataloader_num_workers=2"],
         ["zero=stage3", "lora=none", "train.per_device_train_batch_size=1"],
     ],
@@ -23,26 +26,44 @@ from support import run_sft
 def test_a_resumed_run_is_the_same_run(
     tmp_path: Path, saving: list[str], settings: list[str]
 ) -> None:
-    """In a later epoch; with dropout, accumulation, packing, 16 bits, 8-bit Adam, all weights."""
-    given = {item.partition("=")[0] for item in settings}
-    command = [item for item in saving if item.partition("=")[0] not in given]
-    command += [] if "ranks=null" in settings else ["ranks=2"]
-    command += [*settings, "train.eval_strategy=steps", "train.eval_steps=1"]
-    command += [] if "lora=none" in settings else ["lora.lora_dropout=0.1"]
+    """On 2 ranks, in a later epoch; accumulation, packing, workers, 8-bit Adam, all weights."""
+    run = tmp_path / "run"
+    command = {
+        **dict(item.split("=", 1) for item in [*saving, "dataset.max_rows=12"]),
+        **{"train.max_steps": "5", "train.save_steps": "3", "lora.lora_dropout": "0.1"},
+        **{"train.eval_strategy": "steps", "train.eval_steps": "1", "output_dir": str(run)},
+        **dict(item.split("=", 1) for item in settings),
+    }
+    words = [
+        f"{key}={value}"
+        for key, value in command.items()
+        if not (key == "lora.lora_dropout" and "lora" in command)
+    ]
+    run_warm("train", *words, ranks=2, cwd=tmp_path)
+    straight = prove.outcome(run)
+    state = json.loads((run / "checkpoint-3" / "trainer_state.json").read_text())
+    assert 1 < state["epoch"] < 2, state["epoch"]
+    prove.cut_back(run, 3)
+    again = run_warm("train", *words, ranks=2, cwd=tmp_path)
+    assert "checkpoint-3" in again.stdout
+    assert prove.differences(straight, prove.outcome(run)) == []
+
+
+def test_the_proof_on_one_rank_and_on_two(tmp_path: Path, saving: list[str]) -> None:
+    """As a user calls it, with 16 bits and dropout."""
+    command = [item for item in saving if item.partition("=")[0] != "precision"]
+    command += ["precision=bf16", "lora.lora_dropout=0.1", "train.eval_strategy=epoch"]
     result = run_sft("prove", *command, cwd=tmp_path)
     assert "warning: step" not in result.stdout
     found = re.findall(r"bit for bit, on (\d) ranks?: .* evaluations of steps", result.stdout)
-    assert found == (["1", "2"] if "ranks=null" in settings else ["2"])
+    assert found == ["1", "2"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_proof_can_fail(
     tmp_path: Path, saving: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sft import checkpoint, prove
-    from sft.errors import RunError
-
-    honest = prove._cut_back
+    honest = prove.cut_back
 
     def dishonest(run: Path, step: int) -> None:
         honest(run, step)
@@ -55,7 +76,7 @@ def test_the_proof_can_fail(
         listed["files"][file.name]["xxh3"] = checkpoint.hash_of(file)
         (path / checkpoint.MANIFEST).write_text(json.dumps(listed))
 
-    monkeypatch.setattr(prove, "_cut_back", dishonest)
+    monkeypatch.setattr(prove, "cut_back", dishonest)
     command = [*saving, "ranks=1"]
     monkeypatch.setattr(sys, "argv", ["prove", *command])
     with pytest.raises(RunError, match=r"(?s)differs from the straight one:.*step 5: loss"):
@@ -76,6 +97,4 @@ def test_the_proof_can_fail(
 def test_the_proof_stops_in_the_middle_of_a_later_epoch(
     steps: int | None, epoch: int, stop: int, last: int
 ) -> None:
-    from sft.prove import _where
-
-    assert _where(steps, epoch) == (stop, last)
+    assert prove._where(steps, epoch) == (stop, last)

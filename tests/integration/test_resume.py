@@ -28,9 +28,9 @@ def train(*overrides: str) -> None:
 
 def cut_off(run: Path, step: int) -> None:
     """Leave what a run killed right after a checkpoint leaves."""
-    from sft.prove import _cut_back
+    from sft import prove
 
-    _cut_back(run, step)
+    prove.cut_back(run, step)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -178,6 +178,24 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
             signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_rank_that_ends_late_is_not_stopped_as_it_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The launcher sends SIGTERM to all ranks once the first has ended."""
+    from sft.errors import RunError
+    from sft.signals import Signals
+
+    before = signal.getsignal(signal.SIGTERM)
+    for ranks, left in (("2", signal.SIG_IGN), ("1", before)):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        try:
+            with pytest.raises(RunError, match="planted"), Signals():
+                raise RunError("planted")
+            assert signal.getsignal(signal.SIGTERM) == left
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, saving: list[str]) -> None:
