@@ -3,8 +3,8 @@
     python benchmarks/soak.py [--seconds 600] [--seed 0] [--jobs 1] [--only TEXT] [--cold]
 
 Each run trains the embedded model on 48 rows for 12 epochs of 6 steps, with dropout, and evaluates
-and saves every few steps. It is struck three to seven times, each time at a random step or while
-it starts, and given again; then it may finish. A fault is a real one: SIGKILL of a rank, of all, of
+and saves every few steps. It is struck five to twelve times, each time at a random step or while it
+starts, and given again; then it may finish. A fault is a real one: SIGKILL of a rank, of all, of
 the launcher, of a loader worker or of everything; any other signal to a rank, the launcher or all;
 SIGSTOP for a while; a full disk (on a small tmpfs, where this user may mount one); a damaged
 checkpoint; a second start of the same command. A run is exact if every logged loss, rate, gradient
@@ -86,7 +86,7 @@ class Fault:
     case: str
     kind: str
     step: int
-    code: int | None = None
+    code: int | str | None = None  # the exit code; None: it hung
     broken: list[str] = field(default_factory=list)
 
 
@@ -238,24 +238,33 @@ FAULTS = [signalled, signalled, killed, killed, stopped, filled, damaged, again]
 def suffer(
     case: Case, chance: random.Random, run: Path, cache: Path, steps: int, disk: bool
 ) -> list[Fault]:
-    """Strike a run some times."""
+    """Strike a run some times; it is started again each time that it has ended."""
     faults: list[Fault] = []
-    for _ in range(chance.randint(3, 7)):
-        reached, harmed = logged_steps(run), broken(run)
-        start = Start(run, chance.choice(case.launches), case, cache)
+    start: Start | None = None
+    for _ in range(chance.randint(5, 12)):
+        if start is None:
+            harmed = broken(run)
+            start = Start(run, chance.choice(case.launches), case, cache)
+        reached = logged_steps(run)
         trains = chance.random() < 0.8 and reached < steps
-        step = chance.randint(reached + 1, steps) if trains else 0
-        if not start.reaches(step, chance.uniform(0, 0.3 if trains else 12)):
+        step = chance.randint(reached + 1, min(reached + 20, steps)) if trains else 0
+        if not start.reaches(step, chance.uniform(0, 0.3 if trains else 5)):
             break
         strike = chance.choice(FAULTS)
         strike = killed if strike is filled and not disk else strike
         fault = Fault(case.name, strike(start, chance), logged_steps(run))
+        faults.append(fault)
+        if strike in (stopped, again) and start.child.code() is None:
+            fault.code = "runs on"
+            continue
         fault.code = start.ends()
+        start = None
         if not fault.kind.startswith("damage"):
             fault.broken = [name for name in broken(run) if name not in harmed]
-        faults.append(fault)
-        if fault.code is None or fault.broken or fault.code == 0:
+        if fault.code is None or fault.broken or finished(run):
             break
+    if start is not None and start.ends() is None:
+        faults.append(Fault(case.name, "nothing", logged_steps(run)))
     return faults
 
 
