@@ -288,7 +288,7 @@ def differs(run: Path, straight: Path, elastic: bool) -> str:
     """Say how a run differs from the straight one."""
     (logged, files), (expected, weights) = outcome(run), outcome(straight)
     if not elastic:
-        wrong = [f"step {a['step']}" for a, b in zip(logged, expected, strict=False) if a != b]
+        wrong = [f"{a}, not {b}" for a, b in zip(logged, expected, strict=False) if a != b]
         wrong += ["the adapter"] if files != weights else []
         wrong += ["the log's length"] if len(logged) != len(expected) else []
         return ", ".join(wrong[:3])

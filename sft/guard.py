@@ -84,8 +84,9 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         if step is not None and self._look(step):
             self.settle()
             control.should_save = control.should_training_stop = True
-            # What was due is caught up on when the run goes on.
-            control.should_evaluate = False
+            # What was due is caught up on when the run goes on. The last evaluation stops the run
+            # itself; without it, training would end and be logged before it.
+            control.should_evaluate &= state.global_step >= state.max_steps
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Look at the last step."""

@@ -68,17 +68,25 @@ def in_own_group(init: Callable[[int], object], worker: int) -> None:
     """Start a loader worker outside of its rank's process group, which torchrun signals.
 
     A scheduler, ``timeout`` and a terminal signal the whole group too. A worker that dies of it
-    would take its rank down before the rank has saved.
+    would take its rank down before the rank has saved. A worker that outlived its rank would keep
+    the run's lock, so it is killed with the rank.
     """
     os.setpgid(0, 0)
+    _die_with_parent(signal.SIGKILL)
     init(worker)
 
 
 def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
     """Let a rank get SIGTERM, and so save and end, when its torchrun dies without a word to it."""
-    if "TORCHELASTIC_RUN_ID" not in environ or sys.platform != "linux":
+    if "TORCHELASTIC_RUN_ID" in environ:
+        _die_with_parent(signal.SIGTERM)
+
+
+def _die_with_parent(number: int) -> None:
+    """Ask Linux for a signal when the parent dies."""
+    if sys.platform != "linux":
         return
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launcher:  # it died before it was watched
-        signal.raise_signal(signal.SIGTERM)
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it died before
+        signal.raise_signal(number)

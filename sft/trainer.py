@@ -118,9 +118,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def evaluate_if_due(self) -> None:
         """Make up for the evaluation of the step that a run was cut off after."""
         step, epoch = self.state.global_step, self.state.epoch or 0.0
+        last = step >= self.state.max_steps  # after which the Trainer evaluates in any case
         due = {
-            "steps": step % self.state.eval_steps == 0 and step >= self.args.eval_delay,
-            "epoch": float(epoch).is_integer() and epoch >= self.args.eval_delay,
+            "steps": (last or step % self.state.eval_steps == 0) and step >= self.args.eval_delay,
+            "epoch": (last or float(epoch).is_integer()) and epoch >= self.args.eval_delay,
         }.get(self.args.eval_strategy, False)
         done = any(log["step"] == step for log in self.state.log_history if "eval_loss" in log)
         if due and not done:

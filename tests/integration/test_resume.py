@@ -224,6 +224,32 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, saving: l
     assert evaluations == [line for line in without_clocks(whole) if "eval_loss" in line]
 
 
+@pytest.mark.parametrize("evaluates", ["steps", "epoch"])
+def test_a_run_that_is_stopped_after_its_last_step_logs_what_it_would_have(
+    tmp_path: Path, saving: list[str], evaluates: str
+) -> None:
+    """The evaluation of the last step, and in its place: before the summary of training."""
+    from sft import prove
+
+    command = [*saving, f"train.eval_strategy={evaluates}"]
+    command += ["train.eval_steps=4"] if evaluates == "steps" else []
+    train(*command, f"output_dir={tmp_path / 'straight'}")
+    fault = "SIGUSR1:sft.guard.Guard.on_step_end:before:6:0"
+    command += [f"output_dir={tmp_path / 'run'}"]
+    stopped = run_warm(INJECT, fault, "sft.train", *command, cwd=tmp_path, check=False)
+    assert stopped.returncode == 75
+    assert "after step 6, which is saved" in stopped.stderr
+    run_warm("train", *command, cwd=tmp_path)
+    straight, run = (prove.outcome(tmp_path / name) for name in ("straight", "run"))
+    assert prove.differences(straight, run) == []
+    kinds = [
+        next(kind for kind in ("eval_loss", "train_runtime", "loss") if kind in record)
+        for record in records(tmp_path / "run")
+        if record["step"] == 6
+    ]
+    assert kinds == ["loss", "eval_loss", "train_runtime"]
+
+
 def test_checkpoints_hold_no_pickle_and_the_best_is_kept(tmp_path: Path, saving: list[str]) -> None:
     run = tmp_path / "run"
     train(*saving, "train.eval_strategy=steps", "train.eval_steps=2", f"output_dir={run}")
