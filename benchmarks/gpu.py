@@ -153,7 +153,13 @@ def main() -> None:
     if given.list:
         print("\n".join(f"{stage.name:<36}{stage.limit:>5.0f} s" for stage in stages))
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda got, _: sys.exit(128 + got))
+    if given.output is not None:
+        try:
+            given.output.open("a").close()
+        except OSError as error:
+            sys.exit(f"error: {given.output} cannot be written: {error}\n    fix: --output FILE")
     work_dir = Path(tempfile.mkdtemp(prefix="sft-gpu-"))
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -167,7 +173,7 @@ def main() -> None:
             sys.exit(130)
     counts = ", ".join(f"{number} {status}" for status, number in session.counts.items())
     print(f"{len(stages)} stages in {time.monotonic() - began:.0f} s: {counts}")
-    sys.exit(bool(session.counts.get("failed") or session.counts.get("timeout")))
+    sys.exit(not session.counts.get("ok") or bool(set(session.counts) & {"failed", "timeout"}))
 
 
 if __name__ == "__main__":

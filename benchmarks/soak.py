@@ -5,12 +5,13 @@
 Each run trains the embedded model on 48 rows for 12 epochs of 6 steps, with dropout, and evaluates
 and saves every few steps. It is struck five to twelve times, each time at a random step or while it
 starts, and given again; then it may finish. A fault is a real one: SIGKILL of a rank, of all, of
-the launcher, of a loader worker or of everything; any other signal to a rank, the launcher or all;
-SIGSTOP for a while; a full disk (on a small tmpfs, where this user may mount one); a damaged
-checkpoint; a second start of the same command. A run is exact if every logged loss, rate, gradient
-norm and evaluation and every byte of the adapter are those of a run that nothing befell. In the
-elastic case each start has other ranks and another ZeRO stage: there each step must have read the
-same rows (the same count of tokens), and losses and weights must agree within the bounds below.
+the launcher, of a loader worker or of everything; any other signal to a rank, its process group,
+the launcher or all; SIGSTOP for a while; a full disk (on a small tmpfs, where this user may mount
+one); a damaged checkpoint; a second start of the same command. A run is exact if every logged loss,
+rate, gradient norm and evaluation and every byte of the adapter are those of a run that nothing
+befell. In the elastic case each start has other ranks and another ZeRO stage: there each step must
+have read the same rows (the same count of tokens), and losses and weights must agree within the
+bounds below.
 """
 
 import argparse
@@ -158,14 +159,19 @@ def send(processes: list[psutil.Process], number: int) -> None:
 
 
 def signalled(start: Start, chance: random.Random) -> str:
-    name, whom = chance.choice(SIGNALS), chance.choice(["a rank", "the launcher", "all"])
+    name = chance.choice(SIGNALS)
+    whom = chance.choice(["a rank", "a rank's group", "the launcher", "all"])
     launcher, ranks = psutil.Process(start.child.pid), start.processes()
     targets = {
         "a rank": [chance.choice(ranks or [launcher])],
+        "a rank's group": [],
         "the launcher": [launcher],
-        "all": [launcher, *ranks, *start.workers()],
+        "all": [launcher, *ranks],
     }[whom]
     send(targets, getattr(signal, name))
+    if not targets:  # a rank leads the group that it is in
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(chance.choice(ranks or [launcher]).pid, getattr(signal, name))
     return f"{name} to {whom}"
 
 

@@ -33,6 +33,7 @@ TRAIN_OWNED = {
         ("push_to_hub", "hub_strategy", "hub_always_push", "hub_model_id"),
         "hf upload USER/NAME outputs/RUN/adapter, once it is finished",
     ),
+    "dataloader_multiprocessing_context": "remove it: workers are forked, and so not signalled",
     "accelerator_config": "remove it: each rank makes its own batches",
     "load_best_model_at_end": "remove it: the adapter is the last one",
     "eval_on_start": "train.eval_strategy=epoch",

@@ -17,15 +17,17 @@ from sft import checkpoint, environment
 from sft.checks import check
 from sft.cli import Command
 from sft.config import Config, fill_names, streamed_samples
-from sft.errors import RunError
+from sft.errors import Problem, RunError
 from sft.files import hash_of, read_records, write_text
 from sft.rules import at_least, setting
 from sft.trial import environment as outside_of_ranks
+from sft.trial import signals_as_interrupt
 
 # What the proof itself decides.
 OWN = {
     *("steps", "ranks", "output_dir", "overwrite", "resume.checkpoint", "resume.allow"),
     *("train.max_steps", "train.save_strategy", "train.save_steps", "train.logging_steps"),
+    "train.save_total_limit",
     *("dataset.max_rows", "dataset.max_eval_rows"),
 }
 EPOCH = 3  # optimizer steps that an epoch takes at most, where the user limits no rows
@@ -45,6 +47,22 @@ class ProveConfig(Config):
     ranks: int | None = setting(
         None, "processes, as torchrun --nproc_per_node; null: one, then two", at_least(1)
     )
+
+
+def check_prove(config: ProveConfig) -> list[Problem]:
+    """Find what is wrong with the settings alone."""
+    problems, train = check(config), config.train
+    each = train.per_device_train_batch_size * (config.ranks or 1)
+    if not problems and train.global_batch_size % each:
+        problems.append(
+            Problem(
+                f"ranks={config.ranks}",
+                f"train.global_batch_size={train.global_batch_size} is no multiple of "
+                f"{train.per_device_train_batch_size} a rank x {config.ranks} ranks",
+                f"train.global_batch_size={each}",
+            )
+        )
+    return problems
 
 
 def prove(config: ProveConfig) -> None:
@@ -133,7 +151,7 @@ def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> None:
         given = [word for word in sys.argv[1:] if word.partition("=")[0].lstrip("+") not in OWN]
         command += ["sft.train", *given, f"output_dir={run}", f"train.max_steps={steps}"]
         command += ["train.save_strategy=steps", f"train.save_steps={stop}"]
-        command += ["train.logging_steps=1"]
+        command += ["train.logging_steps=1", f"train.save_total_limit={steps}"]
         command += [f"dataset.max_{name}={getattr(config.dataset, f'max_{name}')}" for name in ROWS]
         logger.info("training %s steps straight on %s", steps, _counted(ranks))
         straight = _outcome(command, run)
@@ -162,9 +180,10 @@ def _counted(ranks: int) -> str:
 
 def _outcome(command: list[str], run: Path) -> dict[str, Any]:
     """Train, and read what came of it."""
-    result = subprocess.run(
-        command, env=outside_of_ranks(), capture_output=True, text=True, check=False
-    )
+    with signals_as_interrupt():  # else a signal would leave the run behind
+        result = subprocess.run(
+            command, env=outside_of_ranks(), capture_output=True, text=True, check=False
+        )
     if result.returncode:
         said = result.stderr.partition("error: ")[2] or result.stderr
         raise RunError(f"the run that was to be resumed failed: {said.strip()}")
@@ -200,7 +219,12 @@ def differences(straight: dict[str, Any], resumed: dict[str, Any]) -> list[str]:
 
 
 def cut_back(run: Path, step: int) -> None:
-    """Leave what a kill right after a checkpoint leaves."""
+    """Leave what a kill right after a checkpoint leaves.
+
+    Raises:
+        CheckpointError: There is no checkpoint of this step.
+    """
+    checkpoint.verify(checkpoint.path_of(run, step))
     for path in checkpoint.checkpoints(run):
         if checkpoint.step_of(path) > step:
             shutil.rmtree(path)
@@ -214,7 +238,7 @@ main = Command(
     name="prove",
     schema=ProveConfig,
     run=prove,
-    check=check,
+    check=check_prove,
     config_name="train",
     summary="show that these settings resume exactly",
     examples=(

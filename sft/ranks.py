@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from sft import checkpoint
-from sft.errors import CheckpointError
+from sft.errors import CheckpointError, RunError
 
 _store: Any = None  # rank 0 may be its server, for as long as it is referred to
 _decisions = itertools.count()
@@ -30,16 +30,27 @@ def from_rank_zero(decide: Callable[[], Any]) -> Any:
 
     Args:
         decide: Gives what JSON can hold.
+
+    Raises:
+        RunError: The ranks do not find each other.
     """
     global _store
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return decide()
-    _store, rank, _ = next(rendezvous("env://"))
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store, key = PrefixStore(f"sft/{restarts}", _store), str(next(_decisions))
-    if rank == 0:
-        store.set(key, json.dumps(decide()))
-    return json.loads(store.get(key))
+    restarts, key = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), str(next(_decisions))
+    decision = json.dumps(decide()) if os.environ["RANK"] == "0" else ""
+    try:
+        _store, _, _ = next(rendezvous("env://"))
+        store = PrefixStore(f"sft/{restarts}", _store)
+        if decision:
+            store.set(key, decision)
+        return json.loads(store.get(key))
+    except (ValueError, dist.DistError) as error:
+        raise RunError(
+            f"rank {os.environ['RANK']} cannot reach rank 0: {str(error).splitlines()[0]}\n"
+            "    fix: see what rank 0 says; start ranks with torchrun, which sets MASTER_ADDR and "
+            "MASTER_PORT"
+        ) from error
 
 
 def gather(value: Any) -> list[Any]:

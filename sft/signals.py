@@ -25,12 +25,17 @@ class Signals:
     """
 
     received: int | None = None
+    entered = 0  # how many are, in this process
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         self._process = os.getpid()
+        if not _registered:
+            os.register_at_fork(after_in_child=_leave_group)
+            _registered.append(True)
+        Signals.entered += 1
         for number in WATCHED:
             if signal.getsignal(number) is not signal.SIG_IGN:  # that is how nohup works
                 self._before[number] = signal.signal(number, self._note)
@@ -42,6 +47,7 @@ class Signals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        Signals.entered -= 1
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if error is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -64,14 +70,21 @@ class Signals:
         self.received = number
 
 
-def in_own_group(init: Callable[[int], object], worker: int) -> None:
-    """Start a loader worker outside of its rank's process group, which torchrun signals.
+_registered: list[bool] = []  # whether forks call what follows
 
-    A scheduler, ``timeout`` and a terminal signal the whole group too. A worker that dies of it
-    would take its rank down before the rank has saved. A worker that outlived its rank would keep
-    the run's lock, so it is killed with the rank.
+
+def _leave_group() -> None:
+    """Take a loader worker out of its rank's process group, as soon as it is forked.
+
+    torchrun, a scheduler, ``timeout`` and a terminal signal the whole group. A worker that dies of
+    it would take its rank down before the rank has saved.
     """
-    os.setpgid(0, 0)
+    if Signals.entered:
+        os.setpgid(0, 0)
+
+
+def end_with_rank(init: Callable[[int], object], worker: int) -> None:
+    """Start a loader worker that is killed with its rank: it would keep the run's lock."""
     _die_with_parent(signal.SIGKILL)
     init(worker)
 

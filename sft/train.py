@@ -46,10 +46,12 @@ def fit(config: Config) -> Path:
     Raises:
         SftError: With what is wrong and how to mend it.
     """
+    from sft.data import artefact
     from sft.run import Run
 
     end_with_launcher()
     fill_names(config)
+    config.template = artefact.template_of(config.dataset.path) or config.template
     run = Run(config)
     resume_from = run.resume_point()
     with environment.prepared(distributed=config.zero.config is not None):
@@ -60,21 +62,21 @@ def fit(config: Config) -> Path:
 def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     """Do what ``fit`` does once the libraries may be imported."""
     from sft import adapter, build, memory, model, resume, summary, zero
-    from sft.data import artefact
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.fast import half, head, linear
     from sft.ranks import from_rank_zero, gather
 
+    tokenizer = model.load_tokenizer(config.model)
+    architecture = model.load_architecture(config.model)
     begun = {} if config.overwrite else run.record().get("identity", {})
+    width = architecture.config.get_text_config().hidden_size
     chosen = model.Precision(
-        *from_rank_zero(lambda: model.choose_precision(config.precision, begun))
+        *from_rank_zero(lambda: model.choose_precision(config.precision, begun, width))
     )
     precision = chosen.name
     logger.info("precision %s: %s", precision, chosen.reason)
     half.widen_products(model.dtype_of(precision), chosen.products)
-    tokenizer = model.load_tokenizer(config.model)
-    architecture = model.load_architecture(config.model)
     ds_config = zero.read(config.zero)
     stage = zero.stage(ds_config)
     lora = None
@@ -84,7 +86,6 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         ranks = [lora.r, *lora.rank_pattern.values()] if lora else [0]
         ds_config = zero.sized(ds_config, architecture, max(ranks))
 
-    config.template = artefact.template_of(config.dataset.path) or config.template
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     model.check_fits(architecture, tokenizer, prepared.parts.values())

@@ -18,7 +18,7 @@ from sft import checkpoint, counts, state, streams, tensors, weights, zero
 from sft.data.sampler import Fillers, Shuffle, eval_batches, samples_of
 from sft.fast import head
 from sft.ranks import RankZero
-from sft.signals import in_own_group
+from sft.signals import end_with_rank
 
 if TYPE_CHECKING:
     from sft.guard import Guard
@@ -231,7 +231,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             is_training=True,
         )
         inner = loader.base_dataloader  # which Accelerate wraps
-        inner.worker_init_fn = functools.partial(in_own_group, inner.worker_init_fn)
+        # Workers are seeded from it when an epoch begins. The global generator, which dropout
+        # draws from, would be drawn from once more by a run that is resumed.
+        inner.generator = torch.Generator().manual_seed(self.args.seed)
+        inner.worker_init_fn = functools.partial(end_with_rank, inner.worker_init_fn)
         return loader
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:

@@ -19,6 +19,11 @@ CERTAIN = 1 << 12  # numbers; so many are not equal by chance, and fewer cost li
 _one_pass: dict[tuple[int | str, ...], bool] = {}
 
 
+def _tells(tile: torch.Tensor) -> bool:
+    """Say whether a tile has enough numbers, of which few are zero, to compare roundings on."""
+    return int(tile.count_nonzero()) >= max(CERTAIN, tile.numel() // 2)
+
+
 @dataclass
 class LowRank:
     """A product that is added: ``scale * left @ right``.
@@ -124,7 +129,7 @@ class Change:
             torch.mm(left, right, out=delta)
             if product.scale != 1:
                 delta.mul_(product.scale)
-            elif shape not in _one_pass and tile.numel() >= CERTAIN:
+            elif shape not in _one_pass and _tells(delta) and _tells(tile):
                 _one_pass[shape] = tile.addmm(left, right).equal(tile + delta)
             tile.add_(delta)
 

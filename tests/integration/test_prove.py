@@ -11,14 +11,17 @@ from support import run_sft
 from warm import run_warm
 
 from sft import checkpoint, prove
-from sft.errors import RunError
+from sft.errors import CheckpointError, ConfigError, RunError
+
+
+WORKERS = ["train.dataloader_num_workers=2", "train.extra.dataloader_persistent_workers=true"]
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         ["zero=stage1", "dataset.packing=bfd", "dataset.max_length=64", "dataset.max_rows=18"],
-        ["zero=stage2", "train.optim=adamw_8bit", "train.dataloader_num_workers=2"],
+        ["zero=stage2", "train.optim=adamw_8bit", *WORKERS],
         ["zero=stage3", "lora=none", "train.per_device_train_batch_size=1"],
     ],
     ids=lambda settings: settings[0],
@@ -81,6 +84,13 @@ def test_the_proof_can_fail(
     monkeypatch.setattr(sys, "argv", ["prove", *command])
     with pytest.raises(RunError, match=r"(?s)differs from the straight one:.*step 5: loss"):
         prove.prove(prove.main.compose(command))
+
+
+def test_what_cannot_be_proven_is_refused(tmp_path: Path, saving: list[str]) -> None:
+    with pytest.raises(ConfigError, match="no multiple of 2 a rank x 3 ranks"):
+        prove.main.compose([*saving, "ranks=3"])
+    with pytest.raises(CheckpointError, match=r"no manifest.json"):
+        prove.cut_back(tmp_path, 3)  # a run would begin anew, and of course end alike
 
 
 @pytest.mark.parametrize(
