@@ -13,7 +13,6 @@ from warm import run_warm
 from sft import checkpoint, prove
 from sft.errors import CheckpointError, ConfigError, RunError
 
-
 WORKERS = ["train.dataloader_num_workers=2", "train.extra.dataloader_persistent_workers=true"]
 
 
