@@ -275,3 +275,28 @@ def test_another_kind_of_adapter_is_refused(tmp_path: Path, bases: Path) -> None
     )
     with pytest.raises(MergeError, match="is IA3, not LoRA"):
         merged(f"adapter={tmp_path / 'adapter'}", f"output={tmp_path / 'out'}", f"base={base}")
+
+
+@pytest.mark.parametrize("rank", [1, 8, 256])
+def test_a_tile_of_zeros_does_not_decide_how_products_are_added(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers' products are zero; added in one pass or in two, they give the same bits."""
+    from sft.merge import change
+
+    monkeypatch.setattr(change, "_one_pass", {})
+    torch.manual_seed(0)
+    right, base = torch.randn(rank, 512), torch.randn(64, 512)
+
+    def merged(left: torch.Tensor) -> torch.Tensor:
+        tile = base.clone()
+        products = [change.LowRank(left[None], right[None], 1.0)]
+        change.Change(products=products).apply(tile, 0, 0, None, torch.empty_like(tile))
+        return tile
+
+    assert merged(torch.zeros(64, rank)).equal(base)
+    assert change._one_pass == {}
+    for _ in range(3):  # the first decides, the others use what it decided
+        left = torch.randn(64, rank)
+        assert merged(left).equal(base + left @ right)
+    assert len(change._one_pass) == 1

@@ -287,6 +287,23 @@ def test_what_is_trained_may_not_change_unnoticed(
     assert [line.split(":")[0] for line in resumed["allowed"]] == ["train.learning_rate", "data"]
 
 
+def test_prepared_data_is_resumed_with_the_template_that_it_was_made_with(
+    tmp_path: Path, saving: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft.data import __main__ as door
+
+    monkeypatch.chdir(tmp_path)
+    gone = ("train.", "precision")
+    prepare = [item for item in saving if not item.startswith(gone)]
+    door.data(door.main.compose([*prepare, "output=prepared"]))
+    command = [item for item in saving if not item.startswith(("dataset", "template"))]
+    command += ["dataset=pretokenized", "dataset.path=prepared", "output_dir=run"]
+    train(*command)
+    cut_off(tmp_path / "run", 4)
+    train(*command)
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
 def test_another_base_under_the_same_name_is_noticed(
     tmp_path: Path, saving: list[str], llama: Path
 ) -> None:
