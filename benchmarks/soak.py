@@ -215,7 +215,7 @@ def damaged(start: Start, chance: random.Random) -> str:
     """Kill everything, and damage the newest of several checkpoints, or the log."""
     send([psutil.Process(start.child.pid), *start.processes()], signal.SIGKILL)
     start.ends()
-    if not start.run.is_dir() or len(checkpoint.checkpoints(start.run)) < 2:
+    if finished(start.run) or len(checkpoint.checkpoints(start.run)) < 2:
         return "SIGKILL of everything"
     files = sorted(path for path in newest(start.run).iterdir() if path.is_file())
     harms: dict[str, Callable[[Path], object]] = {
