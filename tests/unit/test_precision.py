@@ -138,3 +138,13 @@ def test_all_ranks_have_rank_zero_s_decision() -> None:
         for rank in range(2)
     ]
     assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["['a', '0'] ['b', '0']\n"] * 2
+
+
+def test_small_layers_are_float32_without_a_measurement(processor: Any) -> None:
+    processor(BF16, None)
+    found = choose_precision("auto", width=128)
+    assert (found.name, found.products) == ("fp32", "")
+    assert found.reason == "layers 128 wide are too small for bf16 to pay"
+    processor(BF16, (100.0, 190.0, 75.0, 90.0))
+    assert choose_precision("auto", width=512).name == "bf16"
+    assert choose_precision("bf16", width=128).name == "bf16"
