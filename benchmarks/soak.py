@@ -105,7 +105,7 @@ class Start:
         log: str = "log",
     ) -> None:
         self.run, self.launch, self.case, self.cache = run, launch, case, cache
-        self.ranks = launch[0]
+        self.ranks, self.hung = launch[0], False
         self.log = run.parents[1] / log  # not on the disk that is filled
         settings = [f"zero={launch[1]}", f"output_dir={run}", *SETTINGS, *case.settings]
         settings += [f"train.per_device_train_batch_size={case.micro}"]
@@ -136,20 +136,28 @@ class Start:
             if self.child.code() is not None:
                 return False
             time.sleep(0.02)
+        if logged_steps(self.run) < step:
+            self._kill()
+            return False
         return self.child.code(seconds) is None
 
     def ends(self) -> int | None:
-        """Wait for the command and its ranks to end; None: they hang, and are killed."""
+        """Wait for the command and its ranks to end; None: they hung, then or before."""
         left = self.processes() + self.workers()
         deadline = time.monotonic() + PATIENCE
         code = self.child.code(PATIENCE)
         _, alive = psutil.wait_procs(left, timeout=max(deadline - time.monotonic(), 1))
         if code is None or alive:
+            self._kill()
             send(alive, signal.SIGKILL)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.child.pid, signal.SIGKILL)
-            return None
-        return code
+        return None if self.hung else code
+
+    def _kill(self) -> None:
+        """End a command that hangs, and remember that it did."""
+        self.hung = True
+        send([*self.processes(), *self.workers()], signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGKILL)
 
 
 def send(processes: list[psutil.Process], number: int) -> None:

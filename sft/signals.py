@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -25,16 +26,14 @@ class Signals:
     """
 
     received: int | None = None
-    entered = 0  # how many are, in this process
+    entered = 0  # how many objects of this process are entered
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         self._process = os.getpid()
-        if not _registered:
-            os.register_at_fork(after_in_child=_leave_group)
-            _registered.append(True)
+        _watch_forks()
         Signals.entered += 1
         for number in WATCHED:
             if signal.getsignal(number) is not signal.SIG_IGN:  # that is how nohup works
@@ -70,7 +69,9 @@ class Signals:
         self.received = number
 
 
-_registered: list[bool] = []  # whether forks call what follows
+@functools.cache  # once for the process: what is registered stays
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_leave_group)
 
 
 def _leave_group() -> None:

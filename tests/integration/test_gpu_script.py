@@ -154,6 +154,13 @@ def test_a_name_that_is_none_is_refused() -> None:
     assert done.returncode == 1 and "no stage has nf5 in its name" in done.stderr
 
 
+def test_rows_that_cannot_be_kept_are_not_measured(tmp_path: Path) -> None:
+    words = command("--only", "machine.device", "--output", str(tmp_path / "absent" / "rows.jsonl"))
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1 and "rows.jsonl cannot be written" in done.stderr
+    assert done.stdout == ""
+
+
 def test_the_operations_of_a_step_are_counted_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, damaged or moved to other ranks go on as the same run."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -178,6 +179,34 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
             signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_loader_worker_is_not_signalled_with_its_rank_and_dies_with_it() -> None:
+    """Forked while a run watches its signals, and only then."""
+    from sft.signals import Signals, end_with_rank
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def worker() -> None:
+        end_with_rank(lambda number: theirs.send((os.getpid(), os.getpgid(0))), 0)
+        time.sleep(600)
+
+    def rank() -> None:
+        with Signals():
+            context.Process(target=worker).start()
+            time.sleep(600)
+
+    process = context.Process(target=rank)
+    process.start()
+    assert os.getpgid(process.pid) == os.getpgid(0)  # forked outside of Signals
+    assert ours.poll(60)
+    pid, group = ours.recv()
+    assert group == pid
+    process.kill()
+    process.join(60)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)
+    assert not psutil.pid_exists(pid)
 
 
 def test_a_rank_that_ends_late_is_not_stopped_as_it_says_why(

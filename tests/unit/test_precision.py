@@ -148,3 +148,16 @@ def test_small_layers_are_float32_without_a_measurement(processor: Any) -> None:
     processor(BF16, (100.0, 190.0, 75.0, 90.0))
     assert choose_precision("auto", width=512).name == "bf16"
     assert choose_precision("bf16", width=128).name == "bf16"
+
+
+def test_ranks_that_do_not_find_each_other_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft.errors import RunError
+    from sft.ranks import from_rank_zero
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert from_rank_zero(lambda: [1]) == [1]  # no rank of a launcher's
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(RunError, match=r"rank 1 cannot reach rank 0: .*MASTER_ADDR"):
+        from_rank_zero(lambda: [1])
