@@ -77,9 +77,10 @@ def _on_cpu(name: str, why: str, products: str | None, width: int | None) -> Pre
     from sft.fast import half, speed
 
     if name == "fp16":
-        raise ConfigError(
-            [Problem("precision=fp16", "there is no GPU to scale it on", "precision=bf16")]
-        )
+        fix = "precision=bf16"
+        if why != "as asked":  # resuming refuses another precision
+            fix = "resume this run on a GPU, or run_name=NAME for another run"
+        raise ConfigError([Problem("precision=fp16", "there is no GPU to scale it on", fix)])
     ways = half.ways(torch.bfloat16)
     if name == "fp32":
         return Precision(name, why)

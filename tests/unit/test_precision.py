@@ -161,3 +161,11 @@ def test_ranks_that_do_not_find_each_other_say_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(RunError, match=r"rank 1 cannot reach rank 0: .*MASTER_ADDR"):
         from_rank_zero(lambda: [1])
+
+
+def test_a_run_begun_in_fp16_is_not_told_to_change_its_precision(processor: Any) -> None:
+    processor(BF16, None)
+    with pytest.raises(ConfigError, match="fix: precision=bf16"):
+        choose_precision("fp16")
+    with pytest.raises(ConfigError, match="fix: resume this run on a GPU, or run_name=NAME"):
+        choose_precision("auto", {"precision": "fp16"})
