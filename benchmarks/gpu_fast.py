@@ -125,20 +125,23 @@ def ours(
 
 
 def kernels(clock: Clock) -> dict[str, Any]:
-    """Give the ten operations that took most of the profiled steps."""
-    of = "self_device_time_total" if has_gpu() else "self_cpu_time_total"
-    events = [event for event in clock.profile.key_averages() if getattr(event, of) > 0]
-    if has_gpu():  # kernels, not the operators that start them
-        from torch.autograd import DeviceType
+    """Give the ten operations that took most of the profiled steps, on the GPU and on the host."""
+    from torch.autograd import DeviceType
 
-        events = [event for event in events if event.device_type == DeviceType.CUDA]
-    events.sort(key=lambda event: -getattr(event, of))
-    total = sum(getattr(event, of) for event in events)
-    top = [
-        {"name": e.key[:90], "share": getattr(e, of) / total, "calls": e.count / clock.profiled}
-        for e in events[:10]
-    ]
-    return {"top_ten": top, "milliseconds_a_step": total / clock.profiled / 1000}
+    found: dict[str, Any] = {}
+    where = {"host": (DeviceType.CPU, "self_cpu_time_total")}
+    if has_gpu():  # kernels, not the operators that start them
+        where["gpu"] = (DeviceType.CUDA, "self_device_time_total")
+    for name, (kind, of) in where.items():
+        events = [e for e in clock.profile.key_averages() if e.device_type == kind]
+        events.sort(key=lambda event: -getattr(event, of))
+        total = sum(getattr(event, of) for event in events)
+        found[f"{name}_milliseconds_a_step"] = total / clock.profiled / 1000
+        found[f"{name}_top_ten"] = [
+            {"name": e.key[:90], "share": getattr(e, of) / total, "calls": e.count / clock.profiled}
+            for e in events[:10]
+        ]
+    return found
 
 
 def llama(name: str, *settings: str, size: int = 1, profiled: int = 0) -> dict[str, Any]:
@@ -196,6 +199,18 @@ def beside(name: str, shape: str, packing: bool) -> dict[str, Any]:
     """Train by sft what ``trl`` trains."""
     size, longest, how = (1, 4096, "bfd") if packing else (8, 1024, "none")
     return ours(name, shape, size=size, longest=longest, packing=how)
+
+
+def by_peft(name: str, *settings: str) -> dict[str, Any]:
+    """Train Llama-3.1-8B's shape with PEFT's own computation of the adapters."""
+    from sft.fast import lora
+
+    stock = lora.install
+    lora.install = lambda model: 0
+    try:
+        return llama(name, *settings)
+    finally:
+        lora.install = stock
 
 
 def kernel(name: str, attention: str) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.fast import half, head, linear
+    from sft.fast import lora as fast_lora
     from sft.ranks import from_rank_zero, gather
 
     tokenizer = model.load_tokenizer(config.model)
@@ -127,6 +128,8 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         trainer.use_head(lm_head)
         if layers == "packed":
             linear.install(trainer.model)
+        if stage != 3:
+            fast_lora.install(trainer.model)
         summary.describe_run(config, trainer, prepared, tokenizer)
         with Signals() as signals:
             start(run, trainer, prepared, template.stop_id(), resume_from, signals)

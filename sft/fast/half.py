@@ -31,7 +31,7 @@ ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 # attention's normaliser has not.
 PRODUCTS = {
     **dict.fromkeys(("mm", "mm.out", "bmm", "bmm.out", ATTENTION), (0, 1)),
-    **dict.fromkeys(("addmm", "baddbmm"), (1, 1)),
+    **dict.fromkeys(("addmm", "addmm_", "baddbmm"), (1, 1)),
     f"{ATTENTION}_backward": (0, 3),
 }
 # Of a left factor: with fewer, as in generating, a layer's weights take longer to widen than to
@@ -81,13 +81,15 @@ def _register() -> None:
     _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     for name, (left, results) in PRODUCTS.items():
         stock = torch.library.get_kernel(f"aten::{name}", "CPU")
-        kernel = _widened(stock, left, results, exact=name.startswith(ATTENTION))
+        kernel = _widened(stock, left, results, name.startswith(ATTENTION), name.endswith("_"))
         with warnings.catch_warnings():  # that a kernel is replaced
             warnings.simplefilter("ignore", UserWarning)
             _library.impl(name, kernel, "CPU", with_keyset=True)
 
 
-def _widened(stock: Any, left: int, results: int, exact: bool) -> Callable[..., Any]:
+def _widened(
+    stock: Any, left: int, results: int, exact: bool = False, in_place: bool = False
+) -> Callable[..., Any]:
     """Make a kernel that computes as its factors' precision is to be computed.
 
     Args:
@@ -96,6 +98,7 @@ def _widened(stock: Any, left: int, results: int, exact: bool) -> Callable[..., 
         results: How many results have the precision of the factors.
         exact: Some factors are results themselves and do not fit into 16 bits, such as
             attention's weights, so that bf16 instructions would round them.
+        in_place: The result replaces the first argument.
     """
 
     def run(keys: Any, *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +116,7 @@ def _widened(stock: Any, left: int, results: int, exact: bool) -> Callable[..., 
             narrow = isinstance(value, torch.Tensor) and value.dtype == dtype
             return value.float() if narrow else value
 
-        out = kwargs.get("out")
+        out = args[0] if in_place else kwargs.get("out")
         wide = {name: widen(value) for name, value in kwargs.items()}
         with bf16_instructions() if way == SHORTENED and not exact else nullcontext():
             found = stock.call_boxed(keys, *map(widen, args), **wide)

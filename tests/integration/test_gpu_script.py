@@ -99,7 +99,7 @@ def test_the_figures_are_what_they_say(rows: list[dict[str, Any]]) -> None:
     # One block has the median rate; and what TRL trains are the same rows.
     assert all(row["tokens_per_second"] in row["blocks"] for row in trained)
     assert by_name["fast.qwen3-0.6b.trl"]["ours_is"] > 0
-    assert len(by_name["fast.llama-3.1-8b.profile"]["top_ten"]) == 10
+    assert len(by_name["fast.llama-3.1-8b.profile"]["host_top_ten"]) == 10
     assert by_name["fast.llama-3.1-8b.recomputed"]["recomputed"] is True
     assert by_name["fast.llama-3.1-8b"]["recomputed"] is False
     memory = [row for name, row in by_name.items() if name.startswith("memory.")]

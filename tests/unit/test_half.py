@@ -35,6 +35,10 @@ def test_products_are_rounded_once(dtype: torch.dtype) -> None:
     once_rounded(x.double() @ x.double().mT, x @ x.mT)
     scores = torch.zeros(3, 50, 50, dtype=dtype)
     once_rounded(0.5 * (x.double() @ x.double().mT), scores.baddbmm(x, x.mT, alpha=0.5))
+    added = torch.randn(50, 90).to(dtype)
+    exact = added.double() + 0.5 * (x[0].double() @ weight.double().t())
+    assert added.addmm_(x[0], weight.t(), alpha=0.5) is added
+    once_rounded(exact, added)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,88 @@
+"""LoRA on a linear layer with fewer passes over its activations than PEFT makes.
+
+PEFT converts the layer's input to the adapter's float32, from which autocast converts it back, and
+then scales and adds what the adapter gives: six tensors of the layer's size, each written and read
+again. Here the second product of the adapter adds to the layer's own output where that lies, and
+the input is kept for the backward pass as it is, once for all layers that share it.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora import Linear
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Adapted(torch.autograd.Function):
+    """y + s (x A^T) B^T, in the precision of y, summed in float32 and rounded once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Overwrite y, (..., out), of x, (..., in), with A of (r, in) and B of (out, r)."""
+        kinds = x.dtype, a.dtype, b.dtype
+        x, a, b = (tensor.to(y.dtype) for tensor in (x, a, b))
+        low = x.flatten(0, -2) @ a.t()
+        # Without its history y is no view, of which autograd would copy the gradient. PyTorch
+        # raises in the backward pass if somebody else has kept y for it.
+        y = y.detach()
+        y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=scaling)
+        ctx.save_for_backward(x, a, b, low)
+        ctx.kinds, ctx.scaling = kinds, scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Give the gradients of y, x, A and B."""
+        x, a, b, low = ctx.saved_tensors
+        kind_x, kind_a, kind_b = ctx.kinds
+        flat = gradient.flatten(0, -2)
+        # beta=0: what is added to has no part but its shape.
+        of_low = torch.addmm(low, flat, b, beta=0, alpha=ctx.scaling)
+        of_x = (of_low @ a).view_as(x).to(kind_x) if ctx.needs_input_grad[1] else None
+        of_a = (of_low.t() @ x.flatten(0, -2)).to(kind_a)
+        of_b = torch.addmm(b, flat.t(), low, beta=0, alpha=ctx.scaling).to(kind_b)
+        return gradient, of_x, of_a, of_b, None
+
+
+def install(model: nn.Module) -> int:
+    """Compute the adapters of plain LoRA on linear layers so; give their number.
+
+    Not for ZeRO-3, which gathers the weights of a module when that is called.
+    """
+    layers = [layer for layer in model.modules() if type(layer) is Linear]
+    for layer in layers:
+        layer.forward = types.MethodType(_forward, layer)
+    return len(layers)
+
+
+def _forward(layer: Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    name = layer.active_adapters[0]
+    plain = (
+        len(layer.active_adapters) == 1
+        and name in layer.lora_A
+        and name not in layer.lora_variant  # DoRA and others
+        and layer.lora_B[name].bias is None
+        and not (args or kwargs or layer.disable_adapters or layer.merged)
+    )
+    if not plain:
+        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    result: torch.Tensor = Adapted.apply(  # type: ignore[no-untyped-call]
+        layer.base_layer(x).contiguous(),
+        layer.lora_dropout[name](x),
+        layer.lora_A[name].weight,
+        layer.lora_B[name].weight,
+        layer.scaling[name],
+    )
+    return result
