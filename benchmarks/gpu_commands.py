@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_parts import WORK, Skip, has_gpu, is_tiny, needs_gpu
+from gpu_parts import WORK, Skip, end_tree, has_gpu, is_tiny, needs_gpu
 from gpu_right import small_base
 
 HERE = Path(__file__).resolve().parent
@@ -72,7 +72,7 @@ def run(*words: str, fault: str = "") -> tuple[int, str]:
             try:
                 code = process.wait(left)
             except subprocess.TimeoutExpired:
-                process.kill()
+                end_tree(process.pid)  # sft.prove has children of its own
                 code = None
         else:
             fork = multiprocessing.get_context("fork")

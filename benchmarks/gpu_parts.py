@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import statistics
 import time
 from collections.abc import Iterator
@@ -84,6 +85,23 @@ class Skip(Exception):
 
 class Enough(Exception):
     """What was to be measured is measured."""
+
+
+def end_tree(pid: int) -> None:
+    """Kill a process, its group, and all its descendants, whatever group they are in."""
+    below = []
+    with contextlib.suppress(Exception):  # psutil may be missing, the process gone
+        import psutil
+
+        below = psutil.Process(pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpgid(pid) == pid:
+            os.killpg(pid, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGKILL)
+    for process in below:
+        with contextlib.suppress(Exception):
+            process.kill()
 
 
 def has_gpu() -> bool:

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ from typing import Any, TextIO
 
 import gpu_commands
 import gpu_machine
-from gpu_parts import ROOT, Skip
+from gpu_parts import ROOT, Skip, end_tree
 
 SCRIPT = Path(__file__).resolve().with_name("gpu.py")
 STARTING = 90  # seconds that a process may take to import everything
@@ -186,16 +185,7 @@ class Process:
 
     def end(self) -> None:
         """Kill it with all its descendants."""
-        below = []
-        with contextlib.suppress(Exception):  # psutil may be missing, the process gone
-            import psutil
-
-            below = psutil.Process(self.popen.pid).children(recursive=True)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        for process in below:
-            with contextlib.suppress(Exception):
-                process.kill()
+        end_tree(self.popen.pid)
         self.popen.wait()
 
 

@@ -128,7 +128,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         trainer.use_head(lm_head)
         if layers == "packed":
             linear.install(trainer.model)
-        if stage != 3:
+        if stage != 3 and not args.torch_compile:
             fast_lora.install(trainer.model)
         summary.describe_run(config, trainer, prepared, tokenizer)
         with Signals() as signals:

@@ -59,7 +59,8 @@ class Adapted(torch.autograd.Function):
 def install(model: nn.Module) -> int:
     """Compute the adapters of plain LoRA on linear layers so; give their number.
 
-    Not for ZeRO-3, which gathers the weights of a module when that is called.
+    Not for ZeRO-3, which gathers the weights of a module when it is called, nor for torch.compile,
+    which fuses PEFT's operations itself.
     """
     layers = [layer for layer in model.modules() if type(layer) is Linear]
     for layer in layers:
