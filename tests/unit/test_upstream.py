@@ -1,0 +1,379 @@
+"""Names that sft takes from its libraries without a promise are listed, there, and unchanged."""
+
+import ast
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from support import ROOT
+from upstream_names import PACKAGES, UPSTREAM, problem
+
+import sft
+from sft.upstream import package_dir
+
+LIBRARIES = {owner.partition(".")[0] for owner in UPSTREAM} - {"torch"}
+# Modules below the top of a library that its documentation shows to users.
+DOCUMENTED = {
+    *("transformers.logging", "huggingface_hub.logging", "hydra.errors"),
+    "hydra.core.config_store",
+}
+# Private by their spelling only: Python's own, and what sft itself composes.
+PYTHONS = {"_replace"}
+PHRASES = {"_", "_defaults", "_seed"}
+DUNDERS = {"__compatible_ops__"}  # those that are not Python's
+
+
+class Use(NamedTuple):
+    """A name as a file of sft uses it.
+
+    Attributes:
+        name: The attribute, string, keyword or imported name.
+        module: What it is imported from or looked up in; empty where only Python knows.
+        foreign: It must be in ``UPSTREAM``.
+    """
+
+    name: str
+    module: str
+    foreign: bool
+
+
+def sources() -> dict[str, str]:
+    folders = [ROOT / "sft", ROOT / "hydra_plugins"]
+    paths = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
+
+
+def uses_of(text: str, inherited: frozenset[str] = frozenset()) -> Iterator[Use]:
+    """Yield every name by which a file could use a library.
+
+    Args:
+        text: The file.
+        inherited: Private names of the library classes that its classes derive from: they are the
+            library's, although the file assigns or overrides them.
+    """
+    tree = ast.parse(text)
+    aliases = dict(_aliases(tree))
+    ours = set(_defined(tree)) - inherited
+    nodes = list(ast.walk(tree))
+    composed = {id(p) for node in nodes if isinstance(node, ast.JoinedStr) for p in node.values}
+    inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                yield Use(alias.name, node.module, _is_internal(node.module, alias.name))
+        elif isinstance(node, ast.Attribute):
+            module = _module_of(node.value, aliases)
+            private = _is_private(node.attr) and node.attr not in ours | PYTHONS
+            internal = id(node) not in inner and _is_internal(module, node.attr)
+            yield Use(node.attr, module, private or internal)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node.value.isidentifier():
+                private = _is_private(node.value) and node.value not in PHRASES
+                yield Use(node.value, "", private and id(node) not in composed)
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield Use(node.arg, "", _is_private(node.arg))
+        elif isinstance(node, ast.FunctionDef):
+            yield Use(node.name, "", node.name in inherited)
+
+
+def _is_private(name: str) -> bool:
+    return name in DUNDERS or (name.startswith("_") and not name.endswith("__"))
+
+
+def _is_internal(module: str, name: str) -> bool:
+    """Say whether an import is of something that a library does not show to its users."""
+    if not module or module.split(".")[0] in ("sft", "__future__"):
+        return False
+    if any(_is_private(part) for part in (*module.split("."), name)):
+        return True
+    return module.partition(".")[0] in LIBRARIES and "." in module and module not in DOCUMENTED
+
+
+def _aliases(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Map names in a file to what they were imported as."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield (
+                    (alias.asname or alias.name).partition(".")[0],
+                    (alias.name if alias.asname else alias.name.partition(".")[0]),
+                )
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                yield alias.asname or alias.name, f"{node.module}.{alias.name}"
+
+
+def _module_of(node: ast.expr, aliases: dict[str, str]) -> str:
+    """Name the module that an expression such as ``deepspeed.utils`` is; empty for all others."""
+    if isinstance(node, ast.Name):
+        found = aliases.get(node.id, "")
+    elif isinstance(node, ast.Attribute):
+        above = _module_of(node.value, aliases)
+        found = f"{above}.{node.attr}" if above else ""
+    else:
+        found = ""
+    return found if found == found.lower() else ""  # a class is no module
+
+
+def _defined(tree: ast.Module) -> Iterator[str]:
+    """Yield the private names that a file defines itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                yield node.attr
+
+
+def derived() -> list[type[Any]]:
+    """List the classes of sft that derive from a library's."""
+    found = []
+    packages = [sft, importlib.import_module("hydra_plugins.sft_sweep")]
+    for package in packages:
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            loaded = importlib.import_module(module.name)
+            found += [
+                kind
+                for kind in vars(loaded).values()
+                if inspect.isclass(kind) and kind.__module__ == module.name and bases(kind)
+            ]
+    return found
+
+
+def bases(kind: type[Any]) -> list[type[Any]]:
+    return [base for base in inspect.getmro(kind) if base.__module__.split(".")[0] in LIBRARIES]
+
+
+@functools.cache
+def inherited() -> dict[str, frozenset[str]]:
+    """Name, by file, the private names of the library classes that its classes derive from."""
+    found: dict[str, set[str]] = {}
+    for kind in derived():
+        names = found.setdefault(str(Path(inspect.getfile(kind)).relative_to(ROOT)), set())
+        for base in bases(kind):
+            names |= {name for name in vars(base) if _is_private(name)}
+            names |= set(re.findall(r"\bself\.(_[a-z]\w*)", inspect.getsource(base)))
+    return {file: frozenset(names) for file, names in found.items()}
+
+
+def listed() -> set[tuple[str, str]]:
+    return {
+        (owner, entry.partition("(")[0]) for owner, entries in UPSTREAM.items() for entry in entries
+    }
+
+
+def unlisted(text: str, inherited: frozenset[str] = frozenset()) -> list[str]:
+    """Name what a file uses of a library that ``UPSTREAM`` does not list."""
+    full, names = listed(), {name for _, name in listed()}
+    return sorted(
+        {
+            f"{use.module}.{use.name}".lstrip(".")
+            for use in uses_of(text, inherited)
+            if use.foreign
+            and ((use.module, use.name) not in full if use.module else use.name not in names)
+        }
+    )
+
+
+@functools.cache
+def all_uses() -> dict[str, set[tuple[str, str]]]:
+    return {file: {use[:2] for use in uses_of(text)} for file, text in sources().items()}
+
+
+def users_of(owner: str, name: str) -> list[str]:
+    """List the files that import a name from its owner, or else those that use the name at all."""
+    uses = all_uses()
+    importing = [file for file, found in uses.items() if (name, owner) in found]
+    return importing or [f for f, found in uses.items() if any(name == used for used, _ in found)]
+
+
+ENTRIES = [(owner, entry) for owner, entries in UPSTREAM.items() for entry in entries]
+
+
+def test_every_name_is_there_and_takes_what_sft_passes() -> None:
+    wrong, unused = [], []
+    for owner, entry in ENTRIES:
+        files = users_of(owner, entry.partition("(")[0])
+        unused += [] if files else [f"sft no longer uses {entry} of {owner}: remove it"]
+        wrong.append(problem(owner, entry, " and ".join(files)))
+    assert len(ENTRIES) > 100
+    assert not any(wrong) and not unused, "\n".join([*filter(None, wrong), *unused])
+
+
+def test_every_private_name_in_sft_is_listed() -> None:
+    found = [
+        f"{file} uses {name}, which its library may change without notice: list it in UPSTREAM "
+        "(tests/upstream_names.py), or do without it"
+        for file, text in sources().items()
+        for name in unlisted(text, inherited().get(file, frozenset()))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_overrides_take_what_the_library_passes() -> None:
+    """A parameter that a release adds to a method of ours would be a TypeError in a run."""
+    seen, wrong = 0, []
+    for kind in derived():
+        for name, method in vars(kind).items():
+            stock = next((vars(base)[name] for base in bases(kind) if name in vars(base)), None)
+            if not (inspect.isfunction(method) and inspect.isfunction(stock)):
+                continue
+            seen += name != "__init__"
+            own, theirs = (inspect.signature(each).parameters for each in (method, stock))
+            swallows = any(p.kind is p.VAR_KEYWORD for p in own.values())
+            lacking = [
+                p.name for p in theirs.values() if p.name not in own and p.kind < p.VAR_KEYWORD
+            ]
+            if lacking and not swallows and name != "__init__":
+                wrong.append(f"{kind.__qualname__}.{name} does not take {', '.join(lacking)}")
+    assert seen > 15
+    assert not wrong, "\n".join(wrong)
+
+
+def test_masks_are_prepared_as_seven_values() -> None:
+    """Ours returns as many: ``attention._preprocess``."""
+    from transformers import masking_utils
+
+    source = Path(inspect.getfile(masking_utils)).read_text(encoding="utf-8")
+    function = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "_preprocess_mask_arguments"
+    )
+    returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+    assert [len(value.elts) for value in returned if isinstance(value, ast.Tuple)] == [7, 7, 7]
+
+
+def test_trl_ships_its_chat_templates() -> None:
+    assert (package_dir("trl") / "chat_templates" / "qwen3.jinja").is_file()
+
+
+@pytest.mark.parametrize(
+    ("owner", "entry"),
+    [
+        ("transformers.trainer:Trainer", "_get_grad_norm(model, grad_norm)"),
+        ("transformers.masking_utils", "sdpa_mask"),
+        ("hydra._internal.utils", "get_args_parser()"),
+        ("transformers.modeling_utils:PreTrainedModel", "_supports_sdpa"),
+    ],
+)
+def test_a_name_that_is_gone_is_said(
+    owner: str, entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert entry in UPSTREAM[owner]
+    module, _, kind = owner.partition(":")
+    name = entry.partition("(")[0]
+    monkeypatch.delattr(f"{module}.{kind}.{name}" if kind else f"{module}.{name}")
+    files = " and ".join(users_of(owner, name))
+    library = module.partition(".")[0]
+    version = importlib.metadata.version(PACKAGES.get(library, library))
+    assert files and problem(owner, entry, files) == (
+        f"{owner.replace(':', '.')}.{name} is gone in {library} {version}; sft needs it in {files}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("transformers.trainer:Trainer", "_tr_loss"),
+        ("deepspeed.runtime.zero.partition_parameters", "ds_tensor"),
+        ("deepspeed.ops", "__compatible_ops__"),
+        ("transformers.utils.hub:cached_files", "_raise_exceptions_for_missing_entries"),
+        ("torch.ops.mkldnn", "_linear_pointwise"),
+        ("bitsandbytes.nn.modules:Int8Params", "SCB"),
+    ],
+)
+def test_what_only_the_source_shows_is_found_there(owner: str, name: str) -> None:
+    assert problem(owner, name, "FILE") is None
+    said = problem(owner, f"{name}_renamed", "FILE")
+    assert said is not None and said.endswith("; sft needs it in FILE") and " is gone in " in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (lambda s: None, "it takes (s) instead of (source_key, weight_renamings, ...)"),
+        (
+            lambda source_key, weight_renamings, meta, *, add, reverse: None,
+            "it now requires meta, add",
+        ),
+        (lambda source_key, weight_renamings: None, "it does not take reverse"),
+        (lambda weight_renamings, source_key: None, "it takes (weight_renamings, source_key) in"),
+        (lambda source_key, weight_renamings, more=1, reverse=False, **rest: None, None),
+    ],
+)
+def test_a_changed_signature_is_said(
+    changed: Any, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = "transformers.core_model_loading"
+    monkeypatch.setattr(f"{owner}.rename_source_key", changed)
+    entry = "rename_source_key(source_key, weight_renamings, *, reverse)"
+    said = problem(owner, entry, "sft/merge/files.py")
+    if reason is None:
+        assert said is None
+    else:
+        version = importlib.metadata.version("transformers")
+        start = f"{owner}.rename_source_key has changed in transformers {version}; "
+        assert said is not None and said.startswith(f"{start}sft needs it in sft/merge/files.py: ")
+        assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("import torch\ntorch.ops.aten._scaled_mm(1)", "torch.ops.aten._scaled_mm"),
+        ("def f(trainer):\n    trainer._secret = 1", "_secret"),
+        (
+            "def f(model):\n    return getattr(model, '_supports_flex_attn', False)",
+            "_supports_flex_attn",
+        ),
+        (
+            "from peft.utils.save_and_load import get_peft_model_state_dict",
+            "peft.utils.save_and_load.get_peft_model_state_dict",
+        ),
+        (
+            "import deepspeed\ndeepspeed.runtime.utils.see_memory_usage('x')",
+            "deepspeed.runtime.utils.see_memory_usage",
+        ),
+        ("from torch._dynamo import reset", "torch._dynamo.reset"),
+        ("def f(load):\n    return load('x', _commit_hash=None)", "_commit_hash"),
+        (
+            "class Trainer(SFTTrainer):\n    def _maybe_log_save_evaluate(self): ...",
+            "_maybe_log_save_evaluate",
+        ),
+    ],
+)
+def test_a_name_that_is_not_listed_is_found(text: str, name: str) -> None:
+    assert unlisted(text, frozenset({"_maybe_log_save_evaluate"})) == [name]
+
+
+def test_names_of_sft_itself_are_no_librarys() -> None:
+    text = "from transformers import Trainer\nclass A:\n    def _f(self): self._x = self._f()\n"
+    assert unlisted(text) == []
+
+
+@pytest.mark.parametrize("module", ["train", "data", "merge", "generate"])
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_other_systems_are_refused_before_torch_loads(module: str, platform: str) -> None:
+    code = (
+        f"import runpy, sys; sys.platform = {platform!r}; sys.modules['torch'] = None\n"
+        "sys.modules['fcntl'] = None\n"
+        f"runpy.run_module('sft.{module}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"error: sft runs on Linux only, and this is {platform}\n"
+        "    fix: a Linux machine or container; on Windows, WSL 2\n"
+    )
