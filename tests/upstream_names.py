@@ -7,21 +7,6 @@ positional parameters in their order, then, after ``*``, those passed by name. T
 use a name are looked up, not listed, so that moving a file changes nothing here.
 """
 
-from __future__ import annotations
-
-import ast
-import functools
-import importlib
-import importlib.metadata
-import inspect
-import sys
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-PACKAGES = {"hydra": "hydra-core"}  # distributions that are not named as their module is
-
 UPSTREAM: dict[str, tuple[str, ...]] = {
     # The training loop.
     "transformers.trainer:Trainer": (
@@ -45,7 +30,9 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "transformers.trainer_callback:ProgressCallback": ("current_step", "training_bar"),
     "transformers.trainer_callback:TrainerState": ("compute_steps(args, max_steps)",),
     "trl.trainer.sft_trainer:SFTTrainer": ("_metrics", "_total_train_tokens", "aux_loss_enabled"),
-    "accelerate.optimizer:AcceleratedOptimizer": ("_is_overflow",),
+    "accelerate.accelerator:Accelerator": ("optimizer_step_was_skipped", "scaler"),
+    "accelerate.optimizer:AcceleratedOptimizer": ("_is_overflow", "optimizer"),
+    "accelerate.scheduler:AcceleratedScheduler": ("scheduler",),
     "accelerate.data_loader:DataLoaderAdapter": ("base_dataloader",),
     "accelerate.state": ("AcceleratorState", "GradientState"),
     "accelerate.state:AcceleratorState": ("_reset_state(reset_partial_state)",),
@@ -63,6 +50,20 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         "final_logit_softcapping, logit_scale, outputs)",
     ),
     "trl.trainer.utils": ("maybe_gather_lm_head_ctx",),
+    "trl.trainer.utils:FusedCausalLMOutput": ("label_mask", "log_probs", "loss"),
+    # What some architectures do to their logits and scores: sft takes a missing one for none.
+    "transformers.models.cohere.configuration_cohere:CohereConfig": ("logit_scale",),
+    "transformers.models.deepseek_v32.configuration_deepseek_v32:DeepseekV32Config": (
+        "index_topk",
+    ),
+    "transformers.models.falcon_h1.configuration_falcon_h1:FalconH1Config": ("lm_head_multiplier",),
+    "transformers.models.gemma2.configuration_gemma2:Gemma2Config": (
+        *("attn_logit_softcapping", "final_logit_softcapping"),
+    ),
+    "transformers.models.granite.configuration_granite:GraniteConfig": ("logits_scaling",),
+    "transformers.models.muse_spark.configuration_muse_spark:MuseSparkTextConfig": (
+        "output_multiplier",
+    ),
     # Attention over documents.
     "transformers.integrations.sdpa_attention": (
         "sdpa_attention_forward(module, query, key, value, attention_mask, *, dropout, scaling)",
@@ -109,7 +110,9 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         *("operations", "source_patterns", "target_patterns"),
     ),
     "transformers.quantizers": ("AutoHfQuantizer",),
-    "transformers.quantizers.base:HfQuantizer": ("preprocess_model(model)",),
+    "transformers.quantizers.base:HfQuantizer": ("is_quantized", "preprocess_model(model)"),
+    "transformers.quantizers.quantizer_bnb_4bit": ("is_loaded_in_4bit",),
+    "transformers.quantizers.quantizer_bnb_8bit": ("is_loaded_in_8bit",),
     "transformers.integrations.bitsandbytes": ("source_cls",),
     "transformers.utils.chat_template_utils": (
         "render_jinja_template(*, conversations, tools, chat_template, add_generation_prompt, "
@@ -126,7 +129,17 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         *("lora_A", "lora_B", "lora_dropout", "lora_embedding_A", "lora_embedding_B"),
         *("lora_magnitude_vector", "lora_variant", "scaling", "use_rslora"),
     ),
-    "peft.tuners.lora.layer:ParamWrapper": ("get_delta_factors(adapter_name)", "parameter_name"),
+    "peft.tuners.lora.layer:Linear": (
+        *("active_adapters", "disable_adapters", "fan_in_fan_out", "merged"),
+    ),
+    "peft.tuners.lora.layer:ParamWrapper": (
+        *("get_delta_factors(adapter_name)", "num_experts", "parameter_name"),
+    ),
+    # A merge refuses adapters by these settings, and takes a missing one for unset.
+    "peft.tuners.lora.config:LoraConfig": (
+        *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication"),
+        *("megatron_config", "monteclora_config", "use_bdlora", "use_qalora"),
+    ),
     "peft.tuners.lora.variants": (
         *("DoraEmbeddingVariant", "DoraLinearVariant", "MiCAEmbeddingVariant"),
         *("MiCALinearVariant", "VeloraLinearVariant"),
@@ -150,10 +163,10 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "deepspeed.runtime.bf16_optimizer:BF16_Optimizer": ("fp32_groups_flat_partition",),
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": (
         *("_hp_optimizer_states_linked", "_lazy_init_hp_params_optimizer_state()"),
-        *("check_grad_overflow", "loss_scaler", "single_partition_of_fp32_groups"),
+        *("check_grad_overflow", "loss_scaler", "optimizer", "single_partition_of_fp32_groups"),
     ),
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3": (
-        *("fp32_partitioned_groups_flat", "loss_scaler"),
+        *("fp32_partitioned_groups_flat", "loss_scaler", "optimizer"),
     ),
     "deepspeed.runtime.zero.partition_parameters": (
         *("ds_id", "ds_numel", "ds_shape", "ds_tensor"),
@@ -181,121 +194,3 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "hydra.core.utils": ("JobReturn", "JobStatus"),
     "hydra.plugins.launcher": ("Launcher",),
 }
-
-
-def problem(owner: str, entry: str, files: str) -> str | None:
-    """Check one entry of ``UPSTREAM`` against the installed library.
-
-    Args:
-        owner: A key of ``UPSTREAM``.
-        entry: One of its names.
-        files: The files of sft that use it.
-
-    Returns:
-        One sentence that says what is wrong, or None.
-    """
-    name, _, called = entry.partition("(")
-    library = owner.partition(".")[0]
-    version = importlib.metadata.version(PACKAGES.get(library, library))
-    end = f"in {library} {version}; sft needs it in {files}"
-    where = f"{owner.replace(':', '.')}.{name}"
-    try:
-        module, _, class_name = owner.partition(":")
-        place = _resolved(module)
-        place = getattr(place, class_name) if class_name else place
-    except (ImportError, AttributeError):
-        return f"{where} is gone {end}"
-    if not _has(place, name):
-        return f"{where} is gone {end}" if name not in _assigned(place) else None
-    if not called:
-        return None
-    found = list(inspect.signature(getattr(place, name)).parameters.values())
-    wrong = _mismatch(called.rstrip(")"), found[found[:1] != [] and found[0].name == "self" :])
-    return f"{where} has changed {end}: {wrong}" if wrong else None
-
-
-def _resolved(path: str) -> Any:
-    """Import a module, or the attribute of one that acts as a module (``torch.ops.mkldnn``)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return importlib.import_module(path)
-        except ModuleNotFoundError:
-            above, _, name = path.rpartition(".")
-            if not above:
-                raise
-            return getattr(_resolved(above), name)
-
-
-def _has(place: Any, name: str) -> bool:
-    """Say whether a module or class defines a name, without calling a module's ``__getattr__``."""
-    lazy = vars(place).get("__getattr__") if inspect.ismodule(place) else None
-    if lazy is not None and name not in vars(place):
-        return repr(name).replace("'", '"') in inspect.getsource(lazy)
-    return hasattr(place, name)
-
-
-def _mismatch(called: str, found: list[inspect.Parameter]) -> str | None:
-    """Say why a function with these parameters cannot be called as ``UPSTREAM`` states."""
-    positional, _, named = called.partition("*")
-    first = [name.strip() for name in positional.split(",") if name.strip()]
-    rest = [name.strip() for name in named.split(",") if name.strip()]
-    names = [parameter.name for parameter in found]
-    if names[: len(first)] != first:
-        return f"it takes ({', '.join(names)}) instead of ({', '.join(first)}, ...)"
-    if lacking := [name for name in rest if name not in names]:
-        return f"it does not take {', '.join(lacking)}"
-    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [
-        parameter.name
-        for parameter in found
-        if parameter.default is parameter.empty and parameter.kind not in free
-    ]
-    if more := [name for name in required if name not in first + rest]:
-        return f"it now requires {', '.join(more)}"
-    return None
-
-
-@functools.cache
-def _assigned(place: Any) -> frozenset[str]:
-    """Name the parameters of a function, or what a module or a class and its bases assign."""
-    if inspect.isfunction(place):
-        return frozenset(inspect.signature(place).parameters)
-    modules = (
-        [place]
-        if inspect.ismodule(place)
-        else [sys.modules[base.__module__] for base in inspect.getmro(place) if base is not object]
-    )
-    classes = None if inspect.ismodule(place) else {base.__name__ for base in inspect.getmro(place)}
-    found: set[str] = set()
-    for module in modules:
-        if file := getattr(module, "__file__", None):
-            found |= _stored(Path(file), None if classes is None else frozenset(classes))
-    return frozenset(found)
-
-
-@functools.cache
-def _stored(file: Path, classes: frozenset[str] | None) -> frozenset[str]:
-    """Name the attributes that a file assigns: in these classes, or anywhere (None)."""
-    if file.suffix != ".py":
-        return frozenset()
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    parts: Iterator[ast.AST] = ast.walk(tree)
-    if classes is not None:
-        parts = (
-            inner
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ClassDef) and node.name in classes
-            for inner in ast.walk(node)
-        )
-    found = set()
-    for node in parts:
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            found.add(node.attr)
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found |= {node.target.id} if node.value is None else set()
-    # Inside a class, self.__name is stored under the class's name.
-    return frozenset(
-        found
-        | {f"_{name}{attr}" for name in classes or () for attr in found if attr.startswith("__")}
-    )
