@@ -11,10 +11,10 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from sft import sharded
 from sft.errors import RunError
 from sft.files import read_records, to_json, write_text
 from sft.ranks import gather, trained_bits
-from sft.trainer import Trainer
 
 logger = logging.getLogger("sft")
 
@@ -130,7 +130,7 @@ class RanksAgree(TrainerCallback):  # type: ignore[misc]
         if self.steps > 2 or args.world_size == 1:
             return
         model = kwargs["model"]
-        if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+        if sharded.any_sharded(model):
             return
         sums = gather(trained_bits(model))
         if len(set(sums)) > 1:
@@ -155,8 +155,8 @@ class BeforeTraining(TrainerCallback):  # type: ignore[misc]
             self.action()
 
 
-def watch(trainer: Trainer, metrics: Path) -> None:
-    """Replace the stock printing by ours, and add the checks."""
+def watch(trainer: Any, metrics: Path) -> None:
+    """Replace the printing of a transformers.Trainer by ours, and add the checks."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     for callback in (Lines(), MetricsFile(metrics), RanksAgree()):

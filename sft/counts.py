@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-
-if TYPE_CHECKING:
-    from sft.trainer import Trainer
 
 
 class RunningMetrics:
@@ -24,6 +21,17 @@ class RunningMetrics:
     def __init__(self) -> None:
         self.tokens: Any = 0
         self.sums: torch.Tensor | None = None
+
+    def kept(self) -> dict[str, Any]:
+        """Return both as JSON values, for a checkpoint."""
+        sums = None if self.sums is None else self.sums.tolist()
+        return {"sums": sums, "tokens": int(self.tokens)}
+
+    def restore(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Go on from what ``kept`` returned."""
+        if saved["sums"] is not None:
+            self.sums = torch.tensor(saved["sums"], dtype=torch.float64, device=device)
+        self.tokens = saved["tokens"]
 
     def see(self, inputs: dict[str, Any]) -> None:
         """Count a micro-batch."""
@@ -62,49 +70,21 @@ class RunningMetrics:
         }
 
 
-def kept(trainer: Trainer) -> dict[str, Any]:
-    """Give what this rank summed and counted, for a checkpoint."""
-    counts, guard = trainer.counts, trainer.guard
-    return {
-        "loss": trainer._tr_loss.item(),
-        "logged_at": trainer._globalstep_last_logged,
-        "sums": None if counts.sums is None else counts.sums.tolist(),
-        "tokens": int(counts.tokens),
-        "all_tokens": trainer._total_train_tokens,
-        "metrics": {key: list(values) for key, values in trainer._metrics["train"].items()},
-        "recent": list(guard.recent) if guard else [],
-        "skipped": guard.skipped if guard else 0,
-    }
-
-
-def restore(trainer: Trainer, saved: Sequence[dict[str, Any]]) -> None:
-    """Go on summing and counting, and log as often as this command says.
+def share_of(saved: Sequence[dict[str, Any]], rank: int, ranks: int) -> dict[str, Any]:
+    """Return what a rank goes on from, of what the ranks of a checkpoint had counted.
 
     Args:
-        trainer: Whose.
-        saved: What each rank kept. Where ranks are as many as they were, each takes its own again;
-            else they share.
+        saved: What each rank had counted. As many ranks as there were take their own again; with
+            another number of ranks, each takes an equal share of the sums.
+        rank: This rank.
+        ranks: How many there are now.
     """
-    # The intervals in the state are those of the command that saved it.
-    trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
-    ranks = trainer.args.world_size
     if len(saved) == ranks:
-        own = saved[trainer.args.process_index]
-    else:
-        sums = [count["sums"] for count in saved if count["sums"] is not None]
-        own = {
-            **saved[0],
-            "loss": sum(count["loss"] for count in saved) / len(saved),
-            "sums": [sum(column) / ranks for column in zip(*sums, strict=True)] if sums else None,
-            "tokens": sum(count["tokens"] for count in saved) / ranks,
-        }
-    device = trainer.args.device
-    trainer._tr_loss = torch.tensor(own["loss"], device=device)
-    trainer._globalstep_last_logged = own["logged_at"]
-    if own["sums"] is not None:
-        trainer.counts.sums = torch.tensor(own["sums"], dtype=torch.float64, device=device)
-    trainer.counts.tokens, trainer._total_train_tokens = own["tokens"], own["all_tokens"]
-    trainer._metrics["train"].update(own["metrics"])
-    if trainer.guard:
-        trainer.guard.recent.extend(own["recent"])
-        trainer.guard.skipped = own["skipped"]
+        return saved[rank]
+    sums = [count["sums"] for count in saved if count["sums"] is not None]
+    return {
+        **saved[0],
+        "loss": sum(count["loss"] for count in saved) / len(saved),
+        "sums": [sum(column) / ranks for column in zip(*sums, strict=True)] if sums else None,
+        "tokens": sum(count["tokens"] for count in saved) / ranks,
+    }

@@ -6,22 +6,19 @@ import logging
 import math
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from sft import checkpoint
 from sft.errors import RunError, Stopped
 from sft.ranks import gather
 from sft.signals import INTERRUPTED, STOPPED, Signals
-
-if TYPE_CHECKING:
-    from sft.trainer import Trainer
 
 logger = logging.getLogger("sft")
 
@@ -53,9 +50,28 @@ class Guard(TrainerCallback):  # type: ignore[misc]
     looked at a step later, so that the processor never waits for it, and before every save.
     """
 
-    def __init__(self, trainer: Trainer, signals: Signals, max_loss_jump: float | None) -> None:
-        self.trainer, self.signals = trainer, signals
-        self.max_loss_jump = max_loss_jump
+    def __init__(
+        self,
+        args: TrainingArguments,
+        signals: Signals,
+        rows_of: Callable[[int, Sequence[int]], list[int]],
+        max_loss_jump: float | None,
+        on_nan: str,
+    ) -> None:
+        """Begin with nothing seen.
+
+        Args:
+            args: Of the trainer.
+            signals: Notes what this rank is sent.
+            rows_of: Returns the rows that this rank saw in micro-batches of a step.
+            max_loss_jump: ``train.max_loss_jump``.
+            on_nan: ``train.on_nan``.
+        """
+        self.args, self.signals, self.rows_of = args, signals, rows_of
+        self.max_loss_jump, self.on_nan = max_loss_jump, on_nan
+        # The trainer reports both as a step is made; tensors stay on their device.
+        self.losses: list[torch.Tensor] = []  # of this rank's micro-batches
+        self.norm: Any = 0.0
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.skipped = 0
         self._skips_in_a_row = 0
@@ -63,10 +79,9 @@ class Guard(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put the ranks' figures together, and look at them as soon as they are there."""
-        trainer = self.trainer
-        losses = torch.stack(trainer.step_losses).double()
-        trainer.step_losses.clear()
-        norm = torch.as_tensor(trainer.grad_norm, dtype=torch.float64, device=losses.device)
+        losses = torch.stack(self.losses).double()
+        self.losses.clear()
+        norm = torch.as_tensor(self.norm, dtype=torch.float64, device=losses.device)
         asked = torch.full_like(norm, self.signals.received is not None)
         sums = torch.stack([asked, losses.sum(), norm])
         if dist.is_initialized():
@@ -94,12 +109,19 @@ class Guard(TrainerCallback):  # type: ignore[misc]
 
     def asked(self) -> bool:
         """Say whether any rank was sent a signal; all ranks must ask at once."""
-        flag = torch.tensor(
-            float(self.signals.received is not None), device=self.trainer.args.device
-        )
+        flag = torch.tensor(float(self.signals.received is not None), device=self.args.device)
         if dist.is_initialized():
             dist.all_reduce(flag)
         return bool(flag.item())
+
+    def kept(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the recent losses, and how many steps were skipped."""
+        return {"recent": list(self.recent), "skipped": self.skipped}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what ``kept`` returned."""
+        self.recent.extend(saved["recent"])
+        self.skipped = saved["skipped"]
 
     def settle(self) -> None:
         """Look at what is still on its way: nothing is saved before its loss was seen."""
@@ -107,15 +129,14 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         if step is not None:
             self._look(step)
 
-    def stop(self) -> None:
-        """End the run, which has been saved.
+    def stop(self, step: int) -> None:
+        """End the run, which has been saved after this step; 0: before its first step.
 
         Raises:
             Stopped: With the code that the process exits with.
         """
         received = self.signals.received
         name = "another rank's signal" if received is None else signal.Signals(received).name
-        step = self.trainer.state.global_step
         where = f"after step {step}, which is saved" if step else "before the first step"
         raise Stopped(
             f"stopped by {name} {where}; the same command again resumes",
@@ -132,8 +153,8 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             step.copied.synchronize()
         asked, loss, norm = step.sums.tolist()
         # With 16-bit floats, infinite gradients are the loss scale's ordinary business.
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.trainer.args.fp16)
-        if not finite and self.trainer.on_nan == "skip":
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.args.fp16)
+        if not finite and self.on_nan == "skip":
             self.skipped += 1
             self._skips_in_a_row += 1
             logger.info("%s: its update was skipped", self._where(step, loss, norm))
@@ -168,12 +189,12 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             for number, finite in enumerate(step.losses.isfinite().tolist())
             if all_of_them or not finite
         ]
-        everywhere = gather(self.trainer.rows_of(step.number, bad))
+        everywhere = gather(self.rows_of(step.number, bad))
         rows = sorted({row for found in everywhere for row in found})
         return f" (rows {listed(rows)})" if rows else ""
 
     def _fail(self, what: str, step: Step, else_: str = "") -> None:
-        folder = Path(self.trainer.args.output_dir)
+        folder = Path(self.args.output_dir)
         good = next(iter(checkpoint.checkpoints(folder)), None)
         there = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise RunError(

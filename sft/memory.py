@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-import torch
-
-from sft.checks import world_size
+from sft.hardware import available
+from sft.process import world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,19 +60,6 @@ def state_bytes(config: Config, parameters: int, itemsize: int, stage: int) -> i
     masters, copies = 12 / (ranks if stage else 1), itemsize * (1 if stage else 0)
     gradients = (itemsize if stage else 4) / (ranks if stage >= 2 else 1)
     return int(parameters * (masters + gradients + copies / (ranks if stage == 3 else 1)))
-
-
-def available() -> int:
-    """Give the bytes that this rank may use: of its GPU, or its share of the free memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0])
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")  # of a container, which may have less than the machine
-    limit = group / "memory.max"
-    if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int((group / "memory.current").read_text()))
-    return free // ranks
 
 
 def choose_checkpointing(

@@ -10,14 +10,11 @@ Its state is one of three kinds:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sft.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from sft.trainer import Trainer
 
 # Where DeepSpeed's optimizers keep the flat float32 parameters of this rank.
 FLAT = (
@@ -30,13 +27,19 @@ FLAT = (
 class Optimizer:
     """The torch optimizer under Accelerate's and DeepSpeed's, and the parameters it updates."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        outer = trainer.optimizer.optimizer
+    def __init__(self, wrapped: Any, model: torch.nn.Module) -> None:
+        """Look under the wrappers.
+
+        Args:
+            wrapped: What Accelerate made of the optimizer.
+            model: The model without what is wrapped around it; its names are the state's names.
+        """
+        outer = wrapped.optimizer
         self.zero: Any = outer if hasattr(outer, "optimizer") else None
         self.torch = outer.optimizer if self.zero else outer
         self.parameters = {
             name: parameter
-            for name, parameter in trainer.bare_model.named_parameters()
+            for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
 
@@ -82,6 +85,15 @@ class Optimizer:
             )
             for group in self.torch.param_groups
         ]
+
+    def held_bytes(self) -> int:
+        """Count the bytes of the state that this rank holds."""
+        return sum(
+            value.nbytes
+            for entry in self.torch.state.values()
+            for value in entry.values()
+            if isinstance(value, torch.Tensor)
+        )
 
     def link(self) -> None:
         """Let DeepSpeed find each parameter's part of the state.

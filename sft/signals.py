@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
+from sft import process
+
 STOPPED = 75  # sysexits.h calls it a temporary failure: the same command goes on
 INTERRUPTED = 130  # what shells report after Ctrl-C
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -49,7 +51,7 @@ class Signals:
         Signals.entered -= 1
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if error is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if error is not None and process.world_size() > 1:
             # The first rank that ends makes the launcher send SIGTERM to the others, which have
             # yet to write run.json and to say why.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -59,7 +61,7 @@ class Signals:
             return
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.received is None and os.environ.get("RANK", "0") == "0":
+        if self.received is None and process.rank() == 0:
             hint = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
             name = signal.Signals(number).name
             # os.write: logging may be in the middle of a line, whose lock is held.

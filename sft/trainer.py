@@ -7,21 +7,21 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from trl import SFTTrainer
 
-from sft import checkpoint, counts, state, streams, tensors, weights, zero
+from sft import checkpoint, counts, sharded, state, streams, weights, zero
 from sft.data.sampler import Fillers, Shuffle, eval_batches, samples_of
 from sft.fast import head
-from sft.ranks import RankZero
+from sft.guard import Guard
+from sft.optimizer import Optimizer
+from sft.rank_zero import RankZero
+from sft.save import save
 from sft.signals import end_with_rank
-
-if TYPE_CHECKING:
-    from sft.guard import Guard
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -31,21 +31,23 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     _total_train_tokens: int
     lm_head = "trl"
     guard: Guard | None = None
-    on_nan = "stop"
-    grad_norm: Any = 0.0  # of the step that was made last
-    saved_counts: list[dict[str, Any]] | None = None  # by rank, of the checkpoint resumed from
+    _saved_counts: list[dict[str, Any]] | None = None  # by rank, of the checkpoint resumed from
     _updates = 0  # steps of this process that changed the weights
     _saved: int | None = None  # the step of the newest checkpoint
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.step_losses: list[torch.Tensor] = []  # of this rank's micro-batches, on its device
         self.counts = counts.RunningMetrics()
 
     @property
     def bare_model(self) -> Any:
         """The model without what is wrapped around it: DDP, DeepSpeed, torch.compile."""
         return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+
+    @property
+    def _skips_nan(self) -> bool:
+        """Whether a step whose loss or gradient is not finite is left out (train.on_nan=skip)."""
+        return self.guard is not None and self.guard.on_nan == "skip"
 
     def use_head(self, kind: str) -> None:
         """Compute the loss with this head: ``chunked``, ``trl`` or ``plain``."""
@@ -90,7 +92,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Keep the loss of every micro-batch, for the guard to look at."""
         loss = super().training_step(*args, **kwargs)
-        self.step_losses.append(loss)
+        if self.guard is not None:
+            self.guard.losses.append(loss)
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -99,9 +102,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         DeepSpeed decides for itself: see ``_prepare_for_training``.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        self.grad_norm = norm
-        skips = self.on_nan == "skip" and not self.is_deepspeed_enabled
-        if skips:
+        if self.guard is not None:
+            self.guard.norm = norm
+        if self._skips_nan and not self.is_deepspeed_enabled:
             # What the Trainer asks before it moves the schedule on.
             self.optimizer._is_overflow = not math.isfinite(norm)
             if self.optimizer._is_overflow:
@@ -110,10 +113,35 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self._updates += 1
         return norm
 
+    def _kept_counts(self) -> dict[str, Any]:
+        """Return what this rank has summed and counted since the last logged line, as JSON values.
+
+        ``resume_counts`` goes on from it.
+        """
+        assert self.guard is not None
+        return {
+            "loss": self._tr_loss.item(),
+            "logged_at": self._globalstep_last_logged,
+            **self.counts.kept(),
+            "all_tokens": self._total_train_tokens,
+            "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
+            **self.guard.kept(),
+        }
+
     def resume_counts(self) -> None:
-        """Go on summing and counting where a checkpoint left off."""
-        if self.saved_counts is not None:
-            counts.restore(self, self.saved_counts)
+        """Go on summing and counting from a checkpoint, once the Trainer has set both to zero."""
+        if self._saved_counts is None:
+            return
+        # The checkpoint's state has the intervals of the command that saved it.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        own = counts.share_of(self._saved_counts, self.args.process_index, self.args.world_size)
+        self._tr_loss = torch.tensor(own["loss"], device=self.args.device)
+        self._globalstep_last_logged = own["logged_at"]
+        self._total_train_tokens = own["all_tokens"]
+        self._metrics["train"].update(own["metrics"])
+        self.counts.restore(own, self.args.device)
+        if self.guard is not None:
+            self.guard.restore(own)
 
     def evaluate_if_due(self) -> None:
         """Make up for the evaluation of the step that a run was cut off after."""
@@ -267,28 +295,18 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             if best and (best == step or checkpoint.path_of(args.output_dir, best).is_dir()):
                 self.state.best_model_checkpoint = str(checkpoint.path_of(args.output_dir, best))
             self.store_flos()
-            with RankZero(args.process_index == 0, path) as main:
-                partial = main.do(checkpoint.begin, path)
-                self._write_weights(main, partial)
-                writer = main.do(tensors.Writer, partial)
-                for key, tensor in state.kept(self):
-                    main.do(tensors.Writer.add, writer, key, tensor)
-                main.do(tensors.Writer.flush, writer)
-                progress = state.progress(self)
-                main.do(state.write_progress, partial, *progress)
-                main.do(checkpoint.write_trainer_state, partial, self.state)
-                facts = {
-                    "step": step,
-                    "ranks": args.world_size,
-                    "stage": zero.stage(args.deepspeed),
-                    "kind": progress[0]["kind"],
-                }
-                main.do(checkpoint.finish, partial, path, facts)
-                best_path = self.state.best_model_checkpoint
-                main.do(checkpoint.rotate, path.parent, args.save_total_limit, best_path)
+            save(
+                path,
+                self._write_weights,
+                self._live(),
+                self._kept_counts(),
+                self.state,
+                {"step": step, "ranks": args.world_size, "stage": zero.stage(args.deepspeed)},
+                args.save_total_limit,
+            )
             self._saved = step
         if self.control.should_training_stop and step < self.state.max_steps:
-            self.guard.stop()
+            self.guard.stop(step)
 
     def _stop_if_asked(self) -> None:
         """In the middle of an evaluation: it is begun anew when the run goes on.
@@ -299,7 +317,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if self.guard is not None and self.guard.asked():
             if self.state.global_step:
                 self._save_checkpoint(None, None)
-            self.guard.stop()
+            self.guard.stop(self.state.global_step)
 
     def write_model(self, folder: Path) -> None:
         """Write the trained weights and the tokenizer under their final name, or raise.
@@ -307,24 +325,41 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         Raises:
             CheckpointError: They cannot be written, or are not what was trained.
         """
-        with RankZero(self.args.process_index == 0, folder) as main:
+        with RankZero(folder) as main:
             partial = main.do(checkpoint.begin, folder)
             self._write_weights(main, partial)
             main.do(checkpoint.finish, partial, folder)
 
     def _write_weights(self, main: RankZero, folder: Path) -> None:
-        found = weights.gathered(self)
-        main.do(weights.write, self, folder, found, self._updates > 0)
+        model = self.bare_model
+        found = weights.gathered(model, lambda: self.accelerator.get_state_dict(self.deepspeed))
+        tokenizer, updated = self.processing_class, self._updates > 0
+        main.do(weights.write, model, tokenizer, folder, found, updated)
+
+    def _live(self) -> state.Live:
+        """Return what a checkpoint keeps beside the weights and the counts."""
+        return state.Live(
+            Optimizer(self.optimizer, self.bare_model),
+            self.lr_scheduler,
+            getattr(self.accelerator, "scaler", None),
+            str(self.args.optim.value),
+        )
+
+    def held_bytes(self) -> dict[str, int]:
+        """Count the bytes of parameters and of optimizer state that this rank holds."""
+        parameters = sum(sharded.share_of(p).nbytes for p in self.model.parameters())
+        optimizer = Optimizer(self.optimizer, self.bare_model)
+        return {"parameter_bytes": parameters, "optimizer_bytes": optimizer.held_bytes()}
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         """Put back what a checkpoint of ours holds: it has none of the stock one's files."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if self.on_nan == "skip" and hasattr(self.optimizer.optimizer, "check_grad_overflow"):
+        if self._skips_nan and hasattr(self.optimizer.optimizer, "check_grad_overflow"):
             self.optimizer.optimizer.check_grad_overflow = True
         if resume_from_checkpoint is not None:
-            state.restore(self, Path(resume_from_checkpoint))
+            self._saved_counts = state.restore(self._live(), Path(resume_from_checkpoint))
             self._saved = checkpoint.step_of(Path(resume_from_checkpoint))
         return prepared
 
@@ -334,21 +369,3 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             streams.restore_random_streams(Path(checkpoint), self.args.seed)
-
-
-def share_of_state(trainer: Trainer) -> dict[str, int]:
-    """Count the bytes of parameters and of optimizer state that this rank holds."""
-    parameters = sum(
-        getattr(parameter, "ds_tensor", parameter).nbytes
-        for parameter in trainer.model.parameters()
-    )
-    optimizer = trainer.optimizer
-    while hasattr(optimizer, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
-        optimizer = optimizer.optimizer
-    state = sum(
-        value.nbytes
-        for values in optimizer.state.values()
-        for value in values.values()
-        if isinstance(value, torch.Tensor)
-    )
-    return {"parameter_bytes": parameters, "optimizer_bytes": state}

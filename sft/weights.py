@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
+from sft import sharded
 from sft.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from sft.trainer import Trainer
 
+def gathered(
+    model: Any, whole_model: Callable[[], dict[str, torch.Tensor] | None]
+) -> dict[str, torch.Tensor]:
+    """Return what is to be saved, by the model's own names; under ZeRO-3 gathered on rank 0.
 
-def gathered(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Give what is to be saved, by the model's own names; under ZeRO-3 put together on rank 0.
+    All ranks must call it. DeepSpeed's own gathering, ``whole_model``, leaves out what an adapter
+    holds and does not train, so an adapter is gathered here.
 
-    All ranks must call it. DeepSpeed's own gathering leaves out what an adapter holds and does not
-    train.
+    Args:
+        model: The model without what is wrapped around it.
+        whole_model: Gathers all parameters under ZeRO-3; needed where there is no adapter.
     """
-    model = trainer.bare_model
-    parameters = dict(model.named_parameters())
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+    if not sharded.any_sharded(model):
         state: dict[str, torch.Tensor] = model.state_dict()
         return state
     if not isinstance(model, PeftModel):
-        state = trainer.accelerator.get_state_dict(trainer.deepspeed)
-        return state or {}
-    import deepspeed
-
+        return whole_model() or {}
+    parameters = dict(model.named_parameters())
     adapter = {id(value) for value in get_peft_model_state_dict(model, parameters).values()}
     whole = {}
     for name, parameter in parameters.items():
         if id(parameter) in adapter or parameter.requires_grad:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if trainer.args.process_index == 0:
-                    whole[name] = parameter.detach().to("cpu", copy=True)
+            found = sharded.whole_copy(parameter)
+            if found is not None:
+                whole[name] = found
     return whole
 
 
-def write(trainer: Trainer, folder: Path, weights: dict[str, torch.Tensor], updated: bool) -> None:
+def write(
+    model: Any, tokenizer: Any, folder: Path, weights: dict[str, torch.Tensor], updated: bool
+) -> None:
     """Write weights and tokenizer on rank 0, read the weights back, and compare.
 
     Args:
-        trainer: Whose model it is.
+        model: The model without what is wrapped around it.
+        tokenizer: Is written beside the weights.
         folder: Where to.
         weights: What ``gathered`` gave.
         updated: The optimizer has changed the weights at least once.
@@ -53,9 +57,8 @@ def write(trainer: Trainer, folder: Path, weights: dict[str, torch.Tensor], upda
     Raises:
         CheckpointError: What was written is not what was trained.
     """
-    model = trainer.bare_model
     model.save_pretrained(folder, state_dict=weights)
-    trainer.processing_class.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     live = get_peft_model_state_dict(model, weights) if isinstance(model, PeftModel) else weights
     check(folder, live, isinstance(model, PeftModel), updated)
 

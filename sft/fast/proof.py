@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,22 +13,26 @@ from sft.errors import ModelError
 from sft.fast.attention import UNPACKED
 from sft.ranks import gather
 
-if TYPE_CHECKING:
-    from sft.trainer import Trainer
-
 logger = logging.getLogger("sft")
 
 
-def prove_isolation(trainer: Trainer, may_pad: bool) -> None:
+def prove_isolation(
+    model: Any, collator: Collator, device: torch.device, vocabulary: int, may_pad: bool
+) -> None:
     """Show that documents in one row do not see each other in this very model.
 
-    Where they do, samples that need not be joined are padded instead.
+    Args:
+        model: As training wrapped it.
+        collator: Joins samples. Where they see each other, it pads samples from now on.
+        device: Where the model is.
+        vocabulary: Tokens that it knows.
+        may_pad: Samples need not be joined.
+
+    Raises:
+        ModelError: Samples must be joined, and see each other.
     """
-    collator = trainer.data_collator
     try:
-        require_isolation(
-            trainer.model_wrapped, collator, trainer.args.device, len(trainer.processing_class)
-        )
+        require_isolation(model, collator, device, vocabulary)
     except ModelError as error:
         if not may_pad:
             raise
@@ -94,18 +98,22 @@ def require_isolation(
         )
 
 
-def check_head(trainer: Trainer) -> None:
-    """Compute the loss from the model's own logits where ours is not what they say."""
-    computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    apart = difference(
-        trainer.model_wrapped,
-        trainer.args.device,
-        len(trainer.processing_class),
-        computed_in.get(trainer.accelerator.mixed_precision, torch.float32),
-    )
-    if any(gather(not apart <= 1)):
-        logger.info("warning: the LM head differs from the model's logits; model.lm_head=plain")
-        trainer.use_head("plain")
+def head_agrees(model: Any, device: torch.device, vocabulary: int, mixed_precision: str) -> bool:
+    """Return whether our head computes, on every rank, what the model's own logits say.
+
+    Args:
+        model: As training wrapped it.
+        device: Where it is.
+        vocabulary: Tokens that it knows.
+        mixed_precision: Accelerate's: ``no``, ``bf16`` or ``fp16``.
+    """
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    computed_in = dtypes.get(mixed_precision, torch.float32)
+    agrees = difference(model, device, vocabulary, computed_in) <= 1
+    if all(gather(agrees)):
+        return True
+    logger.info("warning: the LM head differs from the model's logits; model.lm_head=plain")
+    return False
 
 
 @torch.no_grad()
