@@ -1,4 +1,4 @@
-"""What a run sums and counts between logged lines, kept in a checkpoint so that it goes on."""
+"""Sums and counts between two logged lines. A checkpoint keeps them, so that both stay exact."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 class RunningMetrics:
-    """Of this rank, since the last logged line.
+    """Tokens and metrics of this rank since the last logged line.
 
     Attributes:
         tokens: Seen, padding not among them where a mask tells; an int, or a tensor on the device.

@@ -1,4 +1,4 @@
-"""What all ranks agree on at the end of every step: whether to stop, and whether all is well."""
+"""Checks after every step, on all ranks at once: signals, and a loss or gradient gone wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SKIPS = 10  # steps in a row that may be skipped: after that, the weights are at
 
 @dataclass
 class Step:
-    """What one step left to be looked at.
+    """The figures of one step, on their way to the CPU.
 
     Attributes:
         number: The step.
@@ -44,10 +44,11 @@ class Step:
 
 
 class Guard(TrainerCallback):  # type: ignore[misc]
-    """Stops on a signal once the step is saved, and on a loss that went wrong.
+    """Stops on a signal once the step is saved, and on a loss that is not finite or has jumped.
 
-    The ranks put their figures together in one small all-reduce a step. On a GPU the result is
-    looked at a step later, so that the processor never waits for it, and before every save.
+    The trainer reports the loss of each micro-batch and the step's gradient norm. The ranks add up
+    their figures in one small all-reduce a step. On a GPU the sums are read one step later, so that
+    the CPU never waits for them, and before every save.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         max_loss_jump: float | None,
         on_nan: str,
     ) -> None:
-        """Begin with nothing seen.
+        """Set up the checks.
 
         Args:
             args: Of the trainer.
-            signals: Notes what this rank is sent.
+            signals: Holds the first signal that this rank was sent.
             rows_of: Returns the rows that this rank saw in micro-batches of a step.
             max_loss_jump: ``train.max_loss_jump``.
             on_nan: ``train.on_nan``.
@@ -78,7 +79,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         self._pending: Step | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Put the ranks' figures together, and look at them as soon as they are there."""
+        """Add up the ranks' figures, and check them as soon as they have reached the CPU."""
         losses = torch.stack(self.losses).double()
         self.losses.clear()
         norm = torch.as_tensor(self.norm, dtype=torch.float64, device=losses.device)
@@ -104,11 +105,11 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate &= state.global_step >= state.max_steps
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Look at the last step."""
+        """Check the last step."""
         self.settle()
 
     def asked(self) -> bool:
-        """Say whether any rank was sent a signal; all ranks must ask at once."""
+        """Return whether any rank was sent a signal. All ranks must call it."""
         flag = torch.tensor(float(self.signals.received is not None), device=self.args.device)
         if dist.is_initialized():
             dist.all_reduce(flag)
@@ -124,7 +125,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         self.skipped = saved["skipped"]
 
     def settle(self) -> None:
-        """Look at what is still on its way: nothing is saved before its loss was seen."""
+        """Check a step that has not been checked yet; called before every save."""
         step, self._pending = self._pending, None
         if step is not None:
             self._look(step)
@@ -144,7 +145,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         )
 
     def _look(self, step: Step) -> bool:
-        """Say whether a signal was received.
+        """Check one step, and return whether any rank was sent a signal.
 
         Raises:
             RunError: The loss or its gradient is not finite, or jumped.

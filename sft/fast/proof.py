@@ -10,7 +10,7 @@ import torch
 from sft.data.collator import Collator
 from sft.data.encode import IGNORE_INDEX
 from sft.errors import ModelError
-from sft.fast.attention import UNPACKED
+from sft.fast.attention import UNPACKED, kernel_of
 from sft.ranks import gather
 
 logger = logging.getLogger("sft")
@@ -91,10 +91,11 @@ def require_isolation(
     apart = float((packed.sum() - alone.sum()).abs()) / max(scale, float(alone.sum().abs()))
     between = float((packed - changed).abs().max())
     if between > (rounding * scale if reorders else 0) or not apart <= rounding:
-        kernel = getattr(inner.config, "_attn_implementation", None)
+        apart = max(between, apart)
         raise ModelError(
-            f"with attn_implementation={kernel}, documents that are packed together see each other "
-            f"in this model (outputs differ by {max(between, apart):.2g})\n    fix: {UNPACKED}"
+            f"with attn_implementation={kernel_of(inner.config)}, documents that are packed "
+            f"together see each other in this model (outputs differ by {apart:.2g})\n"
+            f"    fix: {UNPACKED}"
         )
 
 
