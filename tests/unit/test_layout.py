@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import pkgutil
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -88,6 +90,16 @@ def test_a_circle_is_found(back: str) -> None:
     assert circle(arrows({**sources, "sft.d": "import torch"})) == []
     found = circle(arrows({**sources, "sft.d": back}))
     assert found[0] == found[-1] and set(found) == {"sft.a", "sft.b.c", "sft.d"}
+
+
+def test_every_target_of_an_injected_fault_exists() -> None:
+    """A fault that is injected nowhere would let its test pass, or its benchmark wait."""
+    files = [*PACKAGE.parent.glob("benchmarks/*.py"), *PACKAGE.parent.glob("tests/**/*.py")]
+    faults = r"SIG[A-Z0-9]+:(sft\.[\w.]+):(?:before|after):"
+    targets = {target for path in files for target in re.findall(faults, path.read_text())}
+    assert {"sft.guard.Guard.on_step_end", "sft.weights.write"} < targets
+    for target in sorted(targets):
+        assert callable(pkgutil.resolve_name(target)), target
 
 
 def private_names(source: str) -> tuple[set[str], set[str]]:
