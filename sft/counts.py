@@ -13,9 +13,10 @@ class RunningMetrics:
     """Tokens and metrics of this rank since the last logged line.
 
     Attributes:
-        tokens: Seen, padding not among them where a mask tells; an int, or a tensor on the device.
-        sums: Entropy, right guesses and trained tokens of the steps that will be logged, (3,) in
-            float64; None: no such step yet.
+        tokens: Tokens seen, without padding where there is a mask; an int, or a tensor on the
+            device.
+        sums: Entropy, right predictions and trained tokens of the steps that will be logged,
+            shape (3,), float64; None: no such step yet.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class RunningMetrics:
         return {"sums": sums, "tokens": int(self.tokens)}
 
     def restore(self, saved: dict[str, Any], device: torch.device) -> None:
-        """Go on from what ``kept`` returned."""
+        """Continue from what ``kept`` returned."""
         if saved["sums"] is not None:
             self.sums = torch.tensor(saved["sums"], dtype=torch.float64, device=device)
         self.tokens = saved["tokens"]
@@ -39,16 +40,16 @@ class RunningMetrics:
         self.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
 
     def add(self, output: Any) -> None:
-        """Sum what the head found out in a micro-batch."""
+        """Add the head's metrics of a micro-batch."""
         found = [output.entropy, output.is_top1, output.label_mask]
         sums = torch.stack([values.sum(dtype=torch.float64) for values in found]).detach()
         self.sums = sums if self.sums is None else self.sums + sums
 
     def flush(self, seen: int) -> dict[str, Any]:
-        """Give the means over all ranks, and begin anew.
+        """Return the means over all ranks, and reset. All ranks must call it.
 
         Args:
-            seen: Tokens that all ranks saw before.
+            seen: Tokens that all ranks saw before the last call.
 
         Returns:
             ``entropy`` in nats, ``mean_token_accuracy`` and ``num_tokens``; empty where nothing was
@@ -71,13 +72,15 @@ class RunningMetrics:
 
 
 def share_of(saved: Sequence[dict[str, Any]], rank: int, ranks: int) -> dict[str, Any]:
-    """Return what a rank goes on from, of what the ranks of a checkpoint had counted.
+    """Return the counts that one rank continues from.
+
+    With as many ranks as before, each rank continues from its own counts; with a different number,
+    each gets an equal share of the sums.
 
     Args:
-        saved: What each rank had counted. As many ranks as there were take their own again; with
-            another number of ranks, each takes an equal share of the sums.
+        saved: What each rank had counted when the checkpoint was saved.
         rank: This rank.
-        ranks: How many there are now.
+        ranks: The number of ranks now.
     """
     if len(saved) == ranks:
         return saved[rank]

@@ -22,8 +22,8 @@ from sft.signals import INTERRUPTED, STOPPED, Signals
 
 logger = logging.getLogger("sft")
 
-RECENT = 20  # steps whose mean loss a jump is measured against
-SKIPS = 10  # steps in a row that may be skipped: after that, the weights are at fault
+RECENT = 20  # steps over which the loss is averaged; a jump is measured against the average
+SKIPS = 10  # steps skipped in a row, after which the weights must be at fault and the run stops
 
 
 @dataclass
@@ -32,9 +32,9 @@ class Step:
 
     Attributes:
         number: The step.
-        sums: Of all ranks: signals received, loss, gradient norm; shape (3,), on the CPU.
-        losses: Of this rank's micro-batches, shape (micro-batches,), on the CPU.
-        copied: Tells when both have arrived from a GPU.
+        sums: Means over all ranks: signals received, loss, gradient norm; shape (3,), on the CPU.
+        losses: The losses of this rank's micro-batches, shape (micro-batches,), on the CPU.
+        copied: A CUDA event after both copies; None where there is no GPU.
     """
 
     number: int
@@ -62,15 +62,15 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         """Set up the checks.
 
         Args:
-            args: Of the trainer.
+            args: The trainer's arguments.
             signals: Holds the first signal that this rank was sent.
-            rows_of: Returns the rows that this rank saw in micro-batches of a step.
+            rows_of: Returns the rows that this rank saw in given micro-batches of a step.
             max_loss_jump: ``train.max_loss_jump``.
             on_nan: ``train.on_nan``.
         """
         self.args, self.signals, self.rows_of = args, signals, rows_of
         self.max_loss_jump, self.on_nan = max_loss_jump, on_nan
-        # The trainer reports both as a step is made; tensors stay on their device.
+        # The trainer sets both during a step. Tensors stay on their device.
         self.losses: list[torch.Tensor] = []  # of this rank's micro-batches
         self.norm: Any = 0.0
         self.recent: deque[float] = deque(maxlen=RECENT)
@@ -100,8 +100,8 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         if step is not None and self._look(step):
             self.settle()
             control.should_save = control.should_training_stop = True
-            # What was due is caught up on when the run goes on. The last evaluation stops the run
-            # itself; without it, training would end and be logged before it.
+            # An evaluation that is due is done when the run is resumed. Only the evaluation after
+            # the last step is kept: it stops the run itself, before training ends and is logged.
             control.should_evaluate &= state.global_step >= state.max_steps
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -120,7 +120,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         return {"recent": list(self.recent), "skipped": self.skipped}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what ``kept`` returned."""
+        """Continue from what ``kept`` returned."""
         self.recent.extend(saved["recent"])
         self.skipped = saved["skipped"]
 
@@ -131,10 +131,13 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             self._look(step)
 
     def stop(self, step: int) -> None:
-        """End the run, which has been saved after this step; 0: before its first step.
+        """End the run.
+
+        Args:
+            step: The last step, which has been saved; 0: no step was made.
 
         Raises:
-            Stopped: With the code that the process exits with.
+            Stopped: Always, with the exit code of the process.
         """
         received = self.signals.received
         name = "another rank's signal" if received is None else signal.Signals(received).name
@@ -148,12 +151,12 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         """Check one step, and return whether any rank was sent a signal.
 
         Raises:
-            RunError: The loss or its gradient is not finite, or jumped.
+            RunError: The loss or the gradient norm is not finite, or the loss has jumped.
         """
         if step.copied is not None:
             step.copied.synchronize()
         asked, loss, norm = step.sums.tolist()
-        # With 16-bit floats, infinite gradients are the loss scale's ordinary business.
+        # With fp16, the loss scaler expects infinite gradients and lowers its scale.
         finite = math.isfinite(loss) and (math.isfinite(norm) or self.args.fp16)
         if not finite and self.on_nan == "skip":
             self.skipped += 1

@@ -16,18 +16,18 @@ from torch.distributed.rendezvous import rendezvous
 from sft import process
 from sft.errors import RunError
 
-_store: Any = None  # rank 0 may be its server, for as long as it is referred to
+_store: Any = None  # must stay referenced: on rank 0 it may be the server
 _decisions = itertools.count()
 
 
 def from_rank_zero(decide: Callable[[], Any]) -> Any:
-    """Decide on rank 0, and give every rank its decision, before there is a process group.
+    """Decide on rank 0 and return its decision on every rank, before there is a process group.
 
-    The launcher's key-value store is there from the start. It outlives restarts of the ranks, so
-    each start, and each decision of it, has a key of its own.
+    The launcher's key-value store exists from the start. It outlives restarts of the ranks, so
+    every decision of every start has its own key.
 
     Args:
-        decide: Gives what JSON can hold.
+        decide: Returns a value that JSON can hold.
 
     Raises:
         RunError: The ranks do not find each other.
@@ -61,7 +61,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def trained_bits(model: torch.nn.Module) -> int:
-    """Sum the bits of the trained parameters as integers: equal on ranks that hold the same."""
+    """Return a sum of the trained parameters' bits; it is equal on ranks with equal parameters."""
     total = 0
     for parameter in model.parameters():
         if parameter.requires_grad:

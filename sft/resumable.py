@@ -28,7 +28,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     _total_train_tokens: int
     guard: Guard | None = None
     _saved_counts: list[dict[str, Any]] | None = None  # by rank, of the checkpoint resumed from
-    updates = 0  # steps of this process that changed the weights
+    updates = 0  # steps in which this process changed the weights
     _saved: int | None = None  # the step of the newest checkpoint
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -37,7 +37,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     @property
     def bare_model(self) -> Any:
-        """The model without what is wrapped around it: DDP, DeepSpeed, torch.compile."""
+        """The model without its wrappers: DDP, DeepSpeed, torch.compile."""
         return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
 
     @property
@@ -73,10 +73,10 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         }
 
     def resume_counts(self) -> None:
-        """Go on summing and counting from a checkpoint, once the Trainer has set both to zero."""
+        """Continue the sums and counts of a checkpoint, after the Trainer has reset them."""
         if self._saved_counts is None:
             return
-        # The checkpoint's state has the intervals of the command that saved it.
+        # The restored state has the logging and saving intervals of the command that saved it.
         self.state.compute_steps(self.args, self.state.max_steps)
         own = counts.share_of(self._saved_counts, self.args.process_index, self.args.world_size)
         self._tr_loss = torch.tensor(own["loss"], device=self.args.device)
@@ -103,7 +103,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         """Save a checkpoint unless this step has one, and stop if a signal asked for that.
 
         Raises:
-            CheckpointError: On all ranks: it cannot be written; the one before is untouched.
+            CheckpointError: The checkpoint cannot be written; the one before is untouched.
             Stopped: A signal asked the run to stop.
         """
         step, args = self.state.global_step, self.args

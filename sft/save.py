@@ -1,4 +1,4 @@
-"""Saves a checkpoint: the weights, and all that makes the next step the same step."""
+"""Saves a checkpoint: the weights, and what makes the next step exactly the same step."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def save(
     """Save a checkpoint, and delete old ones. All ranks must call it.
 
     Args:
-        path: Where the checkpoint appears once it is complete.
+        path: The checkpoint's folder, which appears once it is complete.
         write_weights: Writes the weights into a folder.
-        live: The optimizer and what runs beside it.
+        live: The objects whose state is kept.
         counts: What this rank has counted since the last logged line.
         trainer_state: The Trainer's own state; its best checkpoint is not deleted.
-        facts: For the manifest.
-        keep: Checkpoints that stay at most.
+        facts: Facts for the manifest: step, ranks and ZeRO stage.
+        keep: The number of checkpoints to keep.
 
     Raises:
-        CheckpointError: On all ranks: it cannot be written; the checkpoint before is untouched.
+        CheckpointError: The checkpoint cannot be written. It is raised on all ranks, and the
+            checkpoint before is untouched.
     """
     with RankZero(path) as main:
         partial = main.do(checkpoint.begin, path)

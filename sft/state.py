@@ -1,7 +1,7 @@
-"""What a checkpoint holds beside the weights: all that makes the next step the same step.
+"""What a checkpoint holds beside the weights, so that the next step is exactly the same step.
 
-Optimizer state is kept whole, by the parameters' names, whatever the number of ranks and the ZeRO
-stage that made it. No pickle: tensors in safetensors, the rest in JSON.
+The optimizer's state is saved unsharded, by the parameters' names, for any number of ranks and any
+ZeRO stage. Nothing is pickled: tensors are in safetensors files, the rest in JSON.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from sft.tensors import Reader
 logger = logging.getLogger("sft")
 
 STATE = "state.json"
-VALUE = "parameter"  # the kind of the tensors that are the trained parameters, in full precision
+VALUE = "parameter"  # the key of the trained parameters themselves, in full precision
 
 
 @dataclass
 class Live:
-    """What a checkpoint keeps beside the weights and the counts, as training uses it.
+    """The objects of a running training whose state a checkpoint keeps.
 
     Attributes:
-        optimizer: With the parameters it updates.
-        schedule: Of the learning rate, as it is wrapped.
-        scaler: Accelerate's loss scaler; None unless it scales.
-        optim: The name of the optimizer, of ``train.optim``.
+        optimizer: The optimizer and the parameters it updates.
+        schedule: The learning-rate schedule, as Accelerate or DeepSpeed wrapped it.
+        scaler: Accelerate's loss scaler; None where the loss is not scaled.
+        optim: The value of ``train.optim``.
     """
 
     optimizer: Optimizer
@@ -49,9 +49,9 @@ class Live:
 
 
 def kept(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the trained parameters and the optimizer's state, whole, on every rank in one order.
+    """Yield the trained parameters and the optimizer's state, unsharded, in one order on all ranks.
 
-    Under ZeRO the ranks put each tensor together in turn, so all of them must go through.
+    Under ZeRO the ranks gather one tensor after another, so every rank must iterate to the end.
     """
     if optimizer.kind() == "by rank":
         yield from _of_every_rank(optimizer)
@@ -72,7 +72,7 @@ def kept(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
         for key, value in entry.items():
             if torch.as_tensor(value).ndim:
                 yield f"{key}/{name}", safe_get_full_optimizer_state(parameter, key)
-            else:  # such as Adam's count of steps, which is one for all
+            else:  # such as Adam's count of steps, which is the same for all parameters
                 yield f"{key}/{name}", torch.as_tensor(value)
 
 
@@ -89,14 +89,14 @@ def _of_every_rank(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def progress(live: Live, counts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Collect from all ranks what belongs to no parameter.
+    """Collect from all ranks the state that belongs to no parameter. All ranks must call it.
 
     Args:
-        live: The optimizer and what runs beside it.
+        live: The objects whose state is kept.
         counts: What this rank has counted since the last logged line, as JSON values.
 
     Returns:
-        For ``write_progress``: schedule, scales and counts as JSON values; the random streams.
+        Schedule, loss scales and counts as JSON values, and the ranks' random states.
     """
     optimizer = live.optimizer
     loss_scaler = getattr(optimizer.zero, "loss_scaler", None)
@@ -124,13 +124,13 @@ def write_progress(folder: Path, record: dict[str, Any], streams: dict[str, torc
 
 
 def restore(live: Live, folder: Path) -> list[dict[str, Any]]:
-    """Put everything but the random streams back, once DeepSpeed and DDP have wrapped the model.
+    """Restore everything but the random states, after DeepSpeed or DDP has wrapped the model.
 
     Returns:
-        What each rank had counted, which the trainer takes over when training begins.
+        What each rank had counted; the trainer continues from it when training begins.
 
     Raises:
-        CheckpointError: It is of other parameters than are trained now.
+        CheckpointError: The checkpoint holds other parameters than are trained now.
     """
     record = json.loads((folder / STATE).read_text(encoding="utf-8"))
     optimizer, reader = live.optimizer, Reader(folder)
@@ -185,7 +185,7 @@ def _set_share(parameter: Any, value: torch.Tensor, key: str | None) -> None:
         else:
             utils.safe_set_full_optimizer_state(parameter, value, key)
         return
-    # The function for whole values reads past the end where the ranks' shares are padded.
+    # safe_set_full_* reads past the end of the value where the ranks' shares are padded.
     own = sharded.cut_share(parameter, value)
     if key is None:
         utils.safe_set_local_fp32_param(parameter, own)
@@ -216,7 +216,7 @@ def _restore_optimizer(optimizer: Optimizer, reader: Reader) -> None:
         for kind in one.keys() - set(whole):
             count = one[kind]
             if isinstance(count, torch.Tensor):
-                # A copy for each partition: torch counts in place.
+                # Each partition needs its own copy, because torch counts in place.
                 count = count.clone().to(flat.device if on_device else "cpu")
             fresh[kind] = count
         optimizer.torch.state[flat] = fresh
@@ -227,7 +227,7 @@ def _restore_optimizer(optimizer: Optimizer, reader: Reader) -> None:
 
 
 def _restore_rank(optimizer: Optimizer, reader: Reader) -> None:
-    """Put back what belongs to this rank; ``run.Run`` has seen to it that ranks are as many."""
+    """Restore this rank's state; ``resume.changed`` has refused another number of ranks."""
     prefix = f"rank{dist.get_rank()}/"
     for index, flat in enumerate(optimizer.flat):
         saved = {}
@@ -241,7 +241,7 @@ def _restore_rank(optimizer: Optimizer, reader: Reader) -> None:
 
 
 def _spread(optimizer: Optimizer) -> None:
-    """Set the parameters from the ranks' float32 shares."""
+    """Set the parameters from the float32 shares of all ranks."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     for parameter in optimizer.parameters.values():
@@ -249,7 +249,7 @@ def _spread(optimizer: Optimizer) -> None:
 
 
 def _restore_schedule(live: Live, saved: dict[str, Any]) -> None:
-    """Go on at the saved step of this command's schedule, whose rates may have been changed."""
+    """Continue this command's schedule, whose rates may differ, at the saved step."""
     schedule = live.schedule
     while hasattr(schedule, "scheduler"):  # Accelerate's and DeepSpeed's wrappers
         schedule = schedule.scheduler

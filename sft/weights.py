@@ -1,4 +1,4 @@
-"""The trained weights as files: gathered from the ranks, written, and read back to be sure."""
+"""The trained weights as files: gathered from the ranks, written, read back and compared."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sft.errors import CheckpointError
 def gathered(
     model: Any, whole_model: Callable[[], dict[str, torch.Tensor] | None]
 ) -> dict[str, torch.Tensor]:
-    """Return what is to be saved, by the model's own names; under ZeRO-3 gathered on rank 0.
+    """Return the tensors to save by the model's names; under ZeRO-3 they are gathered on rank 0.
 
-    All ranks must call it. DeepSpeed's own gathering, ``whole_model``, leaves out what an adapter
-    holds and does not train, so an adapter is gathered here.
+    All ranks must call it. DeepSpeed's function leaves out the parameters that an adapter holds
+    but does not train, so the parameters of an adapter are gathered here.
 
     Args:
-        model: The model without what is wrapped around it.
-        whole_model: Gathers all parameters under ZeRO-3; needed where there is no adapter.
+        model: The unwrapped model.
+        whole_model: DeepSpeed's function, used under ZeRO-3 for a model without an adapter.
     """
     if not sharded.any_sharded(model):
         state: dict[str, torch.Tensor] = model.state_dict()
@@ -48,14 +48,14 @@ def write(
     """Write weights and tokenizer on rank 0, read the weights back, and compare.
 
     Args:
-        model: The model without what is wrapped around it.
-        tokenizer: Is written beside the weights.
-        folder: Where to.
-        weights: What ``gathered`` gave.
-        updated: The optimizer has changed the weights at least once.
+        model: The unwrapped model.
+        tokenizer: The tokenizer that is written beside the weights.
+        folder: The folder to write to.
+        weights: What ``gathered`` returned.
+        updated: Whether the optimizer has changed the weights at least once.
 
     Raises:
-        CheckpointError: What was written is not what was trained.
+        CheckpointError: The files do not hold what was trained.
     """
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
@@ -64,17 +64,18 @@ def write(
 
 
 def check(folder: Path, live: dict[str, Any], adapter: bool, updated: bool) -> None:
-    """Hold the tensors of a folder against those in memory.
+    """Compare the tensors in a folder with those in memory.
 
     Args:
-        folder: Where the safetensors are.
-        live: What they must equal, by the files' names; names of a full model, which Transformers
-            changes as it saves, may be missing on either side.
-        adapter: They are an adapter's: names must agree, and no LoRA B may be zero once updated.
-        updated: The optimizer has changed the weights at least once.
+        folder: The folder with the safetensors files.
+        live: The expected tensors by the names in the files. Transformers renames tensors of a
+            full model as it saves them, so there names may be missing on either side.
+        adapter: Whether this is an adapter: then all names must agree, and no LoRA B may be zero
+            once updated.
+        updated: Whether the optimizer has changed the weights at least once.
 
     Raises:
-        CheckpointError: With the first tensors that are wrong, and how.
+        CheckpointError: With the first tensors that are wrong, and what is wrong with them.
     """
     wrong: dict[str, list[str]] = {}
     seen, untrained, trained = set(), [], 0
@@ -113,7 +114,7 @@ def check(folder: Path, live: dict[str, Any], adapter: bool, updated: bool) -> N
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Compare bits, so that a NaN, which is reported as such, equals itself."""
+    """Compare bits, so that a NaN equals itself; ``check`` reports NaN on its own."""
     other = other.detach().cpu()
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
