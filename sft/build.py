@@ -6,8 +6,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from sft import environment, zero
-from sft.checks import world_size
 from sft.config import Config
+from sft.process import world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

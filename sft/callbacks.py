@@ -1,4 +1,4 @@
-"""What watches a run: its lines, its metrics file, its answers, and that ranks agree."""
+"""Callbacks that watch a run: log lines, the metrics file, and the check that ranks agree."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from sft import sharded
 from sft.errors import RunError
 from sft.files import read_records, to_json, write_text
 from sft.ranks import gather, trained_bits
-from sft.trainer import Trainer
 
 logger = logging.getLogger("sft")
 
 
 class Lines(ProgressCallback):  # type: ignore[misc]
-    """A progress bar on a terminal; plain lines, one per logged step, everywhere."""
+    """Writes one line per logged step, and shows a progress bar on a terminal."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar where somebody watches."""
+        """Open the bar if stderr is a terminal."""
         self.current_step = state.global_step
         if state.is_world_process_zero and sys.stderr.isatty():
             super().on_train_begin(args, state, control)
@@ -55,7 +55,7 @@ class Lines(ProgressCallback):  # type: ignore[misc]
 
 
 def describe(logs: dict[str, Any], step: int, max_steps: int) -> str:
-    """Put a logged record into one aligned line."""
+    """Format a logged record as one aligned line; empty for records that get no line."""
     where = f"step {step:>{len(str(max_steps))}}/{max_steps}"
     if "eval_loss" in logs:
         return (
@@ -74,7 +74,7 @@ def describe(logs: dict[str, Any], step: int, max_steps: int) -> str:
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
-    """Append every logged record to metrics.jsonl."""
+    """Appends every logged record to metrics.jsonl."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,10 +95,10 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
                 ) from error
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take out what a resumed run will log again: the steps after its checkpoint."""
+        """Remove the records that a resumed run will log again: those after its checkpoint."""
         if state.is_world_process_zero and self.path.is_file():
             step = state.global_step
-            # Of the checkpoint's own step, what had been logged when it was written.
+            # For the checkpoint's own step, keep only the records that existed when it was saved.
             logged = {key for log in state.log_history if log["step"] == step for key in log}
             kept = [
                 record
@@ -111,26 +111,26 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
 
 
 class RanksAgree(TrainerCallback):  # type: ignore[misc]
-    """After the first two steps, compare the trained parameters of all ranks bit by bit.
+    """Compares the trained parameters of all ranks bit by bit after each of the first two steps.
 
-    Ranks that lost gradient sync go on with losses that look normal. Two, because with a warm-up
-    the first step has rate 0 and changes nothing.
+    Ranks whose gradients are no longer synchronised still show normal losses. Two steps, because
+    with a warm-up the first step has learning rate 0 and changes nothing.
     """
 
     def __init__(self) -> None:
         self.steps = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare; where each rank holds its own part (ZeRO-3), there is nothing to compare.
+        """Compare, unless ZeRO-3 gives each rank its own part of the parameters.
 
         Raises:
-            RunError: Ranks hold different parameters.
+            RunError: The ranks hold different parameters.
         """
         self.steps += 1
         if self.steps > 2 or args.world_size == 1:
             return
         model = kwargs["model"]
-        if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+        if sharded.any_sharded(model):
             return
         sums = gather(trained_bits(model))
         if len(set(sums)) > 1:
@@ -143,20 +143,20 @@ class RanksAgree(TrainerCallback):  # type: ignore[misc]
 
 
 class BeforeTraining(TrainerCallback):  # type: ignore[misc]
-    """Do something once the model is wrapped for training and before the first step."""
+    """Runs an action after the model is wrapped for training and before the first step."""
 
     def __init__(self, action: Callable[[], object], on_resume: bool = False) -> None:
         self.action = action
         self.on_resume = on_resume
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Act; on a run that is resumed only if asked to."""
+        """Run the action; in a resumed run only with ``on_resume``."""
         if state.global_step == 0 or self.on_resume:
             self.action()
 
 
-def watch(trainer: Trainer, metrics: Path) -> None:
-    """Replace the stock printing by ours, and add the checks."""
+def watch(trainer: Any, metrics: Path) -> None:
+    """Replace the printing of a transformers.Trainer by ours, and add the checks."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     for callback in (Lines(), MetricsFile(metrics), RanksAgree()):

@@ -7,9 +7,8 @@ What needs the model's architecture (does ``target_modules`` match anything?) is
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from sft import lora_checks, names, upstream, zero_checks
@@ -23,6 +22,7 @@ from sft.config import (
     packing_of,
 )
 from sft.errors import Problem
+from sft.process import world_size
 from sft.resume import CONTENTS, flatten
 from sft.rules import rule_problems, written
 
@@ -33,11 +33,6 @@ TRAIN_ON = {
 }
 MIX_KEYS = {"path", "subset", "split", "columns", "weight"}
 MIN_RATES = {"min_lr", "min_lr_rate"}
-
-
-def world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """Read how many ranks torchrun started; 1 without it."""
-    return int(environ.get("WORLD_SIZE", "1"))
 
 
 def check(config: Config) -> list[Problem]:

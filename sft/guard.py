@@ -1,4 +1,4 @@
-"""What all ranks agree on at the end of every step: whether to stop, and whether all is well."""
+"""Checks after every step, on all ranks at once: signals, and a loss or gradient gone wrong."""
 
 from __future__ import annotations
 
@@ -6,38 +6,35 @@ import logging
 import math
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from sft import checkpoint
 from sft.errors import RunError, Stopped
 from sft.ranks import gather
 from sft.signals import INTERRUPTED, STOPPED, Signals
 
-if TYPE_CHECKING:
-    from sft.trainer import Trainer
-
 logger = logging.getLogger("sft")
 
-RECENT = 20  # steps whose mean loss a jump is measured against
-SKIPS = 10  # steps in a row that may be skipped: after that, the weights are at fault
+RECENT = 20  # steps over which the loss is averaged; a jump is measured against the average
+SKIPS = 10  # steps skipped in a row, after which the weights must be at fault and the run stops
 
 
 @dataclass
 class Step:
-    """What one step left to be looked at.
+    """The figures of one step, on their way to the CPU.
 
     Attributes:
         number: The step.
-        sums: Of all ranks: signals received, loss, gradient norm; shape (3,), on the CPU.
-        losses: Of this rank's micro-batches, shape (micro-batches,), on the CPU.
-        copied: Tells when both have arrived from a GPU.
+        sums: Means over all ranks: signals received, loss, gradient norm; shape (3,), on the CPU.
+        losses: The losses of this rank's micro-batches, shape (micro-batches,), on the CPU.
+        copied: A CUDA event after both copies; None where there is no GPU.
     """
 
     number: int
@@ -47,26 +44,45 @@ class Step:
 
 
 class Guard(TrainerCallback):  # type: ignore[misc]
-    """Stops on a signal once the step is saved, and on a loss that went wrong.
+    """Stops on a signal once the step is saved, and on a loss that is not finite or has jumped.
 
-    The ranks put their figures together in one small all-reduce a step. On a GPU the result is
-    looked at a step later, so that the processor never waits for it, and before every save.
+    The trainer reports the loss of each micro-batch and the step's gradient norm. The ranks add up
+    their figures in one small all-reduce a step. On a GPU the sums are read one step later, so that
+    the CPU never waits for them, and before every save.
     """
 
-    def __init__(self, trainer: Trainer, signals: Signals, max_loss_jump: float | None) -> None:
-        self.trainer, self.signals = trainer, signals
-        self.max_loss_jump = max_loss_jump
+    def __init__(
+        self,
+        args: TrainingArguments,
+        signals: Signals,
+        rows_of: Callable[[int, Sequence[int]], list[int]],
+        max_loss_jump: float | None,
+        on_nan: str,
+    ) -> None:
+        """Set up the checks.
+
+        Args:
+            args: The trainer's arguments.
+            signals: Holds the first signal that this rank was sent.
+            rows_of: Returns the rows that this rank saw in given micro-batches of a step.
+            max_loss_jump: ``train.max_loss_jump``.
+            on_nan: ``train.on_nan``.
+        """
+        self.args, self.signals, self.rows_of = args, signals, rows_of
+        self.max_loss_jump, self.on_nan = max_loss_jump, on_nan
+        # The trainer sets both during a step. Tensors stay on their device.
+        self.losses: list[torch.Tensor] = []  # of this rank's micro-batches
+        self.norm: Any = 0.0
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.skipped = 0
         self._skips_in_a_row = 0
         self._pending: Step | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Put the ranks' figures together, and look at them as soon as they are there."""
-        trainer = self.trainer
-        losses = torch.stack(trainer.step_losses).double()
-        trainer.step_losses.clear()
-        norm = torch.as_tensor(trainer.grad_norm, dtype=torch.float64, device=losses.device)
+        """Add up the ranks' figures, and check them as soon as they have reached the CPU."""
+        losses = torch.stack(self.losses).double()
+        self.losses.clear()
+        norm = torch.as_tensor(self.norm, dtype=torch.float64, device=losses.device)
         asked = torch.full_like(norm, self.signals.received is not None)
         sums = torch.stack([asked, losses.sum(), norm])
         if dist.is_initialized():
@@ -84,38 +100,47 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         if step is not None and self._look(step):
             self.settle()
             control.should_save = control.should_training_stop = True
-            # What was due is caught up on when the run goes on. The last evaluation stops the run
-            # itself; without it, training would end and be logged before it.
+            # An evaluation that is due is done when the run is resumed. Only the evaluation after
+            # the last step is kept: it stops the run itself, before training ends and is logged.
             control.should_evaluate &= state.global_step >= state.max_steps
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Look at the last step."""
+        """Check the last step."""
         self.settle()
 
     def asked(self) -> bool:
-        """Say whether any rank was sent a signal; all ranks must ask at once."""
-        flag = torch.tensor(
-            float(self.signals.received is not None), device=self.trainer.args.device
-        )
+        """Return whether any rank was sent a signal. All ranks must call it."""
+        flag = torch.tensor(float(self.signals.received is not None), device=self.args.device)
         if dist.is_initialized():
             dist.all_reduce(flag)
         return bool(flag.item())
 
+    def kept(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the recent losses, and how many steps were skipped."""
+        return {"recent": list(self.recent), "skipped": self.skipped}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from what ``kept`` returned."""
+        self.recent.extend(saved["recent"])
+        self.skipped = saved["skipped"]
+
     def settle(self) -> None:
-        """Look at what is still on its way: nothing is saved before its loss was seen."""
+        """Check a step that has not been checked yet; called before every save."""
         step, self._pending = self._pending, None
         if step is not None:
             self._look(step)
 
-    def stop(self) -> None:
-        """End the run, which has been saved.
+    def stop(self, step: int) -> None:
+        """End the run.
+
+        Args:
+            step: The last step, which has been saved; 0: no step was made.
 
         Raises:
-            Stopped: With the code that the process exits with.
+            Stopped: Always, with the exit code of the process.
         """
         received = self.signals.received
         name = "another rank's signal" if received is None else signal.Signals(received).name
-        step = self.trainer.state.global_step
         where = f"after step {step}, which is saved" if step else "before the first step"
         raise Stopped(
             f"stopped by {name} {where}; the same command again resumes",
@@ -123,17 +148,17 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         )
 
     def _look(self, step: Step) -> bool:
-        """Say whether a signal was received.
+        """Check one step, and return whether any rank was sent a signal.
 
         Raises:
-            RunError: The loss or its gradient is not finite, or jumped.
+            RunError: The loss or the gradient norm is not finite, or the loss has jumped.
         """
         if step.copied is not None:
             step.copied.synchronize()
         asked, loss, norm = step.sums.tolist()
-        # With 16-bit floats, infinite gradients are the loss scale's ordinary business.
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.trainer.args.fp16)
-        if not finite and self.trainer.on_nan == "skip":
+        # With fp16, the loss scaler expects infinite gradients and lowers its scale.
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.args.fp16)
+        if not finite and self.on_nan == "skip":
             self.skipped += 1
             self._skips_in_a_row += 1
             logger.info("%s: its update was skipped", self._where(step, loss, norm))
@@ -168,12 +193,12 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             for number, finite in enumerate(step.losses.isfinite().tolist())
             if all_of_them or not finite
         ]
-        everywhere = gather(self.trainer.rows_of(step.number, bad))
+        everywhere = gather(self.rows_of(step.number, bad))
         rows = sorted({row for found in everywhere for row in found})
         return f" (rows {listed(rows)})" if rows else ""
 
     def _fail(self, what: str, step: Step, else_: str = "") -> None:
-        folder = Path(self.trainer.args.output_dir)
+        folder = Path(self.args.output_dir)
         good = next(iter(checkpoint.checkpoints(folder)), None)
         there = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise RunError(

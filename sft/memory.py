@@ -1,26 +1,22 @@
-"""What a step needs in memory, roughly: enough to tell whether activations must be recomputed."""
+"""An estimate of the memory of a step, to decide whether activations must be recomputed."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-import torch
-
-from sft.checks import world_size
+from sft.hardware import available
+from sft.process import world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sft.config import Config
 
-MARGIN = 1.3  # for what is not counted: buffers, fragments, the optimizer of an adapter
+MARGIN = 1.3  # covers what is not counted: buffers, fragmentation, the optimizer of an adapter
 
 
 def activation_bytes(config: Any, tokens: int, itemsize: int, scored: int = 0) -> int:
-    """Estimate what the backward pass of all layers keeps of the forward pass.
+    """Estimate the bytes of activations that all layers keep for the backward pass.
 
     Per token and layer: inputs and outputs of two norms, two residuals, the query, keys and values,
     the attention's output (with heads of a size of their own), and four of the MLP's width (two
@@ -29,9 +25,9 @@ def activation_bytes(config: Any, tokens: int, itemsize: int, scored: int = 0) -
 
     Args:
         config: The model's text config.
-        tokens: In a forward pass.
+        tokens: Tokens in a forward pass.
         itemsize: Bytes of a number.
-        scored: Other tokens for which each has a score that is kept.
+        scored: Tokens that each token has a kept attention score for; 0: scores are not kept.
     """
     width = config.hidden_size
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -45,38 +41,28 @@ def activation_bytes(config: Any, tokens: int, itemsize: int, scored: int = 0) -
 
 
 def state_bytes(config: Config, parameters: int, itemsize: int, stage: int) -> int:
-    """Estimate weights, gradients and optimizer on one rank; an adapter's are small beside them.
+    """Estimate the bytes of weights, gradients and optimizer state on one rank.
+
+    Those of an adapter are small beside the base model's weights and are not counted.
 
     Args:
         config: The run's config.
-        parameters: Of the model.
+        parameters: Number of the model's parameters.
         itemsize: Bytes of a number in the run's precision.
-        stage: Of ZeRO.
+        stage: ZeRO stage.
     """
     ranks = world_size()
     if config.lora.enabled:
         if config.quantization.load_in_4bit:
-            each = 0.57  # with a scale for every 64 weights
+            each = 0.57  # half a byte, and a scale for every 64 weights
         else:
             each = 1.0 if config.quantization.load_in_8bit else itemsize
         return int(parameters * each / (ranks if stage == 3 else 1))
-    # AdamW's two moments and the weights, in float32; under DeepSpeed a copy to compute with.
+    # AdamW's two moments and the weights in float32; under DeepSpeed also a copy in the run's
+    # precision.
     masters, copies = 12 / (ranks if stage else 1), itemsize * (1 if stage else 0)
     gradients = (itemsize if stage else 4) / (ranks if stage >= 2 else 1)
     return int(parameters * (masters + gradients + copies / (ranks if stage == 3 else 1)))
-
-
-def available() -> int:
-    """Give the bytes that this rank may use: of its GPU, or its share of the free memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0])
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")  # of a container, which may have less than the machine
-    limit = group / "memory.max"
-    if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int((group / "memory.current").read_text()))
-    return free // ranks
 
 
 def choose_checkpointing(

@@ -1,25 +1,22 @@
-"""The optimizer under what Accelerate and DeepSpeed wrap around it, and its state by name.
+"""The optimizer inside the wrappers of Accelerate and DeepSpeed, and its state by name.
 
-Its state is one of three kinds:
+The state is of one of three kinds:
 
-- ``elementwise``: tensors of a parameter's shape and numbers (Adam, SGD, Lion). It goes on on any
-  number of ranks and under any stage.
-- ``by parameter``: anything else, held by whole parameters (8-bit Adam, Adafactor without ZeRO).
-- ``by rank``: the same under ZeRO, whose partitions a rank's blocks and factors belong to.
+- ``elementwise``: tensors of a parameter's shape, and numbers (Adam, SGD, Lion). It can be resumed
+  on any number of ranks and under any ZeRO stage.
+- ``by parameter``: any other state of unsharded parameters (8-bit Adam, Adafactor without ZeRO).
+- ``by rank``: such state under ZeRO, where its blocks and factors belong to one rank's partition.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sft.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from sft.trainer import Trainer
-
-# Where DeepSpeed's optimizers keep the flat float32 parameters of this rank.
+# The attributes in which DeepSpeed's optimizers keep this rank's flat float32 parameters.
 FLAT = (
     "single_partition_of_fp32_groups",
     "fp32_partitioned_groups_flat",
@@ -30,13 +27,19 @@ FLAT = (
 class Optimizer:
     """The torch optimizer under Accelerate's and DeepSpeed's, and the parameters it updates."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        outer = trainer.optimizer.optimizer
+    def __init__(self, wrapped: Any, model: torch.nn.Module) -> None:
+        """Find the torch optimizer inside the wrappers.
+
+        Args:
+            wrapped: The optimizer as Accelerate wrapped it.
+            model: The unwrapped model, whose parameter names are the names of the state.
+        """
+        outer = wrapped.optimizer
         self.zero: Any = outer if hasattr(outer, "optimizer") else None
         self.torch = outer.optimizer if self.zero else outer
         self.parameters = {
             name: parameter
-            for name, parameter in trainer.bare_model.named_parameters()
+            for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
 
@@ -48,16 +51,16 @@ class Optimizer:
         return partitions
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """Give the state by parameter or, under ZeRO, by partition."""
+        """Return the state by parameter or, under ZeRO, by partition."""
         if self.zero is not None:
             return {str(index): self.torch.state[flat] for index, flat in enumerate(self.flat)}
         names = {parameter: name for name, parameter in self.parameters.items()}
         return {names[parameter]: entry for parameter, entry in self.torch.state.items()}
 
     def entry(self, saved: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Give state back as this optimizer keeps it.
+        """Convert a saved entry to the types that this optimizer uses.
 
-        torch's own count their steps in float32 tensors, those of others in integers.
+        torch's optimizers count steps in float32 tensors, those of other libraries in integers.
         """
         from_torch = type(self.torch).__module__.startswith("torch.")
         return {
@@ -70,7 +73,7 @@ class Optimizer:
         }
 
     def groups(self) -> list[dict[str, Any]]:
-        """Give what an optimizer (such as the schedule-free ones) changes in its groups itself."""
+        """Return what the optimizer itself changes in its groups, as schedule-free ones do."""
         given = {"params", "lr", "weight_decay"}
         return [
             plain(
@@ -83,17 +86,31 @@ class Optimizer:
             for group in self.torch.param_groups
         ]
 
-    def link(self) -> None:
-        """Let DeepSpeed find each parameter's part of the state.
+    def held_bytes(self) -> int:
+        """Count the bytes of the state that this rank holds."""
+        return sum(
+            value.nbytes
+            for entry in self.torch.state.values()
+            for value in entry.values()
+            if isinstance(value, torch.Tensor)
+        )
 
-        Under stages 1 and 2 it does so once, after the first of several groups has made its step.
+    def link(self) -> None:
+        """Make DeepSpeed map each parameter to its part of the state again.
+
+        Under stages 1 and 2 DeepSpeed does this once, after the first of several groups has made
+        its step, and so misses the state of the other groups.
         """
         if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def kind(self) -> str:
-        """Say which of the three kinds the state is."""
+        """Return which of the three kinds the state is.
+
+        Raises:
+            CheckpointError: It holds something that is neither a tensor nor a number.
+        """
         for entry in self.entries().values():
             for key, value in entry.items():
                 if not isinstance(value, (torch.Tensor, int, float)):
@@ -115,7 +132,7 @@ class Optimizer:
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Keep what JSON can say: a schedule's functions are made anew from the settings."""
+    """Keep the values that JSON can hold. A schedule's functions come from the settings."""
     simple = (bool, int, float, str, type(None))
     return {
         key: value

@@ -1,4 +1,4 @@
-"""What ranks do together, and what one of them does for all."""
+"""What ranks do together: agree on a decision, collect values, compare parameters."""
 
 from __future__ import annotations
 
@@ -6,39 +6,37 @@ import itertools
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from sft import checkpoint
-from sft.errors import CheckpointError, RunError
+from sft import process
+from sft.errors import RunError
 
-_store: Any = None  # rank 0 may be its server, for as long as it is referred to
+_store: Any = None  # must stay referenced: on rank 0 it may be the server
 _decisions = itertools.count()
 
 
 def from_rank_zero(decide: Callable[[], Any]) -> Any:
-    """Decide on rank 0, and give every rank its decision, before there is a process group.
+    """Decide on rank 0 and return its decision on every rank, before there is a process group.
 
-    The launcher's key-value store is there from the start. It outlives restarts of the ranks, so
-    each start, and each decision of it, has a key of its own.
+    The launcher's key-value store exists from the start. It outlives restarts of the ranks, so
+    every decision of every start has its own key.
 
     Args:
-        decide: Gives what JSON can hold.
+        decide: Returns a value that JSON can hold.
 
     Raises:
         RunError: The ranks do not find each other.
     """
     global _store
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ or process.world_size() == 1:
         return decide()
     restarts, key = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), str(next(_decisions))
-    decision = json.dumps(decide()) if os.environ["RANK"] == "0" else ""
+    decision = json.dumps(decide()) if process.rank() == 0 else ""
     try:
         _store, _, _ = next(rendezvous("env://"))
         store = PrefixStore(f"sft/{restarts}", _store)
@@ -63,52 +61,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def trained_bits(model: torch.nn.Module) -> int:
-    """Sum the bits of the trained parameters as integers: equal on ranks that hold the same."""
+    """Return a sum of the trained parameters' bits; it is equal on ranks with equal parameters."""
     total = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
             words = parameter.detach().float().contiguous().view(torch.int32)
             total += int(words.to(torch.int64).sum().item())
     return total & 0x7FFFFFFFFFFFFFFF
-
-
-class RankZero:
-    """Does on rank 0 what only that rank does, and lets an error out on all ranks at the end.
-
-    Between its tasks the ranks work together; if rank 0 left at once, the others would wait for it
-    for ever.
-    """
-
-    def __init__(self, here: bool, path: Path) -> None:
-        self.here, self.path = here, path
-        self.error: Exception | None = None
-
-    def do(self, task: Callable[..., Any], *args: Any) -> Any:
-        """Do a task on rank 0, unless one before it failed."""
-        if not self.here or self.error is not None:
-            return None
-        try:
-            return task(*args)
-        except Exception as error:
-            self.error = error
-        return None
-
-    def __enter__(self) -> RankZero:
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            return
-        reason = gather(None if self.error is None else f"{self.error}")[0]
-        if reason is None:
-            return
-        if self.here:
-            checkpoint.abandon(self.path)
-            if not isinstance(self.error, (OSError, SafetensorError, CheckpointError)):
-                raise self.error  # type: ignore[misc]
-        before = next(iter(checkpoint.checkpoints(self.path.parent)), None)
-        there = f"the newest checkpoint is {before}" if before else "there is no other checkpoint"
-        raise CheckpointError(
-            f"{self.path} cannot be saved: {reason}\n    {there}\n"
-            "    fix: free some space, or mend what it says; the same command then resumes"
-        ) from self.error

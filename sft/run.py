@@ -20,10 +20,10 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from sft import checkpoint, resume, zero
-from sft.checks import world_size
 from sft.config import HOME_DIR, Config
 from sft.errors import RunError
 from sft.files import to_json, write_text
+from sft.process import world_size
 
 LIBRARIES = (
     "sft",

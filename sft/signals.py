@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves at the end of the step, and says how it ended."""
+"""Signals that ask a run to stop: it saves at the end of the step and then exits."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
-STOPPED = 75  # sysexits.h calls it a temporary failure: the same command goes on
+from sft import process
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the run
 INTERRUPTED = 130  # what shells report after Ctrl-C
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Signals:
-    """While it is entered, notes the first signal instead of dying of it.
+    """A context in which the first signal is recorded and does not end the process.
 
-    A second Ctrl-C ends at once. Other signals are sent more than once by those who mean it once
-    (a scheduler to every process, and torchrun again to its ranks), so their repetition is nothing.
+    A second Ctrl-C ends it at once. Other signals often arrive twice although they are meant once
+    (a scheduler signals every process, and torchrun its ranks again), so repetitions are ignored.
     """
 
     received: int | None = None
-    entered = 0  # how many objects of this process are entered
+    entered = 0  # how many contexts of this process are active
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
@@ -36,7 +38,7 @@ class Signals:
         _watch_forks()
         Signals.entered += 1
         for number in WATCHED:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # that is how nohup works
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as shells do for background jobs
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -49,58 +51,58 @@ class Signals:
         Signals.entered -= 1
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if error is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # The first rank that ends makes the launcher send SIGTERM to the others, which have
-            # yet to write run.json and to say why.
+        if error is not None and process.world_size() > 1:
+            # The first rank that ends makes the launcher send SIGTERM to the other ranks. They
+            # must still write run.json and report the error.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a loader worker, forked a moment ago
+        if os.getpid() != self._process:  # in a loader worker that was just forked
             return
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.received is None and os.environ.get("RANK", "0") == "0":
+        if self.received is None and process.rank() == 0:
             hint = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
             name = signal.Signals(number).name
-            # os.write: logging may be in the middle of a line, whose lock is held.
+            # os.write, because the signal may have interrupted logging, which holds a lock.
             line = f"{name}: saving at the end of this step{hint}\n"
-            with contextlib.suppress(OSError):  # a terminal that is closed
+            with contextlib.suppress(OSError):  # the terminal may be closed
                 os.write(sys.stderr.fileno(), line.encode())
         self.received = number
 
 
-@functools.cache  # once for the process: what is registered stays
+@functools.cache  # once per process: a registered hook cannot be removed
 def _watch_forks() -> None:
     os.register_at_fork(after_in_child=_leave_group)
 
 
 def _leave_group() -> None:
-    """Take a loader worker out of its rank's process group, as soon as it is forked.
+    """Move a loader worker out of its rank's process group as soon as it is forked.
 
-    torchrun, a scheduler, ``timeout`` and a terminal signal the whole group. A worker that dies of
-    it would take its rank down before the rank has saved.
+    torchrun, schedulers, ``timeout`` and terminals signal the whole group. A worker that dies of
+    the signal would end its rank before the rank has saved.
     """
     if Signals.entered:
         os.setpgid(0, 0)
 
 
 def end_with_rank(init: Callable[[int], object], worker: int) -> None:
-    """Start a loader worker that is killed with its rank: it would keep the run's lock."""
+    """Start a loader worker that is killed when its rank dies, or it would keep the run's lock."""
     _die_with_parent(signal.SIGKILL)
     init(worker)
 
 
 def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
-    """Let a rank get SIGTERM, and so save and end, when its torchrun dies without a word to it."""
+    """Send this rank SIGTERM, so that it saves and ends, if its torchrun dies."""
     if "TORCHELASTIC_RUN_ID" in environ:
         _die_with_parent(signal.SIGTERM)
 
 
 def _die_with_parent(number: int) -> None:
-    """Ask Linux for a signal when the parent dies."""
+    """Ask Linux to send this process a signal when its parent dies."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it died before
+    if os.getppid() != parent:  # the parent died before the call
         signal.raise_signal(number)

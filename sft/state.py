@@ -1,7 +1,7 @@
-"""What a checkpoint holds beside the weights: all that makes the next step the same step.
+"""What a checkpoint holds beside the weights, so that the next step is exactly the same step.
 
-Optimizer state is kept whole, by the parameters' names, whatever the number of ranks and the ZeRO
-stage that made it. No pickle: tensors in safetensors, the rest in JSON.
+The optimizer's state is saved unsharded, by the parameters' names, for any number of ranks and any
+ZeRO stage. Nothing is pickled: tensors are in safetensors files, the rest in JSON.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from sft import counts
+from sft import sharded
 from sft.errors import CheckpointError
 from sft.files import write_text
 from sft.optimizer import Optimizer, plain
@@ -24,23 +25,35 @@ from sft.ranks import gather
 from sft.streams import RANDOM, random_streams
 from sft.tensors import Reader
 
-if TYPE_CHECKING:
-    from sft.trainer import Trainer
-
 logger = logging.getLogger("sft")
 
 STATE = "state.json"
-VALUE = "parameter"  # the kind of the tensors that are the trained parameters, in full precision
+VALUE = "parameter"  # the key of the trained parameters themselves, in full precision
 
 
-def kept(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the trained parameters and the optimizer's state, whole, on every rank in one order.
+@dataclass
+class Live:
+    """The objects of a running training whose state a checkpoint keeps.
 
-    Under ZeRO the ranks put each tensor together in turn, so all of them must go through.
+    Attributes:
+        optimizer: The optimizer and the parameters it updates.
+        schedule: The learning-rate schedule, as Accelerate or DeepSpeed wrapped it.
+        scaler: Accelerate's loss scaler; None where the loss is not scaled.
+        optim: The value of ``train.optim``.
     """
-    optimizer = Optimizer(trainer)
-    kind = optimizer.kind()
-    if kind == "by rank":
+
+    optimizer: Optimizer
+    schedule: Any
+    scaler: Any
+    optim: str
+
+
+def kept(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the trained parameters and the optimizer's state, unsharded, in one order on all ranks.
+
+    Under ZeRO the ranks gather one tensor after another, so every rank must iterate to the end.
+    """
+    if optimizer.kind() == "by rank":
         yield from _of_every_rank(optimizer)
         return
     if optimizer.zero is None:
@@ -59,7 +72,7 @@ def kept(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
         for key, value in entry.items():
             if torch.as_tensor(value).ndim:
                 yield f"{key}/{name}", safe_get_full_optimizer_state(parameter, key)
-            else:  # such as Adam's count of steps, which is one for all
+            else:  # such as Adam's count of steps, which is the same for all parameters
                 yield f"{key}/{name}", torch.as_tensor(value)
 
 
@@ -75,20 +88,27 @@ def _of_every_rank(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"rank{rank}/{key}", value
 
 
-def progress(trainer: Trainer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Collect from all ranks what is no parameter's: schedule, scales, counts, random streams."""
-    optimizer = Optimizer(trainer)
-    scaler = getattr(trainer.accelerator, "scaler", None)
+def progress(live: Live, counts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Collect from all ranks the state that belongs to no parameter. All ranks must call it.
+
+    Args:
+        live: The objects whose state is kept.
+        counts: What this rank has counted since the last logged line, as JSON values.
+
+    Returns:
+        Schedule, loss scales and counts as JSON values, and the ranks' random states.
+    """
+    optimizer = live.optimizer
     loss_scaler = getattr(optimizer.zero, "loss_scaler", None)
     streams = gather(random_streams())
     record = {
-        "optim": str(trainer.args.optim.value),
+        "optim": live.optim,
         "kind": optimizer.kind(),
         "groups": optimizer.groups(),
-        "schedule": plain(trainer.lr_scheduler.state_dict()),
-        "scaler": scaler.state_dict() if scaler is not None else {},
+        "schedule": plain(live.schedule.state_dict()),
+        "scaler": live.scaler.state_dict() if live.scaler is not None else {},
         "loss_scaler": plain(vars(loss_scaler)) if loss_scaler is not None else {},
-        "counts": gather(counts.kept(trainer)),
+        "counts": gather(counts),
     }
     return record, {
         f"rank{rank}/{key}": value
@@ -103,32 +123,36 @@ def write_progress(folder: Path, record: dict[str, Any], streams: dict[str, torc
     write_text(folder / STATE, json.dumps(record, indent=2) + "\n")
 
 
-def restore(trainer: Trainer, folder: Path) -> None:
-    """Put everything but the random streams back, once DeepSpeed and DDP have wrapped the model.
+def restore(live: Live, folder: Path) -> list[dict[str, Any]]:
+    """Restore everything but the random states, after DeepSpeed or DDP has wrapped the model.
+
+    Returns:
+        What each rank had counted; the trainer continues from it when training begins.
 
     Raises:
-        CheckpointError: It is of other parameters than are trained now.
+        CheckpointError: The checkpoint holds other parameters than are trained now.
     """
     record = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    optimizer, reader = Optimizer(trainer), Reader(folder)
+    optimizer, reader = live.optimizer, Reader(folder)
     if record["kind"] == "by rank":
         _restore_rank(optimizer, reader)
     else:
         _restore_parameters(optimizer, reader, folder)
-        made, now = record["optim"], trainer.args.optim.value
+        made, now = record["optim"], live.optim
         if made == now or (made.startswith("adamw_torch") and now.startswith("adamw_torch")):
             _restore_optimizer(optimizer, reader)
             for group, saved in zip(optimizer.torch.param_groups, record["groups"], strict=False):
                 group.update(saved)
         else:
             logger.info("the state of the optimizer begins anew: %s made it, not %s", made, now)
-    _restore_schedule(trainer, record["schedule"])
-    if record["scaler"] and getattr(trainer.accelerator, "scaler", None) is not None:
-        trainer.accelerator.scaler.load_state_dict(record["scaler"])
+    _restore_schedule(live, record["schedule"])
+    if record["scaler"] and live.scaler is not None:
+        live.scaler.load_state_dict(record["scaler"])
     if record["loss_scaler"] and hasattr(optimizer.zero, "loss_scaler"):
         for name, value in record["loss_scaler"].items():
             setattr(optimizer.zero.loss_scaler, name, value)
-    trainer.saved_counts = record["counts"]
+    counts: list[dict[str, Any]] = record["counts"]
+    return counts
 
 
 def _restore_parameters(optimizer: Optimizer, reader: Reader, folder: Path) -> None:
@@ -141,44 +165,28 @@ def _restore_parameters(optimizer: Optimizer, reader: Reader, folder: Path) -> N
         )
     for name, parameter in optimizer.parameters.items():
         value = reader[f"{VALUE}/{name}"]
-        if value.shape != getattr(parameter, "ds_shape", parameter.shape):
+        if value.shape != sharded.shape_of(parameter):
             raise CheckpointError(
                 f"{folder} holds {name} in another shape, {tuple(value.shape)}\n"
                 "    fix: run_name=NAME for a run of its own"
             )
-        _set_parameter(parameter, value)
+        sharded.fill(parameter, value)
         if optimizer.zero is not None:
             _set_share(parameter, value.float(), None)
-
-
-def _set_parameter(parameter: Any, value: torch.Tensor) -> None:
-    """Set a parameter, which ZeRO-3 has in parts on all ranks."""
-    if not hasattr(parameter, "ds_id"):
-        parameter.data.copy_(value)
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        if dist.get_rank() == 0:
-            parameter.data.copy_(value)
 
 
 def _set_share(parameter: Any, value: torch.Tensor, key: str | None) -> None:
     """Set this rank's share of a parameter's float32 copy (key None) or optimizer state."""
     from deepspeed import utils
 
-    if not hasattr(parameter, "ds_id"):
+    if not sharded.is_sharded(parameter):
         if key is None:
             utils.safe_set_full_fp32_param(parameter, value)
         else:
             utils.safe_set_full_optimizer_state(parameter, value, key)
         return
-    # The function for whole values reads past the end where the ranks' shares are padded.
-    size = parameter.ds_tensor.numel()
-    flat = torch.nn.functional.pad(
-        value.flatten(), (0, size * dist.get_world_size() - value.numel())
-    )
-    own = flat.narrow(0, size * dist.get_rank(), size).to(parameter.ds_tensor.device)
+    # safe_set_full_* reads past the end of the value where the ranks' shares are padded.
+    own = sharded.cut_share(parameter, value)
     if key is None:
         utils.safe_set_local_fp32_param(parameter, own)
     else:
@@ -208,7 +216,7 @@ def _restore_optimizer(optimizer: Optimizer, reader: Reader) -> None:
         for kind in one.keys() - set(whole):
             count = one[kind]
             if isinstance(count, torch.Tensor):
-                # A copy for each partition: torch counts in place.
+                # Each partition needs its own copy, because torch counts in place.
                 count = count.clone().to(flat.device if on_device else "cpu")
             fresh[kind] = count
         optimizer.torch.state[flat] = fresh
@@ -219,7 +227,7 @@ def _restore_optimizer(optimizer: Optimizer, reader: Reader) -> None:
 
 
 def _restore_rank(optimizer: Optimizer, reader: Reader) -> None:
-    """Put back what belongs to this rank; ``run.Run`` has seen to it that ranks are as many."""
+    """Restore this rank's state; ``resume.changed`` has refused another number of ranks."""
     prefix = f"rank{dist.get_rank()}/"
     for index, flat in enumerate(optimizer.flat):
         saved = {}
@@ -233,16 +241,16 @@ def _restore_rank(optimizer: Optimizer, reader: Reader) -> None:
 
 
 def _spread(optimizer: Optimizer) -> None:
-    """Set the parameters from the ranks' float32 shares."""
+    """Set the parameters from the float32 shares of all ranks."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     for parameter in optimizer.parameters.values():
-        _set_parameter(parameter, safe_get_full_fp32_param(parameter))
+        sharded.fill(parameter, safe_get_full_fp32_param(parameter))
 
 
-def _restore_schedule(trainer: Trainer, saved: dict[str, Any]) -> None:
-    """Go on at the saved step of this command's schedule, whose rates may have been changed."""
-    schedule = trainer.lr_scheduler
+def _restore_schedule(live: Live, saved: dict[str, Any]) -> None:
+    """Continue this command's schedule, whose rates may differ, at the saved step."""
+    schedule = live.schedule
     while hasattr(schedule, "scheduler"):  # Accelerate's and DeepSpeed's wrappers
         schedule = schedule.scheduler
     if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
@@ -255,5 +263,5 @@ def _restore_schedule(trainer: Trainer, saved: dict[str, Any]) -> None:
             for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         ]
         schedule._last_lr = rates
-    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+    for group, rate in zip(live.optimizer.torch.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -1,4 +1,4 @@
-"""The random generators of every rank, as a checkpoint keeps them."""
+"""The states of every rank's random generators, as a checkpoint keeps them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RANDOM = "random.safetensors"
 
 
 def random_streams() -> dict[str, torch.Tensor]:
-    """Give the state of this rank's random generators."""
+    """Return the states of this rank's random generators."""
     version, words, gauss = random.getstate()
     drawn: Any = np.random.get_state()
     name, keys, position, has_gauss, cached = drawn
@@ -35,7 +35,7 @@ def random_streams() -> dict[str, torch.Tensor]:
 
 
 def restore_random_streams(folder: Path, seed: int) -> None:
-    """Set this rank's random generators as they were, or anew where ranks were fewer or more."""
+    """Restore this rank's generators; seed them afresh if the number of ranks has changed."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     with safe_open(folder / RANDOM, "pt") as file:

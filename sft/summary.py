@@ -6,6 +6,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
+from sft import sharded
 from sft.data import audit
 from sft.data.prepare import Prepared
 from sft.data.preview import marked
@@ -69,7 +70,7 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     """Count trained and all parameters, those that ZeRO-3 or 4-bit storage hides too."""
     trained = total = 0
     for parameter in model.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())
+        count = sharded.shape_of(parameter).numel()
         state = getattr(parameter, "quant_state", None)
         count = state.shape.numel() if state is not None else count
         total += count

@@ -1,4 +1,4 @@
-"""Many tensors in numbered safetensors files: written as they come, read one at a time."""
+"""Many tensors in numbered safetensors files: written in parts, read one at a time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 OPTIMIZER = "optimizer-{:05d}.safetensors"
-SHARD_BYTES = 4 << 30  # so that full fine-tuning needs no second copy of its state in memory
+SHARD_BYTES = (
+    4 << 30
+)  # a file is written at this size, so that memory never holds a second copy of the state
 
 
 class Writer:
-    """Writes tensors to numbered files, as they come."""
+    """Writes tensors to numbered files, each as soon as it is full."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -22,7 +24,7 @@ class Writer:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
-        """Take one more tensor."""
+        """Copy one more tensor; write a file once there are enough."""
         tensor = tensor.detach().to("cpu", copy=True).contiguous()
         self.tensors[key] = tensor
         self.bytes += tensor.nbytes
@@ -30,7 +32,7 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was taken."""
+        """Write the tensors that are not written yet."""
         if self.tensors:
             self.files += 1
             save_file(self.tensors, self.folder / OPTIMIZER.format(self.files))

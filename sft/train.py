@@ -186,22 +186,35 @@ def start(
         probes.keep(prepared, run.dir / probes.FILE)
     trainer.accelerator.wait_for_everyone()
     run.log_to_file(trainer.args.process_index)
-    trainer.on_nan = run.config.train.on_nan
     callbacks.watch(trainer, run.dir / "metrics.jsonl")
-    trainer.guard = Guard(trainer, signals, run.config.train.max_loss_jump)
+    settings = run.config.train
+    trainer.guard = Guard(
+        trainer.args, signals, trainer.rows_of, settings.max_loss_jump, settings.on_nan
+    )
     trainer.add_callback(trainer.guard)
     trainer.args.eval_on_start &= resume_from is None
 
     def before_training(action: Callable[[], object], on_resume: bool = True) -> None:
         trainer.add_callback(callbacks.BeforeTraining(action, on_resume))
 
+    device, vocabulary = trainer.args.device, len(trainer.processing_class)
+
+    def check_head() -> None:
+        precision = trainer.accelerator.mixed_precision
+        if not proof.head_agrees(trainer.model_wrapped, device, vocabulary, precision):
+            trainer.use_head("plain")
+
     before_training(trainer.resume_counts)
     if trainer.lm_head != "plain":
-        before_training(lambda: proof.check_head(trainer))
+        before_training(check_head)
     packed = "seq_lengths" in prepared.train.dataset.column_names
     if packed or trainer.data_collator.padding_free:
-        may_pad = run.config.train.padding_free == "auto" and not packed
-        before_training(lambda: proof.prove_isolation(trainer, may_pad))
+        may_pad = settings.padding_free == "auto" and not packed
+        before_training(
+            lambda: proof.prove_isolation(
+                trainer.model_wrapped, trainer.data_collator, device, vocabulary, may_pad
+            )
+        )
     count = run.config.dataset.exact_match
     if count:
         before_training(lambda: log_answers(trainer, count, stop_id), on_resume=False)
@@ -251,12 +264,11 @@ def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> N
     """Write the adapter, or the model where all of it was trained, and the finished flag last."""
     from sft.inference import card_of, write_card
     from sft.ranks import gather
-    from sft.trainer import share_of_state
 
     kind = "adapter" if config.lora.enabled else "model"
     folder = run.dir / kind
     trainer.write_model(folder)
-    memory = gather(share_of_state(trainer))
+    memory = gather(trainer.held_bytes())
     trainer.accelerator.wait_for_everyone()
     if trainer.args.process_index == 0:
         write_card(folder, card_of(config, run.identity))

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with what it lacks: our head, an exact evaluation, exact checkpoints."""
+"""The trainer: TRL's, with our head, an exact evaluation and a data order that fits any ranks."""
 
 from __future__ import annotations
 
@@ -6,46 +6,24 @@ import functools
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from trl import SFTTrainer
 
-from sft import checkpoint, counts, state, streams, tensors, weights, zero
 from sft.data.sampler import Fillers, Shuffle, eval_batches, samples_of
 from sft.fast import head
-from sft.ranks import RankZero
+from sft.resumable import ResumableTrainer
 from sft.signals import end_with_rank
 
-if TYPE_CHECKING:
-    from sft.guard import Guard
 
-
-class Trainer(SFTTrainer):  # type: ignore[misc]
+class Trainer(ResumableTrainer):
     """Trains on samples that have ``input_ids`` and ``labels`` already."""
 
     control: Any
-    _total_train_tokens: int
     lm_head = "trl"
-    guard: Guard | None = None
-    on_nan = "stop"
-    grad_norm: Any = 0.0  # of the step that was made last
-    saved_counts: list[dict[str, Any]] | None = None  # by rank, of the checkpoint resumed from
-    _updates = 0  # steps of this process that changed the weights
-    _saved: int | None = None  # the step of the newest checkpoint
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.step_losses: list[torch.Tensor] = []  # of this rank's micro-batches, on its device
-        self.counts = counts.RunningMetrics()
-
-    @property
-    def bare_model(self) -> Any:
-        """The model without what is wrapped around it: DDP, DeepSpeed, torch.compile."""
-        return self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
 
     def use_head(self, kind: str) -> None:
         """Compute the loss with this head: ``chunked``, ``trl`` or ``plain``."""
@@ -62,7 +40,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Give the mean loss over the trained tokens of all ranks and micro-batches of a step.
+        """Return the mean loss over the trained tokens of all ranks and micro-batches of a step.
 
         Entropy and token accuracy are computed for the steps that are logged, and summed over the
         ranks then; the stock method does both in every micro-batch.
@@ -88,47 +66,31 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return loss * self.accelerator.num_processes
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep the loss of every micro-batch, for the guard to look at."""
+        """Report the loss of every micro-batch to the guard."""
         loss = super().training_step(*args, **kwargs)
-        self.step_losses.append(loss)
+        if self.guard is not None:
+            self.guard.losses.append(loss)
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Keep the norm for the guard, and make no update of gradients that are not finite.
+        """Report the norm to the guard; with train.on_nan=skip, drop gradients that are not finite.
 
-        DeepSpeed decides for itself: see ``_prepare_for_training``.
+        DeepSpeed drops them itself: see ``_prepare_for_training``.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        self.grad_norm = norm
-        skips = self.on_nan == "skip" and not self.is_deepspeed_enabled
-        if skips:
-            # What the Trainer asks before it moves the schedule on.
+        if self.guard is not None:
+            self.guard.norm = norm
+        if self.skips_nan and not self.is_deepspeed_enabled:
+            # The Trainer reads this flag before it advances the learning-rate schedule.
             self.optimizer._is_overflow = not math.isfinite(norm)
             if self.optimizer._is_overflow:
                 model.zero_grad(set_to_none=True)
         if self._get_learning_rate() > 0 and not self.accelerator.optimizer_step_was_skipped:
-            self._updates += 1
+            self.updates += 1
         return norm
 
-    def resume_counts(self) -> None:
-        """Go on summing and counting where a checkpoint left off."""
-        if self.saved_counts is not None:
-            counts.restore(self, self.saved_counts)
-
-    def evaluate_if_due(self) -> None:
-        """Make up for the evaluation of the step that a run was cut off after."""
-        step, epoch = self.state.global_step, self.state.epoch or 0.0
-        last = step >= self.state.max_steps  # after which the Trainer evaluates in any case
-        due = {
-            "steps": (last or step % self.state.eval_steps == 0) and step >= self.args.eval_delay,
-            "epoch": (last or float(epoch).is_integer()) and epoch >= self.args.eval_delay,
-        }.get(self.args.eval_strategy, False)
-        done = any(log["step"] == step for log in self.state.log_history if "eval_loss" in log)
-        if due and not done:
-            self._determine_best_metric(self._evaluate(None, None), None)
-
     def rows_of(self, step: int, micro_batches: Sequence[int]) -> list[int]:
-        """Give the numbers of the data's rows that this rank saw in micro-batches of a step."""
+        """Return the numbers of the data's rows that this rank saw in micro-batches of a step."""
         samples = samples_of(
             step,
             micro_batches,
@@ -142,17 +104,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if "rows" not in self.train_dataset.column_names:
             return samples
         return [row for sample in samples for row in self.train_dataset[sample]["rows"]]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what was summed for this line."""
-        if "loss" in logs:
-            found = self.counts.flush(self._total_train_tokens)
-            if found:
-                self._total_train_tokens = found["num_tokens"]
-            self._metrics["train"] |= {name: [value] for name, value in found.items()}
-            # The Trainer subtracts it from itself, which leaves a NaN one.
-            self._tr_loss.zero_()
-        super().log(logs, start_time)
 
     def evaluate(
         self,
@@ -184,7 +135,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 self.args.process_index,
                 self.args.world_size,
             ):
-                self._stop_if_asked()
+                self.stop_if_asked()
                 inputs = self._prepare_inputs(self.data_collator(batch))
                 outputs = model(**inputs, use_cache=False, fused_lm_head=True)
                 total[0] -= outputs.log_probs.double().sum()
@@ -200,7 +151,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             f"{metric_key_prefix}_tokens": int(total[1].item()),
             f"{metric_key_prefix}_seconds": round(time.perf_counter() - began, 3),
         }
-        # Not self.log: TRL's adds averages over whatever was last kept.
+        # Not self.log: TRL's log adds averages over training values it still holds.
         super(SFTTrainer, self).log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -208,7 +159,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return metrics
 
     def get_train_dataloader(self) -> Any:
-        """Give every sample once an epoch, on any number of ranks, in an order of the seed alone.
+        """Load every sample once an epoch, in an order that depends on the seed alone.
 
         Sample k of an epoch's order is in step k // global_batch_size, whatever the ranks and the
         micro-batch. The stock sampler repeats samples until the last batch is full.
@@ -231,14 +182,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             is_training=True,
         )
         inner = loader.base_dataloader  # which Accelerate wraps
-        # Workers are seeded from it when an epoch begins. The global generator, which dropout
-        # draws from, would be drawn from once more by a run that is resumed.
+        # The loader draws the workers' seeds from this generator when an epoch begins. From the
+        # global one, which dropout uses too, a resumed run would draw once more.
         inner.generator = torch.Generator().manual_seed(self.args.seed)
         inner.worker_init_fn = functools.partial(end_with_rank, inner.worker_init_fn)
         return loader
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
-        """Choose the epoch's order, and train no step where the checkpoint is of the last one.
+        """Set the epoch's order; train no step when the checkpoint is that of the last step.
 
         The Trainer and Accelerate hand the epoch on from wrapper to wrapper, and the wrapper that
         skips the batches before a checkpoint does not reach the sampler of several ranks: the rest
@@ -249,106 +200,4 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             super()._run_epoch(epoch=epoch, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: run.json and config.yaml say more, and are true."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save the weights, and all that makes the next step the same step; or raise on all ranks.
-
-        Raises:
-            CheckpointError: It cannot be written; the one before is untouched.
-            Stopped: A signal asked for it.
-        """
-        step, args = self.state.global_step, self.args
-        assert self.guard is not None
-        self.guard.settle()
-        if self._saved != step:
-            path = checkpoint.path_of(args.output_dir, step)
-            best = self.state.best_global_step
-            if best and (best == step or checkpoint.path_of(args.output_dir, best).is_dir()):
-                self.state.best_model_checkpoint = str(checkpoint.path_of(args.output_dir, best))
-            self.store_flos()
-            with RankZero(args.process_index == 0, path) as main:
-                partial = main.do(checkpoint.begin, path)
-                self._write_weights(main, partial)
-                writer = main.do(tensors.Writer, partial)
-                for key, tensor in state.kept(self):
-                    main.do(tensors.Writer.add, writer, key, tensor)
-                main.do(tensors.Writer.flush, writer)
-                progress = state.progress(self)
-                main.do(state.write_progress, partial, *progress)
-                main.do(checkpoint.write_trainer_state, partial, self.state)
-                facts = {
-                    "step": step,
-                    "ranks": args.world_size,
-                    "stage": zero.stage(args.deepspeed),
-                    "kind": progress[0]["kind"],
-                }
-                main.do(checkpoint.finish, partial, path, facts)
-                best_path = self.state.best_model_checkpoint
-                main.do(checkpoint.rotate, path.parent, args.save_total_limit, best_path)
-            self._saved = step
-        if self.control.should_training_stop and step < self.state.max_steps:
-            self.guard.stop()
-
-    def _stop_if_asked(self) -> None:
-        """In the middle of an evaluation: it is begun anew when the run goes on.
-
-        Raises:
-            Stopped: A signal asked for it.
-        """
-        if self.guard is not None and self.guard.asked():
-            if self.state.global_step:
-                self._save_checkpoint(None, None)
-            self.guard.stop()
-
-    def write_model(self, folder: Path) -> None:
-        """Write the trained weights and the tokenizer under their final name, or raise.
-
-        Raises:
-            CheckpointError: They cannot be written, or are not what was trained.
-        """
-        with RankZero(self.args.process_index == 0, folder) as main:
-            partial = main.do(checkpoint.begin, folder)
-            self._write_weights(main, partial)
-            main.do(checkpoint.finish, partial, folder)
-
-    def _write_weights(self, main: RankZero, folder: Path) -> None:
-        found = weights.gathered(self)
-        main.do(weights.write, self, folder, found, self._updates > 0)
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> Any:
-        """Put back what a checkpoint of ours holds: it has none of the stock one's files."""
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if self.on_nan == "skip" and hasattr(self.optimizer.optimizer, "check_grad_overflow"):
-            self.optimizer.optimizer.check_grad_overflow = True
-        if resume_from_checkpoint is not None:
-            state.restore(self, Path(resume_from_checkpoint))
-            self._saved = checkpoint.step_of(Path(resume_from_checkpoint))
-        return prepared
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load nothing yet: the weights come back with the rest, once the model is wrapped."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            streams.restore_random_streams(Path(checkpoint), self.args.seed)
-
-
-def share_of_state(trainer: Trainer) -> dict[str, int]:
-    """Count the bytes of parameters and of optimizer state that this rank holds."""
-    parameters = sum(
-        getattr(parameter, "ds_tensor", parameter).nbytes
-        for parameter in trainer.model.parameters()
-    )
-    optimizer = trainer.optimizer
-    while hasattr(optimizer, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
-        optimizer = optimizer.optimizer
-    state = sum(
-        value.nbytes
-        for values in optimizer.state.values()
-        for value in values.values()
-        if isinstance(value, torch.Tensor)
-    )
-    return {"parameter_bytes": parameters, "optimizer_bytes": state}
+        """Write no model card: run.json and config.yaml say more."""

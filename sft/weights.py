@@ -1,77 +1,81 @@
-"""The trained weights as files: gathered from the ranks, written, and read back to be sure."""
+"""The trained weights as files: gathered from the ranks, written, read back and compared."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
+from sft import sharded
 from sft.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from sft.trainer import Trainer
 
+def gathered(
+    model: Any, whole_model: Callable[[], dict[str, torch.Tensor] | None]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors to save by the model's names; under ZeRO-3 they are gathered on rank 0.
 
-def gathered(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Give what is to be saved, by the model's own names; under ZeRO-3 put together on rank 0.
+    All ranks must call it. DeepSpeed's function leaves out the parameters that an adapter holds
+    but does not train, so the parameters of an adapter are gathered here.
 
-    All ranks must call it. DeepSpeed's own gathering leaves out what an adapter holds and does not
-    train.
+    Args:
+        model: The unwrapped model.
+        whole_model: DeepSpeed's function, used under ZeRO-3 for a model without an adapter.
     """
-    model = trainer.bare_model
-    parameters = dict(model.named_parameters())
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+    if not sharded.any_sharded(model):
         state: dict[str, torch.Tensor] = model.state_dict()
         return state
     if not isinstance(model, PeftModel):
-        state = trainer.accelerator.get_state_dict(trainer.deepspeed)
-        return state or {}
-    import deepspeed
-
+        return whole_model() or {}
+    parameters = dict(model.named_parameters())
     adapter = {id(value) for value in get_peft_model_state_dict(model, parameters).values()}
     whole = {}
     for name, parameter in parameters.items():
         if id(parameter) in adapter or parameter.requires_grad:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if trainer.args.process_index == 0:
-                    whole[name] = parameter.detach().to("cpu", copy=True)
+            found = sharded.whole_copy(parameter)
+            if found is not None:
+                whole[name] = found
     return whole
 
 
-def write(trainer: Trainer, folder: Path, weights: dict[str, torch.Tensor], updated: bool) -> None:
+def write(
+    model: Any, tokenizer: Any, folder: Path, weights: dict[str, torch.Tensor], updated: bool
+) -> None:
     """Write weights and tokenizer on rank 0, read the weights back, and compare.
 
     Args:
-        trainer: Whose model it is.
-        folder: Where to.
-        weights: What ``gathered`` gave.
-        updated: The optimizer has changed the weights at least once.
+        model: The unwrapped model.
+        tokenizer: The tokenizer that is written beside the weights.
+        folder: The folder to write to.
+        weights: What ``gathered`` returned.
+        updated: Whether the optimizer has changed the weights at least once.
 
     Raises:
-        CheckpointError: What was written is not what was trained.
+        CheckpointError: The files do not hold what was trained.
     """
-    model = trainer.bare_model
     model.save_pretrained(folder, state_dict=weights)
-    trainer.processing_class.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     live = get_peft_model_state_dict(model, weights) if isinstance(model, PeftModel) else weights
     check(folder, live, isinstance(model, PeftModel), updated)
 
 
 def check(folder: Path, live: dict[str, Any], adapter: bool, updated: bool) -> None:
-    """Hold the tensors of a folder against those in memory.
+    """Compare the tensors in a folder with those in memory.
 
     Args:
-        folder: Where the safetensors are.
-        live: What they must equal, by the files' names; names of a full model, which Transformers
-            changes as it saves, may be missing on either side.
-        adapter: They are an adapter's: names must agree, and no LoRA B may be zero once updated.
-        updated: The optimizer has changed the weights at least once.
+        folder: The folder with the safetensors files.
+        live: The expected tensors by the names in the files. Transformers renames tensors of a
+            full model as it saves them, so there names may be missing on either side.
+        adapter: Whether this is an adapter: then all names must agree, and no LoRA B may be zero
+            once updated.
+        updated: Whether the optimizer has changed the weights at least once.
 
     Raises:
-        CheckpointError: With the first tensors that are wrong, and how.
+        CheckpointError: With the first tensors that are wrong, and what is wrong with them.
     """
     wrong: dict[str, list[str]] = {}
     seen, untrained, trained = set(), [], 0
@@ -110,7 +114,7 @@ def check(folder: Path, live: dict[str, Any], adapter: bool, updated: bool) -> N
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Compare bits, so that a NaN, which is reported as such, equals itself."""
+    """Compare bits, so that a NaN equals itself; ``check`` reports NaN on its own."""
     other = other.detach().cpu()
     if one.shape != other.shape or one.dtype != other.dtype:
         return False

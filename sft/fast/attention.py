@@ -170,6 +170,12 @@ def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
     )
 
 
+def kernel_of(config: Any) -> str | None:
+    """Return the name of the attention kernel that a model was loaded with."""
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return name
+
+
 _stock_preprocess = masking_utils._preprocess_mask_arguments
 
 
@@ -181,7 +187,7 @@ def _preprocess(
 
     Else they would be looked for in the positions, and a GPU waited for, in every forward pass.
     """
-    if config._attn_implementation == NAME and attention_mask is None:
+    if kernel_of(config) == NAME and attention_mask is None:
         return True, None, None, None, None, None, None
     return _stock_preprocess(config, inputs_embeds, attention_mask, *args, **kwargs)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from sft.errors import ConfigError, Problem
-from sft.memory import available
+from sft.hardware import available
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

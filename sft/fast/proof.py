@@ -1,34 +1,39 @@
-"""Before the first step: on this very model, the fast way is the plain way."""
+"""Checks before the first step, on the model itself: the fast ways compute what the plain do."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sft.data.collator import Collator
 from sft.data.encode import IGNORE_INDEX
 from sft.errors import ModelError
-from sft.fast.attention import UNPACKED
+from sft.fast.attention import UNPACKED, kernel_of
 from sft.ranks import gather
-
-if TYPE_CHECKING:
-    from sft.trainer import Trainer
 
 logger = logging.getLogger("sft")
 
 
-def prove_isolation(trainer: Trainer, may_pad: bool) -> None:
-    """Show that documents in one row do not see each other in this very model.
+def prove_isolation(
+    model: Any, collator: Collator, device: torch.device, vocabulary: int, may_pad: bool
+) -> None:
+    """Check that documents in one row do not attend to each other in this model.
 
-    Where they do, samples that need not be joined are padded instead.
+    Args:
+        model: The model as training wrapped it.
+        collator: The collator that joins samples. It is set to pad them if the check fails and
+            ``may_pad`` allows it.
+        device: The model's device.
+        vocabulary: The number of tokens.
+        may_pad: Whether samples may be padded instead of joined.
+
+    Raises:
+        ModelError: The check fails, and samples must be joined.
     """
-    collator = trainer.data_collator
     try:
-        require_isolation(
-            trainer.model_wrapped, collator, trainer.args.device, len(trainer.processing_class)
-        )
+        require_isolation(model, collator, device, vocabulary)
     except ModelError as error:
         if not may_pad:
             raise
@@ -40,21 +45,21 @@ def prove_isolation(trainer: Trainer, may_pad: bool) -> None:
 def require_isolation(
     model: Any, collator: Collator, device: torch.device, vocabulary: int
 ) -> None:
-    """Require that what one document of a pack says changes nothing in the others.
+    """Require that the tokens of one document in a row change nothing in the other.
 
-    Two documents are packed into a row and run through the model itself. With other tokens in the
-    first, what the model makes of the second (the log-probabilities of its tokens, or its logits)
-    must be the same to the last bit; and, but for rounding, what it makes of the second alone.
-    Every rank takes part.
+    Two documents are packed into a row and run through the model. With other tokens in the first,
+    the model's output for the second (its log-probabilities or logits) must be the same to the last
+    bit. It must also equal, but for rounding, its output for the second document alone. All ranks
+    must call it.
 
     Raises:
-        ModelError: It is not, so that training would leak.
+        ModelError: The documents see each other.
     """
     inner = getattr(model, "module", model)
     second = [(5 * place + 3) % vocabulary for place in range(5)]
 
     def seen(first: list[int]) -> torch.Tensor:
-        """Give what the model makes of the second document behind the first."""
+        """Return the model's output for the second document behind the first."""
         ids = first + second
         labels = [IGNORE_INDEX] * len(first) + second
         lengths = [len(part) for part in (first, second) if part]
@@ -63,7 +68,7 @@ def require_isolation(
             key: value.to(device) if isinstance(value, torch.Tensor) else value
             for key, value in batch.items()
         }
-        # As in training: under ZeRO-3 another way through the model would upset its prefetching.
+        # Called as in training: under ZeRO-3 a different order of layers upsets the prefetching.
         output = model(**inputs, use_cache=False, fused_lm_head=True)
         found = getattr(output, "log_probs", None)
         result: torch.Tensor = output.logits[0, len(first) : len(ids)] if found is None else found
@@ -76,8 +81,8 @@ def require_isolation(
     alone = seen([])
     model.train(was_training)
 
-    # LLM.int8 looks for outliers in all tokens, and experts are given those of all documents: the
-    # same sums in another order.
+    # LLM.int8 searches all tokens for outliers, and experts get tokens of all documents. Both add
+    # up the same sums in a different order.
     reorders = getattr(inner, "is_loaded_in_8bit", False) or any(
         "expert" in name for name in vars(inner.config.get_text_config())
     )
@@ -87,41 +92,46 @@ def require_isolation(
     apart = float((packed.sum() - alone.sum()).abs()) / max(scale, float(alone.sum().abs()))
     between = float((packed - changed).abs().max())
     if between > (rounding * scale if reorders else 0) or not apart <= rounding:
-        kernel = getattr(inner.config, "_attn_implementation", None)
+        apart = max(between, apart)
         raise ModelError(
-            f"with attn_implementation={kernel}, documents that are packed together see each other "
-            f"in this model (outputs differ by {max(between, apart):.2g})\n    fix: {UNPACKED}"
+            f"with attn_implementation={kernel_of(inner.config)}, documents that are packed "
+            f"together see each other in this model (outputs differ by {apart:.2g})\n"
+            f"    fix: {UNPACKED}"
         )
 
 
-def check_head(trainer: Trainer) -> None:
-    """Compute the loss from the model's own logits where ours is not what they say."""
-    computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    apart = difference(
-        trainer.model_wrapped,
-        trainer.args.device,
-        len(trainer.processing_class),
-        computed_in.get(trainer.accelerator.mixed_precision, torch.float32),
-    )
-    if any(gather(not apart <= 1)):
-        logger.info("warning: the LM head differs from the model's logits; model.lm_head=plain")
-        trainer.use_head("plain")
+def head_agrees(model: Any, device: torch.device, vocabulary: int, mixed_precision: str) -> bool:
+    """Return whether our head agrees with the model's own logits on every rank.
+
+    Args:
+        model: The model as training wrapped it.
+        device: The model's device.
+        vocabulary: The number of tokens.
+        mixed_precision: Accelerate's value: ``no``, ``bf16`` or ``fp16``.
+    """
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    computed_in = dtypes.get(mixed_precision, torch.float32)
+    agrees = difference(model, device, vocabulary, computed_in) <= 1
+    if all(gather(agrees)):
+        return True
+    logger.info("warning: the LM head differs from the model's logits; model.lm_head=plain")
+    return False
 
 
 @torch.no_grad()
 def difference(
     model: Any, device: torch.device, vocabulary: int, computed_in: torch.dtype
 ) -> float:
-    """Compare the head with the model's own logits, on one short text.
+    """Compare the head with the model's own logits on one short text.
 
     Args:
-        model: As training wrapped it.
-        device: Where it is.
-        vocabulary: Tokens that it knows.
-        computed_in: The precision of its arithmetic, where weights have a higher one.
+        model: The model as training wrapped it.
+        device: The model's device.
+        vocabulary: The number of tokens.
+        computed_in: The precision of the arithmetic, which may be lower than that of the weights.
 
     Returns:
-        The largest difference of a log-probability, in units of what the precision rounds away.
+        The largest difference between log-probabilities, in units of the expected rounding error.
     """
     inner = getattr(model, "module", model)
     ids = torch.tensor([[(7 * place + 3) % vocabulary for place in range(9)]], device=device)

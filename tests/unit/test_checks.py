@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sft import checks, names, rules, upstream
+from sft import names, process, rules, upstream
 from sft.checks import check
 from sft.config import Config
 from sft.errors import Problem
@@ -559,8 +559,8 @@ def test_the_global_batch_must_fit_the_number_of_ranks(
 
 
 def test_world_size_is_what_torchrun_says() -> None:
-    assert checks.world_size({}) == 1
-    assert checks.world_size({"WORLD_SIZE": "8"}) == 8
+    assert process.world_size({}) == 1
+    assert process.world_size({"WORLD_SIZE": "8"}) == 8
 
 
 def test_every_problem_of_every_section_comes_at_once() -> None:

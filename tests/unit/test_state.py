@@ -1,17 +1,21 @@
 """What a checkpoint holds, and what is said of weights that were not saved as they are."""
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from sft import state, streams, tensors, weights
+from sft import counts, state, streams, tensors, weights
 from sft.data.sampler import Fillers, Shuffle, samples_of
 from sft.errors import CheckpointError
+from sft.optimizer import Optimizer
 
 
 def draws() -> list[Any]:
@@ -61,6 +65,72 @@ def test_tensors_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Mo
     reader = tensors.Reader(tmp_path)
     assert reader.where.keys() == made.keys()
     assert all(reader[key].equal(tensor) for key, tensor in made.items())
+
+
+def small_training() -> tuple[torch.nn.Module, state.Live, Callable[[], None]]:
+    """Make a model, what a checkpoint keeps of its training, and a step of that training."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    inner = torch.optim.AdamW([model.weight], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1 / (step + 1))
+    wrapped = Accelerator(cpu=True).prepare_optimizer(inner)
+    live = state.Live(Optimizer(wrapped, model), schedule, None, "adamw_torch_fused")
+
+    def step() -> None:
+        inner.zero_grad()
+        (model(torch.ones(3)) ** 2).sum().backward()
+        inner.step()
+        schedule.step()
+
+    return model, live, step
+
+
+def test_a_checkpoint_is_taken_up_without_a_trainer(tmp_path: Path) -> None:
+    model, live, step = small_training()
+    for _ in range(3):
+        step()
+    writer = tensors.Writer(tmp_path)
+    for key, tensor in state.kept(live.optimizer):
+        writer.add(key, tensor)
+    writer.flush()
+    assert tensors.Reader(tmp_path).where.keys() == {
+        f"{kind}/weight" for kind in (state.VALUE, "exp_avg", "exp_avg_sq", "step")
+    }
+    record, drawn = state.progress(live, {"tokens": 12})
+    assert record["kind"] == "elementwise" and record["schedule"]["last_epoch"] == 3
+    state.write_progress(tmp_path, record, drawn)
+    assert live.optimizer.held_bytes() == 2 * 6 * 4 + 4  # two moments and a count, in float32
+
+    other, taken_up, other_step = small_training()
+    assert state.restore(taken_up, tmp_path) == [{"tokens": 12}]
+    assert other.weight.equal(model.weight)
+    step()
+    other_step()
+    assert other.weight.equal(model.weight)
+    assert taken_up.schedule.get_last_lr() == live.schedule.get_last_lr() == [0.1 * (1 / 5)]
+    taken_up.optimizer.parameters["other"] = taken_up.optimizer.parameters.pop("weight")
+    with pytest.raises(CheckpointError, match="other parameters than are trained now: other"):
+        state.restore(taken_up, tmp_path)
+
+
+def test_counts_are_shared_among_another_number_of_ranks() -> None:
+    saved: list[dict[str, Any]] = [
+        {"loss": 2.0, "logged_at": 8, "sums": [1.0, 2.0, 3.0], "tokens": 10},
+        {"loss": 4.0, "logged_at": 8, "sums": None, "tokens": 20},
+    ]
+    assert counts.share_of(saved, rank=1, ranks=2) == saved[1]
+    shared = {"loss": 3.0, "logged_at": 8, "sums": [0.25, 0.5, 0.75], "tokens": 7.5}
+    assert counts.share_of(saved, rank=3, ranks=4) == shared
+    here, there = counts.RunningMetrics(), counts.RunningMetrics()
+    here.see({"input_ids": torch.ones(2, 4)})
+    here.see({"input_ids": torch.ones(1, 4), "attention_mask": torch.tensor([[1, 1, 1, 0]])})
+    here.sums = torch.tensor([4.0, 1.0, 2.0], dtype=torch.float64)
+    kept = json.loads(json.dumps(here.kept()))
+    assert kept == {"sums": [4.0, 1.0, 2.0], "tokens": 11}
+    there.restore(kept, torch.device("cpu"))
+    assert there.flush(100) == {"entropy": 2.0, "mean_token_accuracy": 0.5, "num_tokens": 111}
+    assert there.kept() == {"sums": None, "tokens": 0}
 
 
 GOOD = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2)}
