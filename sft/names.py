@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from sft import upstream
 from sft.config import Config
 from sft.errors import Problem
+from sft.rules import declared
 
 # Fields of upstream classes that another setting of ours decides, and that setting.
 TRAIN_OWNED = {
@@ -129,7 +129,8 @@ def suggest(path: str, schema: Any) -> str:
     section, _, leaf = path.rpartition(".")
     if leaf in RENAMED:
         return RENAMED[leaf]
-    paths = list(_paths(schema))
+    paths = [name for name, _ in declared(schema)]
+    paths += sorted({path.rpartition(".")[0] for path in paths} - {""})  # the sections
     same_leaf = [known for known in paths if known.rpartition(".")[2] == leaf]
     if same_leaf:
         return f"did you mean {same_leaf[0]}?"
@@ -149,9 +150,3 @@ def suggest(path: str, schema: Any) -> str:
         return hint.replace("mean ", f"mean {section}." if section else "mean ")
     return upstream.did_you_mean(path, paths)
 
-
-def _paths(schema: Any, prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(schema):
-        yield f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(field.default_factory):
-            yield from _paths(field.default_factory, f"{prefix}{field.name}.")
