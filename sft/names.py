@@ -149,4 +149,3 @@ def suggest(path: str, schema: Any) -> str:
     if hint.startswith("did"):
         return hint.replace("mean ", f"mean {section}." if section else "mean ")
     return upstream.did_you_mean(path, paths)
-

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +20,67 @@ from torch.distributed.rendezvous import rendezvous
 from sft import checkpoint
 from sft.errors import CheckpointError, RunError
 
+TIMEOUT = 1800  # seconds that a rank waits for the others; also the default of ddp_timeout
+
 _store: Any = None  # rank 0 may be its server, for as long as it is referred to
-_decisions = itertools.count()
+_meetings = itertools.count()
 
 
 def from_rank_zero(decide: Callable[[], Any]) -> Any:
-    """Decide on rank 0, and give every rank its decision, before there is a process group.
-
-    The launcher's key-value store is there from the start. It outlives restarts of the ranks, so
-    each start, and each decision of it, has a key of its own.
+    """Decide on rank 0 and return its decision on every rank, before there is a process group.
 
     Args:
-        decide: Gives what JSON can hold.
+        decide: Returns what JSON can hold.
 
     Raises:
         RunError: The ranks do not find each other.
     """
-    global _store
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _alone():
         return decide()
-    restarts, key = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), str(next(_decisions))
     decision = json.dumps(decide()) if os.environ["RANK"] == "0" else ""
-    try:
-        _store, _, _ = next(rendezvous("env://"))
-        store = PrefixStore(f"sft/{restarts}", _store)
+    with _meeting("rank 0", TIMEOUT) as (store, key):
         if decision:
             store.set(key, decision)
         return json.loads(store.get(key))
+
+
+def exchange(value: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """Collect a value from every rank, in rank order, before there is a process group.
+
+    Args:
+        value: What JSON can hold.
+        timeout: Seconds to wait for the other ranks.
+
+    Raises:
+        RunError: The ranks do not find each other.
+    """
+    if _alone():
+        return [value]
+    ranks = int(os.environ["WORLD_SIZE"])
+    with _meeting("the other ranks", timeout) as (store, key):
+        store.set(f"{key}/{os.environ['RANK']}", json.dumps(value))
+        return [json.loads(store.get(f"{key}/{rank}")) for rank in range(ranks)]
+
+
+def _alone() -> bool:
+    return "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+@contextlib.contextmanager
+def _meeting(whom: str, timeout: float) -> Iterator[tuple[Any, str]]:
+    """Open the launcher's key-value store, with a key that all ranks use for this meeting only.
+
+    The store exists before the process group. It outlives restarts of the ranks, so the key names
+    the restart too.
+    """
+    global _store
+    restarts, key = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), str(next(_meetings))
+    try:
+        _store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        yield PrefixStore(f"sft/{restarts}", _store), key
     except (ValueError, dist.DistError) as error:
         raise RunError(
-            f"rank {os.environ['RANK']} cannot reach rank 0: {str(error).splitlines()[0]}\n"
+            f"rank {os.environ['RANK']} cannot reach {whom}: {str(error).splitlines()[0]}\n"
             "    fix: see what rank 0 says; start ranks with torchrun, which sets MASTER_ADDR and "
             "MASTER_PORT"
         ) from error

@@ -225,7 +225,9 @@ def unjoinable(architecture: PreTrainedModel, asked: str | None, precision: str)
         return f"model.attn_implementation={typed(asked)} would need a mask for joined rows"
     if not takes_ours(architecture):
         kind = architecture.config.model_type
-        return f"{kind} has its own attention, which model.attn_implementation={NAME} cannot replace"
+        return (
+            f"{kind} has its own attention, which model.attn_implementation={NAME} cannot replace"
+        )
     if not torch.cuda.is_available():
         return ""
     text = architecture.config.get_text_config()
@@ -259,25 +261,23 @@ def choose(
         ConfigError: Documents in one row would see each other.
     """
     asked, joined = config.model.attn_implementation, config.train.padding_free
-    padded = "" if joined is True else AS_SET
+    why = AS_SET
     if joined == "auto":
-        padded = unjoinable(architecture, asked, precision)
-        joined = not padded
+        why = unjoinable(architecture, asked, precision)
+        joined = not why
+        why = why or "attention keeps the joined rows apart"
     used = kernel(architecture, asked, packed or joined)
     if asked != "auto":
         reason = AS_SET
     elif joined:
         reason = "rows are joined without padding"
     elif packed:
-        reason = "samples hold several documents"
+        reason = "samples hold several documents, which attention keeps apart"
     else:
         reason = "rows are padded, so the architecture's own attention is used"
-    separates = AS_SET
-    if config.train.padding_free == "auto":
-        separates = f"attention keeps the joined rows apart (model.attn_implementation={used})"
     return (
         Choice("model.attn_implementation", used, reason),
-        Choice("train.padding_free", joined, padded or separates),
+        Choice("train.padding_free", joined, why),
     )
 
 

@@ -22,6 +22,7 @@ from sft.rules import AS_SET, Choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
     from sft.config import Config
 
 TILE = 32768  # of the vocabulary at once, as TRL's trainer has it

@@ -56,9 +56,7 @@ def product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) ->
     return result
 
 
-def choose(
-    config: Config, architecture: PreTrainedModel, precision: str, stage: int
-) -> Choice:
+def choose(config: Config, architecture: PreTrainedModel, precision: str, stage: int) -> Choice:
     """Choose ``model.frozen_linear``: how frozen linear layers are computed.
 
     Args:
