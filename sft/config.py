@@ -402,7 +402,7 @@ def packing_of(dataset: DatasetConfig, kind: str) -> Choice:
     if kind == "text":
         reason = "plain text is joined and cut every dataset.max_length tokens"
         return Choice("dataset.packing", "wrapped", reason)
-    reason = "each row is a sample; bfd fills samples to dataset.max_length, for fewer, larger steps"
+    reason = "each row is a sample; bfd fills samples to dataset.max_length, for fewer larger steps"
     return Choice("dataset.packing", "none", reason)
 
 

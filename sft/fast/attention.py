@@ -225,9 +225,7 @@ def unjoinable(architecture: PreTrainedModel, asked: str | None, precision: str)
         return f"model.attn_implementation={typed(asked)} would need a mask for joined rows"
     if not takes_ours(architecture):
         kind = architecture.config.model_type
-        return (
-            f"{kind} has its own attention, which model.attn_implementation={NAME} cannot replace"
-        )
+        return f"{kind} has its own attention, which no kernel that separates rows replaces"
     if not torch.cuda.is_available():
         return ""
     text = architecture.config.get_text_config()
@@ -274,7 +272,7 @@ def choose(
     elif packed:
         reason = "samples hold several documents, which attention keeps apart"
     else:
-        reason = "rows are padded, so the architecture's own attention is used"
+        reason = "rows are padded: null is the architecture's own attention"
     return (
         Choice("model.attn_implementation", used, reason),
         Choice("train.padding_free", joined, why),

@@ -115,10 +115,15 @@ def test_the_merged_model_alone_gives_the_same_answers(folder: Path, ran: Ran) -
 
 # What a run's first lines say, in order; which way was chosen, and why, differs by processor.
 FIRST_LINES = (
-    r"precision (fp32|bf16): (the [CG]PU has (it|no bf16)|layers 128 wide are too small)",
-    "packing none: ",
-    "attention packed: ",
-    "frozen layers (plain|packed): ",
+    r"precision +(fp32|bf16) +(the [CG]PU has (bf16|no bf16)|layers of width 128 are too small)",
+    r"dataset\.packing +none +each row is a sample; ",
+    " +for fewer larger steps",
+    r"model\.attn_implementation +packed +rows are joined",
+    r"train\.padding_free +true +attention keeps",
+    r"model\.frozen_linear +(plain|packed) +\w",
+    r"lora\.enabled +true +as set; ",
+    r"model\.lm_head +(chunked|trl) +\w",
+    r"train\.gradient_checkpointing +false +9 MiB of activations",
 )
 
 
