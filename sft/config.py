@@ -51,10 +51,25 @@ class ModelConfig:
     """The base model: a name on the Hugging Face hub or a local folder."""
 
     name: str | None = setting(None, "short name, used in run_name; null: from name_or_path")
-    name_or_path: str | None = setting(None, "hub id or local folder")
-    revision: str | None = setting(None, "branch, tag or commit on the hub")
+    name_or_path: str | None = setting(
+        None,
+        "hub id or local folder",
+        decides=("lora.base_model_name_or_path",),
+        example="model.name_or_path=HUB_ID_OR_FOLDER",
+    )
+    revision: str | None = setting(
+        None,
+        "branch, tag or commit on the hub",
+        decides=("lora.revision",),
+        example="model.revision=COMMIT",
+    )
     pretrained: bool = setting(True, "false: random weights of the same architecture")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
+    trust_remote_code: bool = setting(
+        False,
+        "run Python code that comes with the model",
+        decides=("train.model_init_kwargs", "train.trust_remote_code"),
+        example="model.trust_remote_code=true",
+    )
     attn_implementation: str | None = setting(
         "auto",
         "attention kernel; auto: packed (ours) where a row holds several documents, else the "
@@ -108,7 +123,13 @@ class DatasetConfig:
     columns: dict[str, str] = setting({}, "template field: column of the data that holds it")
     max_rows: int | None = setting(None, "read the first rows of each source only", at_least(1))
     max_eval_rows: int | None = setting(None, "evaluate on the first rows only", at_least(1))
-    max_length: int = setting(1024, "tokens in a sample, at most", at_least(8))
+    max_length: int = setting(
+        1024,
+        "tokens in a sample, at most",
+        at_least(8),
+        decides=("train.max_length",),
+        called=("max_seq_length", "sequence_len", "cutoff_len"),
+    )
     overlong: str = setting(
         "error",
         "documents over max_length: stop, cut at the end, drop, or split; counted and shown",
@@ -200,7 +221,12 @@ class LoraSection:
     """The adapter. Fields are peft.LoraConfig's, but for ``enabled``."""
 
     enabled: bool = setting(True, "false: train every weight of the base model", ours=True)
-    r: int = setting(8, "rank; higher learns more and takes more memory", at_least(1))
+    r: int = setting(
+        8,
+        "rank; higher learns more and takes more memory",
+        at_least(1),
+        called=("lora_r", "lora_rank"),
+    )
     lora_alpha: int = setting(16, "the delta is scaled by lora_alpha / r", at_least(1))
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", within(0, 1))
     target_modules: Any = setting(
@@ -230,7 +256,12 @@ class ZeroConfig:
     """DeepSpeed's partitioning of optimizer, gradients and parameters over ranks."""
 
     config: str | None = setting(
-        None, "a JSON in ds_config/ or a path; null: plain DDP", changes_training=False
+        None,
+        "a JSON in ds_config/ or a path; null: plain DDP",
+        changes_training=False,
+        decides=("train.deepspeed", "train.fsdp", "train.fsdp_config", "train.parallelism_config"),
+        called=("deepspeed",),
+        example="zero=stage2",
     )
     overrides: dict[str, Any] = setting({}, "deep-merged over the JSON", changes_training=False)
 
@@ -240,20 +271,44 @@ class TrainConfig:
     """Batch, length of training, optimizer, evaluation and saving. Names are SFTConfig's."""
 
     global_batch_size: int = setting(
-        32, "sequences per optimizer step, over all ranks and accumulation", at_least(1), ours=True
+        32,
+        "sequences per optimizer step, over all ranks and accumulation",
+        at_least(1),
+        ours=True,
+        decides=("train.gradient_accumulation_steps",),
+        called=("batch_size", "gradient_accumulation_steps"),
     )
     per_device_train_batch_size: int = setting(
-        4, "sequences per rank per forward", at_least(1), changes_training=False
+        4,
+        "sequences per rank per forward",
+        at_least(1),
+        changes_training=False,
+        decides=("train.auto_find_batch_size",),
+        called=("micro_batch_size",),
     )
     per_device_eval_batch_size: int = setting(
         8, "likewise in evaluation", at_least(1), changes_training=False
     )
-    num_train_epochs: float = setting(3.0, "passes over the data", above(0))
+    num_train_epochs: float = setting(
+        3.0, "passes over the data", above(0), called=("num_epochs", "epochs")
+    )
     max_steps: int = setting(-1, "optimizer steps; -1: num_train_epochs decides", at_least(-1))
-    learning_rate: float = setting(2e-4, "peak; about 2e-4 for LoRA, 2e-5 in full", above(0))
+    learning_rate: float = setting(
+        2e-4,
+        "peak; about 2e-4 for LoRA, 2e-5 in full",
+        above(0),
+        called=("lr",),
+        example="train.learning_rate=2e-4",
+    )
     lr_scheduler_type: str = setting("cosine", "linear, cosine, cosine_with_min_lr, constant, ...")
     lr_scheduler_kwargs: dict[str, Any] = setting({}, "such as {min_lr_rate: 0.1}")
-    warmup_steps: float = setting(0.03, "below 1: a share of all steps; else steps", at_least(0))
+    warmup_steps: float = setting(
+        0.03,
+        "below 1: a share of all steps; else steps",
+        at_least(0),
+        called=("warmup_ratio",),
+        example="train.warmup_steps=0.03 (below 1 it is a share of all steps)",
+    )
     weight_decay: float = setting(0.0, "AdamW's decoupled decay", at_least(0))
     max_grad_norm: float = setting(1.0, "gradient norm is clipped to this; 0: never", at_least(0))
     optim: str = setting(
@@ -265,15 +320,23 @@ class TrainConfig:
         "fit the memory",
         one_of("auto", True, False),
         changes_training=False,
+        decides=("train.activation_checkpointing",),
+        example="train.gradient_checkpointing=true",
     )
     logging_steps: int = setting(
-        10, "steps between logged lines", at_least(1), changes_training=False
+        10,
+        "steps between logged lines",
+        at_least(1),
+        changes_training=False,
+        decides=("train.logging_strategy",),
     )
     eval_strategy: str = setting(
         "epoch",
         "when to evaluate, besides before and after",
         one_of("no", "steps", "epoch"),
         changes_training=False,
+        decides=("train.eval_on_start",),
+        called=("evaluation_strategy",),
     )
     eval_steps: int | None = setting(
         None, "steps between evaluations", at_least(1), changes_training=False
@@ -335,6 +398,8 @@ class ResumeConfig:
         None,
         "go on from this one, such as checkpoint-40; null: from the newest complete one",
         changes_training=False,
+        decides=("train.resume_from_checkpoint",),
+        example="resume.checkpoint=checkpoint-40; without it, the newest is taken",
     )
     allow: list[str] = setting(
         [],
@@ -348,20 +413,40 @@ class Config:
     """One run."""
 
     run_name: str | None = setting(
-        None, "null: <model>_<dataset>_r<rank>_seed<seed>", changes_training=False
+        None,
+        "null: <model>_<dataset>_r<rank>_seed<seed>",
+        changes_training=False,
+        decides=("train.run_name",),
+        example="run_name=NAME",
     )
     output_dir: str | None = setting(
-        None, "the run's folder; null: outputs/<run_name>", changes_training=False
+        None,
+        "the run's folder; null: outputs/<run_name>",
+        changes_training=False,
+        decides=("train.output_dir",),
+        example="output_dir=DIR",
     )
     overwrite: bool = setting(
-        False, "true: delete a run that is already in the folder", changes_training=False
+        False,
+        "true: delete a run that is already in the folder",
+        changes_training=False,
+        called=("overwrite_output_dir",),
+        example="overwrite=true",
     )
-    seed: int = setting(42, "of data order, adapter initialisation and dropout", at_least(0))
+    seed: int = setting(
+        42,
+        "of data order, adapter initialisation and dropout",
+        at_least(0),
+        decides=("train.seed", "train.data_seed"),
+    )
     precision: str = setting(
         "auto",
         "of weights and arithmetic; auto: bf16 where a GPU has it or a CPU computes faster in it, "
         "else fp32",
         one_of("auto", "fp32", "bf16", "fp16"),
+        decides=("train.bf16", "train.fp16", "train.bf16_full_eval", "train.fp16_full_eval"),
+        called=("bf16",),
+        example="precision=bf16",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -402,7 +487,7 @@ def packing_of(dataset: DatasetConfig, kind: str) -> Choice:
     if kind == "text":
         reason = "plain text is joined and cut every dataset.max_length tokens"
         return Choice("dataset.packing", "wrapped", reason)
-    reason = "each row is a sample; bfd fills samples to dataset.max_length, for fewer larger steps"
+    reason = "each row is a sample; bfd joins rows up to dataset.max_length"
     return Choice("dataset.packing", "none", reason)
 
 

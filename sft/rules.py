@@ -71,6 +71,9 @@ def setting(
     changes_training: bool = True,
     ours: bool = False,
     in_data_key: bool = True,
+    decides: tuple[str, ...] = (),
+    called: tuple[str, ...] = (),
+    example: str | None = None,
 ) -> Any:
     """Declare a field of a section; None is always legal.
 
@@ -84,6 +87,10 @@ def setting(
             it because we do what it asks for.
         in_data_key: Whether prepared samples depend on it, so that samples in the cache are used
             only with the same value. Read for settings of the dataset section.
+        decides: Upstream fields that this setting decides, such as ``train.bf16``; the section's
+            ``extra`` refuses them.
+        called: Names of the same thing in other tools or older releases.
+        example: An override that shows its use in a fix; None: the setting with its default.
     """
     metadata = {
         "help": help,
@@ -91,6 +98,9 @@ def setting(
         "changes_training": changes_training,
         "ours": ours,
         "in_data_key": in_data_key,
+        "decides": decides,
+        "called": called,
+        "example": example,
     }
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
@@ -112,6 +122,11 @@ def declared(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.
             yield from declared(item.default_factory, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, item
+
+
+def example_of(name: str, item: dataclasses.Field[Any]) -> str:
+    """Write an override that shows how a setting is used."""
+    return item.metadata["example"] or written(name, default_of(item))
 
 
 def named(schema: type, **facts: bool) -> frozenset[str]:

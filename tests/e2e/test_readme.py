@@ -117,7 +117,6 @@ def test_the_merged_model_alone_gives_the_same_answers(folder: Path, ran: Ran) -
 FIRST_LINES = (
     r"precision +(fp32|bf16) +(the [CG]PU has (bf16|no bf16)|layers of width 128 are too small)",
     r"dataset\.packing +none +each row is a sample; ",
-    " +for fewer larger steps",
     r"model\.attn_implementation +packed +rows are joined",
     r"train\.padding_free +true +attention keeps",
     r"model\.frozen_linear +(plain|packed) +\w",

@@ -53,13 +53,13 @@ def test_the_block_is_aligned_and_reasons_go_on_below_themselves() -> None:
     assert max(map(len, lines)) <= 80
     assert chosen.lines(200)[:3] == [
         "precision                     fp32     the CPU has no bf16",
-        "dataset.packing               none     each row is a sample; bfd fills samples to "
-        "dataset.max_length, for fewer larger steps",
+        "dataset.packing               none     each row is a sample; bfd joins rows up to "
+        "dataset.max_length",
         "model.attn_implementation     packed   rows are joined without padding",
     ]
     assert lines[1:3] == [
-        "dataset.packing               none     each row is a sample; bfd fills samples to",
-        " " * 39 + "dataset.max_length, for fewer larger steps",
+        "dataset.packing               none     each row is a sample; bfd joins rows up",
+        " " * 39 + "to dataset.max_length",
     ]
     assert "lora.enabled                  false    as set" in lines
     assert "model.frozen_linear           plain    every weight is trained" in lines
