@@ -92,9 +92,8 @@ def _on_cpu(name: str, why: str, products: str | None, width: int | None) -> Pre
         fix = "precision=bf16"
         if why != AS_SET:  # a different precision would be refused on resume
             fix = "resume this run on a GPU, or run_name=NAME for another run"
-        raise ConfigError(
-            [Problem("precision=fp16", "there is no GPU, and only a GPU trains in fp16", fix)]
-        )
+        rule = "there is no GPU, and only a GPU trains in fp16"
+        raise ConfigError([Problem("precision=fp16", rule, fix)])
     ways = half.ways(torch.bfloat16)
     if name == "fp32":
         return _precision(name, why)
