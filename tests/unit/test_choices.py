@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from sft import choices, memory, ranks
-from sft.config import Config, fill_names
+from sft.config import DS_CONFIG_DIR, Config, fill_names
 from sft.data import artefact
 from sft.data.prepare import Prepared, prepare
 from sft.data.template import Template
@@ -68,11 +69,12 @@ def test_the_block_is_aligned_and_reasons_go_on_below_themselves() -> None:
     assert max(map(len, chosen.lines(20))) < 80  # a very narrow terminal is not obeyed
 
 
-def test_a_long_value_moves_only_its_own_reason() -> None:
-    path = str(Path(__file__).parents[2] / "ds_config" / "stage2.json")
-    lines = decided(f"zero.config={path}").lines(80)
-    assert lines[1] == f"zero.config                   {path}  as"[: len(lines[1])]
-    assert lines[0].startswith(f"precision{' ' * 21}fp32{' ' * 18}the CPU")
+def test_a_long_value_moves_only_its_own_reason(tmp_path: Path) -> None:
+    path = tmp_path / "stage2_of_my_own.json"
+    shutil.copyfile(DS_CONFIG_DIR / "stage2.json", path)
+    lines = decided(f"zero.config={path}").lines(200)
+    assert lines[0] == f"{'precision':<30}{'fp32':<22}the CPU has no bf16"
+    assert lines[1] == f"{'zero.config':<30}{path}  as set"
 
 
 def test_every_choice_is_of_a_setting_and_is_what_json_holds() -> None:
