@@ -106,7 +106,7 @@ def _on_cpu(name: str, why: str, products: str | None, width: int | None) -> Pre
         # Converting between the precisions costs more than faster products save: the embedded
         # model, 128 wide, takes 1.2 times the CPU time of float32 on a processor whose bf16
         # products are 1.7 times as fast.
-        reason = f"layers of width {width} are too small to be faster in bf16 on a CPU"
+        reason = f"layers of width {width} are too small to gain from bf16 on a CPU"
         return _precision("fp32", reason)
     if products in ways:
         reason = f"{why}; products are computed as when it began: {speed.NAMES[products]}"

@@ -130,7 +130,8 @@ def test_the_first_lines_have_the_form_of_the_transcript(tmp_path: Path) -> None
     transcript = README.partition("```text\n")[2].splitlines()
     short = ("train.max_steps=1", "dataset.max_rows=16", "dataset.max_eval_rows=4")
     result = run_warm("train", *short, "dataset.exact_match=0", cwd=tmp_path)
-    for lines in (transcript, result.stdout.splitlines()):
+    for text in (transcript, result.stdout.splitlines()):
+        lines = [line for line in text if not line.startswith(" ")]  # a reason that goes on
         assert len(lines) > len(FIRST_LINES)
         for form, line in zip(FIRST_LINES, lines, strict=False):
             assert re.match(form, line), lines[:6]
