@@ -74,7 +74,7 @@ def choose(
         rank = max([lora.r, *lora.rank_pattern.values()]) if lora.enabled else 0
         ds_config = sized(given, architecture, rank)
         before, now = given["zero_optimization"], ds_config["zero_optimization"]
-        sizes = [f"{key} {now[key]:,}" for key in now if now[key] != before[key]]
+        sizes = [f"{key}={now[key]}" for key in now if now[key] != before[key]]
         if sizes:
             reason += f"; sized to the model, in elements: {', '.join(sizes)}"
     return Choice("zero.config", config.zero.config, reason), ds_config

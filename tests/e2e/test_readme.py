@@ -122,7 +122,7 @@ FIRST_LINES = (
     r"model\.frozen_linear +(plain|packed) +\w",
     r"lora\.enabled +true +as set; ",
     r"model\.lm_head +(chunked|trl) +\w",
-    r"train\.gradient_checkpointing +false +9 MiB of activations",
+    r"train\.gradient_checkpointing +false +[89] MiB of activations",
 )
 
 
