@@ -61,7 +61,7 @@ def test_the_fastest_is_chosen_where_it_clearly_is(
     assert f"float32 {figures[0]:.0f}" in found.reason and "GFLOP/s" in found.reason
     asked = choose_precision("bf16")
     assert (asked.value, asked.products) == ("bf16", bf16)
-    assert f"products computed as {speed.NAMES[bf16]}" in asked.reason
+    assert f"products are computed as {speed.NAMES[bf16]}" in asked.reason
 
 
 def test_nothing_is_measured_where_nothing_is_to_choose(processor: Any) -> None:
