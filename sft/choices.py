@@ -195,6 +195,8 @@ def _adapters(config: Config, by_peft: str) -> Choice:
     if not config.lora.enabled:
         return Choice("lora.enabled", False, AS_SET)
     how = f"computed by PEFT: {by_peft}" if by_peft else "computed in fewer passes than by PEFT"
+    if not by_peft and (config.quantization.load_in_4bit or config.quantization.load_in_8bit):
+        how = "computed by PEFT on quantised layers, in fewer passes on others"
     return Choice("lora.enabled", True, f"{AS_SET}; {how}")
 
 

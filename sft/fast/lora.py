@@ -69,6 +69,8 @@ def left_to_peft(config: Config, stage: int) -> str:
         return "there is no adapter"
     if stage == 3:
         return "ZeRO stage 3 gathers the weights of a module when that is called"
+    if config.lora.use_dora or config.lora.extra.get("lora_bias"):
+        return "it adds more than a product of two matrices"
     extra = config.train.extra
     # TrainingArguments switches compilation on for each of the others.
     named = ("torch_compile_backend", "torch_compile_mode")
