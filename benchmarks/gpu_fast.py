@@ -257,7 +257,7 @@ def memory(which: str) -> dict[str, Any]:
     checkpointing = f"train.gradient_checkpointing={str(recomputed).lower()}"
     config = train(shape, clock, *given, *batch(size), checkpointing, *lora, *settings)
     architecture = sft.model.load_architecture(config.model)
-    itemsize = sft.model.dtype_of(sft.model.choose_precision("auto")[0]).itemsize
+    itemsize = sft.model.dtype_of(sft.model.choose_precision("auto").value).itemsize
     text, tokens = architecture.config.get_text_config(), size * length_of(shape, longest)
     kept = 0 if recomputed else sft.memory.activation_bytes(text, tokens, itemsize)
     state = sft.memory.state_bytes(config, architecture.num_parameters(), itemsize, 0)

@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from sft.config import LoraSection
+from sft import zero
+from sft.config import Config, LoraSection
 from sft.errors import ConfigError, Problem
+from sft.rules import named
 from sft.upstream import did_you_mean
 
 if TYPE_CHECKING:
@@ -20,36 +22,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def lora_config(lora: LoraSection, architecture: PreTrainedModel, stage: int) -> LoraConfig:
-    """Make PEFT's config.
+def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | None:
+    """Make PEFT's config; None where the run trains no adapter.
 
     Args:
-        lora: The section of the config, enabled.
+        config: The run's config.
         architecture: The model on the meta device.
-        stage: The ZeRO stage.
 
     Raises:
         ConfigError: With every entry that matches nothing or cannot be trained.
     """
     from peft import LoraConfig
 
-    found = list(problems(lora, architecture, stage))
+    lora = config.lora
+    if not lora.enabled:
+        return None
+    found = list(problems(lora, architecture, zero.stage(zero.read(config.zero))))
     if found:
         raise ConfigError(found)
-    targets = lora.target_modules
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=attention_names(architecture) if targets == "attention" else targets,
-        modules_to_save=lora.modules_to_save,
-        rank_pattern=lora.rank_pattern,
-        alpha_pattern=lora.alpha_pattern,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        **lora.extra,
-    )
+    fields = {name: getattr(lora, name) for name in named(LoraSection, ours=False)}
+    if lora.target_modules == "attention":
+        fields["target_modules"] = attention_names(architecture)
+    return LoraConfig(task_type="CAUSAL_LM", **fields, **lora.extra)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -174,7 +174,7 @@ def _sources(data: DatasetConfig) -> Iterator[Problem]:
 def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]:
     """Find what is wrong with how rows become samples."""
     default = DatasetConfig()
-    joined = packing_of(data, template.kind)[0] in ("wrapped", "boundary")
+    joined = packing_of(data, template.kind).value in ("wrapped", "boundary")
     if joined and template.kind != "text":
         yield Problem(
             f"dataset.packing={data.packing}",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.hardware import available
 from sft.process import world_size
+from sft.rules import AS_SET, Choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,29 +74,33 @@ def choose_checkpointing(
     stage: int,
     keeps_scores: bool = False,
     taken: int = 0,
-) -> tuple[bool, str]:
-    """Decide whether activations are recomputed, and say why.
+) -> Choice:
+    """Choose ``train.gradient_checkpointing`` for this rank, from its free memory.
 
     Args:
         config: The run's config.
-        architecture: The model, weights or none.
+        architecture: The model, with or without weights.
         longest: Tokens of the longest sample.
         itemsize: Bytes of a number in the run's precision.
-        stage: Of ZeRO.
-        keeps_scores: Attention keeps every score for the backward pass.
-        taken: Bytes that something else will take.
+        stage: The ZeRO stage.
+        keeps_scores: Whether attention keeps every score for the backward pass.
+        taken: Bytes of the free memory that packed layers will take.
     """
     asked = config.train.gradient_checkpointing
     if asked != "auto":
-        return asked, "as asked"
+        return Choice("train.gradient_checkpointing", asked, AS_SET)
     tokens = config.train.per_device_train_batch_size * longest
     text = architecture.config.get_text_config()
     kept = activation_bytes(text, tokens, itemsize, longest if keeps_scores else 0)
     state = state_bytes(config, architecture.num_parameters(), itemsize, stage)
     room = available() - taken
-    return MARGIN * (kept + state) > room, (
-        f"about {_size(kept)} beside {_size(state)} of weights and optimizer, in {_size(room)}"
+    recomputes = MARGIN * (kept + state) > room
+    fit = f"and {MARGIN - 1:.0%} to spare do not fit" if recomputes else "fit"
+    reason = (
+        f"{_size(kept)} of activations and {_size(state)} of weights and optimizer state {fit} "
+        f"into {_size(room)} free"
     )
+    return Choice("train.gradient_checkpointing", recomputes, reason)
 
 
 def _size(number: int) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sft.config import Config, ModelConfig, QuantizationConfig
 from sft.errors import ConfigError, ModelError, Problem
+from sft.rules import AS_SET, Choice
 
 if TYPE_CHECKING:
     import torch
@@ -18,24 +20,23 @@ if TYPE_CHECKING:
 
 
 SMALL = 512  # hidden size, below which auto takes float32 on a CPU
+BEGUN = "the run began with it"
 
 
-class Precision(NamedTuple):
-    """The precision of a run.
+@dataclass(frozen=True)
+class Precision(Choice):
+    """The choice of ``precision``: fp32, bf16 or fp16.
 
     Attributes:
-        name: fp32, bf16 or fp16.
-        reason: Why, for the log.
-        products: How bf16 products are computed on a CPU, see ``sft.fast.half``; empty elsewhere.
+        products: How bf16 products are computed on a CPU, one of ``sft.fast.half.ways``; empty in
+            other precisions and on a GPU.
     """
 
-    name: str
-    reason: str
     products: str = ""
 
     def identity(self) -> dict[str, str]:
-        """Give what a resumed run goes on with."""
-        return {"precision": self.name, **({"products": self.products} if self.products else {})}
+        """Name what a resumed run must keep; it is stored in ``run.json``."""
+        return {"precision": self.value, **({"products": self.products} if self.products else {})}
 
 
 def choose_precision(
@@ -47,9 +48,9 @@ def choose_precision(
 
     Args:
         asked: ``precision`` of the config.
-        begun: The identity of the run that is resumed, if there is one: ``auto`` is the precision
-            that it has, and products are computed as they were, where the processor can.
-        width: The model's hidden size; None: not asked.
+        begun: The identity of the run that is resumed, if there is one: ``auto`` takes its
+            precision, and products are computed as before where the processor can.
+        width: The model's hidden size; None: it is not considered.
 
     Raises:
         ConfigError: fp16 on a CPU, where the trainer would silently compute in fp32.
@@ -58,54 +59,69 @@ def choose_precision(
 
     begun = begun or {}
     name = begun.get("precision", asked) if asked == "auto" else asked
-    why = "as asked" if asked != "auto" else "as this run began"
+    why = AS_SET if asked != "auto" else BEGUN
     if not torch.cuda.is_available():
         return _on_cpu(name, why, begun.get("products"), width)
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        reason = "the GPU has it" if has_bf16 else "the GPU has no bf16"
-        return Precision("bf16" if has_bf16 else "fp32", reason)
+        reason = f"the GPU has {'bf16' if has_bf16 else 'no bf16'}"
+        return _precision("bf16" if has_bf16 else "fp32", reason)
     if name == "bf16" and not has_bf16:
-        why += "; the GPU has no bf16: it is emulated, slowly"
-    return Precision(name, why)
+        why += "; the GPU has no bf16 and emulates it, which is slow"
+    return _precision(name, why)
+
+
+def _precision(name: str, reason: str, products: str = "") -> Precision:
+    return Precision("precision", name, reason, products)
 
 
 def _on_cpu(name: str, why: str, products: str | None, width: int | None) -> Precision:
-    """Choose on a CPU: ``name`` may be auto, ``products`` is how they were computed before."""
+    """Choose on a CPU.
+
+    Args:
+        name: What is set, ``auto`` included.
+        why: The reason where it is not ``auto``.
+        products: How the run that is resumed computed products; None: it is a new run.
+        width: The model's hidden size; None: it is not considered.
+    """
     import torch
 
     from sft.fast import half, speed
 
     if name == "fp16":
         fix = "precision=bf16"
-        if why != "as asked":  # resuming refuses another precision
+        if why != AS_SET:  # a different precision would be refused on resume
             fix = "resume this run on a GPU, or run_name=NAME for another run"
-        raise ConfigError([Problem("precision=fp16", "there is no GPU to scale it on", fix)])
+        rule = "there is no GPU, and only a GPU trains in fp16"
+        raise ConfigError([Problem("precision=fp16", rule, fix)])
     ways = half.ways(torch.bfloat16)
     if name == "fp32":
-        return Precision(name, why)
+        return _precision(name, why)
     if half.NATIVE not in ways:
         if name == "auto":
-            return Precision("fp32", "the CPU has no bf16")
+            return _precision("fp32", "the CPU has no bf16")
         why += "; the CPU has no bf16: products are computed in float32 and rounded"
-        return Precision(name, why, half.WIDENED)
+        return _precision(name, why, half.WIDENED)
     if name == "auto" and width is not None and width < SMALL:
-        # Conversions take what the products gain: the embedded model, 128 wide, takes 1.2 times
-        # the CPU time of float32 on a processor whose bf16 products are 1.7 times as fast.
-        return Precision("fp32", f"layers {width} wide are too small for bf16 to pay")
+        # Converting between the precisions costs more than faster products save: the embedded
+        # model, 128 wide, takes 1.2 times the CPU time of float32 on a processor whose bf16
+        # products are 1.7 times as fast.
+        reason = f"layers of width {width} are too small to gain from bf16 on a CPU"
+        return _precision("fp32", reason)
     if products in ways:
-        return Precision(name, f"{why}, products too: {speed.NAMES[products]}", products)
+        reason = f"{why}; products are computed as when it began: {speed.NAMES[products]}"
+        return _precision(name, reason, products)
     measured = speed.speeds()
     if name == "auto":
-        # Widened is what float32 is, and conversions: never faster.
+        # Widened products are float32 products and conversions, and so never faster.
         others = [way for way in ways if way != half.WIDENED]
         way = speed.fastest(measured, [speed.FLOAT32, *others])
         name, why = ("fp32" if way == speed.FLOAT32 else "bf16"), "measured on this CPU"
     else:
         way = speed.fastest(measured, ways)
-        why += f", products computed as {speed.NAMES[way]}"
+        why += f"; products are computed as {speed.NAMES[way]}, as measured on this CPU"
     reason = f"{why}: {speed.said(measured)}"
-    return Precision(name, reason, "" if name == "fp32" else way)
+    return _precision(name, reason, "" if name == "fp32" else way)
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -256,6 +272,15 @@ def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.d
     )
 
 
+def needs_masters(config: Config) -> bool:
+    """Tell whether the model's weights are float32 masters, whatever ``precision`` is.
+
+    Mixed precision updates float32 weights. DeepSpeed keeps copies of its own, and a frozen base
+    model is not updated.
+    """
+    return not config.lora.enabled and config.zero.config is None
+
+
 def load_base(
     config: Config, architecture: PreTrainedConfig, precision: str, kernel: str | None
 ) -> PreTrainedModel:
@@ -275,10 +300,7 @@ def load_base(
     from transformers import AutoModelForCausalLM, set_seed
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    # A trained model is kept in fp32 (mixed precision needs the master weights); a frozen one in
-    # the run's precision. DeepSpeed keeps its own fp32 masters, so it is given the precision.
-    masters = not config.lora.enabled and config.zero.config is None
-    dtype = dtype_of("fp32" if masters else precision)
+    dtype = dtype_of("fp32" if needs_masters(config) else precision)
     options: dict[str, Any] = {"dtype": dtype}
     if kernel is not None:
         options["attn_implementation"] = kernel

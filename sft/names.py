@@ -1,31 +1,33 @@
-"""The names that other libraries and tools use, and what to write for those that are not ours."""
+"""Names that other libraries and tools use, and the setting to use instead."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from sft import upstream
 from sft.config import Config
 from sft.errors import Problem
+from sft.rules import declared, example_of
 
-# Fields of upstream classes that another setting of ours decides, and that setting.
-TRAIN_OWNED = {
-    **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "precision=bf16"),
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), "zero=stage2"),
-    "gradient_accumulation_steps": "train.global_batch_size=32",
-    "auto_find_batch_size": "train.per_device_train_batch_size=4",
-    "max_length": "dataset.max_length=1024",
-    "output_dir": "output_dir=DIR",
-    "run_name": "run_name=NAME",
-    "seed": "seed=42",
-    "data_seed": "seed=42",
+
+def _examples(fact: str, section: str = "") -> dict[str, str]:
+    """Map the names that settings declare as ``decides`` or ``called`` to those settings."""
+    return {
+        name.removeprefix(section): example_of(key, item)
+        for key, item in declared(Config)
+        for name in item.metadata[fact]
+        if name.startswith(section)
+    }
+
+
+# Fields of upstream classes that ``extra`` refuses, and what to do instead. Those that a setting of
+# ours decides stand beside that setting.
+TRAIN_OWNED = _examples("decides", "train.") | {
     "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
     "local_rank": "torchrun --nproc_per_node N",
     "hub_token": "HF_TOKEN in the environment, so that it is in no saved config",
     "save_only_model": "remove it: a run could not resume from such a checkpoint",
-    "resume_from_checkpoint": "resume.checkpoint=checkpoint-40; without it, the newest is taken",
     "ignore_data_skip": "remove it: rows would be seen twice",
     "restore_callback_states_from_checkpoint": "remove it: what is counted always goes on",
     "save_on_each_node": "remove it: rank 0 writes, to a folder that all nodes see",
@@ -36,15 +38,11 @@ TRAIN_OWNED = {
     "dataloader_multiprocessing_context": "remove it: workers are forked, and so not signalled",
     "accelerator_config": "remove it: each rank makes its own batches",
     "load_best_model_at_end": "remove it: the adapter is the last one",
-    "eval_on_start": "train.eval_strategy=epoch",
-    "activation_checkpointing": "train.gradient_checkpointing=true",
-    "logging_strategy": "train.logging_steps=10",
     "enable_jit_checkpoint": "remove it: a run so stopped would look finished",
     "average_tokens_across_devices": "remove it: the loss is the mean over the tokens of all ranks",
     "label_smoothing_factor": "remove it: the LM head computes nll and dft (train.extra.loss_type)",
     "dataloader_drop_last": "remove it: rows would be dropped unseen",
     "disable_tqdm": "remove it: the bar is shown on a terminal only",
-    **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "model.trust_remote_code=true"),
     **dict.fromkeys(
         (
             "assistant_only_loss",
@@ -67,33 +65,16 @@ TRAIN_OWNED = {
         "template=... and dataset=..., which decide what is trained",
     ),
 }
-LORA_OWNED = {
+LORA_OWNED = _examples("decides", "lora.") | {
     "task_type": "remove it: CAUSAL_LM",
     "peft_type": "remove it: LORA",
     "inference_mode": "remove it",
-    "base_model_name_or_path": "model.name_or_path=...",
-    "revision": "model.revision=...",
     "fan_in_fan_out": "remove it: PEFT knows each layer's layout",
 }
-# Removed or renamed upstream, or called so by other tools: what to write here.
-RENAMED = {
-    "warmup_ratio": "train.warmup_steps=0.03 (below 1 it is a share of all steps)",
-    "max_seq_length": "dataset.max_length=1024",
-    "sequence_len": "dataset.max_length=1024",
-    "cutoff_len": "dataset.max_length=1024",
+# Names of other tools and of older releases, and what to write instead. Those of one setting stand
+# beside it.
+RENAMED = _examples("called") | {
     "group_by_length": "train.extra.train_sampling_strategy=group_by_length",
-    "evaluation_strategy": "train.eval_strategy=epoch",
-    "overwrite_output_dir": "overwrite=true",
-    "lora_r": "lora.r=8",
-    "lora_rank": "lora.r=8",
-    "batch_size": "train.global_batch_size=32",
-    "micro_batch_size": "train.per_device_train_batch_size=4",
-    "gradient_accumulation_steps": "train.global_batch_size=32",
-    "num_epochs": "train.num_train_epochs=3",
-    "epochs": "train.num_train_epochs=3",
-    "lr": "train.learning_rate=2e-4",
-    "deepspeed": "zero=stage2",
-    "bf16": "precision=bf16",
     "fp16": "precision=fp16",
     "tf32": "train.extra.tf32=true",
 }
@@ -129,7 +110,8 @@ def suggest(path: str, schema: Any) -> str:
     section, _, leaf = path.rpartition(".")
     if leaf in RENAMED:
         return RENAMED[leaf]
-    paths = list(_paths(schema))
+    paths = [name for name, _ in declared(schema)]
+    paths += sorted({path.rpartition(".")[0] for path in paths} - {""})  # the sections
     same_leaf = [known for known in paths if known.rpartition(".")[2] == leaf]
     if same_leaf:
         return f"did you mean {same_leaf[0]}?"
@@ -148,10 +130,3 @@ def suggest(path: str, schema: Any) -> str:
     if hint.startswith("did"):
         return hint.replace("mean ", f"mean {section}." if section else "mean ")
     return upstream.did_you_mean(path, paths)
-
-
-def _paths(schema: Any, prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(schema):
-        yield f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(field.default_factory):
-            yield from _paths(field.default_factory, f"{prefix}{field.name}.")

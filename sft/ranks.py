@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,15 +18,14 @@ from torch.distributed.rendezvous import rendezvous
 from sft import process
 from sft.errors import RunError
 
+TIMEOUT = 1800  # seconds that a rank waits for the others; also the default of ddp_timeout
+
 _store: Any = None  # must stay referenced: on rank 0 it may be the server
-_decisions = itertools.count()
+_meetings = itertools.count()
 
 
 def from_rank_zero(decide: Callable[[], Any]) -> Any:
     """Decide on rank 0 and return its decision on every rank, before there is a process group.
-
-    The launcher's key-value store exists from the start. It outlives restarts of the ranks, so
-    every decision of every start has its own key.
 
     Args:
         decide: Returns a value that JSON can hold.
@@ -32,20 +33,52 @@ def from_rank_zero(decide: Callable[[], Any]) -> Any:
     Raises:
         RunError: The ranks do not find each other.
     """
-    global _store
-    if "RANK" not in os.environ or process.world_size() == 1:
+    if _alone():
         return decide()
-    restarts, key = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), str(next(_decisions))
     decision = json.dumps(decide()) if process.rank() == 0 else ""
-    try:
-        _store, _, _ = next(rendezvous("env://"))
-        store = PrefixStore(f"sft/{restarts}", _store)
+    with _meeting("rank 0", TIMEOUT) as (store, key):
         if decision:
             store.set(key, decision)
         return json.loads(store.get(key))
+
+
+def exchange(value: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """Collect a value from every rank, in rank order, before there is a process group.
+
+    Args:
+        value: What JSON can hold.
+        timeout: Seconds to wait for the other ranks.
+
+    Raises:
+        RunError: The ranks do not find each other.
+    """
+    if _alone():
+        return [value]
+    ranks = process.world_size()
+    with _meeting("the other ranks", timeout) as (store, key):
+        store.set(f"{key}/{process.rank()}", json.dumps(value))
+        return [json.loads(store.get(f"{key}/{rank}")) for rank in range(ranks)]
+
+
+def _alone() -> bool:
+    return "RANK" not in os.environ or process.world_size() == 1
+
+
+@contextlib.contextmanager
+def _meeting(whom: str, timeout: float) -> Iterator[tuple[Any, str]]:
+    """Open the launcher's key-value store, with a key that all ranks use for this meeting only.
+
+    The store exists before the process group. It outlives restarts of the ranks, so the key names
+    the restart too.
+    """
+    global _store
+    restarts, key = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), str(next(_meetings))
+    try:
+        _store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        yield PrefixStore(f"sft/{restarts}", _store), key
     except (ValueError, dist.DistError) as error:
         raise RunError(
-            f"rank {os.environ['RANK']} cannot reach rank 0: {str(error).splitlines()[0]}\n"
+            f"rank {process.rank()} cannot reach {whom}: {str(error).splitlines()[0]}\n"
             "    fix: see what rank 0 says; start ranks with torchrun, which sets MASTER_ADDR and "
             "MASTER_PORT"
         ) from error

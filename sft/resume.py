@@ -8,29 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import checkpoint
-from sft.config import ModelConfig
-from sft.errors import CheckpointError
+from sft.config import Config, ModelConfig
+from sft.errors import CheckpointError, RunError
 from sft.files import digest
+from sft.rules import named
 
 if TYPE_CHECKING:
     from sft.data.prepare import Prepared
 
-# Settings that change no trained weight, or not beyond the order of floating-point sums.
-HARMLESS = {
-    *("overwrite", "output_dir", "run_name", "resume.checkpoint", "resume.allow"),
-    *("dataset.num_proc", "dataset.exact_match", "dataset.stop_above", "dataset.warn_above"),
-    *("model.attn_implementation", "model.lm_head", "model.frozen_linear"),
-    *("zero.config", "zero.overrides"),
-    *("train.per_device_train_batch_size", "train.per_device_eval_batch_size"),
-    *("train.padding_free", "train.pad_to_multiple_of", "train.gradient_checkpointing"),
-    *("train.logging_steps", "train.eval_strategy", "train.eval_steps"),
-    *("train.save_strategy", "train.save_steps", "train.save_total_limit"),
-    *("train.dataloader_num_workers", "train.on_nan", "train.max_loss_jump", "train.merge"),
-}
-# What is not a setting and may be allowed to differ too.
+# What resume.allow accepts besides settings.
 CONTENTS = ("base", "data")
-# Likewise, and allowed without being asked for, since only the order of sums differs: how bf16
-# products are computed, on a processor that cannot compute them as the run began.
+# A run may always be resumed with a different value of these, and the difference is logged. How
+# bf16 products are computed on a CPU depends on the processor, and only the order of sums changes.
 NOTED = ("products",)
 
 
@@ -51,12 +40,13 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def training_settings(settings: Any) -> dict[str, Any]:
-    """Give the settings that decide what is trained, by dotted key."""
+    """Select the settings that the trained weights depend on, by dotted key."""
+    may_differ = named(Config, changes_training=False)
 
-    def harmless(key: str) -> bool:
-        return key in HARMLESS or any(key.startswith(f"{name}.") for name in HARMLESS)
+    def decides(key: str) -> bool:
+        return not any(key == name or key.startswith(f"{name}.") for name in may_differ)
 
-    return {key: value for key, value in flatten(settings).items() if not harmless(key)}
+    return {key: value for key, value in flatten(settings).items() if decides(key)}
 
 
 def differences(before: Any, now: Any) -> dict[str, str]:
@@ -92,6 +82,25 @@ def changed(path: Path, ranks: int, stage: int) -> str:
     return "" if same else f" (made by {there}; now {here})"
 
 
+def require_same_checkpoint(folder: Path, checkpoint: Path | None) -> None:
+    """Compare what all ranks resume from; the process group must exist.
+
+    Args:
+        folder: The run's.
+        checkpoint: What this rank resumes from; None: nothing.
+
+    Raises:
+        RunError: The ranks found different checkpoints.
+    """
+    from sft.ranks import gather
+
+    if len(set(gather(checkpoint))) > 1:
+        raise RunError(
+            f"not all ranks see the same checkpoints in {folder}\n"
+            "    fix: output_dir=FOLDER on a file system that all nodes share"
+        )
+
+
 def base_identity(model: ModelConfig) -> str:
     """Identify a base model: by its commit on the hub, or a hash of its config and weights.
 
@@ -112,7 +121,7 @@ def identity(model: ModelConfig, prepared: Prepared) -> dict[str, str]:
 
     Returns:
         ``base``: see ``base_identity``; ``data``: a hash of the samples as they were tokenised.
-        ``precision`` and ``products``, of ``model.Precision``, are added by the run.
+        The run adds ``precision`` and ``products`` of ``model.Precision``.
     """
     sets = [prepared.train.dataset] + ([prepared.eval.dataset] if prepared.eval else [])
     files = [file["filename"] for dataset in sets for file in dataset.cache_files]

@@ -1,4 +1,4 @@
-"""How a setting is declared, written, and held against its own rule."""
+"""How a setting is declared, what is known of it, and what was chosen for it."""
 
 from __future__ import annotations
 
@@ -45,9 +45,63 @@ def one_of(*choices: str | bool) -> Rule:
     return Rule(f"must be one of {names}", lambda value: value in choices)
 
 
-def setting(default: Any, help: str, rule: Rule | None = None) -> Any:
-    """Declare a field with its one-line description and its rule; None is always legal."""
-    metadata = {"help": help, "rule": rule}
+@dataclass(frozen=True)
+class Choice:
+    """The value that a setting has in a run.
+
+    Attributes:
+        setting: The setting's full name, such as ``model.lm_head``.
+        value: What the run uses, as the setting would be given it; never ``auto``.
+        reason: Why, as a clause for the log.
+    """
+
+    setting: str
+    value: Any
+    reason: str
+
+
+AS_SET = "as set"  # the reason of a value that the user gave
+
+
+def setting(
+    default: Any,
+    help: str,
+    rule: Rule | None = None,
+    *,
+    changes_training: bool = True,
+    ours: bool = False,
+    in_data_key: bool = True,
+    decides: tuple[str, ...] = (),
+    called: tuple[str, ...] = (),
+    example: str | None = None,
+) -> Any:
+    """Declare a field of a section; None is always legal.
+
+    Args:
+        default: Of the field.
+        help: One line that describes it.
+        rule: What a value must satisfy.
+        changes_training: Whether the trained weights depend on it, beyond the order of
+            floating-point sums. A run that is resumed must have the same value.
+        ours: Whether it is unknown to the upstream class of its section, or must not be passed to
+            it because we do what it asks for.
+        in_data_key: Whether prepared samples depend on it, so that samples in the cache are used
+            only with the same value. Read for settings of the dataset section.
+        decides: Upstream fields that this setting decides, such as ``train.bf16``; the section's
+            ``extra`` refuses them.
+        called: Names of the same thing in other tools or older releases.
+        example: An override that shows its use in a fix; None: the setting with its default.
+    """
+    metadata = {
+        "help": help,
+        "rule": rule,
+        "changes_training": changes_training,
+        "ours": ours,
+        "in_data_key": in_data_key,
+        "decides": decides,
+        "called": called,
+        "example": example,
+    }
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -59,17 +113,47 @@ def fields_of(node: Any) -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
         yield item.name, item, getattr(node, item.name)
 
 
+def declared(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Yield (full name, field) of every setting of a schema, sections included."""
+    for item in dataclasses.fields(schema):
+        if isinstance(item.default_factory, type) and dataclasses.is_dataclass(
+            item.default_factory
+        ):
+            yield from declared(item.default_factory, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, item
+
+
+def example_of(name: str, item: dataclasses.Field[Any]) -> str:
+    """Write an override that shows how a setting is used."""
+    return item.metadata["example"] or written(name, default_of(item))
+
+
+def named(schema: type, **facts: bool) -> frozenset[str]:
+    """Name the settings of which these facts hold: ``named(TrainConfig, ours=False)``."""
+    return frozenset(
+        name
+        for name, item in declared(schema)
+        if all(item.metadata[fact] is value for fact, value in facts.items())
+    )
+
+
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """Give a field's default, also where a factory makes it."""
     factory = field.default_factory
     return field.default if factory is dataclasses.MISSING else factory()
 
 
+def typed(value: Any) -> str:
+    """Write a value as one types it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
 def written(key: str, value: Any) -> str:
     """Write a setting as one types it."""
-    if value is None or isinstance(value, bool):
-        value = {None: "null", True: "true", False: "false"}[value]
-    return f"{key}={value}"
+    return f"{key}={typed(value)}"
 
 
 def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:

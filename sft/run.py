@@ -15,7 +15,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -24,6 +24,10 @@ from sft.config import HOME_DIR, Config
 from sft.errors import RunError
 from sft.files import to_json, write_text
 from sft.process import world_size
+
+if TYPE_CHECKING:
+    from sft.choices import Choices
+    from sft.data.prepare import Prepared
 
 LIBRARIES = (
     "sft",
@@ -50,6 +54,7 @@ class Run:
         self.dir = Path(config.output_dir)
         self.began = time.time()
         self.identity: dict[str, str] = {}
+        self.choices: dict[str, Any] = {}
         self.resumed: Path | None = None
         self._accepted: list[str] = []
         self._record: dict[str, Any] = {}
@@ -108,23 +113,33 @@ class Run:
         self.resumed = found
         return found
 
-    def identify(self, identity: dict[str, str]) -> None:
-        """Compare what is trained, and on what, with what the run began with.
+    def begun_identity(self) -> dict[str, str]:
+        """Return the identity of the run that is resumed; empty for a new run."""
+        return {} if self.config.overwrite else self.record().get("identity", {})
+
+    def identify(self, choices: Choices, prepared: Prepared) -> None:
+        """Compare base model, data and precision with those of the run that is resumed.
+
+        Both are kept for ``run.json``. Rank 0 does it for all.
 
         Raises:
-            RunError: The base model, the data or the precision is another under the same settings.
+            RunError: One of them has changed under the same settings.
         """
-        self.identity = identity
+        if os.environ.get("RANK", "0") != "0":
+            return
+        self.choices = choices.record()
+        self.identity = resume.identity(self.config.model, prepared)
+        self.identity |= choices.precision.identity()
         if self.config.overwrite or not (self.dir / "config.yaml").is_file():
             return
         before = self.record().get("identity", {})
         changed = {
             what: f"{what}: {before[what]} there, {now} here"
-            for what, now in identity.items()
+            for what, now in self.identity.items()
             if before.get(what, now) != now
         }
         self._accept(
-            f"what {self.dir} trains is another now",
+            f"the base model, data or precision of {self.dir} has changed",
             changed,
             {*self.config.resume.allow, *resume.NOTED},
         )
@@ -190,6 +205,7 @@ class Run:
                 "command": " ".join(sys.orig_argv),
                 "ranks": world_size(),
                 "identity": self.identity,
+                "choices": self.choices,
                 "versions": versions(),
                 "git": git_commit(),
                 "hardware": hardware(),

@@ -1,7 +1,8 @@
-"""One run, top to bottom: config, model, data, trainer, train, save."""
+"""One run, top to bottom: config, choices, model, data, trainer, train, save."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -17,7 +18,7 @@ from sft.errors import MergeError, RunError, Stopped
 from sft.signals import Signals, end_with_launcher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sft.data.prepare import Prepared
     from sft.run import Run
@@ -61,82 +62,49 @@ def fit(config: Config) -> Path:
 
 def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     """Do what ``fit`` does once the libraries may be imported."""
-    from sft import adapter, build, memory, model, resume, summary, zero
+    from sft import adapter, build, choices, model, resume, summary
     from sft.data.prepare import prepare
     from sft.data.template import Template
-    from sft.fast import half, head, linear
-    from sft.fast import lora as fast_lora
-    from sft.ranks import from_rank_zero, gather
+    from sft.fast import half
 
     tokenizer = model.load_tokenizer(config.model)
     architecture = model.load_architecture(config.model)
-    begun = {} if config.overwrite else run.record().get("identity", {})
-    width = architecture.config.get_text_config().hidden_size
-    chosen = model.Precision(
-        *from_rank_zero(lambda: model.choose_precision(config.precision, begun, width))
-    )
-    precision = chosen.name
-    logger.info("precision %s: %s", precision, chosen.reason)
-    half.widen_products(model.dtype_of(precision), chosen.products)
-    ds_config = zero.read(config.zero)
-    stage = zero.stage(ds_config)
-    lora = None
-    if config.lora.enabled:
-        lora = adapter.lora_config(config.lora, architecture, stage)
-    if ds_config is not None and stage == 3:
-        ranks = [lora.r, *lora.rank_pattern.values()] if lora else [0]
-        ds_config = zero.sized(ds_config, architecture, max(ranks))
-
+    precision = choices.choose_precision(config, architecture, run.begun_identity())
+    lora = adapter.lora_config(config, architecture)
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     model.check_fits(architecture, tokenizer, prepared.parts.values())
-    if os.environ.get("RANK", "0") == "0":
-        found = resume.identity(config.model, prepared)
-        run.identify({**found, **chosen.identity()})
-    collator, kernel = build.make_collator(config, architecture, precision, tokenizer, prepared)
-    layers, reason = linear.choose(config, architecture, precision, stage)
-    logger.info("frozen layers %s: %s", layers, reason)
-    recomputes, reason = memory.choose_checkpointing(
-        config,
-        architecture,
-        prepared.train.counts.longest,
-        model.dtype_of(precision).itemsize,
-        stage,
-        keeps_scores=kernel == "eager" or not architecture._supports_sdpa,
-        taken=linear.extra_bytes(architecture) if layers == "packed" else 0,
-    )
-    logger.info("activations are %s: %s", "recomputed" if recomputes else "kept", reason)
+    chosen = choices.decide(config, architecture, precision, prepared)
+    run.identify(chosen, prepared)
+    logger.info("%s", "\n".join(chosen.lines()))
+    half.widen_products(model.dtype_of(precision.value), precision.products)
 
     # In this order: a model loaded after SFTConfig is partitioned by ZeRO-3 as it loads, and on a
     # CPU only if the process group exists by then.
-    evaluates = prepared.eval is not None
-    args = build.sft_config(config, precision, ds_config, recomputes, evaluates)
-    try:
-        lm_head, reason = head.choose(config.model.lm_head, architecture, args)
-        logger.info("LM head %s: %s", lm_head, reason)
-        if len(set(gather(resume_from))) > 1:
-            raise RunError(
-                f"not all ranks see the same checkpoints in {run.dir}\n"
-                "    fix: output_dir=FOLDER on a file system that all nodes share"
-            )
-        if any(gather(recomputes)) and not recomputes:
-            # Under ZeRO-3, ranks that pass the layers in different orders would wait for ever.
-            logger.info("activations are recomputed: another rank has too little memory")
-            args = build.sft_config(config, precision, ds_config, True, evaluates)
-        base = model.load_base(config, architecture.config, precision, kernel)
-        trainer = build.make_trainer(base, args, prepared, collator, tokenizer, lora)
-        trainer.use_head(lm_head)
-        if layers == "packed":
-            linear.install(trainer.model)
-        if stage != 3 and not args.torch_compile:
-            fast_lora.install(trainer.model)
+    args = build.sft_config(config, chosen)
+    with _ending(run):
+        resume.require_same_checkpoint(run.dir, resume_from)
+        base = model.load_base(config, architecture.config, precision.value, chosen.attention.value)
+        collator = build.make_collator(config, chosen, tokenizer)
+        trainer = build.make_trainer(base, args, chosen, prepared, collator, tokenizer, lora)
         summary.describe_run(config, trainer, prepared, tokenizer)
         with Signals() as signals:
             start(run, trainer, prepared, template.stop_id(), resume_from, signals)
             final = finish_training(trainer, config, template.stop_id(), resume_from)
             save(run, trainer, config, final)
+
+
+@contextlib.contextmanager
+def _ending(run: Run) -> Iterator[None]:
+    """Record why a run ended early, and release its process group and folder in any case.
+
+    Raises:
+        RunError: A different rank died.
+    """
+    try:
+        yield
     except BaseException as error:
-        if args.process_index == 0:
+        if os.environ.get("RANK", "0") == "0":
             status = "stopped" if isinstance(error, Stopped) else "failed"
             run.end(status, f"{type(error).__name__}: {error}")
         if environment.lost_a_rank(error):

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.config import DS_CONFIG_DIR, ZeroConfig
+from sft.config import DS_CONFIG_DIR, Config, ZeroConfig
+from sft.rules import AS_SET, Choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,18 +53,44 @@ def stage(ds_config: dict[str, Any] | None) -> int:
     return value if isinstance(value, int) else 0  # zero_checks reports any other
 
 
+def choose(
+    config: Config, architecture: PreTrainedModel
+) -> tuple[Choice | None, dict[str, Any] | None]:
+    """Read the DeepSpeed configuration of a run, and size it to the model under stage 3.
+
+    Args:
+        config: The run's config, already checked.
+        architecture: The model, with or without weights.
+
+    Returns:
+        The choice of ``zero.config`` and the configuration; None and None without ZeRO.
+    """
+    given = read(config.zero)
+    if given is None:
+        return None, None
+    ds_config, reason = given, AS_SET
+    if stage(given) == 3:
+        lora = config.lora
+        rank = max([lora.r, *lora.rank_pattern.values()]) if lora.enabled else 0
+        ds_config = sized(given, architecture, rank)
+        before, now = given["zero_optimization"], ds_config["zero_optimization"]
+        sizes = [f"{key}={now[key]}" for key in now if now[key] != before[key]]
+        if sizes:
+            reason += f"; sized to the model, in elements: {', '.join(sizes)}"
+    return Choice("zero.config", config.zero.config, reason), ds_config
+
+
 def sized(ds_config: dict[str, Any], architecture: PreTrainedModel, rank: int) -> dict[str, Any]:
-    """Size what ZeRO-3 leaves to ``auto`` to the model; the Trainer knows its width only.
+    """Size the buffers that are ``auto`` under stage 3; the Trainer only considers the width.
 
     Args:
         ds_config: A configuration of stage 3, overrides merged in.
-        architecture: The model, weights or none.
-        rank: The largest of its LoRA; 0: there is none.
+        architecture: The model, with or without weights.
+        rank: The largest LoRA rank; 0: there is no adapter.
 
     Returns:
-        The configuration, in which every rank keeps small tensors whole, the adapter's among them
-        where they are smaller than each matrix of the base, and gathers up to one decoder layer
-        ahead.
+        The configuration: every rank keeps small tensors whole, the adapter's among them where
+        they are smaller than each matrix of the base, and gathers up to one decoder layer ahead.
     """
     text = architecture.config.get_text_config()
     apart = {id(module.weight) for module in _ends(architecture)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from sft import environment
 from sft.checks import check
 from sft.cli import Command
-from sft.config import Config, fill_names, streamed_samples
+from sft.config import Config, fill_names, packing_of, streamed_samples
 from sft.errors import Problem
 from sft.rules import at_least, setting
 
@@ -52,6 +52,9 @@ def data(config: DataConfig) -> None:
     tokenizer = model.load_tokenizer(config.model)
     chosen = artefact.template_of(config.dataset.path) or config.template
     template = Template(chosen, tokenizer, config.dataset.format)
+    packing = packing_of(config.dataset, chosen.kind)
+    if artefact.meta_of(config.dataset.path) is None:
+        logger.info("dataset.packing=%s: %s", packing.value, packing.reason)
     needed = streamed_samples(config)
     prepared = prepare(config.dataset, template, config.seed, needed, show=report.show)
     logger.info("data.json and dropped.jsonl are in %s", prepared.folder)

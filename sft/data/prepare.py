@@ -22,13 +22,11 @@ from sft.data.parts import Part, held_out
 from sft.data.store import Dropped, encoded
 from sft.data.template import Template
 from sft.files import cache_dir, write_text
+from sft.rules import named
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-# What changes neither tokens nor labels.
-NOT_IN_KEY = {"name", "exact_match", "num_proc", "stop_above", "warn_above", "max_bad_fraction"}
 
 logger = logging.getLogger("sft")
 
@@ -86,8 +84,7 @@ def prepare(
     """
     prepared = artefact.load(config, template.tokenizer)
     if prepared is None:
-        packing, reason = packing_of(config, template.config.kind)
-        logger.info("packing %s: %s", packing, reason)
+        packing = packing_of(config, template.config.kind).value
         packed = dataclasses.replace(config, packing=packing)
         prepared = _cached(packed, template, seed, samples)
         if samples and prepared.train.counts.samples < samples:
@@ -157,7 +154,7 @@ def _key(config: DatasetConfig, template: Template, seed: int, samples: int | No
         "code": code.hexdigest(),
         "sources": [source.fingerprint() for source in sources.of(config, seed)],
         "samples": samples,
-        "settings": {key: settings[key] for key in sorted(settings.keys() - NOT_IN_KEY)},
+        "settings": {key: settings[key] for key in sorted(named(DatasetConfig, in_data_key=True))},
         "template": dataclasses.asdict(template.config),
         "chat_template": template.tokenizer.chat_template if chat else None,
         "tokenizer": tokenizer_hash(template.tokenizer),

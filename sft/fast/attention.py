@@ -15,9 +15,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sft.errors import ConfigError, ModelError, Problem
+from sft.rules import AS_SET, Choice, typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from sft.config import Config
 
 NAME = "packed"
 FLASH = ("flash_attention_2", "flash_attention_3")
@@ -200,7 +203,7 @@ def register() -> None:
 
 
 def takes_ours(architecture: PreTrainedModel) -> bool:
-    """Tell whether a model's attention can be replaced by ours."""
+    """Tell whether our kernel can replace a model's attention."""
     text = architecture.config.get_text_config()
     return (
         bool(getattr(architecture, "_supports_attention_backend", False))
@@ -210,37 +213,85 @@ def takes_ours(architecture: PreTrainedModel) -> bool:
     )
 
 
-def can_join(architecture: PreTrainedModel, asked: str | None, precision: str) -> bool:
-    """Tell whether samples are joined into one row by default, each seeing itself alone.
+def unjoinable(architecture: PreTrainedModel, asked: str | None, precision: str) -> str:
+    """Say why samples are not joined into one row by default; empty where they are.
 
-    Not on a GPU where PyTorch's attention over documents of any length does not run: one after
-    the other they would keep the GPU waiting.
+    Joined samples must not see each other, so the kernel must know where each begins. On a GPU
+    PyTorch's attention over documents must support the model: our loop over documents would
+    leave the GPU idle.
+
+    Args:
+        architecture: The model, with or without weights.
+        asked: ``model.attn_implementation``.
+        precision: fp32, bf16 or fp16.
     """
     if asked in FLASH:
-        return True
-    if asked not in ("auto", NAME) or not takes_ours(architecture):
-        return False
+        return ""
+    if asked not in ("auto", NAME):
+        return f"model.attn_implementation={typed(asked)} would need a mask for joined rows"
+    if not takes_ours(architecture):
+        kind = architecture.config.model_type
+        return f"{kind} has its own attention, which no kernel that separates rows replaces"
     if not torch.cuda.is_available():
-        return True
+        return ""
     text = architecture.config.get_text_config()
     names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    lacks = {
+        "precision=fp32": precision == "fp32",
+        "attention dropout": any(getattr(text, name, None) for name in names),
+        f"heads of size {size}": size % 8 != 0 or size > 256,
+        "this GPU": torch.cuda.get_device_capability() < (8, 0),
+    }
+    reason = next((what for what, holds in lacks.items() if holds), "")
+    return reason and f"PyTorch's attention over documents does not support {reason}"
+
+
+def choose(
+    config: Config, architecture: PreTrainedModel, precision: str, packed: bool
+) -> tuple[Choice, Choice]:
+    """Choose ``model.attn_implementation`` and ``train.padding_free``.
+
+    Args:
+        config: The run's config.
+        architecture: The model, with or without weights.
+        precision: fp32, bf16 or fp16.
+        packed: Whether a sample holds several documents.
+
+    Returns:
+        The kernel, None for the architecture's own; whether a micro-batch is joined into one row.
+
+    Raises:
+        ConfigError: Documents in one row would see each other.
+    """
+    asked, joined = config.model.attn_implementation, config.train.padding_free
+    why = AS_SET
+    if joined == "auto":
+        why = unjoinable(architecture, asked, precision)
+        joined = not why
+        why = why or "attention keeps the joined rows apart"
+    used = kernel(architecture, asked, packed or joined)
+    if asked != "auto":
+        reason = AS_SET
+    elif joined:
+        reason = "rows are joined without padding"
+    elif packed:
+        reason = "samples hold several documents, which attention keeps apart"
+    else:
+        reason = "rows are padded: null is the architecture's own attention"
     return (
-        precision != "fp32"
-        and not any(getattr(text, name, None) for name in names)
-        and size % 8 == 0
-        and size <= 256
-        and torch.cuda.get_device_capability() >= (8, 0)
+        Choice("model.attn_implementation", used, reason),
+        Choice("train.padding_free", joined, why),
     )
 
 
-def choose(architecture: PreTrainedModel, asked: str | None, packing: bool) -> str | None:
+def kernel(architecture: PreTrainedModel, asked: str | None, several: bool) -> str | None:
     """Choose the attention kernel; None is the architecture's own.
 
     Args:
-        architecture: The model, weights or none.
+        architecture: The model, with or without weights.
         asked: ``model.attn_implementation``.
-        packing: Whether a row holds several documents.
+        several: Whether a row holds several documents.
 
     Raises:
         ConfigError: Documents in one row would see each other.
@@ -259,8 +310,8 @@ def choose(architecture: PreTrainedModel, asked: str | None, packing: bool) -> s
             ]
         )
     if asked == "auto":
-        asked = NAME if packing and ours else None
-    if packing and kind in LEAKS and asked not in (NAME, *FLASH):
+        asked = NAME if several and ours else None
+    if several and kind in LEAKS and asked not in (NAME, *FLASH):
         raise ConfigError(
             [
                 Problem(

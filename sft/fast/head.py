@@ -18,10 +18,12 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from sft.data.collator import trained_places
 from sft.errors import ConfigError, Problem
 from sft.fast.loss import Logits, SummedLoss
+from sft.rules import AS_SET, Choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from trl import SFTConfig
+
+    from sft.config import Config
 
 TILE = 32768  # of the vocabulary at once, as TRL's trainer has it
 
@@ -143,28 +145,30 @@ def _scored(scores: torch.Tensor, labels: torch.Tensor, dft: bool, metrics: bool
     )
 
 
-def choose(asked: str, architecture: PreTrainedModel, args: SFTConfig) -> tuple[str, str]:
-    """Choose the head, and say why.
+def choose(config: Config, architecture: PreTrainedModel) -> Choice:
+    """Choose ``model.lm_head``: how the loss is computed.
 
     Args:
-        asked: ``model.lm_head``.
-        architecture: The model, weights or none.
-        args: TRL's.
+        config: The run's config.
+        architecture: The model, with or without weights.
 
     Raises:
-        ConfigError: Experts are balanced by a loss of their own, which only TRL's head adds.
+        ConfigError: The experts of the model need a loss of their own, which only TRL's head adds.
     """
+    name, asked = "model.lm_head", config.model.lm_head
     text = architecture.config.get_text_config()
-    # As SFTTrainer decides it.
-    balances = hasattr(text, "output_router_logits") and args.router_aux_loss_coef != 0
+    coefficient = config.train.extra.get("router_aux_loss_coef")
+    # The condition is SFTTrainer's.
+    balances = hasattr(text, "output_router_logits") and coefficient != 0
     if balances and asked in ("chunked", "plain"):
-        rule = "the loss that balances this model's experts is added by TRL's head"
-        fix = "model.lm_head=auto, or train.extra.router_aux_loss_coef=0"
-        raise ConfigError([Problem(f"model.lm_head={asked}", rule, fix)])
+        rule = "only TRL's head adds the loss that balances this model's experts"
+        fix = f"{name}=auto, or train.extra.router_aux_loss_coef=0"
+        raise ConfigError([Problem(f"{name}={asked}", rule, fix)])
     if balances:
-        return "trl", "it adds the loss that balances the experts"
+        reason = "only TRL's head adds the loss that balances the experts"
+        return Choice(name, "trl", AS_SET if asked == "trl" else reason)
     if asked != "auto":
-        return asked, "as asked"
-    if args.device.type == "cpu":
-        return "chunked", "on a CPU"
-    return "trl", "Triton"
+        return Choice(name, asked, AS_SET)
+    if torch.cuda.is_available():
+        return Choice(name, "trl", "TRL's Triton kernel runs on this GPU")
+    return Choice(name, "chunked", "there is no GPU for TRL's Triton kernel")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from sft.errors import ConfigError, Problem
 from sft.hardware import available
+from sft.rules import AS_SET, Choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,23 +56,19 @@ def product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) ->
     return result
 
 
-def choose(
-    config: Config, architecture: PreTrainedModel, precision: str, stage: int
-) -> tuple[str, str]:
-    """Choose how frozen linear layers are computed, and say why.
+def choose(config: Config, architecture: PreTrainedModel, precision: str, stage: int) -> Choice:
+    """Choose ``model.frozen_linear``: how frozen linear layers are computed.
 
     Args:
         config: The run's config.
-        architecture: The model, weights or none.
+        architecture: The model, with or without weights.
         precision: fp32, bf16 or fp16.
-        stage: Of ZeRO.
-
-    Returns:
-        ``packed`` or ``plain``, and the reason.
+        stage: The ZeRO stage.
 
     Raises:
-        ConfigError: They cannot be packed as asked.
+        ConfigError: ``packed`` is set, and the layers cannot be packed.
     """
+    name = "model.frozen_linear"
     asked = config.model.frozen_linear
     quantization = config.quantization
     reasons = {
@@ -79,19 +76,19 @@ def choose(
         "every weight is trained": not config.lora.enabled,
         "the weights are quantised": quantization.load_in_4bit or quantization.load_in_8bit,
         f"precision is {precision}": precision != "fp32",
-        "ZeRO-3 holds no layer whole": stage == 3,
+        "under ZeRO stage 3 no rank holds a whole layer": stage == 3,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if asked == "packed" and reason:
         rule = f"is for frozen float32 layers on a CPU: {reason}"
-        raise ConfigError([Problem("model.frozen_linear=packed", rule, "model.frozen_linear=auto")])
+        raise ConfigError([Problem(f"{name}=packed", rule, f"{name}=auto")])
     if asked != "auto":
-        return asked, "as asked"
+        return Choice(name, asked, AS_SET)
     if reason or not amd_with_avx512():
-        return "plain", reason or "MKL is as fast on this processor"
+        return Choice(name, "plain", reason or "MKL is as fast on this processor")
     if extra_bytes(architecture) > SHARE * available():
-        return "plain", "packed weights would take half of the free memory"
-    return "packed", "oneDNN is faster on this processor"
+        return Choice(name, "plain", "packed weights would take over half of the free memory")
+    return Choice(name, "packed", "oneDNN is faster on this processor")
 
 
 def extra_bytes(architecture: PreTrainedModel) -> int:

@@ -17,6 +17,8 @@ from peft.tuners.lora import Linear
 if TYPE_CHECKING:
     from torch import nn
 
+    from sft.config import Config
+
 
 class Adapted(torch.autograd.Function):
     """y + s (x A^T) B^T, in the precision of y, summed in float32 and rounded once."""
@@ -56,12 +58,29 @@ class Adapted(torch.autograd.Function):
         return gradient, of_x, of_a, of_b, None
 
 
-def install(model: nn.Module) -> int:
-    """Compute the adapters of plain LoRA on linear layers so; give their number.
+def left_to_peft(config: Config, stage: int) -> str:
+    """Say why PEFT computes the adapters of a run; empty where this module does.
 
-    Not for ZeRO-3, which gathers the weights of a module when it is called, nor for torch.compile,
-    which fuses PEFT's operations itself.
+    Args:
+        config: The run's config.
+        stage: The ZeRO stage.
     """
+    if not config.lora.enabled:
+        return "there is no adapter"
+    if stage == 3:
+        return "ZeRO stage 3 gathers the weights of a module when that is called"
+    if config.lora.use_dora or config.lora.extra.get("lora_bias"):
+        return "it adds more than a product of two matrices"
+    extra = config.train.extra
+    # TrainingArguments switches compilation on for each of the others.
+    named = ("torch_compile_backend", "torch_compile_mode")
+    if extra.get("torch_compile") or any(extra.get(name) is not None for name in named):
+        return "torch.compile fuses PEFT's operations itself"
+    return ""
+
+
+def install(model: nn.Module) -> int:
+    """Let ``Adapted`` compute the adapters of plain LoRA on linear layers; return their number."""
     layers = [layer for layer in model.modules() if type(layer) is Linear]
     for layer in layers:
         layer.forward = types.MethodType(_forward, layer)

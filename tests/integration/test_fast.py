@@ -1,5 +1,6 @@
 """The fast path trains as the plain one does, and gives way where it cannot be exact."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,12 @@ def test_to_the_end_of_a_run(
         fast, fast_eval = trained(tmp_path / "fast", model, rows, "model.frozen_linear=packed")
     joined = "rows are joined without padding" in caplog.text
     assert joined is (family != "gptj")  # which brings its own attention
-    assert "LM head chunked" in caplog.text and "activations are kept" in caplog.text
-    assert "frozen layers packed" in caplog.text
+    record = json.loads((tmp_path / "fast" / "run.json").read_text())
+    choices = {setting: each["value"] for setting, each in record["choices"].items()}
+    assert choices["model.lm_head"] == "chunked"
+    assert choices["model.frozen_linear"] == "packed"
+    assert choices["train.gradient_checkpointing"] is False
+    assert choices["train.padding_free"] is joined
     plain, plain_eval = trained(tmp_path / "plain", model, rows, *PLAIN)
     assert fast == pytest.approx(plain, rel=1e-4)
     assert fast_eval == pytest.approx(plain_eval, rel=1e-4)

@@ -111,12 +111,12 @@ def test_opt_leaks_with_stock_kernels_and_is_refused(tmp_path: Path, kernel: str
     with pytest.raises(ModelError, match=rf"attn_implementation={kernel}, documents .* see each"):
         proof.require_isolation(model, Collator(0), torch.device("cpu"), 256)
     with pytest.raises(ConfigError, match=rf"attn_implementation={kernel}\n.*in opt\n.*=packed"):
-        attention.choose(model, kernel, packing=True)
-    assert attention.choose(model, kernel, packing=False) == kernel
+        attention.kernel(model, kernel, several=True)
+    assert attention.kernel(model, kernel, several=False) == kernel
     with pytest.raises(ConfigError, match=r"attn_implementation=null\n"):
-        attention.choose(model, None, packing=True)
-    assert attention.choose(model, "auto", packing=True) == "packed"
-    assert attention.choose(model, "auto", packing=False) is None
+        attention.kernel(model, None, several=True)
+    assert attention.kernel(model, "auto", several=True) == "packed"
+    assert attention.kernel(model, "auto", several=False) is None
 
 
 def test_proof_holds_with_our_kernel_and_restores_the_mode(tmp_path: Path) -> None:
@@ -127,16 +127,17 @@ def test_proof_holds_with_our_kernel_and_restores_the_mode(tmp_path: Path) -> No
 
 def test_kernels_that_cannot_be(tmp_path: Path) -> None:
     gptj = model_of(tmp_path, "gptj", {}, None)
-    assert attention.choose(gptj, "auto", packing=True) is None
-    assert not attention.can_join(gptj, "auto", "fp32")
-    assert attention.can_join(gptj, "flash_attention_2", "bf16")
+    assert attention.kernel(gptj, "auto", several=True) is None
+    assert attention.unjoinable(gptj, "auto", "fp32").startswith("gptj has its own attention")
+    assert attention.unjoinable(gptj, "flash_attention_2", "bf16") == ""
     llama = model_of(tmp_path, "llama", {}, None)
-    assert attention.can_join(llama, "auto", "fp32")
-    assert not attention.can_join(llama, "sdpa", "fp32")
+    assert attention.unjoinable(llama, "auto", "fp32") == ""
+    assert attention.unjoinable(llama, "sdpa", "fp32").startswith("model.attn_implementation=sdpa")
+    assert attention.unjoinable(llama, None, "fp32").startswith("model.attn_implementation=null")
     llama.config.attn_logit_softcapping = 50.0  # as Gemma 2's
-    assert not attention.can_join(llama, "auto", "fp32")
+    assert attention.unjoinable(llama, "auto", "fp32").startswith("llama has its own attention")
     with pytest.raises(ConfigError, match="gptj has its own attention"):
-        attention.choose(gptj, "packed", packing=False)
+        attention.kernel(gptj, "packed", several=False)
     q = torch.zeros(1, 1, 2, 8)
     with pytest.raises(ModelError, match="has no softcap"):
         attention.packed_attention(torch.nn.Identity(), q, q, q, None, softcap=30.0)

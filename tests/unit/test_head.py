@@ -19,6 +19,7 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
+from sft.config import Config, ModelConfig
 from sft.data.collator import trained_places
 from sft.errors import ConfigError
 from sft.fast import attention, head, loss, proof
@@ -195,19 +196,25 @@ def test_a_factor_that_is_not_known_is_seen(tmp_path: Path, monkeypatch: Any) ->
         ("auto", "cpu", MixtralConfig, "trl"),
     ],
 )
-def test_which_head(asked: str, device: str, config: Any, chosen: str) -> None:
-    args: Any = SimpleNamespace(device=torch.device(device), router_aux_loss_coef=0.001)
+def test_which_head(
+    monkeypatch: pytest.MonkeyPatch, asked: str, device: str, config: Any, chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     architecture: Any = SimpleNamespace(config=config())
-    assert head.choose(asked, architecture, args)[0] == chosen
+    run = Config(model=ModelConfig(lm_head=asked))
+    found = head.choose(run, architecture)
+    assert (found.setting, found.value) == ("model.lm_head", chosen)
+    assert (found.reason == "as set") is (asked != "auto")
 
 
 def test_a_head_that_would_lose_the_experts_loss_is_refused() -> None:
-    args: Any = SimpleNamespace(device=torch.device("cpu"), router_aux_loss_coef=0.001)
+    run = Config(model=ModelConfig(lm_head="chunked"))
+    run.train.extra = {"router_aux_loss_coef": 0.001}
     architecture: Any = SimpleNamespace(config=MixtralConfig())
     with pytest.raises(ConfigError, match="balances this model's experts"):
-        head.choose("chunked", architecture, args)
-    args.router_aux_loss_coef = 0
-    assert head.choose("chunked", architecture, args)[0] == "chunked"
+        head.choose(run, architecture)
+    run.train.extra = {"router_aux_loss_coef": 0}
+    assert head.choose(run, architecture).value == "chunked"
 
 
 def test_a_trained_copy_of_the_head_gets_the_gradient(tmp_path: Path) -> None:

@@ -68,12 +68,12 @@ def test_autocast_and_other_precisions_take_the_plain_way() -> None:
 @pytest.mark.parametrize(
     ("overrides", "stage", "amd", "bytes_free", "kind", "reason"),
     [
-        (["model.frozen_linear=plain"], 0, True, 1 << 40, "plain", "as asked"),
-        (["model.frozen_linear=packed"], 0, False, 1 << 40, "packed", "as asked"),
+        (["model.frozen_linear=plain"], 0, True, 1 << 40, "plain", "as set"),
+        (["model.frozen_linear=packed"], 0, False, 1 << 40, "packed", "as set"),
         ([], 0, True, 1 << 40, "packed", "oneDNN is faster"),
         ([], 0, False, 1 << 40, "plain", "MKL is as fast"),
         ([], 0, True, 1 << 20, "plain", "half of the free memory"),
-        ([], 3, True, 1 << 40, "plain", "ZeRO-3 holds no layer whole"),
+        ([], 3, True, 1 << 40, "plain", "no rank holds a whole layer"),
         (["lora=none"], 0, True, 1 << 40, "plain", "every weight is trained"),
         (["quantization=nf4"], 0, True, 1 << 40, "plain", "quantised"),
     ],
@@ -92,7 +92,8 @@ def test_where_it_pays(
     config = main.compose(overrides)
     architecture = load_architecture(config.model)
     found = linear.choose(config, architecture, "fp32", stage)
-    assert found[0] == kind and reason in found[1]
+    assert (found.setting, found.value) == ("model.frozen_linear", kind)
+    assert reason in found.reason
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_which_processors_pack(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
     monkeypatch.setattr(linear, "available", lambda: 1 << 40)
     config = main.compose([])
-    assert linear.choose(config, load_architecture(config.model), "fp32", 0)[0] == kind
+    assert linear.choose(config, load_architecture(config.model), "fp32", 0).value == kind
 
 
 def test_what_cannot_be_packed_is_refused() -> None:
@@ -119,5 +120,5 @@ def test_what_cannot_be_packed_is_refused() -> None:
     architecture = load_architecture(config.model)
     with pytest.raises(ConfigError, match="precision is bf16"):
         linear.choose(config, architecture, "bf16", 0)
-    with pytest.raises(ConfigError, match="ZeRO-3 holds no layer whole"):
+    with pytest.raises(ConfigError, match="no rank holds a whole layer"):
         linear.choose(config, architecture, "fp32", 3)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sft import memory
 from sft.model import load_architecture
+from sft.rules import Choice
 from sft.train import main
 
 TOKENS = 256
@@ -86,8 +87,11 @@ def test_what_does_not_fit_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> Non
     config = main.compose(["train.per_device_train_batch_size=16"])
     architecture = load_architecture(config.model)
 
+    def choice(**more: Any) -> Choice:
+        return memory.choose_checkpointing(config, architecture, 128, 4, 0, **more)
+
     def chosen(**more: Any) -> bool:
-        return memory.choose_checkpointing(config, architecture, 128, 4, 0, **more)[0]
+        return bool(choice(**more).value)
 
     text = architecture.config.get_text_config()
     needed = memory.activation_bytes(text, 16 * 128, 4)
@@ -95,7 +99,9 @@ def test_what_does_not_fit_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(memory, "available", lambda: round(1.31 * needed))
     assert not chosen()
     assert chosen(taken=needed) and chosen(keeps_scores=True)
+    assert "of weights and optimizer state fit into" in choice().reason
     monkeypatch.setattr(memory, "available", lambda: round(1.29 * needed))
     assert chosen()
+    assert "state and 30% to spare do not fit into" in choice().reason
     config.train.gradient_checkpointing = False
-    assert not chosen()
+    assert choice() == Choice("train.gradient_checkpointing", False, "as set")

@@ -18,6 +18,11 @@ BF16: dict[str, Any] = {"cpu_name": "Intel", "avx512_f": True, "avx512_bf16": Tr
 WAYS = (speed.FLOAT32, half.NATIVE, half.WIDENED, half.SHORTENED)
 
 
+def chosen(asked: str, begun: dict[str, str] | None = None) -> tuple[str, str]:
+    found = choose_precision(asked, begun)
+    return found.value, found.products
+
+
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let the processor be another, with what is measured there; None: nothing may be."""
@@ -51,40 +56,40 @@ def test_the_fastest_is_chosen_where_it_clearly_is(
 ) -> None:
     processor(BF16, figures)
     found = choose_precision("auto")
-    assert found[:1] + found[2:] == (("bf16", auto) if auto else ("fp32", ""))
+    assert (found.value, found.products) == (("bf16", auto) if auto else ("fp32", ""))
     assert found.reason.startswith("measured on this CPU: ")
     assert f"float32 {figures[0]:.0f}" in found.reason and "GFLOP/s" in found.reason
     asked = choose_precision("bf16")
-    assert (asked.name, asked.products) == ("bf16", bf16)
-    assert f"products computed as {speed.NAMES[bf16]}" in asked.reason
+    assert (asked.value, asked.products) == ("bf16", bf16)
+    assert f"products are computed as {speed.NAMES[bf16]}" in asked.reason
 
 
 def test_nothing_is_measured_where_nothing_is_to_choose(processor: Any) -> None:
     for can in (NONE, BF16):
         processor(can, None)
-        assert choose_precision("fp32") == Precision("fp32", "as asked", "")
+        assert choose_precision("fp32") == Precision("precision", "fp32", "as set", "")
         with pytest.raises(ConfigError, match="precision=fp16"):
             choose_precision("fp16")
     processor(NONE, None)
-    assert choose_precision("auto") == Precision("fp32", "the CPU has no bf16", "")
-    assert choose_precision("bf16")[::2] == ("bf16", half.WIDENED)
+    assert choose_precision("auto") == Precision("precision", "fp32", "the CPU has no bf16", "")
+    assert chosen("bf16") == ("bf16", half.WIDENED)
     assert "computed in float32 and rounded" in choose_precision("bf16").reason
 
 
 def test_a_resumed_run_goes_on_with_what_it_began_with(processor: Any) -> None:
     processor(BF16, None)
     for products in (half.NATIVE, half.WIDENED, half.SHORTENED):
-        begun = Precision("bf16", "", products).identity()
+        begun = Precision("precision", "bf16", "", products).identity()
         for asked in ("auto", "bf16"):
-            assert choose_precision(asked, begun)[::2] == ("bf16", products)
-    assert choose_precision("auto", begun).reason.startswith("as this run began")
-    assert choose_precision("auto", {"precision": "fp32"})[::2] == ("fp32", "")
+            assert chosen(asked, begun) == ("bf16", products)
+    assert choose_precision("auto", begun).reason.startswith("the run began with it")
+    assert chosen("auto", {"precision": "fp32"}) == ("fp32", "")
     processor(NONE, None)  # which cannot compute so
-    found = choose_precision("auto", {"precision": "bf16", "products": half.NATIVE})
-    assert found[::2] == ("bf16", half.WIDENED)
+    begun = {"precision": "bf16", "products": half.NATIVE}
+    assert chosen("auto", begun) == ("bf16", half.WIDENED)
     # A run of before there were figures, or of a GPU, has no way of computing noted.
     processor(BF16, (100.0, 60.0, 90.0, 80.0))
-    assert choose_precision("auto", {"precision": "bf16"})[::2] == ("bf16", half.WIDENED)
+    assert chosen("auto", {"precision": "bf16"}) == ("bf16", half.WIDENED)
 
 
 @pytest.mark.parametrize("amd", [True, False])
@@ -117,15 +122,16 @@ def test_the_order_decides_what_is_close() -> None:
     assert math.isclose(speed.MARGIN, 1.15)
 
 
-def test_all_ranks_have_rank_zero_s_decision() -> None:
+def test_ranks_share_decisions_before_there_is_a_process_group() -> None:
     from socket import socket
 
     with socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = (
-        "import os; from sft.ranks import from_rank_zero as f\n"
-        "print(*(f(lambda: [name, os.environ['RANK']]) for name in ('a', 'b')))"
+        "import os; from sft.ranks import exchange, from_rank_zero as f\n"
+        "print(*(f(lambda: [name, os.environ['RANK']]) for name in ('a', 'b')))\n"
+        "print(exchange(os.environ['RANK']), exchange(None))"
     )
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
@@ -137,30 +143,34 @@ def test_all_ranks_have_rank_zero_s_decision() -> None:
         )
         for rank in range(2)
     ]
-    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["['a', '0'] ['b', '0']\n"] * 2
+    expected = "['a', '0'] ['b', '0']\n['0', '1'] [None, None]\n"
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == [expected] * 2
 
 
 def test_small_layers_are_float32_without_a_measurement(processor: Any) -> None:
     processor(BF16, None)
     found = choose_precision("auto", width=128)
-    assert (found.name, found.products) == ("fp32", "")
-    assert found.reason == "layers 128 wide are too small for bf16 to pay"
+    assert (found.value, found.products) == ("fp32", "")
+    assert found.reason == "layers of width 128 are too small to gain from bf16 on a CPU"
     processor(BF16, (100.0, 190.0, 75.0, 90.0))
-    assert choose_precision("auto", width=512).name == "bf16"
-    assert choose_precision("bf16", width=128).name == "bf16"
+    assert choose_precision("auto", width=512).value == "bf16"
+    assert choose_precision("bf16", width=128).value == "bf16"
 
 
 def test_ranks_that_do_not_find_each_other_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from sft.errors import RunError
-    from sft.ranks import from_rank_zero
+    from sft.ranks import exchange, from_rank_zero
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert from_rank_zero(lambda: [1]) == [1]  # no rank of a launcher's
+    assert exchange(2) == [2]
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(RunError, match=r"rank 1 cannot reach rank 0: .*MASTER_ADDR"):
         from_rank_zero(lambda: [1])
+    with pytest.raises(RunError, match=r"rank 1 cannot reach the other ranks: .*MASTER_ADDR"):
+        exchange(2)
 
 
 def test_a_run_begun_in_fp16_is_not_told_to_change_its_precision(processor: Any) -> None:
