@@ -76,7 +76,7 @@ class Command(Generic[C]):
             raise
         except Exception as error:
             _end(1, f"{type(error).__name__}: {error}", as_json, traceback.format_exc())
-        if as_json:
+        if as_json and (result or sweep_result):
             _print_once(to_json(result or sweep_result) + "\n")
 
     def _dispatch(self, argv: list[str]) -> dict[str, Any] | None:

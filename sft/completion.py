@@ -29,6 +29,7 @@ _sft_complete() {
     else
         COMPREPLY=($("$program" --complete bash "$line" "$COMP_WORDBREAKS" 2>/dev/null))
     fi
+    (( ${#COMPREPLY[@]} )) || compopt +o nospace 2>/dev/null  # a file follows
 }
 complete -o nospace -o default -F _sft_complete NAMES
 """
@@ -119,7 +120,7 @@ def _after_program(words: list[str]) -> list[str]:
 
 def _candidates(before: list[str], word: str) -> Iterator[tuple[str, str]]:
     """Yield (what the word may become, what that is)."""
-    from sft.cli import OPTIONS, SHELLS
+    from sft.cli import OPTIONS, REFUSED, SHELLS
 
     if not before:
         for name in (*COMMANDS, "--help", "--version", "--completion"):
@@ -134,9 +135,9 @@ def _candidates(before: list[str], word: str) -> Iterator[tuple[str, str]]:
     if before[-1] in ("--cfg", "-c"):
         yield from ((f"{kind} ", "") for kind in ("job", "hydra", "all") if kind.startswith(word))
     elif word.startswith("-"):
-        yield from (
-            (f"{name} ", "") for name in OPTIONS if name.startswith("--" if word == "-" else word)
-        )
+        refused = {f"--{name.replace('_', '-')}" for name in REFUSED}
+        long = [name for name in OPTIONS if name.startswith("--") and name not in refused]
+        yield from ((f"{name} ", "") for name in long if name.startswith(word))
     else:
         found = _groups(before) if chosen.config_name else {}
         plus = word[: len(word) - len(word.lstrip("+"))]

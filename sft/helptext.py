@@ -75,7 +75,7 @@ def help_text(command: Command[Any], argv: list[str]) -> str:
                 lines += [*_settings(section, f"{name}."), ""]
         return "\n".join(lines)
     lines = _wrapped(f"sft {command.name}: {command.summary}", 0)
-    lines += ["", *(f"    {_short(example)}" for example in command.examples)]
+    lines += ["", *(line for example in command.examples for line in _example(example))]
     if own := _own(command):
         lines += ["", "Settings of this command, with their defaults:", "", *own]
     if found:
@@ -84,7 +84,7 @@ def help_text(command: Command[Any], argv: list[str]) -> str:
             lines += ["", *_group(name, found[name], config_dir)]
     lines += ["", "Command-line options:", ""]
     for option, meaning in OPTIONS.items():
-        if found or option not in ("-m", "--config-dir DIR"):
+        if found or option not in ("--help [SECTION]", "-m", "--config-dir DIR"):
             lines += _entry(option, meaning, 20)
     if found:
         lines += [
@@ -100,8 +100,11 @@ def help_text(command: Command[Any], argv: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _short(example: str) -> str:
-    return example.replace("python -m sft.", "sft ")
+def _example(command: str) -> list[str]:
+    """Write a command such that a shell takes it, also where it is broken over lines."""
+    first, *rest = _wrapped(command.replace("python -m sft.", "sft "), 4, reserve=2)
+    lines = [first, *(f"    {line}" for line in rest)]
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def _own(command: Command[Any]) -> list[str]:
@@ -146,7 +149,7 @@ def _settings(node: Any, prefix: str = "") -> Iterator[str]:
 
 def _setting(key: str, field: dataclasses.Field[Any], value: Any) -> list[str]:
     rule = field.metadata.get("rule")
-    text = field.metadata["help"] + (f"; {rule.text}" if rule else "")
+    text = field.metadata["help"] + (f" ({rule.text})" if rule else "")
     shown = written(key, repr(value) if value == "\n" else value)
     return [*_wrapped(shown, 4), *_wrapped(text, 8)]
 
@@ -160,8 +163,8 @@ def _entry(name: str, text: str, width: int) -> list[str]:
     return [(start + first.strip()).rstrip(), *rest]
 
 
-def _wrapped(text: str, indent: int) -> list[str]:
-    width = max(40, min(WIDEST, shutil.get_terminal_size().columns - 1))
+def _wrapped(text: str, indent: int, reserve: int = 0) -> list[str]:
+    width = max(40, min(WIDEST, shutil.get_terminal_size().columns - 1)) - 3 * reserve
     space = " " * indent
     return textwrap.wrap(
         text,

@@ -173,8 +173,8 @@ class Reader:
             try:
                 value = yaml.safe_load(text)
             except yaml.YAMLError:
-                rule = "cannot be read: brackets, braces or quotes do not match"
-                self._wrong(word, rule, f"""as text: {key}="'...'\"""")
+                rule = "cannot be read: its brackets, braces or quotes do not match"
+                self._wrong(word, rule, "close each of them, and quote the value for the shell")
                 return
         item = Override(key, value)
         if self.sweep and _parsed(item.hydra()) is None:
@@ -190,8 +190,7 @@ class Reader:
         if not self.groups:
             self._wrong(word, "several values are given", f"{key}=[{text}]")
         elif not self.sweep:
-            fix = f"""add -m, or {key}=[{text}], or as text: {key}="'{text}'\""""
-            self._wrong(word, "several values are a sweep", fix)
+            self._wrong(word, "several values are a sweep", f"add -m, or {key}=[{text}]")
         elif interval:
             self._wrong(word, "interval() names no values to try", f"{key}=0.1,0.2")
         else:

@@ -35,7 +35,10 @@ def option_of(path: str) -> str | None:
         return "pretokenized"
     if any((local / name).is_file() for name in SAVED):
         return "jsonl"  # its rows are not looked at: Datasets would be imported for it
-    kind = kind_of(files_of(path)[0])
+    files = files_of(path)
+    if not files:  # a pattern that matches folders only
+        return None
+    kind = kind_of(files[0])
     if kind is None:
         raise DataError(
             f"{path} is of no known kind: .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md"

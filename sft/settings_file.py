@@ -20,7 +20,8 @@ ENDINGS = (".yaml", ".yml")
 
 def is_one(word: str) -> bool:
     """Tell a settings file's path from a setting."""
-    return word.endswith(ENDINGS) and "=" not in word and not word.startswith(("~", "-"))
+    is_path = "=" not in word or Path(word).is_file()  # a trial's folder is called lora.r=4
+    return is_path and word.endswith(ENDINGS) and not word.startswith(("~", "-"))
 
 
 def field_of(schema: Any, key: str) -> dataclasses.Field[Any] | type | None:
@@ -95,7 +96,7 @@ def _loaded(path: str) -> tuple[yaml.MappingNode, dict[Any, Any]]:
     """Read the file as nodes, which know their lines, and as values."""
     file = Path(path).expanduser()
     if not file.is_file():
-        fix = f"the path of a file, from {Path.cwd()}"
+        fix = f"give a path that exists, from {Path.cwd()}"
         raise ConfigError([Problem(path, "there is no such settings file", fix)])
     if file.resolve().parent.parent == CONF_DIR.resolve():
         group, name = file.resolve().parent.name, file.stem
@@ -110,10 +111,14 @@ def _loaded(path: str) -> tuple[yaml.MappingNode, dict[Any, Any]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}" if mark else path
-        raise ConfigError([Problem(place, f"is no YAML: {error.problem}", "mend it")]) from error
+        raise ConfigError(
+            [Problem(place, f"is no YAML: {error.problem}", "correct this line")]
+        ) from error
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError([Problem(path, f"cannot be read: {reason}", "mend it")]) from error
+        raise ConfigError(
+            [Problem(path, f"cannot be read: {reason}", "correct the file")]
+        ) from error
     return root, values
 
 
