@@ -1,8 +1,9 @@
-"""What every command shares: its options, its help, and how it ends when something is wrong."""
+"""What every command shares: its options, its output, and how it ends when something is wrong."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,36 +14,41 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from omegaconf import OmegaConf
 
-from sft import compose
+from sft import __version__, compose, upstream
 from sft.config import CONF_DIR
 from sft.errors import ConfigError, Problem, SftError, Stopped
-from sft.overrides import groups
-from sft.rules import fields_of, written
+from sft.files import to_json
+from sft.overrides import Override, Reader, located
 
 C = TypeVar("C")
+SHELLS = ("bash", "zsh", "fish")
+# Options of Hydra that would be ignored here.
+REFUSED = ("config_path", "config_name", "experimental_rerun", "package")
+
+sweep_result: dict[str, Any] = {}  # what Hydra's launcher hands to --json
 
 
 @dataclass(frozen=True)
 class Command(Generic[C]):
-    """One ``python -m sft.<name>``.
+    """One command: ``sft <name>``, also ``python -m sft.<name>``.
 
     Attributes:
-        name: The module's name, such as ``train``.
+        name: The command's name, such as ``train``.
         schema: The dataclass that holds every setting.
-        run: What the command does with a checked config.
+        run: What the command does with a checked config; what it returns is printed by ``--json``.
         check: Finds the problems of a config whose keys and types are right.
         config_name: The primary YAML in conf/, for commands that compose the groups.
-        summary: One sentence for ``--help``.
+        summary: One line for the list of commands and ``--help``.
         examples: Lines for ``--help``.
     """
 
     name: str
     schema: type[C]
-    run: Callable[[C], None]
+    run: Callable[[C], dict[str, Any] | None]
     check: Callable[[C], list[Problem]]
     summary: str
     examples: tuple[str, ...]
@@ -51,42 +57,65 @@ class Command(Generic[C]):
     def __call__(self, argv: list[str] | None = None) -> None:
         """Parse, compose, check and run; exits with the error's code and a message."""
         argv = sys.argv[1:] if argv is None else argv
+        as_json = "--json" in argv
+        result: dict[str, Any] | None = None
         try:
-            self._dispatch(argv)
+            with _only_stderr() if as_json else contextlib.nullcontext():
+                result = self._dispatch(argv)
         except Stopped as stopped:
-            if os.environ.get("RANK", "0") == "0":  # all ranks stop, and mean the same
-                report_error(str(stopped))
-            sys.exit(stopped.exit_code)
+            # All ranks stop for the same reason, so rank 0 alone reports it.
+            _end(stopped.exit_code, str(stopped), as_json, speaks=_is_first())
         except SftError as error:
-            report_error(str(error))
-            sys.exit(error.exit_code)
+            _end(error.exit_code, str(error), as_json)
         except KeyboardInterrupt:
             resumes = "; the same command again resumes" if self.name == "train" else ""
-            report_error(f"interrupted{resumes}")
-            sys.exit(130)
+            _end(130, f"interrupted{resumes}", as_json)
+        except SystemExit:  # of a sweep, whose table has been printed
+            if as_json and sweep_result:
+                _print_once(to_json(sweep_result) + "\n")
+            raise
         except Exception as error:
-            report_error(f"{type(error).__name__}: {error}", traceback.format_exc())
-            sys.exit(1)
+            _end(1, f"{type(error).__name__}: {error}", as_json, traceback.format_exc())
+        if as_json and (result or sweep_result):
+            _print_once(to_json(result or sweep_result) + "\n")
 
-    def _dispatch(self, argv: list[str]) -> None:
+    def _dispatch(self, argv: list[str]) -> dict[str, Any] | None:
         if "--help" in argv or "-h" in argv:
-            _print_once(help_text(self))
-            return
+            from sft.helptext import help_text
+
+            _print_once(help_text(self, argv))
+            return None
         args = _parse_arguments(argv)
         if problems := list(_option_problems(args)):
             raise ConfigError(problems)
-        if args.multirun:
+        if args.version:
+            _print_once(f"sft {__version__}\n")
+        elif args.completion:
+            from sft.completion import script
+
+            _print_once(script(args.completion))
+        elif args.multirun:
             self._sweep(args)
-            return
-        if args.info or args.hydra_help or args.shell_completion or args.cfg in ("hydra", "all"):
-            _hand_to_hydra(self, argv)
-            return
-        config = self.compose(args.overrides, args.config_dir)
-        if args.cfg:
-            _print_once(OmegaConf.to_yaml(OmegaConf.structured(config)))
-            return
-        start_logging()
-        self.run(config)
+        elif args.info or args.hydra_help or args.cfg in ("hydra", "all"):
+            words = [item.hydra() for item in self._read(args.overrides, args.config_dir)[0]]
+            options = [word for word in argv if word not in args.overrides]
+            _hand_to_hydra(self, options + words)
+        else:
+            config = self.compose(args.overrides, args.config_dir)
+            if args.cfg and args.json:
+                return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
+            if args.cfg:
+                _print_once(OmegaConf.to_yaml(OmegaConf.structured(config)))
+                return None
+            start_logging()
+            return self.run(config)
+        return None
+
+    def _read(
+        self, words: list[str], config_dir: str | None, sweep: bool = False
+    ) -> tuple[list[Override], list[Problem]]:
+        reader = Reader(self.schema, config_dir, self.config_name is not None, sweep)
+        return reader.read(words), reader.problems
 
     def compose(self, overrides: list[str], config_dir: str | None = None) -> C:
         """Compose and check a config.
@@ -94,12 +123,16 @@ class Command(Generic[C]):
         Raises:
             ConfigError: With every problem that was found.
         """
-        config, problems = (
-            compose.plain_config(self.schema, overrides)
-            if self.config_name is None
-            else compose.typed_config(self.schema, self.config_name, overrides, config_dir)
-        )
-        problems += self.check(config)
+        given, problems = self._read(overrides, config_dir)
+        try:
+            config, found = (
+                compose.plain_config(self.schema, given)
+                if self.config_name is None
+                else compose.typed_config(self.schema, self.config_name, given, config_dir)
+            )
+        except ConfigError as error:
+            raise ConfigError([*problems, *located(error.problems, given)]) from error
+        problems += located([*found, *self.check(config)], given)
         if problems:
             raise ConfigError(problems)
         return config
@@ -111,13 +144,32 @@ class Command(Generic[C]):
         """
         if self.config_name is None:
             raise ConfigError([Problem("-m", "only training is swept", "leave out -m")])
-        if os.environ.get("RANK", "0") != "0":
+        if not _is_first():
             return
-        forced = compose.sweep_overrides(
-            self.schema, self.config_name, args.overrides, args.config_dir
-        )
+        given, problems = self._read(args.overrides, args.config_dir, sweep=True)
+        try:
+            forced = compose.sweep_overrides(self.schema, self.config_name, given, args.config_dir)
+        except ConfigError as error:
+            problems += located(error.problems, given)
+        if problems:
+            raise ConfigError(problems)
         options = ["-m"] + (["--config-dir", args.config_dir] if args.config_dir else [])
         _hand_to_hydra(self, options + forced)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _end(
+    exit_code: int, message: str, as_json: bool, details: str = "", speaks: bool = True
+) -> NoReturn:
+    """Report an error and exit; with --json it is on stdout too, as ``{"error": ...}``."""
+    if speaks:
+        report_error(message, details)
+    if as_json:
+        _print_once(to_json({"error": message}) + "\n")
+    sys.exit(exit_code)
 
 
 def report_error(message: str, details: str = "") -> None:
@@ -141,8 +193,23 @@ def report_error(message: str, details: str = "") -> None:
 
 
 def _print_once(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _only_stderr() -> Iterator[None]:
+    """Send to stderr whatever is printed, also by libraries in C and by child processes."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def start_logging() -> None:
@@ -151,24 +218,62 @@ def start_logging() -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers.clear()
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
 
 
-def _parse_arguments(argv: list[str]) -> argparse.Namespace:
-    from hydra._internal.utils import get_args_parser
+class _Parser(argparse.ArgumentParser):
+    """Refuses an unknown option as any other bad input."""
 
-    args: argparse.Namespace = get_args_parser().parse_intermixed_args(argv)
+    def error(self, message: str) -> NoReturn:
+        option = message.partition(": ")[2].split(" ")[0]
+        known = [name for name in OPTIONS if name.startswith("--")]
+        fix = upstream.did_you_mean(option, known) if option.startswith("-") else "see --help"
+        raise ConfigError([Problem(option or message, message, fix)])
+
+
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    for names, options in OPTIONS_OF_PARSER:
+        parser.add_argument(*names, **options)
+    args = parser.parse_intermixed_args(argv)
+    if args.shell_completion:  # Hydra's spelling: -sc install=bash
+        args.completion = next(iter(args.overrides), "install=").partition("=")[2]
+        if args.completion not in SHELLS:
+            fix = "--completion bash, zsh or fish"
+            raise ConfigError([Problem("--shell-completion", "needs a shell", fix)])
     return args
+
+
+OPTIONS_OF_PARSER: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("--cfg", "-c"), {"choices": ["job", "hydra", "all"]}),
+    (("--json",), {"action": "store_true"}),
+    (("--version",), {"action": "store_true"}),
+    (("--completion",), {"choices": SHELLS}),
+    (("--config-dir", "-cd"), {}),
+    (("--multirun", "-m"), {"action": "store_true"}),
+    # Hydra's own, for who knows them.
+    (("--run", "-r"), {"action": "store_true"}),
+    (("--resolve",), {"action": "store_true"}),
+    (("--hydra-help",), {"action": "store_true"}),
+    (("--shell-completion", "-sc"), {"action": "store_true"}),
+    (("--info", "-i"), {"nargs": "?", "const": "all"}),
+    (("--config-path", "-cp"), {}),
+    (("--config-name", "-cn"), {}),
+    (("--experimental-rerun",), {}),
+    (("--package", "-p"), {}),
+)
+OPTIONS = ("--help", "-h", *(name for names, _ in OPTIONS_OF_PARSER for name in names))
 
 
 def _option_problems(args: argparse.Namespace) -> Iterator[Problem]:
     """Refuse the options of Hydra that would be ignored here."""
     if args.multirun and args.cfg:
         yield Problem("--cfg", "a sweep has a config for each trial", "leave out -m, or --cfg")
-    for option in ("config_path", "config_name", "experimental_rerun", "package"):
+    for option in REFUSED:
         value = getattr(args, option)
         if value is not None:
             written = f"--{option.replace('_', '-')} {value}"
@@ -184,29 +289,3 @@ def _hand_to_hydra(command: Command[Any], argv: list[str]) -> None:
     hydra.main(config_path=str(CONF_DIR), config_name=command.config_name, version_base="1.3")(
         lambda _: None
     )()
-
-
-def help_text(command: Command[Any]) -> str:
-    """List the examples, the groups with their options, and every setting with its default."""
-    lines = [f"python -m sft.{command.name}: {command.summary}", ""]
-    lines += [f"    {example}" for example in command.examples]
-    if command.config_name:
-        lines += ["", "Groups, chosen as group=option (your own: --config-dir DIR):", ""]
-        for group, options in sorted(groups(None).items()):
-            lines.append(f"    {group:<16} {', '.join(sorted(options))}")
-        lines += ["", "Options: --cfg job prints the composed config; -m sweeps over a=1,2,3."]
-    lines += ["", "Settings, with their defaults:", ""]
-    lines += _setting_lines(command.schema())
-    return "\n".join(lines) + "\n"
-
-
-def _setting_lines(node: Any, prefix: str = "") -> Iterator[str]:
-    for name, field, value in fields_of(node):
-        if dataclasses.is_dataclass(value):
-            yield ""
-            yield from _setting_lines(value, f"{prefix}{name}.")
-        else:
-            rule = field.metadata.get("rule")
-            suffix = f"; {rule.text}" if rule else ""
-            shown = written(prefix + name, value)
-            yield f"    {shown}\n        {field.metadata['help']}{suffix}"

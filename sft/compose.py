@@ -11,29 +11,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sft.config import CONF_DIR
 from sft.errors import ConfigError, Problem
 from sft.names import suggest
-from sft.overrides import forced, groups, is_sweep
+from sft.overrides import Override, groups
 from sft.rules import default_of, written
+from sft.settings_file import field_of, holds_text
 
 C = TypeVar("C")
 UNKNOWN_SETTING = "there is no such setting"
 
 
 def typed_config(
-    schema: type[C], name: str, overrides: list[str], config_dir: str | None
+    schema: type[C], name: str, given: list[Override], config_dir: str | None
 ) -> tuple[C, list[Problem]]:
     """Compose one config.
 
     Args:
         schema: The dataclass of all settings.
         name: The primary YAML in conf/.
-        overrides: As on the command line.
+        given: What the command line and a settings file give.
         config_dir: A folder with the user's own groups.
 
     Returns:
@@ -42,41 +42,38 @@ def typed_config(
     Raises:
         ConfigError: The YAML files themselves cannot be composed.
     """
-    problems: list[Problem] = []
-    accepted = list(forced(overrides, config_dir, problems))
-    composed, grid = _compose(schema, name, accepted, config_dir, problems)
-    problems += _grid_problems(grid, overrides)
+    composed, grid, problems = _compose(schema, name, given, config_dir)
+    problems += _grid_problems(grid, {item.key for item in given})
     typed = OmegaConf.structured(schema)
     problems += _merge(typed, composed, schema)
     config: Any = OmegaConf.to_object(typed)
     return config, problems
 
 
-def plain_config(schema: type[C], overrides: list[str]) -> tuple[C, list[Problem]]:
-    """Make the config of a command without groups: each value is taken as it is typed.
+def plain_config(schema: type[C], given: list[Override]) -> tuple[C, list[Problem]]:
+    """Make the config of a command without groups.
 
-    Hydra's grammar would refuse most prompts that a person writes, for a comma or a question mark.
+    Text is set beside OmegaConf, which would look for settings named in a prompt's ``${...}``.
     """
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    problems: list[Problem] = []
-    values: dict[str, Any] = {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or key in values:
-            rule = "is given twice" if equals else "is no setting"
-            problems.append(Problem(text, rule, "write each setting once, as key=value"))
-            continue
-        is_text = kinds.get(key, "str").startswith("str")
-        typed_text = None if value == "null" else value.replace("${", r"\${")
-        values[key] = typed_text if is_text else yaml.safe_load(value)
+    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    texts = {
+        item.key: item.value
+        for item in given
+        if isinstance(item.value, str)
+        and item.key in fields
+        and holds_text(fields[item.key], item.key)
+    }
     typed = OmegaConf.structured(schema)
-    problems += _merge(typed, values, schema)
+    others = {item.key: item.value for item in given if item.key not in texts}
+    problems = _merge(typed, others, schema)
     config: Any = OmegaConf.to_object(typed)
+    for key, text in texts.items():
+        setattr(config, key, text)
     return config, problems
 
 
 def sweep_overrides(
-    schema: type[C], name: str, overrides: list[str], config_dir: str | None
+    schema: type[C], name: str, given: list[Override], config_dir: str | None
 ) -> list[str]:
     """Make the overrides of a sweep such as Hydra's sweeper accepts and expands.
 
@@ -86,13 +83,14 @@ def sweep_overrides(
     Raises:
         ConfigError: With every such problem.
     """
-    problems: list[Problem] = []
-    accepted = list(forced(overrides, config_dir, problems, sweep=True))
-    fixed = [item for item in accepted if not is_sweep(item)]
-    swept = [f"{item.split('=', 1)[0]}=null" for item in accepted if is_sweep(item)]
+    fixed = [item for item in given if item.kind != "sweep"]
     options = groups(config_dir)
-    plain = fixed + [item for item in swept if item.split("=")[0].lstrip("+") not in options]
-    composed, grid = _compose(schema, name, plain, config_dir, problems)
+    swept = [
+        Override(item.key, None)
+        for item in given
+        if item.kind == "sweep" and item.key not in options
+    ]
+    composed, grid, problems = _compose(schema, name, fixed + swept, config_dir)
     problems += [
         problem
         for problem in _merge(OmegaConf.structured(schema), composed, schema)
@@ -103,10 +101,10 @@ def sweep_overrides(
     # Hydra lets the command line replace a grid's values only where both write the key alike.
     spelled = {str(key).lstrip("+"): str(key) for key in grid}
     return [
-        f"{spelled[key]}={item.partition('=')[2]}"
-        if (key := item.partition("=")[0].lstrip("+")) in spelled
-        else item
-        for item in accepted
+        f"{spelled[item.key]}={item.hydra().partition('=')[2]}"
+        if item.key in spelled
+        else item.hydra()
+        for item in given
     ]
 
 
@@ -119,17 +117,18 @@ def register_schema(schema: Any, name: str) -> None:
 
 
 def _compose(
-    schema: Any,
-    name: str,
-    overrides: list[str],
-    config_dir: str | None,
-    problems: list[Problem],
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Compose the groups and overrides, unchecked, and list what the config itself sweeps over."""
+    schema: Any, name: str, given: list[Override], config_dir: str | None
+) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
+    """Compose the groups and settings, unchecked, and list what the config itself sweeps over.
+
+    Hydra composes the groups. Settings are put into the result as values, so that no value has to
+    be written in Hydra's grammar.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
     register_schema(schema, name)
+    overrides = [item.hydra() for item in given if item.kind in ("option", "hydra")]
     if config_dir is not None:
         overrides = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']", *overrides]
     try:
@@ -138,24 +137,39 @@ def _compose(
         grid = OmegaConf.select(composed, "hydra.sweeper.params") or {}
         with open_dict(composed):
             del composed["hydra"]
+        problems = list(_set(composed, [item for item in given if item.kind == "setting"], schema))
         container = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         rule = ": ".join(_reasons(error))
-        problems.append(Problem("the composed config", rule, "mend the YAML file or override"))
-        raise ConfigError(problems) from error
+        setting = str(getattr(error, "full_key", None) or "the composed config")
+        raise ConfigError([Problem(setting, rule, "mend the YAML file or override")]) from error
     assert isinstance(container, dict)
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
-        below = OmegaConf.select(composed, key) if value == "{}" else None
+    return {str(key): value for key, value in container.items()}, dict(grid), problems
+
+
+def _set(composed: Any, given: list[Override], schema: Any) -> Iterator[Problem]:
+    """Put settings into the composed config; yields those that cannot be there."""
+    for item in given:
+        below = OmegaConf.select(composed, item.key) if item.value == {} else None
         if below:
-            problems.append(
-                Problem(
-                    f"{key}={{}}",
-                    f"is merged over {below}, and empties nothing",
-                    f"choose another option of the group {key.split('.')[0]}",
+            yield Problem(
+                f"{item.key}={{}}",
+                f"is merged over {below}, and empties nothing",
+                f"choose another option of the group {item.key.split('.')[0]}",
+            )
+        try:
+            OmegaConf.update(composed, item.key, item.value, merge=True, force_add=True)
+        except (OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
+            field = field_of(schema, item.key)
+            yield (
+                _wrong_type(item.key, item.value, field)
+                if isinstance(field, dataclasses.Field)
+                else Problem(
+                    written(item.key, item.value),
+                    str(error).splitlines()[0],
+                    suggest(item.key, schema),
                 )
             )
-    return {str(key): value for key, value in container.items()}, dict(grid)
 
 
 def _reasons(error: BaseException) -> Iterator[str]:
@@ -165,9 +179,8 @@ def _reasons(error: BaseException) -> Iterator[str]:
             yield str(item).splitlines()[0]
 
 
-def _grid_problems(grid: dict[str, str], overrides: list[str]) -> Iterator[Problem]:
+def _grid_problems(grid: dict[str, str], given: set[str]) -> Iterator[Problem]:
     """Refuse one run of a config that is a sweep, unless what it sweeps over is given."""
-    given = {override.lstrip("+").partition("=")[0] for override in overrides}
     for key, values in grid.items():
         if key not in given:
             one = str(values).partition(",")[0]
@@ -203,10 +216,15 @@ def _merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") ->
         try:
             OmegaConf.update(typed, path, value, merge=False)
         except OmegaConfBaseException:
-            kind = str(field.type).replace(" | None", " or null")
-            one_of_many = kind.startswith("list") and isinstance(value, str)
-            meant = f"[{value}]" if one_of_many else default_of(field)
-            problems.append(
-                Problem(written(path, value), f"must be of type {kind}", written(path, meant))
-            )
+            problems.append(_wrong_type(path, value, field))
     return problems
+
+
+def _wrong_type(path: str, value: Any, field: dataclasses.Field[Any]) -> Problem:
+    kind = str(field.type).replace(" | None", " or null")
+    one_of_many = kind.startswith("list") and not isinstance(value, list | dict | None)
+    if not one_of_many or kind.startswith("list[str]") != isinstance(value, str):
+        return Problem(
+            written(path, value), f"must be of type {kind}", written(path, default_of(field))
+        )
+    return Problem(written(path, value), f"must be of type {kind}", written(path, f"[{value}]"))

@@ -55,8 +55,11 @@ def check(config: GenerateConfig) -> list[Problem]:
     return problems
 
 
-def generate(config: GenerateConfig) -> None:
+def generate(config: GenerateConfig) -> dict[str, Any]:
     """Answer the prompts, in order.
+
+    Returns:
+        The rows with their answers, or the file that they were written to; what ``--json`` prints.
 
     Raises:
         ModelError: The model or adapter is not there.
@@ -102,6 +105,10 @@ def generate(config: GenerateConfig) -> None:
             **options,
         )
     _write(config, rows, texts)
+    if config.output is not None:
+        return {"output": config.output, "count": len(texts)}
+    pairs = zip(rows, texts, strict=True)
+    return {"answers": [{**row, "generated": text} for row, text in pairs]}
 
 
 def _folder(config: GenerateConfig) -> Path:

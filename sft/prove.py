@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sft.cli import Command
 from sft.config import Config, fill_names, streamed_samples
 from sft.errors import Problem, RunError
 from sft.files import hash_of, read_records, write_text
+from sft.overrides import expanded
 from sft.rules import at_least, setting
 from sft.trial import environment as outside_of_ranks
 from sft.trial import signals_as_interrupt
@@ -32,6 +34,7 @@ OWN = {
 }
 EPOCH = 3  # optimizer steps that an epoch takes at most, where the user limits no rows
 ROWS = ("rows", "eval_rows")
+FOLDER_OPTIONS = ("--config-dir", "-cd")
 LONGEST = 50  # steps of an epoch, above which the proof does not train one
 
 logger = logging.getLogger("sft")
@@ -65,11 +68,14 @@ def check_prove(config: ProveConfig) -> list[Problem]:
     return problems
 
 
-def prove(config: ProveConfig) -> None:
+def prove(config: ProveConfig) -> dict[str, Any]:
     """Show on one and on two ranks that these settings resume exactly.
 
     The run is stopped in the middle of a later epoch: the first epoch alone does not show whether
     the order of the rows survives.
+
+    Returns:
+        What was compared, for each number of ranks; what ``--json`` prints.
 
     Raises:
         RunError: A run failed, or a resumed run differs from the straight one.
@@ -83,8 +89,9 @@ def prove(config: ProveConfig) -> None:
             stop,
             epoch,
         )
-    for ranks in [config.ranks] if config.ranks else _one_and_two(config):
-        _prove(config, ranks, stop, steps)
+    ranks = [config.ranks] if config.ranks else _one_and_two(config)
+    proofs = [_prove(config, count, stop, steps) for count in ranks]
+    return {"same": True, "proofs": proofs}
 
 
 def _few_rows(config: ProveConfig) -> int:
@@ -136,7 +143,7 @@ def _one_and_two(config: ProveConfig) -> list[int]:
     return [1, 2] if divides and fits else [1]
 
 
-def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> None:
+def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> dict[str, Any]:
     """Train some steps straight, then go on from one of them in a new process, and compare.
 
     All that a killed process leaves is its files. So the finished run is cut back to what a kill
@@ -148,8 +155,7 @@ def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> None:
         if ranks > 1:
             command += ["torch.distributed.run", "--standalone"]
             command += ["--nproc_per_node", str(ranks), "-m"]
-        given = [word for word in sys.argv[1:] if word.partition("=")[0].lstrip("+") not in OWN]
-        command += ["sft.train", *given, f"output_dir={run}", f"train.max_steps={steps}"]
+        command += ["sft.train", *_given(), f"output_dir={run}", f"train.max_steps={steps}"]
         command += ["train.save_strategy=steps", f"train.save_steps={stop}"]
         command += ["train.logging_steps=1", f"train.save_total_limit={steps}"]
         command += [f"dataset.max_{name}={getattr(config.dataset, f'max_{name}')}" for name in ROWS]
@@ -172,6 +178,20 @@ def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> None:
         steps,
         ", ".join(straight["files"]),
     )
+    return {"ranks": ranks, "steps": steps, "resumed_after": stop, "files": straight["files"]}
+
+
+def _given() -> list[str]:
+    """Give the command's own words, a settings file's as well, that training takes too."""
+    words = [word for word in sys.argv[1:] if word != "--json"]
+    folder = next((after for word, after in pairwise(words) if word in FOLDER_OPTIONS), None)
+    options = [
+        word
+        for before, word in pairwise(["", *words])
+        if word in FOLDER_OPTIONS or before in FOLDER_OPTIONS
+    ]
+    settings = expanded([word for word in words if word not in options], ProveConfig, folder)
+    return options + [word for word in settings if word.partition("=")[0].lstrip("+") not in OWN]
 
 
 def _counted(ranks: int) -> str:

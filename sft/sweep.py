@@ -135,11 +135,15 @@ def _train(trial: Trial, title: str) -> None:
 
 def _save(trials: Sequence[Trial], sweep_dir: Path) -> None:
     """Write sweep.json; a reader, or a sweep that is killed now, finds it complete."""
-    records = [
+    write_text(sweep_dir / "sweep.json", json.dumps(records(trials), indent=2) + "\n")
+
+
+def records(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Give what sweep.json and ``--json`` say of each trial."""
+    return [
         {key: value for key, value in vars(trial).items() if key not in ("command", "config")}
         for trial in trials
     ]
-    write_text(sweep_dir / "sweep.json", json.dumps(records, indent=2) + "\n")
 
 
 def _show(trials: Sequence[Trial], sweep_dir: Path) -> None:

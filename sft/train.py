@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import subprocess
@@ -27,15 +28,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft")
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> dict[str, Any] | None:
     """Train one run, and merge its adapter where that is asked for.
+
+    Returns:
+        On rank 0, the run's folder and what its run.json says at the end; what ``--json`` prints.
 
     Raises:
         SftError: With what is wrong and how to mend it.
     """
     folder = fit(config)
-    if config.train.merge and os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    if config.train.merge:
         merge(folder)
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return {"run": str(folder), **{key: record[key] for key in ("status", "seconds", "final")}}
 
 
 def fit(config: Config) -> Path:

@@ -60,7 +60,7 @@ class TorchrunLauncher(Launcher):  # type: ignore[misc]
                 carries an exception, would print a traceback below the table.
         """
         from sft import sweep
-        from sft.cli import report_error, start_logging
+        from sft.cli import report_error, start_logging, sweep_result
         from sft.errors import SftError
 
         start_logging()
@@ -83,6 +83,7 @@ class TorchrunLauncher(Launcher):  # type: ignore[misc]
             report_error(str(error))
             raise SystemExit(error.exit_code) from None
         exit_code = sweep.run(trials, sweep_dir)
+        sweep_result.update(sweep=str(sweep_dir), trials=sweep.records(trials))
         if exit_code:
             raise SystemExit(exit_code)
         for item, trial in zip(returns, trials, strict=True):

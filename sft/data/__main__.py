@@ -6,6 +6,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sft import environment
 from sft.checks import check
@@ -35,8 +36,11 @@ def check_data(config: DataConfig) -> list[Problem]:
     return problems
 
 
-def data(config: DataConfig) -> None:
-    """Prepare the data and say what it is.
+def data(config: DataConfig) -> dict[str, Any]:
+    """Prepare the data, and report what it is.
+
+    Returns:
+        Each part's figures and checks, and where files were written; what ``--json`` prints.
 
     Raises:
         DataError: It cannot be read, or must not be trained on.
@@ -58,17 +62,19 @@ def data(config: DataConfig) -> None:
     needed = streamed_samples(config)
     prepared = prepare(config.dataset, template, config.seed, needed, show=report.show)
     logger.info("data.json and dropped.jsonl are in %s", prepared.folder)
+    figures = report.figures(prepared.parts, config.dataset)
+    result = {"parts": figures, "folder": str(prepared.folder)}
     if config.preview:
         count = min(config.preview, len(prepared.train.dataset))
         samples = [prepared.train.dataset[index] for index in range(count)]
         preview.show(samples, tokenizer, tokens=config.tokens, file=sys.stdout)
         path = Path(config.html or f"outputs/{config.run_name}.data.html")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figures = report.figures(prepared.parts, config.dataset)
         path.write_text(
             page.page(samples, tokenizer, str(config.run_name), figures), encoding="utf-8"
         )
         logger.info("the same as a page: %s", path)
+        result["html"] = str(path)
     if config.output is not None:
         artefact.save(prepared, Path(config.output))
         logger.info(
@@ -76,6 +82,8 @@ def data(config: DataConfig) -> None:
             config.output,
             config.output,
         )
+        result["output"] = config.output
+    return result
 
 
 main = Command(

@@ -96,8 +96,11 @@ def _bytes(size: str) -> int | None:
     return found if found > 0 else None
 
 
-def merge(config: MergeConfig) -> None:
+def merge(config: MergeConfig) -> dict[str, Any]:
     """Merge, verify, and only then give the output its name.
+
+    Returns:
+        The report of the merge, and its folder; what ``--json`` prints.
 
     Raises:
         MergeError: Something is missing, the output is taken, or the merged model differs.
@@ -165,6 +168,7 @@ def merge(config: MergeConfig) -> None:
     _tell(output, report)
     if config.push_to_hub is not None:
         _push(output, config.push_to_hub)
+    return {"output": str(output), **report}
 
 
 def _places(config: MergeConfig) -> tuple[list[Path], Path]:

@@ -1,0 +1,57 @@
+"""Which option of the group dataset fits a file of rows: ``dataset=rows.jsonl``."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from sft.errors import DataError
+
+ARTEFACT = ("meta.json", "dataset_dict.json")  # what `sft data output=FOLDER` writes
+SAVED = ("dataset_dict.json", "state.json")  # what Datasets' save_to_disk writes
+BY_KIND = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+def option_of(path: str) -> str | None:
+    """Choose the option for the rows at a local path.
+
+    The first row decides between ``chat`` (a list of messages), ``text`` (one text) and the option
+    for prompts with completions, which the file's ending names.
+
+    Returns:
+        None if there is no file, folder or match of a pattern at this path.
+
+    Raises:
+        DataError: There is, but no file of a known kind is in it.
+    """
+    from sft.data.formats import recognise
+    from sft.data.locations import files_of, read
+    from sft.data.readers import TEXT, Row, kind_of
+
+    local = Path(path).expanduser()
+    if not local.exists() and not glob.glob(str(local), recursive=True):
+        return None
+    if all((local / name).is_file() for name in ARTEFACT):
+        return "pretokenized"
+    if any((local / name).is_file() for name in SAVED):
+        return "jsonl"  # its rows are not looked at: Datasets would be imported for it
+    files = files_of(path)
+    if not files:  # a pattern that matches folders only
+        return None
+    kind = kind_of(files[0])
+    if kind is None:
+        raise DataError(
+            f"{path} is of no known kind: .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md"
+            f"\n    fix: dataset=text dataset.path={path}, or another file"
+        )
+    if kind in TEXT:
+        return "text"
+    try:
+        first = next(iter(read(path)), None)
+    except DataError:
+        first = None  # preparing the data will say what is wrong, with its place
+    row = first.values if isinstance(first, Row) else {}
+    format = recognise(row)
+    if format in ("messages", "sharegpt") or isinstance(row.get("prompt"), list):
+        return "chat"
+    return "text" if format == "text" else BY_KIND.get(kind, "jsonl")
