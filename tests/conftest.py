@@ -5,6 +5,7 @@ import signal
 import tempfile
 
 import pytest
+import warm_python
 
 # Before anything imports torch. Two workers with two threads each, on two cores, mostly wait for
 # one another, and a thread that waits keeps its core: tests took up to ten times as long.
@@ -20,3 +21,9 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take away what a surrounding torchrun or sweep would say about ranks."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SFT_ERROR_FILE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def warm_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torchrun start ranks that need not import the libraries."""
+    monkeypatch.setenv("PYTHON_EXEC", warm_python.executable())

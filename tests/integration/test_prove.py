@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support import run_sft
 from warm import run_warm
 
 from sft import checkpoint, prove
 from sft.errors import CheckpointError, ConfigError, RunError
 
+pytestmark = pytest.mark.usefixtures("warm_ranks")
 WORKERS = ["train.dataloader_num_workers=2", "train.extra.dataloader_persistent_workers=true"]
 
 
@@ -55,7 +55,7 @@ def test_the_proof_on_one_rank_and_on_two(tmp_path: Path, saving: list[str]) -> 
     """As a user calls it, with 16 bits and dropout."""
     command = [item for item in saving if item.partition("=")[0] != "precision"]
     command += ["precision=bf16", "lora.lora_dropout=0.1", "train.eval_strategy=epoch"]
-    result = run_sft("prove", *command, cwd=tmp_path)
+    result = run_warm("prove", *command, cwd=tmp_path)
     assert "warning: step" not in result.stdout
     found = re.findall(r"bit for bit, on (\d) ranks?: .* evaluations of steps", result.stdout)
     assert found == ["1", "2"]

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.usefixtures("warm_ranks")
 SHORT = [
     "train.max_steps=2",
     "train.global_batch_size=16",

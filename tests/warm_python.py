@@ -1,0 +1,145 @@
+"""A Python that need not import the libraries: a server that has imported them forks each process.
+
+``python -m torch.distributed.run`` starts its ranks with the executable that PYTHON_EXEC names. The
+script that ``executable`` names is one: it sends its arguments, environment, folder and standard streams
+to the server, passes signals on, and exits as the forked process does. It saves each rank the
+seconds that importing takes, where a test is not about the start itself.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+order = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(server, [len(order).to_bytes(8, "big")], [0, 1, 2])
+server.sendall(order)
+answers = server.makefile()
+pid = int(answers.readline())
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, lambda received, _: os.kill(pid, received))
+code = int(answers.readline())
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+
+@functools.cache
+def executable() -> str:
+    """Give the script; the server starts with the first call, and ends with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    address, script = folder / "server", folder / "python"
+    server = subprocess.Popen([sys.executable, __file__, str(address)])
+    script.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    script.chmod(0o755)
+    deadline = time.monotonic() + 120
+    while not address.exists():
+        assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.05)
+    return str(script)
+
+
+def serve(address: str) -> None:
+    """Fork a process for each order, and end those whose client has died."""
+    import datasets  # noqa: F401
+    import deepspeed  # noqa: F401
+
+    import sft.trainer  # noqa: F401
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{address}.partial")
+    listener.listen()
+    os.rename(f"{address}.partial", address)
+    waiting = selectors.DefaultSelector()
+    waiting.register(listener, selectors.EVENT_READ)
+    waiting.register(os.pidfd_open(os.getppid()), selectors.EVENT_READ, "the tests have ended")
+    while True:
+        for key, _ in waiting.select():
+            if key.fileobj is listener:
+                accept(listener, waiting)
+            elif key.data == "the tests have ended":
+                return
+            else:
+                client, pid, watch = key.data
+                if key.fileobj is client:  # closed: the client was killed
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                with contextlib.suppress(OSError):
+                    client.sendall(f"{code}\n".encode())
+                for ended in (client, watch):
+                    waiting.unregister(ended)
+                client.close()
+                os.close(watch)
+
+
+def accept(listener: socket.socket, waiting: selectors.BaseSelector) -> None:
+    """Read an order and fork a process that carries it out."""
+    client, _ = listener.accept()
+    length, streams, _, _ = socket.recv_fds(client, 8, 3)
+    order = client.makefile("rb").read(int.from_bytes(length, "big"))
+    pid = os.fork()
+    if pid == 0:
+        listener.close()
+        client.close()
+        carry_out(json.loads(order), streams)
+    for stream in streams:
+        os.close(stream)
+    watch = os.pidfd_open(pid)
+    client.sendall(f"{pid}\n".encode())
+    for end in (client, watch):
+        waiting.register(end, selectors.EVENT_READ, (client, pid, watch))
+
+
+def carry_out(order: list[Any], streams: list[int]) -> None:
+    """Become what ``python`` with these arguments would have been."""
+    arguments, folder, environment = order
+    code = 1
+    try:
+        os.setsid()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        arguments = arguments[1:] if arguments[0] == "-u" else arguments
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
