@@ -119,7 +119,7 @@ def _heap_frozen() -> Iterator[None]:
     try:
         yield
     finally:
-        if not frozen_before:  # unfreezing knows no owner
+        if not frozen_before:  # gc.unfreeze would release what the caller has frozen, too
             gc.unfreeze()
 
 
