@@ -131,7 +131,7 @@ def _data(config: Config) -> Iterator[Problem]:
         try:
             columns = columns_of(text)
         except ValueError as error:
-            columns = [f"({error})"]
+            columns = (f"({error})",)
         wrong = [name for name in columns if not re.fullmatch(r"[\w .-]+", name)]
         if wrong:
             yield Problem(

@@ -7,6 +7,7 @@ section maps onto the library's class by name.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -458,13 +459,14 @@ class Config:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
 
-def columns_of(text: str) -> list[str]:
+@functools.cache  # called for every row
+def columns_of(text: str) -> tuple[str, ...]:
     """List the ``{column}`` fields of a template's text.
 
     Raises:
         ValueError: Its braces do not match.
     """
-    return [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+    return tuple(name for _, name, _, _ in Formatter().parse(text) if name is not None)
 
 
 def short_name(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import unicodedata
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# What ByteLevel cuts a text by, unless a Split does (openai/gpt-2, src/encoder.py).
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# What ByteLevel cuts a text by, unless a Split does (openai/gpt-2, src/encoder.py), with as little
+# as possible outside the part without look-ahead, which runs as an automaton. The last alternative
+# matches one space only: of several `\s+(?!\S)` takes all but one.
+GPT2 = r"(?:'(?:[stmd]|re|ve|ll)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 UTF8 = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that text can have
 LONG_SPACE = re.compile(r"\s{10000}")  # tiktoken's pattern engine runs out of stack on more
@@ -37,8 +40,11 @@ class BytePairs:
         import tiktoken
 
         self._tokenizer = tokenizer
-        self._ids = list(tokens.values())  # by rank
-        ranks = {token: rank for rank, token in enumerate(tokens)}
+        merged = [number for token, number in tokens.items() if len(token) > 1]
+        # Ids that ascend in the order of merging are ranks themselves, and need no translation.
+        ascending = all(low < high for low, high in itertools.pairwise(merged))
+        self._ids = None if ascending else list(tokens.values())  # by rank
+        ranks = tokens if ascending else {token: rank for rank, token in enumerate(tokens)}
         self._encode = tiktoken.Encoding(
             "bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         ).encode_ordinary
@@ -83,16 +89,20 @@ class BytePairs:
         ]
 
     def _one(self, text: str) -> list[int]:
-        ids = self._ids
-        if not self._added:
-            return [ids[rank] for rank in self._encode(text)]
+        parts = self._cut.split(text) if self._added else [text]
+        if len(parts) == 1:
+            return self._merged(text)
         result: list[int] = []
-        for number, part in enumerate(self._cut.split(text)):
+        for number, part in enumerate(parts):
             if number % 2:
                 result.append(self._added[part])
             elif part:
-                result += [ids[rank] for rank in self._encode(part)]
+                result += self._merged(part)
         return result
+
+    def _merged(self, text: str) -> list[int]:
+        ranks = self._encode(text)
+        return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
 
     def _certain(self, texts: Sequence[str]) -> list[bool]:
         """Tell of each text whether both are known to encode it alike."""
@@ -150,7 +160,6 @@ def _reachable(settings: dict[str, Any]) -> dict[bytes, int] | None:
 
     None where a text may have other tokens, or cannot be told in these.
     """
-    from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -161,17 +170,14 @@ def _reachable(settings: dict[str, Any]) -> dict[bytes, int] | None:
         return None
     merges = [tuple(merge) for merge in model["merges"]]
     made = ("".join(merge) for merge in merges)
-    tokens = list(dict.fromkeys([*byte_of, *(t for t in made if byte_of.keys() >= set(t))]))
-    # Merging alone: a token's own letters, neither cut nor looked up whole.
-    alone = Tokenizer(BPE(vocab=vocabulary, merges=merges))
-    merged = alone.encode_batch_fast(tokens, add_special_tokens=False)
-    reached = [
-        token
-        for token, encoding in zip(tokens, merged, strict=True)
-        if encoding.ids == [vocabulary[token]]
-    ]
+    letters = frozenset(byte_of)
+    tokens = dict.fromkeys([*byte_of, *(token for token in made if letters.issuperset(token))])
+    # Merging alone: a token's own letters, neither cut nor looked up whole. Without the model's
+    # cache, which each token would enter and none would hit.
+    alone = BPE(vocab=vocabulary, merges=merges, cache_capacity=0)
+    reached = [token for token in tokens if len(alone.tokenize(token)) == 1]
     if model.get("ignore_merges"):
         added = {token["content"] for token in settings["added_tokens"]}
         if vocabulary.keys() - added - set(bytes_to_unicode().values()) - set(reached):
             return None
-    return {bytes(byte_of[letter] for letter in t): vocabulary[t] for t in reached}
+    return {bytes(map(byte_of.__getitem__, token)): vocabulary[token] for token in reached}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,7 +88,8 @@ def prepare(
     if prepared is None:
         packing = packing_of(config, template.config.kind).value
         packed = dataclasses.replace(config, packing=packing)
-        prepared = _cached(packed, template, seed, samples)
+        with _heap_frozen():
+            prepared = _cached(packed, template, seed, samples)
         if samples and prepared.train.counts.samples < samples:
             logger.info(
                 "warning: the source ended after %s samples; the run takes %s, some of them again",
@@ -100,10 +103,28 @@ def prepare(
     return prepared
 
 
+@contextlib.contextmanager
+def _heap_frozen() -> Iterator[None]:
+    """Exclude the objects that exist already from garbage collection.
+
+    The imported libraries hold about a million of them. A full collection takes 0.1 s to find that
+    none is garbage, reading a tokenizer's JSON triggers several, and in forked workers each also
+    copies the memory that was shared with this process.
+    """
+    frozen_before = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen_before:  # gc.unfreeze would release what the caller has frozen, too
+            gc.unfreeze()
+
+
 def _cached(config: DatasetConfig, template: Template, seed: int, samples: int | None) -> Prepared:
     from filelock import FileLock
 
-    key = _key(config, template, seed, samples)
+    tokenizer = tokenizer_hash(template.tokenizer)
+    key = _key(config, template, seed, samples, tokenizer)
     folder = cache_dir() / "data" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "data.json").is_file():
@@ -115,7 +136,7 @@ def _cached(config: DatasetConfig, template: Template, seed: int, samples: int |
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.mkdir()
                 try:
-                    _make(config, template, seed, samples, partial)
+                    _make(config, template, seed, samples, partial, tokenizer)
                 except BaseException:
                     shutil.rmtree(partial, ignore_errors=True)
                     raise
@@ -142,7 +163,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256((text + special).encode()).hexdigest()[:32]
 
 
-def _key(config: DatasetConfig, template: Template, seed: int, samples: int | None) -> str:
+def _key(
+    config: DatasetConfig, template: Template, seed: int, samples: int | None, tokenizer: str
+) -> str:
     """Name what the samples are made from: data, tokenizer, template, options and our own code."""
     code = hashlib.sha256()
     for path in sorted((PACKAGE_DIR / "data").glob("*.py")):
@@ -157,7 +180,7 @@ def _key(config: DatasetConfig, template: Template, seed: int, samples: int | No
         "settings": {key: settings[key] for key in sorted(named(DatasetConfig, in_data_key=True))},
         "template": dataclasses.asdict(template.config),
         "chat_template": template.tokenizer.chat_template if chat else None,
-        "tokenizer": tokenizer_hash(template.tokenizer),
+        "tokenizer": tokenizer,
         "seed": seed if uses_seed else None,
     }
     text = json.dumps(ingredients, sort_keys=True, default=str)
@@ -165,7 +188,12 @@ def _key(config: DatasetConfig, template: Template, seed: int, samples: int | No
 
 
 def _make(
-    config: DatasetConfig, template: Template, seed: int, samples: int | None, folder: Path
+    config: DatasetConfig,
+    template: Template,
+    seed: int,
+    samples: int | None,
+    folder: Path,
+    tokenizer: str,
 ) -> None:
     """Prepare every part into a folder; ``data.json`` comes last."""
     given = sources.of(config, seed)
@@ -192,7 +220,7 @@ def _make(
     for path in folder.glob("*.bin"):
         path.unlink()
     meta = {
-        "tokenizer": tokenizer_hash(template.tokenizer),
+        "tokenizer": tokenizer,
         "settings": dataclasses.asdict(config),
         "template": dataclasses.asdict(template.config),
         "parts": {name: dataclasses.asdict(counts) for name, counts in parts.items()},

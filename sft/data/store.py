@@ -227,38 +227,44 @@ def _work(batch: list[Row | BadRow]) -> Encoded:
 def _in_parallel(
     maker: RowEncoder, batches: Iterator[list[Row | BadRow]], num_proc: int | None, ahead: bool
 ) -> Iterator[tuple[list[Row | BadRow], Encoded]]:
-    """Encode batches, in order; the first in this process, more of them in others beside it.
+    """Encode batches, in order: few of them in this process, many in others.
 
     Args:
         maker: Encodes a batch.
         batches: Of rows.
         num_proc: Processes; None: one a core.
-        ahead: Read up to ``ALONE`` batches beyond the first before the second is encoded, so that
-            no more than the first is encoded slowly. Not where reading stops at a number of rows.
+        ahead: Read ``ALONE`` batches and one more before the first is encoded, to know whether they
+            are few. Where reading stops at a number of rows, ``ALONE`` are encoded to find out.
     """
-    alone = 1 if ahead else ALONE
+    alone = ALONE
+    if ahead:
+        first = list(itertools.islice(batches, ALONE + 1))
+        batches = itertools.chain(first, batches)
+        alone = 0 if len(first) > ALONE else ALONE
     for batch in itertools.islice(batches, alone):
         yield batch, maker(batch)
-    processes = num_proc or len(os.sched_getaffinity(0))
-    following = list(itertools.islice(batches, ALONE + 1 - alone))
-    if alone + len(following) <= ALONE:
-        for batch in following:
-            yield batch, maker(batch)
+    following = next(batches, None)
+    if following is None:
         return
+    batches = itertools.chain([following], batches)
     maker.encoder.accelerate()
+    processes = num_proc or len(os.sched_getaffinity(0))
     if processes == 1:
-        for batch in itertools.chain(following, batches):
+        for batch in batches:
             yield batch, maker(batch)
         return
     # Forked, so that the tokenizer is there already; no thread of ours is running yet.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _begin_worker, (maker,)) as pool:
+    pool = ProcessPoolExecutor(processes, context, _begin_worker, (maker,))
+    try:
         running: collections.deque[tuple[list[Row | BadRow], Future[Encoded]]]
         running = collections.deque()
-        for batch in itertools.chain(following, batches):
+        for batch in batches:
             running.append((batch, pool.submit(_work, batch)))
             if len(running) > 2 * processes:  # so that memory stays bounded
-                first, done = running.popleft()
-                yield first, done.result()
-        for first, done in running:
-            yield first, done.result()
+                oldest, done = running.popleft()
+                yield oldest, done.result()
+        for oldest, done in running:
+            yield oldest, done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever stops early does not wait for the rest

@@ -70,6 +70,21 @@ def test_ids_are_those_of_tokenizers(pattern: str | None) -> None:
     assert same(trained(pattern, ignore_merges=True), nonsense(500)) > 0.9
 
 
+def test_ids_need_not_follow_the_order_of_merging() -> None:
+    settings = json.loads(trained().to_str())
+    vocabulary = settings["model"]["vocab"]
+    assert len(vocabulary) == 2000
+    settings["model"]["vocab"] = {token: 1999 - number for token, number in vocabulary.items()}
+    for token in settings["added_tokens"]:
+        token["id"] = 1999 - token["id"]
+    tokenizer = Tokenizer.from_str(json.dumps(settings))
+    assert same(tokenizer, nonsense(1000)) > 0.9
+    pairs = BytePairs.of(tokenizer)
+    assert pairs is not None and pairs._ids is not None
+    usual = BytePairs.of(trained())
+    assert usual is not None and usual._ids is None
+
+
 def test_characters_that_compose_are_left_to_tokenizers() -> None:
     tokenizer = trained(LLAMA3)
     tokenizer.normalizer = normalizers.NFC()

@@ -1,5 +1,6 @@
 """Prepared once, by content; nothing is lost uncounted, and nothing wrong is trained."""
 
+import gc
 import json
 import os
 import signal
@@ -147,6 +148,29 @@ def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.Monke
     assert shared.train.dataset[:] == alone.train.dataset[:]
     assert shared.train.counts == alone.train.counts
     assert (shared.train.counts.rows, shared.train.counts.bad) == (901, 1)
+
+
+def test_the_heap_is_frozen_while_data_is_prepared_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows.jsonl", [pair(n) for n in range(9)])
+    frozen = []
+    make = prepare._make
+    monkeypatch.setattr(
+        prepare, "_make", lambda *given: frozen.append(gc.get_freeze_count()) or make(*given)
+    )
+    made(path)
+    assert frozen[0] > 10_000
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(DataError, match="leave none to train on"):
+        made(path, eval_fraction=0.99)
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        made(path, max_length=99)
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
 
 
 def test_half_a_character_is_no_text(tmp_path: Path) -> None:
