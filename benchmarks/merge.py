@@ -3,11 +3,14 @@
     python benchmarks/merge.py --folder SCRATCH [--runs 3] [--skip peft verified]
 
 A model of Qwen2.5-1.5B's shape with random weights in bf16, in files of 1 GB, and a LoRA of rank 16
-on all linear layers. In turn: cp; the least that a merge can do (every matrix that changes is read,
-made float32, rounded and written, nothing added); ours without the comparison; PEFT as its
+on all linear layers. In turn: cp; the steps of a merge, one more each time, with nothing prepared
+("read": every matrix that changes is read; "copied": and written as it was; "least": and made
+float32 and rounded between; "sums": and B A added); ours without the comparison; PEFT as its
 documentation merges (from_pretrained in bf16, merge_and_unload, save_pretrained); at the end, once,
-ours with the comparison. Files are in the page cache before, and on the disk when the clock stops.
-"seconds" are without imports, "command" is all of it. Peak memory is of the whole process.
+ours with the comparison. Files are in the page cache before, and on the disk when the clock stops;
+what the tools before have written is removed, so that each finds as much free memory. "seconds" are
+without imports, "command" is all of it, "CPU" is of all threads without imports where the tool can
+tell. Peak memory is of the whole process.
 """
 
 import argparse
@@ -49,28 +52,37 @@ for name in os.listdir(out):
 print("seconds", time.perf_counter() - began)
 """
 
-LEAST = """
+STEPS = """
 import json, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
 import torch
-base, out = sys.argv[1:]
+base, out, steps = sys.argv[1:]
+RANK = 16
 threads, TILE, CHUNK = torch.get_num_threads(), 1 << 18, 1 << 25  # numbers, bytes
 torch.set_num_threads(1)
 
-def change(read, write, start, stop):
-    raw = torch.empty(2 * TILE, dtype=torch.uint8)
-    tile = torch.empty(TILE)
+def change(read, write, start, stop, columns):
+    rows = TILE // columns
+    raw = torch.empty(2 * rows * columns, dtype=torch.uint8)
+    tile = torch.empty(rows, columns)
+    left, right = torch.ones(rows, RANK), torch.ones(RANK, columns)
     for place in range(start, stop, len(raw)):
         some = raw[: stop - place]
         os.preadv(read, [some.numpy()], place)
-        wide = tile[: len(some) // 2].copy_(some.view(torch.bfloat16))
-        os.pwrite(write, some.view(torch.bfloat16).copy_(wide).view(torch.uint8).numpy(), place)
+        if steps in ("least", "sums"):
+            numbers = some.view(torch.bfloat16).view(-1, columns)
+            wide = tile[: len(numbers)].copy_(numbers)
+            if steps == "sums":
+                wide.addmm_(left[: len(numbers)], right)
+            numbers.copy_(wide)
+        if steps != "read":
+            os.pwrite(write, some.numpy(), place)
 
-def copy(read, write, start, stop):
-    while start < stop:
+def copy(read, write, start, stop, columns):
+    while start < stop and steps != "read":
         start += os.copy_file_range(read, write, stop - start, start, start)
 
-began = time.perf_counter()
+began, used = time.perf_counter(), time.process_time()
 os.mkdir(out)
 with ThreadPoolExecutor(threads) as workers, ThreadPoolExecutor(1) as disk:
     for name in sorted(n for n in os.listdir(base) if n.endswith(".safetensors")):
@@ -79,12 +91,14 @@ with ThreadPoolExecutor(threads) as workers, ThreadPoolExecutor(1) as disk:
         length = int.from_bytes(os.pread(read, 8, 0), "little")
         entries = json.loads(os.pread(read, length, 8))
         entries.pop("__metadata__", None)
-        jobs = [workers.submit(copy, read, write, 0, 8 + length)]
+        jobs = [workers.submit(copy, read, write, 0, 8 + length, 1)]
         for key, entry in entries.items():
             start, stop = (8 + length + place for place in entry["data_offsets"])
-            how = change if "_proj.weight" in key else copy
-            for low in range(start, stop, CHUNK):
-                jobs.append(workers.submit(how, read, write, low, min(low + CHUNK, stop)))
+            how, columns = change if "_proj.weight" in key else copy, entry["shape"][-1]
+            chunk = CHUNK // (2 * columns) * 2 * columns
+            for low in range(start, stop, chunk):
+                high = min(low + chunk, stop)
+                jobs.append(workers.submit(how, read, write, low, high, columns))
         def finish(write=write, jobs=jobs):
             for count, job in enumerate(jobs, 1):
                 job.result()
@@ -93,7 +107,7 @@ with ThreadPoolExecutor(threads) as workers, ThreadPoolExecutor(1) as disk:
             os.fsync(write)
         last = disk.submit(finish)
     last.result()
-print("seconds", time.perf_counter() - began)
+print("seconds", time.process_time() - used, time.perf_counter() - began)
 """
 
 
@@ -136,13 +150,13 @@ def call(command: list[str]) -> tuple[float, float, str]:
 def copy(base: Path, out: Path) -> dict[str, float]:
     files = sorted(base.glob("*.safetensors"))
     out.mkdir()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), sum(os.times()[:4])
     subprocess.run(["cp", *map(str, files), str(out)], check=True)
     for file in out.iterdir():
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    return {"seconds": time.perf_counter() - began}
+    return {"seconds": time.perf_counter() - began, "CPU": sum(os.times()[:4]) - used}
 
 
 def ours(base: Path, adapter: Path, out: Path, verify: str) -> dict[str, float]:
@@ -153,9 +167,10 @@ def ours(base: Path, adapter: Path, out: Path, verify: str) -> dict[str, float]:
     return {"seconds": report[key], "command": wall, "peak": peak}
 
 
-def script(code: str, *paths: Path) -> dict[str, float]:
-    wall, peak, output = call([sys.executable, "-c", code, *map(str, paths)])
-    return {"seconds": float(output.split()[-1]), "command": wall, "peak": peak}
+def script(code: str, *arguments: Path | str) -> dict[str, float]:
+    wall, peak, output = call([sys.executable, "-c", code, *map(str, arguments)])
+    *used, seconds = map(float, output.rpartition("seconds")[2].split())
+    return {"seconds": seconds, "command": wall, "peak": peak} | ({"CPU": used[0]} if used else {})
 
 
 def equal(one: Path, other: Path) -> tuple[int, int]:
@@ -193,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="scratch, about 15 GB")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["least", "peft", "verified"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["steps", "peft", "verified"])
     arguments = parser.parse_args()
     base, adapter = arguments.folder / "base", arguments.folder / "adapter"
     if not (adapter / "adapter_model.safetensors").is_file():
@@ -203,20 +218,22 @@ def main() -> None:
         builder.start()
         builder.join()
         assert builder.exitcode == 0
-    out = {name: arguments.folder / name for name in ("cp", "least", "ours", "peft", "verified")}
+    steps = ["read", "copied", "least", "sums"]
+    out = {name: arguments.folder / name for name in ("cp", *steps, "ours", "peft", "verified")}
     tools = {
         "cp": lambda: copy(base, out["cp"]),
-        "least": lambda: script(LEAST, base, out["least"]),
+        **{step: lambda step=step: script(STEPS, base, out[step], step) for step in steps},
         "ours": lambda: ours(base, adapter, out["ours"], "false"),
         "peft": lambda: script(PEFT, base, adapter, out["peft"]),
         "verified": lambda: ours(base, adapter, out["verified"], "true"),
     }
-    tools = {name: tool for name, tool in tools.items() if name not in arguments.skip}
+    skipped = {*arguments.skip, *(steps if "steps" in arguments.skip else ())}
+    tools = {name: tool for name, tool in tools.items() if name not in skipped}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in tools}
     for _ in range(arguments.runs):
-        for folder in out.values():
-            shutil.rmtree(folder, ignore_errors=True)  # and their pages with them
         for name in (name for name in tools if name != "verified"):
+            for other in out.keys() - ({"ours"} if name == "peft" else set()):  # these are compared
+                shutil.rmtree(out[other], ignore_errors=True)
             measure(name, tools[name], base, found)
     if "verified" in tools:
         measure("verified", tools["verified"], base, found)
@@ -226,11 +243,12 @@ def main() -> None:
 
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     print(f"\n{size / 1e9:.2f} GB; medians of {arguments.runs}")
-    heads = ["seconds", "/ cp", "command", "MiB"] + ["/ PEFT", "PEFT /"] * ("peft" in tools)
+    heads = ["seconds", "/ cp", "CPU", "command", "MiB"] + ["/ PEFT", "PEFT /"] * ("peft" in tools)
     print(" " * 10 + "".join(f"{head:>9}" for head in heads))
     for name in tools:
         seconds = median(name, "seconds")
         line = f"{name:10}{seconds:9.2f}{seconds / median('cp', 'seconds'):9.2f}"
+        line += f"{median(name, 'CPU'):9.2f}" if "CPU" in found[name][0] else " " * 9
         if name != "cp":
             peak = median(name, "peak")
             line += f"{median(name, 'command'):9.1f}{peak:9.0f}"

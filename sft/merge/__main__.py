@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import logging
 import os
 import shutil
@@ -17,13 +18,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sft import environment
 from sft.cli import Command
 from sft.errors import MergeError, Problem
 from sft.files import to_json, write_text
 from sft.rules import one_of, rule_problems, setting
+
+if TYPE_CHECKING:
+    import torch
+
+    from sft.merge.plan import Prepared
 
 logger = logging.getLogger("sft")
 
@@ -107,28 +113,76 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     """
     adapters, output = _places(config)
     _check_output(output, config.overwrite)
-    environment.prepare()
+    with contextlib.ExitStack() as until_written:
+        until_written.enter_context(_collector_off())
+        environment.prepare()
+        import torch
+
+        from sft import checkpoint
+        from sft.merge import carry
+        from sft.merge.verify import verify, verify_against_training
+        from sft.merge.write import write
+
+        began = time.perf_counter()
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise MergeError("device=cuda: there is no GPU\n    fix: device=cpu")
+        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        prepared, report = _prepare(config, adapters, dtype)
+        _check_space(prepared.layout.size, output)
+        with _claimed(output) as partial:
+            write_text(partial / REPORT, to_json(report, indent=2) + "\n")  # until it is verified
+            with _progress(prepared.layout.size) as tick:
+                write(prepared.layout, partial, torch.device(config.device), tick)
+            if index := prepared.layout.index():
+                write_text(partial / "model.safetensors.index.json", index)
+            carry.write(prepared, dtype, partial)
+            report["seconds_merging"] = round(time.perf_counter() - began, 2)
+            until_written.close()
+            if config.verify:
+                quantization = prepared.sources.quantization
+                report |= verify(prepared, partial, dtype or prepared.sources.stored_dtype)
+                if quantization.load_in_8bit or (
+                    quantization.load_in_4bit and not prepared.dequantized
+                ):
+                    report["from_training"] = verify_against_training(prepared, partial)
+            else:
+                report |= {"passed": None, "reason": "verify=false"}
+            report["seconds"] = round(time.perf_counter() - began, 2)
+            write_text(partial / REPORT, to_json(report, indent=2) + "\n")
+            if report["passed"] is False:
+                _refuse(partial, output, report)
+            checkpoint.finish(partial, output)
+    _tell(output, report)
+    if config.push_to_hub is not None:
+        _push(output, config.push_to_hub)
+    return {"output": str(output), **report}
+
+
+def _prepare(
+    config: MergeConfig, adapters: list[Path], dtype: torch.dtype | None
+) -> tuple[Prepared, dict[str, Any]]:
+    """Decide what is written, and begin the report.
+
+    The tensors of an adapter are small: OpenMP's threads would wait for one another at each of
+    them, so one thread is used.
+    """
     import torch
 
-    from sft import checkpoint
-    from sft.merge import carry, plan
-    from sft.merge.verify import verify, verify_against_training
-    from sft.merge.write import write
+    from sft.merge import plan
 
-    began = time.perf_counter()
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise MergeError("device=cuda: there is no GPU\n    fix: device=cpu")
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     size = None if config.max_shard_size is None else _bytes(config.max_shard_size)
-    weights = config.weights or [1.0] * len(adapters)
-    sources = plan.find(adapters, weights, config.base)
-    compared = plan.check_base(sources) if config.check_base else "not compared, as asked"
-    quantization = sources.quantization
-    is_quantized = quantization.load_in_4bit or quantization.load_in_8bit
-    dequantized = is_quantized and config.quantized_base == "dequantized"
-    prepared = plan.prepare(sources, dequantized, dtype, size)
-    _check_space(prepared.layout.size, output)
-    report: dict[str, Any] = {
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sources = plan.find(adapters, config.weights or [1.0] * len(adapters), config.base)
+        compared = plan.check_base(sources) if config.check_base else "not compared, as asked"
+        quantization = sources.quantization
+        is_quantized = quantization.load_in_4bit or quantization.load_in_8bit
+        dequantized = is_quantized and config.quantized_base == "dequantized"
+        prepared = plan.prepare(sources, dequantized, dtype, size)
+    finally:
+        torch.set_num_threads(threads)
+    return prepared, {
         "passed": False,
         "adapters": [str(folder.resolve()) for folder in sources.adapters],
         "weights": sources.weights,
@@ -138,37 +192,35 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         "dtype": config.dtype if dtype is not None else str(sources.stored_dtype)[6:],
         "untied": prepared.layout.untied,
     }
-    with _claimed(output) as partial:
-        write_text(partial / REPORT, to_json(report, indent=2) + "\n")  # until it is verified
-        with _progress(prepared.layout.size) as tick:
-            write(prepared.layout, partial, torch.device(config.device), tick)
-        if index := prepared.layout.index():
-            write_text(partial / "model.safetensors.index.json", index)
-        carry.write(prepared, dtype, partial)
-        report["seconds_merging"] = round(time.perf_counter() - began, 2)
-        if config.verify:
-            report |= verify(prepared, partial, dtype or sources.stored_dtype)
-            if quantization.load_in_8bit or (is_quantized and not dequantized):
-                report["from_training"] = verify_against_training(prepared, partial)
-        else:
-            report |= {"passed": None, "reason": "verify=false"}
-        report["seconds"] = round(time.perf_counter() - began, 2)
-        write_text(partial / REPORT, to_json(report, indent=2) + "\n")
-        if report["passed"] is False:
-            failed = output.with_name(output.name + FAILED)
-            shutil.rmtree(failed, ignore_errors=True)
-            partial.rename(failed)
-            exact = report["dtype"] == "float32"
-            fix = "please report this, with the folder's report" if exact else "dtype=float32"
-            raise MergeError(
-                f"the merged model is not the trained one: {report['reason']}; it is in {failed} "
-                f"for inspection\n    fix: {fix}"
-            )
-        checkpoint.finish(partial, output)
-    _tell(output, report)
-    if config.push_to_hub is not None:
-        _push(output, config.push_to_hub)
-    return {"output": str(output), **report}
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    """Turn off Python's garbage collector.
+
+    While the libraries are imported and the architecture is built it finds nothing to free, and
+    walks through all of their objects again and again: a second of the command's time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _refuse(partial: Path, output: Path, report: dict[str, Any]) -> NoReturn:
+    """Keep a merged model that is not the trained one for inspection, under another name."""
+    failed = output.with_name(output.name + FAILED)
+    shutil.rmtree(failed, ignore_errors=True)
+    partial.rename(failed)
+    exact = report["dtype"] == "float32"
+    fix = "please report this, with the folder's report" if exact else "dtype=float32"
+    raise MergeError(
+        f"the merged model is not the trained one: {report['reason']}; it is in {failed} "
+        f"for inspection\n    fix: {fix}"
+    )
 
 
 def _places(config: MergeConfig) -> tuple[list[Path], Path]:
