@@ -7,16 +7,13 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from sft.config import CONF_DIR, Config
 from sft.errors import ConfigError, Problem
 from sft.overrides import groups
 from sft.rules import fields_of, written
 from sft.upstream import did_you_mean
-
-if TYPE_CHECKING:
-    from sft.cli import Command
 
 WIDEST = 110  # columns; longer lines are hard to read
 OPTIONS = {
@@ -30,6 +27,21 @@ OPTIONS = {
 }
 
 
+class Described(Protocol):
+    """What the help must know of a command; ``sft.cli.Command`` has it."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def schema(self) -> type[Any]: ...  # noqa: D102
+    @property
+    def summary(self) -> str: ...  # noqa: D102
+    @property
+    def examples(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def config_name(self) -> str | None: ...  # noqa: D102
+
+
 def overview(summaries: dict[str, str]) -> str:
     """List the commands, one line each."""
     lines = ["usage: sft COMMAND [SETTINGS.yaml] [group=option ...] [setting=value ...]", ""]
@@ -41,7 +53,7 @@ def overview(summaries: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def help_text(command: Command[Any], argv: list[str]) -> str:
+def help_text(command: Described, argv: list[str]) -> str:
     """Write the help, or that of the section which stands after ``--help``.
 
     Raises:
@@ -107,7 +119,7 @@ def _example(command: str) -> list[str]:
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def _own(command: Command[Any]) -> list[str]:
+def _own(command: Described) -> list[str]:
     """List the settings that a command does not share with training."""
     shared = {item.name for item in dataclasses.fields(Config)} if command.config_name else set()
     return [

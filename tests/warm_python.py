@@ -1,9 +1,9 @@
 """A Python that need not import the libraries: a server that has imported them forks each process.
 
 ``python -m torch.distributed.run`` starts its ranks with the executable that PYTHON_EXEC names. The
-script that ``executable`` names is one: it sends its arguments, environment, folder and standard streams
-to the server, passes signals on, and exits as the forked process does. It saves each rank the
-seconds that importing takes, where a test is not about the start itself.
+script that ``executable`` names is one: it sends its arguments, environment, folder and standard
+streams to the server, passes signals on, and exits as the forked process does. It saves each rank
+the seconds that importing takes, where a test is not about the start itself.
 """
 
 import contextlib
