@@ -26,7 +26,7 @@ def ours(rows: str, tokenizer_path: str, processes: int) -> tuple[int, float]:
     import filelock  # noqa: F401
     from transformers import AutoTokenizer
 
-    from sft.config import DatasetConfig, TemplateConfig
+    from sft.config.settings import DatasetConfig, TemplateConfig
     from sft.data.prepare import prepare
     from sft.data.template import Template
 

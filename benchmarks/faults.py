@@ -29,7 +29,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sft import checkpoint
+from sft.checkpoint import folder as checkpoint
 from sft.errors import CheckpointError
 
 HERE = Path(__file__).resolve().parent
@@ -90,23 +90,34 @@ def tear_log(run: Path) -> None:
         file.write('{"step": 7, "lo')
 
 
-LAST = "SIGKILL:sft.guard.Guard.on_step_end:before:7:all"  # two steps after a checkpoint
+LAST = "SIGKILL:sft.training.guard.Guard.on_step_end:before:7:all"  # two steps after a checkpoint
 FAULTS = [
-    Fault("one rank killed in step 3", "SIGKILL:sft.trainer.Trainer.training_step:before:6:1"),
-    Fault("rank 0 killed at the end of step 5", "SIGKILL:sft.guard.Guard.on_step_end:before:5:0"),
+    Fault(
+        "one rank killed in step 3", "SIGKILL:sft.training.trainer.Trainer.training_step:before:6:1"
+    ),
+    Fault(
+        "rank 0 killed at the end of step 5",
+        "SIGKILL:sft.training.guard.Guard.on_step_end:before:5:0",
+    ),
     Fault("all ranks killed in step 7", LAST),
-    Fault("killed as a save begins", "SIGKILL:sft.checkpoint.begin:after:2:0"),
-    Fault("killed as the adapter is written", "SIGKILL:sft.weights.write:before:2:0"),
-    Fault("killed before the optimizer's state", "SIGKILL:sft.tensors.Writer.flush:before:2:0"),
-    Fault("killed after the optimizer's state", "SIGKILL:sft.tensors.Writer.flush:after:2:0"),
-    Fault("killed before the manifest", "SIGKILL:sft.checkpoint.finish:before:2:0"),
-    Fault("killed after the manifest", "SIGKILL:sft.checkpoint.write_text:after:2:0"),
-    Fault("killed as an old one is deleted", "SIGKILL:sft.checkpoint.delete:before:1:0"),
-    Fault("other rank killed in a save", "SIGKILL:sft.state.progress:before:2:1"),
-    Fault("killed as the run's end is written", "SIGKILL:sft.weights.write:after:5:0"),
-    Fault("SIGTERM to all ranks", "SIGTERM:sft.guard.Guard.on_step_end:before:5:all"),
-    Fault("SIGUSR1 to one rank", "SIGUSR1:sft.trainer.Trainer.training_step:before:6:1"),
-    Fault("SIGTERM in an evaluation", "SIGTERM:sft.trainer.Trainer.evaluate:before:3:0"),
+    Fault("killed as a save begins", "SIGKILL:sft.checkpoint.folder.begin:after:2:0"),
+    Fault("killed as the adapter is written", "SIGKILL:sft.checkpoint.weights.write:before:2:0"),
+    Fault(
+        "killed before the optimizer's state",
+        "SIGKILL:sft.checkpoint.tensors.Writer.flush:before:2:0",
+    ),
+    Fault(
+        "killed after the optimizer's state",
+        "SIGKILL:sft.checkpoint.tensors.Writer.flush:after:2:0",
+    ),
+    Fault("killed before the manifest", "SIGKILL:sft.checkpoint.folder.finish:before:2:0"),
+    Fault("killed after the manifest", "SIGKILL:sft.checkpoint.folder.write_text:after:2:0"),
+    Fault("killed as an old one is deleted", "SIGKILL:sft.checkpoint.folder.delete:before:1:0"),
+    Fault("other rank killed in a save", "SIGKILL:sft.checkpoint.state.progress:before:2:1"),
+    Fault("killed as the run's end is written", "SIGKILL:sft.checkpoint.weights.write:after:5:0"),
+    Fault("SIGTERM to all ranks", "SIGTERM:sft.training.guard.Guard.on_step_end:before:5:all"),
+    Fault("SIGUSR1 to one rank", "SIGUSR1:sft.training.trainer.Trainer.training_step:before:6:1"),
+    Fault("SIGTERM in an evaluation", "SIGTERM:sft.training.trainer.Trainer.evaluate:before:3:0"),
     Fault("newest checkpoint truncated", LAST, truncate),
     Fault("one bit of the newest flipped", LAST, flip),
     Fault("a file of the newest deleted", LAST, remove("random.safetensors")),

@@ -23,7 +23,7 @@ from gpu_parts import WORK, Skip, end_tree, has_gpu, is_tiny, needs_gpu
 from gpu_right import small_base
 
 HERE = Path(__file__).resolve().parent
-KILLED = "SIGKILL:sft.guard.Guard.on_step_end:before:6:all"  # two steps after a checkpoint
+KILLED = "SIGKILL:sft.training.guard.Guard.on_step_end:before:6:all"  # two steps after a checkpoint
 ENOUGH = 0.95  # of the demo's answers
 # Losses under ZeRO beside those without it: there the adapter, too, is in 16 bits.
 ZERO_BOUND = {"bf16": 0.02, "fp16": 0.02, "fp32": 1e-4}

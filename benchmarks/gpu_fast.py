@@ -246,9 +246,9 @@ MEMORY: dict[str, tuple[str, int, int, bool, list[str]]] = {
 
 
 def memory(which: str) -> dict[str, Any]:
-    """Measure the peak of one configuration, beside what ``sft/memory.py`` estimates."""
-    import sft.memory
-    import sft.model
+    """Measure the peak of one configuration, beside what ``sft/plan/memory.py`` estimates."""
+    import sft.model.base
+    import sft.plan.memory
 
     shape, longest, size, recomputed, settings = MEMORY[which]
     clock = Clock(steps=3, warmup=1)
@@ -256,19 +256,19 @@ def memory(which: str) -> dict[str, Any]:
     lora = [] if "lora=none" in settings else LORA
     checkpointing = f"train.gradient_checkpointing={str(recomputed).lower()}"
     config = train(shape, clock, *given, *batch(size), checkpointing, *lora, *settings)
-    architecture = sft.model.load_architecture(config.model)
-    itemsize = sft.model.dtype_of(sft.model.choose_precision("auto").value).itemsize
+    architecture = sft.model.base.load_architecture(config.model)
+    itemsize = sft.model.base.dtype_of(sft.model.base.choose_precision("auto").value).itemsize
     text, tokens = architecture.config.get_text_config(), size * length_of(shape, longest)
-    kept = 0 if recomputed else sft.memory.activation_bytes(text, tokens, itemsize)
-    state = sft.memory.state_bytes(config, architecture.num_parameters(), itemsize, 0)
+    kept = 0 if recomputed else sft.plan.memory.activation_bytes(text, tokens, itemsize)
+    state = sft.plan.memory.state_bytes(config, architecture.num_parameters(), itemsize, 0)
     estimate = (kept + state) / 2**30
     peak = peak_gib()
-    # Where activations are recomputed, sft/memory.py counts weights and optimizer only.
+    # Where activations are recomputed, sft/plan/memory.py counts weights and optimizer only.
     return {
         "peak_gib": peak,
         "estimate_gib": estimate,
         "of_estimate": peak / estimate,
         "activations_gib": kept / 2**30,
         "state_gib": state / 2**30,
-        "margin": sft.memory.MARGIN,
+        "margin": sft.plan.memory.MARGIN,
     }

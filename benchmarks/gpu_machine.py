@@ -40,9 +40,11 @@ def packages() -> dict[str, Any]:
     found: dict[str, Any] = {"python": platform.python_version(), **versions}
     if required:
         return {**found, "wrong": [f"missing packages: {', '.join(required)}"]}
-    import sft.trainer
+    import sft.training.trainer
 
-    assert sft.trainer.__file__.startswith(str(ROOT)), f"sft is imported from {sft.__path__}"
+    assert sft.training.trainer.__file__.startswith(str(ROOT)), (
+        f"sft is imported from {sft.__path__}"
+    )
     return {**found, "import_seconds": import_seconds, "optional_absent": absent}
 
 

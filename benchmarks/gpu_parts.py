@@ -300,7 +300,7 @@ def train(shape: str, clock: Clock, *settings: str, base: Path | None = None) ->
     """
     import torch
 
-    import sft.model
+    import sft.model.base
     from sft.train import fit, main
 
     given = {
@@ -320,19 +320,19 @@ def train(shape: str, clock: Clock, *settings: str, base: Path | None = None) ->
     config = main.compose([f"{key}={value}" for key, value in given.items()])
     # On the command line this is refused beside LoRA, whose base would be nowhere.
     config.model.pretrained = base is not None
-    stock = sft.model.load_base
+    stock = sft.model.base.load_base
 
     def on_the_device(*args: Any, **kwargs: Any) -> Any:
         with torch.device(device()):
             return stock(*args, **kwargs)
 
     clean()
-    sft.model.load_base = on_the_device if base is None else stock
+    sft.model.base.load_base = on_the_device if base is None else stock
     try:
         with clock.watching():
             fit(config)
     finally:
-        sft.model.load_base = stock
+        sft.model.base.load_base = stock
     return config
 
 

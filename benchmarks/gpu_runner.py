@@ -103,7 +103,7 @@ def preload(process: str) -> None:
 
     environment.prepare()
     import sft.train
-    import sft.trainer  # noqa: F401
+    import sft.training.trainer  # noqa: F401
 
     if process == "commands":
         import deepspeed  # noqa: F401

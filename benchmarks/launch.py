@@ -46,7 +46,9 @@ class Warm:
 
     def __init__(self, ranks: int, settings: Sequence[str], log: Path, environ: dict[str, str]):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["datasets", "sft.trainer", "torch.distributed.run"])
+        context.set_forkserver_preload(
+            ["datasets", "sft.training.trainer", "torch.distributed.run"]
+        )
         self.child = context.Process(target=_command, args=(ranks, settings, log, environ))
         self.child.start()
         self.pid = self.child.pid

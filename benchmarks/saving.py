@@ -30,8 +30,8 @@ def only(given: argparse.Namespace) -> None:
     """Train in this process, save both ways, and write down what was measured."""
     import transformers
 
-    from sft import checkpoint
-    from sft.trainer import Trainer
+    from sft.checkpoint import folder as checkpoint
+    from sft.training.trainer import Trainer
 
     ours = Trainer._save_checkpoint
     found: dict[str, list[list[float]]] = {"ours": [], "trainer": []}

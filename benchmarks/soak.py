@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load
 
-from sft import checkpoint
+from sft.checkpoint import folder as checkpoint
 
 SETTINGS = [
     *("dataset.max_rows=48", "dataset.max_eval_rows=16", "dataset.exact_match=0"),

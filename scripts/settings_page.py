@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.config import Config
-from sft.rules import fields_of, written
+from sft.config.rules import fields_of, written
+from sft.config.settings import Config
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 HEAD = """# Settings

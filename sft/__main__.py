@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from sft.cli import Command
-
-COMMANDS = {
-    "train": "sft.train",
-    "data": "sft.data.__main__",
-    "generate": "sft.generate",
-    "merge": "sft.merge.__main__",
-    "prove": "sft.prove",
-}
-
-
-def command(name: str) -> Command[Any]:
-    """Import a command; its libraries are imported only when it runs."""
-    found: Command[Any] = importlib.import_module(COMMANDS[name]).main
-    return found
+from sft.cli.commands import COMMANDS, command
 
 
 def main() -> None:
@@ -32,7 +15,7 @@ def main() -> None:
         sys.argv = [f"sft {name}", *rest]
         command(name)()
     elif name == "--complete":
-        from sft.completion import complete
+        from sft.cli.completion import complete
 
         complete(*rest)
     elif os.environ.get("RANK", "0") == "0":
@@ -45,17 +28,17 @@ def _without_command(name: str, rest: list[str]) -> None:
     from sft import __version__
 
     if name in ("--help", "-h", "help"):
-        from sft.helptext import overview
+        from sft.cli.helptext import overview
 
         sys.stdout.write(overview({name: command(name).summary for name in COMMANDS}))
     elif name in ("--version", "-V"):
         sys.stdout.write(f"sft {__version__}\n")
     elif name == "--completion" and rest and rest[0] in ("bash", "zsh", "fish"):
-        from sft.completion import script
+        from sft.cli.completion import script
 
         sys.stdout.write(script(rest[0]))
     else:
-        from sft.cli import report_error
+        from sft.cli.command import report_error
 
         report_error(_unknown(name))
         sys.exit(2)
@@ -63,7 +46,7 @@ def _without_command(name: str, rest: list[str]) -> None:
 
 def _unknown(name: str) -> str:
     """Say that a word is no command, and what was probably meant."""
-    from sft.upstream import did_you_mean
+    from sft.config.upstream import did_you_mean
 
     if name == "--completion":
         return "--completion needs a shell\n    fix: sft --completion bash, zsh or fish"

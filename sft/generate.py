@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import environment
-from sft.cli import Command
-from sft.config import ModelConfig, QuantizationConfig, TemplateConfig
+from sft.cli.command import Command
+from sft.config.rules import above, at_least, rule_problems, setting
+from sft.config.settings import ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import DataError, ModelError, Problem
-from sft.inference import ADAPTER_SETTINGS
-from sft.rules import above, at_least, rule_problems, setting
+from sft.inference.card import ADAPTER_SETTINGS
 
 if TYPE_CHECKING:
     from sft.data.template import Template
@@ -71,9 +71,9 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     environment.prepare()
     from transformers import set_seed
 
-    from sft.answers import complete
-    from sft.data.encoder import Encoder
+    from sft.data.text_encoder import Encoder
     from sft.fast import half
+    from sft.inference.answers import complete
 
     model, template = _load(config, folder)
     half.widen_products(model.dtype)
@@ -134,8 +134,8 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
     from peft import PeftModel
 
     from sft.data.template import Template
-    from sft.inference import base_of, read_card
-    from sft.model import load_frozen, load_tokenizer
+    from sft.inference.card import base_of, read_card
+    from sft.model.base import load_frozen, load_tokenizer
 
     card = read_card(folder)
     here = ModelConfig(name_or_path=config.model or str(folder.resolve()))

@@ -14,16 +14,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sft import checkpoint, environment
-from sft.checks import check
-from sft.cli import Command
-from sft.config import Config, fill_names, streamed_samples
+from sft import environment
+from sft.checkpoint import folder as checkpoint
+from sft.cli.command import Command
+from sft.config.checks import check
+from sft.config.overrides import expanded
+from sft.config.rules import at_least, setting
+from sft.config.settings import Config, fill_names, streamed_samples
 from sft.errors import Problem, RunError
 from sft.files import hash_of, read_records, write_text
-from sft.overrides import expanded
-from sft.rules import at_least, setting
-from sft.trial import environment as outside_of_ranks
-from sft.trial import signals_as_interrupt
+from sft.sweep.trial import environment as outside_of_ranks
+from sft.sweep.trial import signals_as_interrupt
 
 # What the proof itself decides.
 OWN = {
@@ -99,10 +100,10 @@ def _few_rows(config: ProveConfig) -> int:
     fill_names(config)
     environment.prepare()
 
-    from sft import model
     from sft.data import artefact
     from sft.data.prepare import prepare
     from sft.data.template import Template
+    from sft.model import base as model
 
     dataset, batch = config.dataset, config.train.global_batch_size
     tokenizer = model.load_tokenizer(config.model)

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import environment
-from sft.checks import check
-from sft.cli import Command
-from sft.config import Config, fill_names, streamed_samples
+from sft.cli.command import Command
+from sft.config.checks import check
+from sft.config.settings import Config, fill_names, streamed_samples
 from sft.errors import MergeError, RunError, Stopped
-from sft.signals import Signals, end_with_launcher
+from sft.training.signals import Signals, end_with_launcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sft.data.prepare import Prepared
-    from sft.run import Run
-    from sft.trainer import Trainer
+    from sft.data.prepared import Prepared
+    from sft.run.run import Run
+    from sft.training.trainer import Trainer
 
 logger = logging.getLogger("sft")
 
@@ -56,7 +56,7 @@ def fit(config: Config) -> Path:
         SftError: With what is wrong and how to mend it.
     """
     from sft.data import artefact
-    from sft.run import Run
+    from sft.run.run import Run
 
     end_with_launcher()
     fill_names(config)
@@ -70,10 +70,14 @@ def fit(config: Config) -> Path:
 
 def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     """Do what ``fit`` does once the libraries may be imported."""
-    from sft import adapter, build, choices, model, resume, summary
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.fast import half
+    from sft.model import adapter
+    from sft.model import base as model
+    from sft.plan import choices
+    from sft.run import resume
+    from sft.training import build, summary
 
     tokenizer = model.load_tokenizer(config.model)
     architecture = model.load_architecture(config.model)
@@ -132,7 +136,7 @@ def merge(folder: Path) -> None:
     Raises:
         MergeError: It failed, and has said why; the run itself is finished.
     """
-    from sft.trial import environment as outside_of_ranks
+    from sft.sweep.trial import environment as outside_of_ranks
 
     command = [sys.executable, "-m", "sft.merge", f"run={folder}"]
     if subprocess.run(command, env=outside_of_ranks(), check=False).returncode:
@@ -151,10 +155,10 @@ def start(
     signals: Signals,
 ) -> None:
     """Take the folder, begin the logs, and arrange what comes before the first step."""
-    from sft import callbacks
     from sft.fast import proof
-    from sft.guard import Guard
     from sft.merge import probes
+    from sft.training.guard import Guard
+    from sft.watch import callbacks
 
     if trainer.args.process_index == 0:
         run.claim()
@@ -200,7 +204,7 @@ def start(
 
 def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, float]:
     """Answer held-out prompts and log how many are exactly right."""
-    from sft.answers import exact_match
+    from sft.inference.answers import exact_match
 
     samples = trainer.eval_dataset.select(range(min(count, len(trainer.eval_dataset))))
     metrics = exact_match(
@@ -238,7 +242,7 @@ def finish_training(
 
 def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:
     """Write the adapter, or the model where all of it was trained, and the finished flag last."""
-    from sft.inference import card_of, write_card
+    from sft.inference.card import card_of, write_card
     from sft.ranks import gather
 
     kind = "adapter" if config.lora.enabled else "model"

@@ -38,7 +38,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "accelerate.state:AcceleratorState": ("_reset_state(reset_partial_state)",),
     "accelerate.state:GradientState": ("_reset_state()",),
     "torch.optim.lr_scheduler:LambdaLR": ("_last_lr", "_step_count", "base_lrs", "lr_lambdas"),
-    # The files that sft.upstream reads setting names from.
+    # The files that sft.config.upstream reads setting names from.
     "trl.trainer.base_config": ("_BaseConfig",),
     "transformers.training_args": ("OptimizerNames", "TrainingArguments"),
     "transformers.trainer_utils": ("SchedulerType",),

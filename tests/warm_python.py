@@ -61,7 +61,7 @@ def serve(address: str) -> None:
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
 
-    import sft.trainer  # noqa: F401
+    import sft.training.trainer  # noqa: F401
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.partial")

@@ -1,1 +1,1 @@
-"""Sweeps: what Hydra needs to find ``sft.sweep``; it accepts plugins from here only."""
+"""Sweeps: what Hydra needs to find ``sft.sweep.trials``; it accepts plugins from here only."""

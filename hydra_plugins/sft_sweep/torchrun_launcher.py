@@ -1,4 +1,4 @@
-"""Hydra's door to ``sft.sweep``: a launcher that trains each trial in a torchrun of its own.
+"""Hydra's door to ``sft.sweep.trials``: a launcher that trains each trial in a torchrun of its own.
 
 Hydra imports this file whenever it composes anything, so it must cost milliseconds: no torch.
 Nor ``from __future__ import annotations``: Hydra executes the file before sys.modules has it, and
@@ -30,7 +30,7 @@ ConfigStore.instance().store(
 
 
 def _sweep_name(overrides: list[str]) -> str:
-    from sft.sweep import sweep_name
+    from sft.sweep.trials import sweep_name
 
     return sweep_name(overrides)
 
@@ -59,9 +59,9 @@ class TorchrunLauncher(Launcher):  # type: ignore[misc]
             SystemExit: A trial failed or the user interrupted. Hydra's own way, a JobReturn that
                 carries an exception, would print a traceback below the table.
         """
-        from sft import sweep
-        from sft.cli import report_error, start_logging, sweep_result
+        from sft.cli.command import report_error, start_logging, sweep_result
         from sft.errors import SftError
+        from sft.sweep import trials as sweep
 
         start_logging()
         hydra = self.config.hydra

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sft import environment
-from sft.checks import check
-from sft.cli import Command
-from sft.config import Config, fill_names, packing_of, streamed_samples
+from sft.cli.command import Command
+from sft.config.checks import check
+from sft.config.rules import at_least, setting
+from sft.config.settings import Config, fill_names, packing_of, streamed_samples
 from sft.errors import Problem
-from sft.rules import at_least, setting
 
 logger = logging.getLogger("sft")
 
@@ -48,10 +48,11 @@ def data(config: DataConfig) -> dict[str, Any]:
     fill_names(config)
     environment.prepare()
 
-    from sft import model
-    from sft.data import artefact, page, preview, report
+    from sft.data import artefact, page, preview
+    from sft.data import tables as report
     from sft.data.prepare import prepare
     from sft.data.template import Template
+    from sft.model import base as model
 
     tokenizer = model.load_tokenizer(config.model)
     chosen = artefact.template_of(config.dataset.path) or config.template

@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.config import DatasetConfig, TemplateConfig
+from sft.config.settings import DatasetConfig, TemplateConfig
 from sft.errors import DataError
 from sft.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sft.data.prepare import Prepared
+    from sft.data.prepared import Prepared
 
 META = "meta.json"
 
@@ -65,7 +65,7 @@ def load(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared 
     from datasets import load_from_disk
 
     from sft.data.audit import Counts
-    from sft.data.prepare import Prepared, Samples, tokenizer_hash
+    from sft.data.prepared import Prepared, Samples, tokenizer_hash
 
     meta = meta_of(config.path)
     if meta is None:

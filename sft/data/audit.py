@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.config import CHECKS, DatasetConfig
+from sft.config.settings import CHECKS, DatasetConfig
 from sft.errors import DataError
 
 BARS = 24  # of the length histogram

@@ -10,8 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.data import packing, sources
-from sft.data.encode import IGNORE_INDEX, ROLES
 from sft.data.parts import Part
+from sft.data.row_encoder import IGNORE_INDEX, ROLES
 from sft.data.store import Store
 
 BLOCKS = 1000  # written at once

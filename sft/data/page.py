@@ -9,15 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from sft.data.preview import (
-    Sample,
-    Stretch,
-    Token,
-    documents_of,
-    figures_of,
-    tokens_of,
-    visible,
-)
+from sft.data.preview import Sample, Stretch, Token, documents_of, figures_of, tokens_of, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.config import CHECKS, DatasetConfig
+from sft.config.settings import CHECKS, DatasetConfig
 from sft.data import packing, sources
 from sft.data.audit import Counts, describe_lengths
 from sft.data.store import Dropped, Store

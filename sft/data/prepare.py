@@ -10,56 +10,22 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sft.config import PACKAGE_DIR, DatasetConfig, packing_of
+from sft.config.rules import named
+from sft.config.settings import PACKAGE_DIR, DatasetConfig, packing_of
 from sft.data import artefact, sources
 from sft.data.audit import Counts, gate
 from sft.data.blocks import weighted, write_blocks
 from sft.data.parts import Part, held_out
+from sft.data.prepared import Prepared, Samples, tokenizer_hash
 from sft.data.store import Dropped, encoded
 from sft.data.template import Template
 from sft.files import cache_dir, write_text
-from sft.rules import named
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("sft")
-
-
-@dataclass
-class Samples:
-    """``input_ids``, ``labels`` and, of packed samples, ``seq_lengths``; and what was counted."""
-
-    dataset: Dataset
-    counts: Counts
-
-
-@dataclass
-class Prepared:
-    """What a run trains and evaluates on.
-
-    Attributes:
-        train: To train on.
-        eval: Held out.
-        folder: Where the samples, ``data.json`` and ``dropped.jsonl`` are.
-    """
-
-    train: Samples
-    eval: Samples | None
-    folder: Path
-
-    @property
-    def parts(self) -> dict[str, Counts]:
-        """Give the counts by part."""
-        parts = {"train": self.train.counts}
-        return parts if self.eval is None else {**parts, "eval": self.eval.counts}
 
 
 def prepare(
@@ -149,18 +115,6 @@ def _cached(config: DatasetConfig, template: Template, seed: int, samples: int |
         for name, counts in audit["parts"].items()
     }
     return Prepared(parts["train"], parts.get("eval"), folder)
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identify a tokenizer by what it does, not by its name."""
-    if tokenizer.is_fast:
-        settings = json.loads(tokenizer.backend_tokenizer.to_str())
-        # These it changes itself, from call to call.
-        text = json.dumps({**settings, "truncation": None, "padding": None})
-    else:
-        text = json.dumps(sorted(tokenizer.get_vocab().items()))
-    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return hashlib.sha256((text + special).encode()).hexdigest()[:32]
 
 
 def _key(

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from sft.data.encode import IGNORE_INDEX
+from sft.data.row_encoder import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from rich.text import Text

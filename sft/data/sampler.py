@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft.data.encode import IGNORE_INDEX
+from sft.data.row_encoder import IGNORE_INDEX
 
 
 class Fillers(torch.utils.data.Dataset[dict[str, Any]]):

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from sft.config import DatasetConfig, TemplateConfig
+from sft.config.settings import DatasetConfig, TemplateConfig
 from sft.data import locations
 from sft.data.readers import BadRow, Row
 from sft.errors import DataError

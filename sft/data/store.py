@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sft.config import DatasetConfig
+from sft.config.settings import DatasetConfig
 from sft.data import sources
-from sft.data.encode import DOCUMENT, Encoded, RowEncoder
 from sft.data.readers import BadRow, Row
+from sft.data.row_encoder import DOCUMENT, Encoded, RowEncoder
 from sft.data.template import Template
 from sft.errors import DataError
 

@@ -14,13 +14,13 @@ from transformers import AttentionInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from sft.config.rules import AS_SET, Choice, typed
 from sft.errors import ConfigError, ModelError, Problem
-from sft.rules import AS_SET, Choice, typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sft.config import Config
+    from sft.config.settings import Config
 
 NAME = "packed"
 FLASH = ("flash_attention_2", "flash_attention_3")

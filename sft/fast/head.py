@@ -15,15 +15,15 @@ from transformers.utils import ModelOutput
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from sft.config.rules import AS_SET, Choice
 from sft.data.collator import trained_places
 from sft.errors import ConfigError, Problem
 from sft.fast.loss import Logits, SummedLoss
-from sft.rules import AS_SET, Choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sft.config import Config
+    from sft.config.settings import Config
 
 TILE = 32768  # of the vocabulary at once, as TRL's trainer has it
 

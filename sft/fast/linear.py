@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from sft.config.rules import AS_SET, Choice
 from sft.errors import ConfigError, Problem
 from sft.hardware import available
-from sft.rules import AS_SET, Choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sft.config import Config
+    from sft.config.settings import Config
 
 ROWS = 1024  # tokens in a product for which oneDNN chooses its layout; others work too
 SHARE = 0.5  # of the free memory that packed weights may take

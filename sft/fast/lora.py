@@ -17,7 +17,7 @@ from peft.tuners.lora import Linear
 if TYPE_CHECKING:
     from torch import nn
 
-    from sft.config import Config
+    from sft.config.settings import Config
 
 
 class Adapted(torch.autograd.Function):

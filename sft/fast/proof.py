@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sft.data.collator import Collator
-from sft.data.encode import IGNORE_INDEX
+from sft.data.row_encoder import IGNORE_INDEX
 from sft.errors import ModelError
 from sft.fast.attention import UNPACKED, kernel_of
 from sft.ranks import gather

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sft import environment
-from sft.cli import Command
+from sft.cli.command import Command
+from sft.config.rules import one_of, rule_problems, setting
 from sft.errors import MergeError, Problem
 from sft.files import to_json, write_text
-from sft.rules import one_of, rule_problems, setting
 
 if TYPE_CHECKING:
     import torch
 
-    from sft.merge.plan import Prepared
+    from sft.merge.prepare import Prepared
 
 logger = logging.getLogger("sft")
 
@@ -118,7 +118,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         environment.prepare()
         import torch
 
-        from sft import checkpoint
+        from sft.checkpoint import folder as checkpoint
         from sft.merge import carry
         from sft.merge.verify import verify, verify_against_training
         from sft.merge.write import write
@@ -168,7 +168,7 @@ def _prepare(
     """
     import torch
 
-    from sft.merge import plan
+    from sft.merge import prepare as plan
 
     size = None if config.max_shard_size is None else _bytes(config.max_shard_size)
     threads = torch.get_num_threads()
@@ -261,7 +261,7 @@ def _claimed(output: Path) -> Iterator[Path]:
 
     What a failure leaves is removed; what a kill leaves, the next merge removes.
     """
-    from sft import checkpoint
+    from sft.checkpoint import folder as checkpoint
 
     partial = output.with_name(output.name + checkpoint.PARTIAL)
     if partial.exists():

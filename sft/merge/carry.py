@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sft.answers import stop_ids
-from sft.config import ModelConfig, QuantizationConfig
+from sft.config.settings import ModelConfig, QuantizationConfig
 from sft.errors import MergeError
 from sft.files import write_text
-from sft.inference import write_card
-from sft.model import loading, source
+from sft.inference.answers import stop_ids
+from sft.inference.card import write_card
+from sft.model.base import loading, source
 
 if TYPE_CHECKING:
-    from sft.merge.plan import Prepared
+    from sft.merge.prepare import Prepared
 
 
 def write(prepared: Prepared, dtype: torch.dtype | None, folder: Path) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from sft.errors import MergeError
+from sft.merge.base_files import FLOATS, NAMES, SINGLE, Base, Piece, Stored
 from sft.merge.change import Change
-from sft.merge.files import FLOATS, NAMES, SINGLE, Base, Piece, Stored
 
 Whole = Callable[[torch.Tensor], torch.Tensor]  # what a matrix goes through as a whole
 

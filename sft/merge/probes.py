@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from sft.data.encode import IGNORE_INDEX
+from sft.data.row_encoder import IGNORE_INDEX
 from sft.files import read_records, write_text
 
 if TYPE_CHECKING:
-    from sft.data.prepare import Prepared
+    from sft.data.prepared import Prepared
 
 FILE = "probes.jsonl"  # in the run's folder; the adapter's own folder goes to others
 COUNT = 8

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sft.config import QuantizationConfig
+from sft.config.settings import QuantizationConfig
 from sft.merge.layout import Whole
-from sft.model import quantization_config
+from sft.model.base import quantization_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

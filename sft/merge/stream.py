@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
-from sft.merge.adapter import base_name, is_hollow
-from sft.merge.files import Base, Piece, Stored
+from sft.merge.adapters import base_name, is_hollow
+from sft.merge.base_files import Base, Piece, Stored
 from sft.merge.layout import Whole
 
 CHUNK = 1 << 24  # numbers of a head that are multiplied at once
@@ -80,7 +80,7 @@ def streamed(model: Any, weights: Weights) -> Iterator[Any]:
     """Let a model without weights, or with those of an adapter only, read what it lacks.
 
     Args:
-        model: On hollow weights (``sft.merge.adapter.hollow``); a PEFT model, or a plain one.
+        model: On hollow weights (``sft.merge.adapters.hollow``); a PEFT model, or a plain one.
         weights: Of the base.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from sft.config import ModelConfig, QuantizationConfig
-from sft.data.encode import IGNORE_INDEX
-from sft.merge import adapter as adapters
+from sft.config.settings import ModelConfig, QuantizationConfig
+from sft.data.row_encoder import IGNORE_INDEX
+from sft.merge import adapters as adapters
 from sft.merge import carry, probes
-from sft.merge.files import Base, shards
+from sft.merge.base_files import Base, shards
 from sft.merge.probes import Probes
 from sft.merge.stream import Weights, streamed
-from sft.model import keep_training_layout, load_architecture, load_frozen
+from sft.model.base import keep_training_layout, load_architecture, load_frozen
 
 if TYPE_CHECKING:
-    from sft.merge.plan import Prepared
+    from sft.merge.prepare import Prepared
 
 # Largest logit difference that rounding explains, as a share of the largest logit.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -88,7 +88,7 @@ def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, An
 
 def _greedy(model: Any, prepared: Prepared, samples: Probes, resident: bool) -> list[list[int]]:
     """Continue the first prompts; each answer ends with what stopped it, if anything did."""
-    from sft.answers import continuations, stop_ids
+    from sft.inference.answers import continuations, stop_ids
 
     tokenizer = prepared.tokenizer
     stop_id = carry.stop_id(prepared)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from sft.merge.files import FLOATS, Stored
+from sft.merge.base_files import FLOATS, Stored
 from sft.merge.layout import File, Layout, Output, Part, itemsize
 
 Tick = Callable[[int], object]  # is told of bytes that were written

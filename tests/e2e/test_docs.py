@@ -21,7 +21,7 @@ import pytest
 from support import ROOT
 from warm import run_warm
 
-from sft import compose
+from sft.config import compose
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = Path("outputs") / "tiny_demo_r8_seed42"

@@ -105,8 +105,8 @@ def test_4_bit_layers_keep_the_layout_of_training(
     import bitsandbytes
     from transformers import AutoConfig
 
-    from sft.config import Config, ModelConfig
-    from sft.model import load_base, load_frozen
+    from sft.config.settings import Config, ModelConfig
+    from sft.model.base import load_base, load_frozen
 
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     config = train.main.compose(["model=hf", f"model.name_or_path={llama}", "quantization=nf4"])

@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from warm import run_warm
 
-from sft import checkpoint, prove
+from sft import prove
+from sft.checkpoint import folder as checkpoint
 from sft.errors import CheckpointError, ConfigError, RunError
 
 pytestmark = pytest.mark.usefixtures("warm_ranks")

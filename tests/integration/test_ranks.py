@@ -112,9 +112,9 @@ def test_one_rank_with_little_memory_makes_all_recompute(
     """Under ZeRO-3 ranks that pass the layers in different orders would wait for ever."""
     run = run_script(
         tmp_path,
-        "import os, sys, sft.memory, sft.train\n"
+        "import os, sys, sft.plan.memory, sft.train\n"
         "if os.environ['RANK'] == '1':\n"
-        "    sft.memory.available = lambda: 1\n"
+        "    sft.plan.memory.available = lambda: 1\n"
         "sft.train.main(sys.argv[1:])\n",
         *("model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"),
         *("template=chat", "train.per_device_train_batch_size=2", "train.global_batch_size=4"),
@@ -131,12 +131,12 @@ def test_ranks_that_part_stop_the_run(tmp_path: Path, llama: Path, rows: Path) -
     """The stock evaluate, called before training, silently switches DDP's gradient sync off."""
     result = run_script(
         tmp_path,
-        "import sys, trl, sft.summary, sft.train\n"
-        "describe = sft.summary.describe_run\n"
+        "import sys, trl, sft.training.summary, sft.train\n"
+        "describe = sft.training.summary.describe_run\n"
         "def evaluate_first(config, trainer, *rest):\n"
         "    describe(config, trainer, *rest)\n"
         "    trl.SFTTrainer.evaluate(trainer)\n"
-        "sft.summary.describe_run = evaluate_first\n"
+        "sft.training.summary.describe_run = evaluate_first\n"
         "sft.train.main(sys.argv[1:])\n",
         *("model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"),
         *("template=chat", "train.per_device_train_batch_size=2", "train.global_batch_size=4"),

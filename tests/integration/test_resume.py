@@ -50,10 +50,10 @@ def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, saving: list
         command = [fault, "sft.train", *saving, f"zero={stage}", f"output_dir={run}"]
         return run_warm(INJECT, *command, ranks=2, cwd=tmp_path, check=False)
 
-    killed = two_ranks("SIGKILL:sft.guard.Guard.on_step_end:before:4:1", "stage2")
+    killed = two_ranks("SIGKILL:sft.training.guard.Guard.on_step_end:before:4:1", "stage2")
     assert killed.returncode != 0
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3"]
-    stopped = two_ranks("SIGUSR1:sft.guard.Guard.on_step_end:before:2:1", "stage3")
+    stopped = two_ranks("SIGUSR1:sft.training.guard.Guard.on_step_end:before:2:1", "stage3")
     assert "checkpoint-3 (made by 2 ranks under ZeRO stage 2; now 2 ranks under stage 3)" in (
         stopped.stdout
     )
@@ -74,7 +74,7 @@ def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, saving: list
 def test_torchrun_restarts_what_died(tmp_path: Path, saving: list[str]) -> None:
     """With overwrite=true too, which means the first start only."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
-    fault = "SIGKILL:sft.guard.Guard.on_step_end:before:3:1"
+    fault = "SIGKILL:sft.training.guard.Guard.on_step_end:before:3:1"
     more = ["output_dir=run", "overwrite=true"]
     done = subprocess.run(
         [*start, "--nproc_per_node", "2", INJECT, fault, "sft.train", *saving, *more],
@@ -136,7 +136,7 @@ def test_ranks_save_when_torchrun_is_stopped_and_when_it_is_killed(
     tmp_path: Path, saving: list[str]
 ) -> None:
     """With loader workers, which are in a rank's process group: torchrun signals that."""
-    from sft import checkpoint
+    from sft.checkpoint import folder as checkpoint
 
     gone = ("train.max_steps", "train.save_s")
     command = [item for item in saving if not item.startswith(gone)]
@@ -167,7 +167,7 @@ def test_ranks_save_when_torchrun_is_stopped_and_when_it_is_killed(
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:
-    from sft.signals import Signals
+    from sft.training.signals import Signals
 
     with Signals() as signals:
         signal.raise_signal(signal.SIGINT)
@@ -183,7 +183,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 
 def test_a_loader_worker_is_not_signalled_with_its_rank_and_dies_with_it() -> None:
     """Forked while a run watches its signals, and only then."""
-    from sft.signals import Signals, end_with_rank
+    from sft.training.signals import Signals, end_with_rank
 
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
@@ -214,7 +214,7 @@ def test_a_rank_that_ends_late_is_not_stopped_as_it_says_why(
 ) -> None:
     """The launcher sends SIGTERM to all ranks once the first has ended."""
     from sft.errors import RunError
-    from sft.signals import Signals
+    from sft.training.signals import Signals
 
     before = signal.getsignal(signal.SIGTERM)
     for ranks, left in (("2", signal.SIG_IGN), ("1", before)):
@@ -263,7 +263,7 @@ def test_a_run_that_is_stopped_after_its_last_step_logs_what_it_would_have(
     command = [*saving, f"train.eval_strategy={evaluates}"]
     command += ["train.eval_steps=4"] if evaluates == "steps" else []
     train(*command, f"output_dir={tmp_path / 'straight'}")
-    fault = "SIGUSR1:sft.guard.Guard.on_step_end:before:6:0"
+    fault = "SIGUSR1:sft.training.guard.Guard.on_step_end:before:6:0"
     command += [f"output_dir={tmp_path / 'run'}"]
     stopped = run_warm(INJECT, fault, "sft.train", *command, cwd=tmp_path, check=False)
     assert stopped.returncode == 75
@@ -355,8 +355,8 @@ def test_auto_is_what_the_run_began_with_on_another_processor(
     tmp_path: Path, saving: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """float32 was faster where the first run began, bf16 instructions where the other did."""
-    from sft import model
     from sft.fast import half, speed
+    from sft.model import base as model
 
     monkeypatch.setattr(model, "SMALL", 0)  # as if this were a wide model
     command = [item for item in saving if "precision" not in item]
@@ -402,8 +402,8 @@ def test_auto_is_what_the_run_began_with_on_another_processor(
 def test_a_restarted_command_does_not_go_back_again(
     tmp_path: Path, saving: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sft.config import fill_names
-    from sft.run import Run
+    from sft.config.settings import fill_names
+    from sft.run.run import Run
     from sft.train import main
 
     run = tmp_path / "run"
@@ -473,7 +473,7 @@ def test_rows_are_named_right_in_a_later_epoch_that_was_resumed_on_two_ranks(
     command = [item for item in saving if not item.startswith(gone)]
     command += [f"model.name_or_path={base}", f"dataset.path={data}", f"output_dir={run}"]
     command += ["train.max_steps=18", "train.on_nan=skip", "train.per_device_train_batch_size=1"]
-    fault = "SIGKILL:sft.guard.Guard.on_step_end:before:9:1"  # after checkpoint-8
+    fault = "SIGKILL:sft.training.guard.Guard.on_step_end:before:9:1"  # after checkpoint-8
     killed = run_warm(INJECT, fault, "sft.train", *command, ranks=2, cwd=tmp_path, check=False)
     assert killed.returncode != 0
     again = run_warm("train", *command, ranks=2, cwd=tmp_path)
@@ -514,7 +514,7 @@ def test_a_loss_that_jumps_stops_the_run(tmp_path: Path, saving: list[str], llam
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, saving: list[str]) -> None:
     """On a file system that is filled before the second checkpoint."""
-    from sft import checkpoint
+    from sft.checkpoint import folder as checkpoint
     from sft.errors import CheckpointError
 
     disk = tmp_path / "disk"
@@ -540,9 +540,9 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, saving: list[str]) -> None:
 def test_a_finished_run_is_not_trained_over_by_one_that_came_late(
     tmp_path: Path, saving: list[str]
 ) -> None:
-    from sft.config import fill_names
+    from sft.config.settings import fill_names
     from sft.errors import RunError
-    from sft.run import Run
+    from sft.run.run import Run
     from sft.train import main
 
     config = main.compose([*saving, f"output_dir={tmp_path / 'run'}"])

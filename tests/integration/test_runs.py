@@ -186,7 +186,7 @@ def test_evaluation_counts_every_token_once(tmp_path: Path, common: list[str]) -
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sft.config import fill_names
+    from sft.config.settings import fill_names
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.train import main, train

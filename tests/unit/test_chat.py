@@ -7,10 +7,10 @@ import pytest
 from support import SHARED, TINY
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sft.config import TemplateConfig
+from sft.config.settings import TemplateConfig
 from sft.data.chat import SEAM, named_template
-from sft.data.encode import RowEncoder
 from sft.data.readers import Row
+from sft.data.row_encoder import RowEncoder
 from sft.data.template import Template
 from sft.errors import DataError
 from sft.train import main

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sft import checkpoint, resume
+from sft.checkpoint import folder as checkpoint
+from sft.config import compare
 from sft.errors import CheckpointError
+from sft.run import resume
 
 
 def make(run: Path, step: int, **facts: object) -> Path:
@@ -129,10 +131,10 @@ def test_only_what_changes_training_is_a_difference() -> None:
     before = {"seed": 1, "train": {"learning_rate": 1e-4, "save_steps": 5}}
     now = {"seed": 1, "train": {"learning_rate": 2e-4, "save_steps": 9}}
     now["zero"] = {"config": "a", "overrides": {"deep": {"key": 1}}}
-    assert resume.differences(before, now) == {
+    assert compare.differences(before, now) == {
         "train.learning_rate": "train.learning_rate: 0.0001 there, 0.0002 here"
     }
-    assert resume.differences({"a": {"b": 1}}, {"a": {}}) == {
+    assert compare.differences({"a": {"b": 1}}, {"a": {}}) == {
         "a": "a: unset there, {} here",
         "a.b": "a.b: 1 there, unset here",
     }

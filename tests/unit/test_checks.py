@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from sft import names, process, rules, upstream
-from sft.checks import check
-from sft.config import Config
+from sft import process
+from sft.config import names, rules, upstream
+from sft.config.checks import check
+from sft.config.settings import Config
 from sft.errors import Problem
 
 

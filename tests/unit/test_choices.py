@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from sft import choices, memory, ranks
-from sft.config import DS_CONFIG_DIR, Config, fill_names
+from sft import ranks
+from sft.config.rules import declared
+from sft.config.settings import DS_CONFIG_DIR, Config, fill_names
 from sft.data import artefact
-from sft.data.prepare import Prepared, prepare
+from sft.data.prepare import prepare
+from sft.data.prepared import Prepared
 from sft.data.template import Template
 from sft.fast import linear
-from sft.model import load_architecture, load_tokenizer
-from sft.rules import declared
+from sft.model.base import load_architecture, load_tokenizer
+from sft.plan import choices, memory
 from sft.train import main
 
 FEW = ("dataset.max_rows=16", "dataset.max_eval_rows=4", "dataset.num_proc=1")

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft import upstream
-from sft.checks import check
-from sft.config import (
+from sft.config import upstream
+from sft.config.checks import check
+from sft.config.rules import fields_of, named
+from sft.config.settings import (
     CONF_DIR,
     Config,
     LoraSection,
@@ -28,7 +29,6 @@ from sft.config import (
     within,
 )
 from sft.errors import ConfigError, Problem
-from sft.rules import fields_of, named
 from sft.train import main
 
 OPTIONS = {
@@ -572,7 +572,7 @@ def test_a_refused_setting_exits_2_without_torch_or_a_traceback() -> None:
         "lora.r=0\n    must be at least 1\n    fix: lora.r=8"
     )
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
-    assert "sft.checks" in imported
+    assert "sft.config.checks" in imported
     assert imported & HEAVY == set()
 
 

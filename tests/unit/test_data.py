@@ -9,12 +9,13 @@ import pytest
 from support import SHARED, TINY
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sft.config import DatasetConfig, TemplateConfig
-from sft.data.encode import IGNORE_INDEX
-from sft.data.encoder import Encoder
-from sft.data.prepare import Samples, prepare
+from sft.config.settings import DatasetConfig, TemplateConfig
+from sft.data.prepare import prepare
+from sft.data.prepared import Samples
 from sft.data.preview import marked
+from sft.data.row_encoder import IGNORE_INDEX
 from sft.data.template import Segment, Template
+from sft.data.text_encoder import Encoder
 from sft.errors import DataError
 from sft.train import main
 

@@ -11,8 +11,8 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from sft.errors import RunError, Stopped
-from sft.guard import RECENT, SKIPS, Guard
-from sft.signals import INTERRUPTED, STOPPED, Signals
+from sft.training.guard import RECENT, SKIPS, Guard
+from sft.training.signals import INTERRUPTED, STOPPED, Signals
 
 
 class Steps:

@@ -19,7 +19,7 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from sft.config import Config, ModelConfig
+from sft.config.settings import Config, ModelConfig
 from sft.data.collator import trained_places
 from sft.errors import ConfigError
 from sft.fast import attention, head, loss, proof

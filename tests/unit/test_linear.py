@@ -7,7 +7,7 @@ import torch
 
 from sft.errors import ConfigError
 from sft.fast import linear
-from sft.model import load_architecture
+from sft.model.base import load_architecture
 from sft.train import main
 
 

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from support import build_model
 from transformers import AutoModelForCausalLM
 
-from sft import memory
-from sft.model import load_architecture
-from sft.rules import Choice
+from sft.config.rules import Choice
+from sft.model.base import load_architecture
+from sft.plan import memory
 from sft.train import main
 
 TOKENS = 256

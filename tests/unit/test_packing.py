@@ -10,10 +10,11 @@ import pytest
 from support import SHARED, TINY
 from transformers import AutoTokenizer
 
-from sft.config import DatasetConfig, TemplateConfig
+from sft.config.settings import DatasetConfig, TemplateConfig
 from sft.data import packing
-from sft.data.encode import sanitized
-from sft.data.prepare import Prepared, prepare
+from sft.data.prepare import prepare
+from sft.data.prepared import Prepared
+from sft.data.row_encoder import sanitized
 from sft.data.template import Template
 from sft.errors import DataError
 

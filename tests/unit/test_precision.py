@@ -11,7 +11,7 @@ import torch
 
 from sft.errors import ConfigError
 from sft.fast import half, linear, speed
-from sft.model import Precision, choose_precision
+from sft.model.base import Precision, choose_precision
 
 NONE: dict[str, Any] = {"cpu_name": "Intel", "avx2": True}
 BF16: dict[str, Any] = {"cpu_name": "Intel", "avx512_f": True, "avx512_bf16": True}

@@ -15,7 +15,7 @@ from datasets import load_from_disk
 from support import SHARED, TINY
 from transformers import AutoTokenizer
 
-from sft.config import DatasetConfig, TemplateConfig
+from sft.config.settings import DatasetConfig, TemplateConfig
 from sft.data import artefact, bpe, prepare, store
 from sft.data.audit import describe_lengths
 from sft.data.template import Template
@@ -113,9 +113,9 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path: Path, own_ca
     path = write(tmp_path / "rows.jsonl", [pair(n) for n in range(20_000)])
     script = (
         "import sys; sys.path.insert(0, 'tests'); from pathlib import Path\n"
-        "from sft.config import DatasetConfig; from sft.data import prepare\n"
+        "from sft.config.settings import DatasetConfig; from sft.data import prepare\n"
         "from sft.data.template import Template; from transformers import AutoTokenizer\n"
-        "from sft.config import TemplateConfig\n"
+        "from sft.config.settings import TemplateConfig\n"
         "pair = {'prompts': ['{prompt}'], 'completions': ['{completion}']}\n"
         "template = TemplateConfig('pairs', **pair)\n"
         f"made = Template(template, AutoTokenizer.from_pretrained({str(TINY)!r}))\n"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from sft import names, resume
-from sft.config import Config, DatasetConfig, TemplateConfig
+from sft.config import compare, names
+from sft.config.rules import declared, default_of, named
+from sft.config.settings import Config, DatasetConfig, TemplateConfig
 from sft.data import prepare
-from sft.rules import declared, default_of, named
 
 # The settings that may differ when a run is resumed, and those that samples in the cache do not
 # depend on: a new setting joins them on purpose only.
@@ -47,7 +47,7 @@ def test_every_setting_has_its_verdict_on_resuming() -> None:
         now = dataclasses.asdict(Config())
         section, _, leaf = name.rpartition(".")
         (now[section] if section else now)[leaf] = other(default_of(item))
-        assert bool(resume.differences(before, now)) is (name not in MAY_DIFFER), name
+        assert bool(compare.differences(before, now)) is (name not in MAY_DIFFER), name
 
 
 def test_every_setting_of_the_data_has_its_verdict_on_the_cache(

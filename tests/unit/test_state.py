@@ -12,10 +12,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from sft import counts, state, streams, tensors, weights
+from sft.checkpoint import random_state as streams
+from sft.checkpoint import state, tensors, weights
+from sft.checkpoint.optimizer import Optimizer
 from sft.data.sampler import Fillers, Shuffle, samples_of
 from sft.errors import CheckpointError
-from sft.optimizer import Optimizer
+from sft.training import metrics as counts
 
 
 def draws() -> list[Any]:

@@ -8,9 +8,10 @@ import pytest
 from support import TINY
 from transformers import AutoTokenizer
 
-from sft.config import Config, DatasetConfig, TemplateConfig, TrainConfig, streamed_samples
+from sft.config.settings import Config, DatasetConfig, TemplateConfig, TrainConfig, streamed_samples
 from sft.data import locations, store
-from sft.data.prepare import Prepared, prepare
+from sft.data.prepare import prepare
+from sft.data.prepared import Prepared
 from sft.data.template import Template
 from sft.errors import DataError
 

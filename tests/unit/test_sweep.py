@@ -17,11 +17,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
-from sft import sweep, trial
-from sft.cli import start_logging
-from sft.config import CONF_DIR, Config, fill_names
+from sft.cli.command import start_logging
+from sft.config.settings import CONF_DIR, Config, fill_names
 from sft.errors import ConfigError
-from sft.trial import Trial
+from sft.sweep import trial
+from sft.sweep import trials as sweep
+from sft.sweep.trial import Trial
 
 FINISHED = """
 import json, pathlib, sys
@@ -56,7 +57,7 @@ def settings(**values: object) -> dict[str, object]:
 
 
 def save_run(folder: Path, config: dict[str, object], status: str = "finished") -> None:
-    """Write what sft.run writes."""
+    """Write what sft.run.run writes."""
     typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), config))
     fill_names(typed)  # type: ignore[arg-type]
     folder.mkdir(parents=True)
@@ -472,7 +473,7 @@ def test_hydra_gets_each_trials_return(tmp_path: Path, monkeypatch: pytest.Monke
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from sft.compose import register_schema
+    from sft.config.compose import register_schema
 
     def run(trials: list[Trial], sweep_dir: Path) -> int:
         for number, item in enumerate(trials):

@@ -14,7 +14,7 @@ from upstream_check import PACKAGES, problem
 from upstream_names import UPSTREAM
 from upstream_scan import bases, derived, inherited, sources, unlisted, users_of
 
-from sft.upstream import package_dir
+from sft.config.upstream import package_dir
 
 ENTRIES = [(owner, entry) for owner, entries in UPSTREAM.items() for entry in entries]
 
@@ -144,13 +144,15 @@ def test_a_changed_signature_is_said(
     owner = "transformers.core_model_loading"
     monkeypatch.setattr(f"{owner}.rename_source_key", changed)
     entry = "rename_source_key(source_key, weight_renamings, *, reverse)"
-    said = problem(owner, entry, "sft/merge/files.py")
+    said = problem(owner, entry, "sft/merge/base_files.py")
     if reason is None:
         assert said is None
     else:
         version = importlib.metadata.version("transformers")
         start = f"{owner}.rename_source_key has changed in transformers {version}; "
-        assert said is not None and said.startswith(f"{start}sft needs it in sft/merge/files.py: ")
+        assert said is not None and said.startswith(
+            f"{start}sft needs it in sft/merge/base_files.py: "
+        )
         assert reason in said
 
 

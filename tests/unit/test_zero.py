@@ -14,8 +14,8 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sft import upstream, zero, zero_checks
-from sft.config import DS_CONFIG_DIR, ZeroConfig
+from sft.config import upstream, zero, zero_checks
+from sft.config.settings import DS_CONFIG_DIR, ZeroConfig
 from sft.errors import Problem
 from sft.fast import zero3
 

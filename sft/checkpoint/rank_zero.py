@@ -1,0 +1,57 @@
+"""What rank 0 writes for all ranks: a folder that is complete, or an error on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from sft.checkpoint import folder as checkpoint
+from sft.errors import CheckpointError
+from sft.ranks import gather
+
+
+class RankZero:
+    """Runs tasks on rank 0 only, and raises their error on all ranks when the block ends.
+
+    Between these tasks the ranks work together: if rank 0 left at once, the other ranks would wait
+    for it for ever.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.here = not dist.is_initialized() or dist.get_rank() == 0
+        self.error: Exception | None = None
+
+    def do(self, task: Callable[..., Any], *args: Any) -> Any:
+        """Run a task on rank 0, unless a task before it failed."""
+        if not self.here or self.error is not None:
+            return None
+        try:
+            return task(*args)
+        except Exception as error:
+            self.error = error
+        return None
+
+    def __enter__(self) -> RankZero:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            return
+        reason = gather(None if self.error is None else f"{self.error}")[0]
+        if reason is None:
+            return
+        if self.here:
+            checkpoint.abandon(self.path)
+            if not isinstance(self.error, (OSError, SafetensorError, CheckpointError)):
+                raise self.error  # type: ignore[misc]
+        before = next(iter(checkpoint.checkpoints(self.path.parent)), None)
+        there = f"the newest checkpoint is {before}" if before else "there is no other checkpoint"
+        raise CheckpointError(
+            f"{self.path} cannot be saved: {reason}\n    {there}\n"
+            "    fix: free some space, or mend what it says; the same command then resumes"
+        ) from self.error

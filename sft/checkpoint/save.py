@@ -1,0 +1,49 @@
+"""Saves a checkpoint: the weights, and what makes the next step exactly the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sft.checkpoint import folder as checkpoint
+from sft.checkpoint import state, tensors
+from sft.checkpoint.rank_zero import RankZero
+
+
+def save(
+    path: Path,
+    write_weights: Callable[[RankZero, Path], None],
+    live: state.Live,
+    counts: dict[str, Any],
+    trainer_state: Any,
+    facts: dict[str, Any],
+    keep: int,
+) -> None:
+    """Save a checkpoint, and delete old ones. All ranks must call it.
+
+    Args:
+        path: The checkpoint's folder, which appears once it is complete.
+        write_weights: Writes the weights into a folder.
+        live: The objects whose state is kept.
+        counts: What this rank has counted since the last logged line.
+        trainer_state: The Trainer's own state; its best checkpoint is not deleted.
+        facts: Facts for the manifest: step, ranks and ZeRO stage.
+        keep: The number of checkpoints to keep.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be written. It is raised on all ranks, and the
+            checkpoint before is untouched.
+    """
+    with RankZero(path) as main:
+        partial = main.do(checkpoint.begin, path)
+        write_weights(main, partial)
+        writer = main.do(tensors.Writer, partial)
+        for key, tensor in state.kept(live.optimizer):
+            main.do(tensors.Writer.add, writer, key, tensor)
+        main.do(tensors.Writer.flush, writer)
+        record, streams = state.progress(live, counts)
+        main.do(state.write_progress, partial, record, streams)
+        main.do(checkpoint.write_trainer_state, partial, trainer_state)
+        main.do(checkpoint.finish, partial, path, {**facts, "kind": record["kind"]})
+        main.do(checkpoint.rotate, path.parent, keep, trainer_state.best_model_checkpoint)

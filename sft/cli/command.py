@@ -1,0 +1,292 @@
+"""What every command shares: its options, its output, and how it ends when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+from omegaconf import OmegaConf
+
+from sft import __version__
+from sft.config import compose, upstream
+from sft.config.overrides import Override, Reader, located
+from sft.config.settings import CONF_DIR
+from sft.errors import ConfigError, Problem, SftError, Stopped
+from sft.files import to_json
+
+C = TypeVar("C")
+SHELLS = ("bash", "zsh", "fish")
+# Options of Hydra that would be ignored here.
+REFUSED = ("config_path", "config_name", "experimental_rerun", "package")
+
+sweep_result: dict[str, Any] = {}  # what Hydra's launcher hands to --json
+
+
+@dataclass(frozen=True)
+class Command(Generic[C]):
+    """One command: ``sft <name>``, also ``python -m sft.<name>``.
+
+    Attributes:
+        name: The command's name, such as ``train``.
+        schema: The dataclass that holds every setting.
+        run: What the command does with a checked config; what it returns is printed by ``--json``.
+        check: Finds the problems of a config whose keys and types are right.
+        config_name: The primary YAML in conf/, for commands that compose the groups.
+        summary: One line for the list of commands and ``--help``.
+        examples: Lines for ``--help``.
+    """
+
+    name: str
+    schema: type[C]
+    run: Callable[[C], dict[str, Any] | None]
+    check: Callable[[C], list[Problem]]
+    summary: str
+    examples: tuple[str, ...]
+    config_name: str | None = None
+
+    def __call__(self, argv: list[str] | None = None) -> None:
+        """Parse, compose, check and run; exits with the error's code and a message."""
+        argv = sys.argv[1:] if argv is None else argv
+        as_json = "--json" in argv
+        result: dict[str, Any] | None = None
+        try:
+            with _only_stderr() if as_json else contextlib.nullcontext():
+                result = self._dispatch(argv)
+        except Stopped as stopped:
+            # All ranks stop for the same reason, so rank 0 alone reports it.
+            _end(stopped.exit_code, str(stopped), as_json, speaks=_is_first())
+        except SftError as error:
+            _end(error.exit_code, str(error), as_json)
+        except KeyboardInterrupt:
+            resumes = "; the same command again resumes" if self.name == "train" else ""
+            _end(130, f"interrupted{resumes}", as_json)
+        except SystemExit:  # of a sweep, whose table has been printed
+            if as_json and sweep_result:
+                _print_once(to_json(sweep_result) + "\n")
+            raise
+        except Exception as error:
+            _end(1, f"{type(error).__name__}: {error}", as_json, traceback.format_exc())
+        if as_json and (result or sweep_result):
+            _print_once(to_json(result or sweep_result) + "\n")
+
+    def _dispatch(self, argv: list[str]) -> dict[str, Any] | None:
+        if "--help" in argv or "-h" in argv:
+            from sft.cli.helptext import help_text
+
+            _print_once(help_text(self, argv))
+            return None
+        args = _parse_arguments(argv)
+        if problems := list(_option_problems(args)):
+            raise ConfigError(problems)
+        if args.version:
+            _print_once(f"sft {__version__}\n")
+        elif args.completion:
+            from sft.cli.completion import script
+
+            _print_once(script(args.completion))
+        elif args.multirun:
+            self._sweep(args)
+        elif args.info or args.hydra_help or args.cfg in ("hydra", "all"):
+            words = [item.hydra() for item in self._read(args.overrides, args.config_dir)[0]]
+            options = [word for word in argv if word not in args.overrides]
+            _hand_to_hydra(self, options + words)
+        else:
+            config = self.compose(args.overrides, args.config_dir)
+            if args.cfg and args.json:
+                return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
+            if args.cfg:
+                _print_once(OmegaConf.to_yaml(OmegaConf.structured(config)))
+                return None
+            start_logging()
+            return self.run(config)
+        return None
+
+    def _read(
+        self, words: list[str], config_dir: str | None, sweep: bool = False
+    ) -> tuple[list[Override], list[Problem]]:
+        reader = Reader(self.schema, config_dir, self.config_name is not None, sweep)
+        return reader.read(words), reader.problems
+
+    def compose(self, overrides: list[str], config_dir: str | None = None) -> C:
+        """Compose and check a config.
+
+        Raises:
+            ConfigError: With every problem that was found.
+        """
+        given, problems = self._read(overrides, config_dir)
+        try:
+            config, found = (
+                compose.plain_config(self.schema, given)
+                if self.config_name is None
+                else compose.typed_config(self.schema, self.config_name, given, config_dir)
+            )
+        except ConfigError as error:
+            raise ConfigError([*problems, *located(error.problems, given)]) from error
+        problems += located([*found, *self.check(config)], given)
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+    def _sweep(self, args: argparse.Namespace) -> None:
+        """Let Hydra expand the sweep; its launcher starts one torchrun per trial.
+
+        Under torchrun every rank comes here; the first sweeps, the others have nothing to do.
+        """
+        if self.config_name is None:
+            raise ConfigError([Problem("-m", "only training is swept", "leave out -m")])
+        if not _is_first():
+            return
+        given, problems = self._read(args.overrides, args.config_dir, sweep=True)
+        try:
+            forced = compose.sweep_overrides(self.schema, self.config_name, given, args.config_dir)
+        except ConfigError as error:
+            problems += located(error.problems, given)
+        if problems:
+            raise ConfigError(problems)
+        options = ["-m"] + (["--config-dir", args.config_dir] if args.config_dir else [])
+        _hand_to_hydra(self, options + forced)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _end(
+    exit_code: int, message: str, as_json: bool, details: str = "", speaks: bool = True
+) -> NoReturn:
+    """Report an error and exit; with --json it is on stdout too, as ``{"error": ...}``."""
+    if speaks:
+        report_error(message, details)
+    if as_json:
+        _print_once(to_json({"error": message}) + "\n")
+    sys.exit(exit_code)
+
+
+def report_error(message: str, details: str = "") -> None:
+    """Say an error once: on stderr, in torchrun's closing table, and to the sweep of this trial.
+
+    Ranks mostly fail alike. The first to exit makes torchrun end the others, so all but rank 0 wait
+    until it has spoken; who is alive after that failed alone, and speaks.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(5)
+        message = f"rank {rank}: {message}"
+    sys.stderr.write(f"{details}error: {message}\n")
+    sys.stderr.flush()
+    if torchrun_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"timestamp": str(int(time.time()))}
+        report = {"message": {"message": message, "extraInfo": extra}}
+        Path(torchrun_file).write_text(json.dumps(report), encoding="utf-8")
+    if sweep_file := os.environ.get("SFT_ERROR_FILE"):
+        Path(sweep_file).write_text(message, encoding="utf-8")
+
+
+def _print_once(text: str) -> None:
+    if _is_first():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _only_stderr() -> Iterator[None]:
+    """Send to stderr whatever is printed, also by libraries in C and by child processes."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def start_logging() -> None:
+    """Send the project's log to stdout on rank 0; other ranks keep theirs to their files."""
+    logger = logging.getLogger("sft")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers.clear()
+    if _is_first():
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses an unknown option as any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        option = message.partition(": ")[2].split(" ")[0]
+        known = [name for name in OPTIONS if name.startswith("--")]
+        fix = upstream.did_you_mean(option, known) if option.startswith("-") else "see --help"
+        raise ConfigError([Problem(option or message, message, fix)])
+
+
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    for names, options in OPTIONS_OF_PARSER:
+        parser.add_argument(*names, **options)
+    args = parser.parse_intermixed_args(argv)
+    if args.shell_completion:  # Hydra's spelling: -sc install=bash
+        args.completion = next(iter(args.overrides), "install=").partition("=")[2]
+        if args.completion not in SHELLS:
+            fix = "--completion bash, zsh or fish"
+            raise ConfigError([Problem("--shell-completion", "needs a shell", fix)])
+    return args
+
+
+OPTIONS_OF_PARSER: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("--cfg", "-c"), {"choices": ["job", "hydra", "all"]}),
+    (("--json",), {"action": "store_true"}),
+    (("--version",), {"action": "store_true"}),
+    (("--completion",), {"choices": SHELLS}),
+    (("--config-dir", "-cd"), {}),
+    (("--multirun", "-m"), {"action": "store_true"}),
+    # Hydra's own, for who knows them.
+    (("--run", "-r"), {"action": "store_true"}),
+    (("--resolve",), {"action": "store_true"}),
+    (("--hydra-help",), {"action": "store_true"}),
+    (("--shell-completion", "-sc"), {"action": "store_true"}),
+    (("--info", "-i"), {"nargs": "?", "const": "all"}),
+    (("--config-path", "-cp"), {}),
+    (("--config-name", "-cn"), {}),
+    (("--experimental-rerun",), {}),
+    (("--package", "-p"), {}),
+)
+OPTIONS = ("--help", "-h", *(name for names, _ in OPTIONS_OF_PARSER for name in names))
+
+
+def _option_problems(args: argparse.Namespace) -> Iterator[Problem]:
+    """Refuse the options of Hydra that would be ignored here."""
+    if args.multirun and args.cfg:
+        yield Problem("--cfg", "a sweep has a config for each trial", "leave out -m, or --cfg")
+    for option in REFUSED:
+        value = getattr(args, option)
+        if value is not None:
+            written = f"--{option.replace('_', '-')} {value}"
+            yield Problem(written, "is not supported", "--config-dir DIR adds your own options")
+
+
+def _hand_to_hydra(command: Command[Any], argv: list[str]) -> None:
+    import hydra
+
+    sys.argv = [f"sft.{command.name}", *argv]
+    if command.config_name is not None:
+        compose.register_schema(command.schema, command.config_name)
+    hydra.main(config_path=str(CONF_DIR), config_name=command.config_name, version_base="1.3")(
+        lambda _: None
+    )()

@@ -1,0 +1,188 @@
+"""``--help``: a command's examples, groups and settings, or one section of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from sft.config.overrides import groups
+from sft.config.rules import fields_of, written
+from sft.config.settings import CONF_DIR, Config
+from sft.config.upstream import did_you_mean
+from sft.errors import ConfigError, Problem
+
+WIDEST = 110  # columns; longer lines are hard to read
+OPTIONS = {
+    "--help [SECTION]": "print this, or one group or section of settings: --help dataset",
+    "--cfg job": "print the composed settings as YAML, and do nothing else",
+    "--json": "print the result as one JSON object on stdout; everything else goes to stderr",
+    "-m": "sweep: run once for each combination of values, a=1,2,3",
+    "--config-dir DIR": "add a folder with your own options, such as DIR/model/mine.yaml",
+    "--completion SHELL": "print tab completion for bash, zsh or fish",
+    "--version": "print the version",
+}
+
+
+class Described(Protocol):
+    """What the help must know of a command; ``sft.cli.command.Command`` has it."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def schema(self) -> type[Any]: ...  # noqa: D102
+    @property
+    def summary(self) -> str: ...  # noqa: D102
+    @property
+    def examples(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def config_name(self) -> str | None: ...  # noqa: D102
+
+
+def overview(summaries: dict[str, str]) -> str:
+    """List the commands, one line each."""
+    lines = ["usage: sft COMMAND [SETTINGS.yaml] [group=option ...] [setting=value ...]", ""]
+    lines += [f"    {name:<10} {summary}" for name, summary in summaries.items()]
+    lines += ["", "sft COMMAND --help lists a command's options and settings."]
+    lines += ["sft --version prints the version, sft --completion SHELL tab completion for"]
+    lines += ["bash, zsh or fish. Each command also runs as python -m sft.COMMAND, and under"]
+    lines += ["torchrun as torchrun --nproc_per_node 4 -m sft.train."]
+    return "\n".join(lines) + "\n"
+
+
+def help_text(command: Described, argv: list[str]) -> str:
+    """Write the help, or that of the section which stands after ``--help``.
+
+    Raises:
+        ConfigError: There is no such section.
+    """
+    config_dir = None
+    words = list(argv)
+    for option in ("--config-dir", "-cd"):
+        if option in words[:-1]:
+            place = words.index(option)
+            config_dir = words[place + 1]
+            del words[place : place + 2]
+    asked = [word for word in words if not word.startswith("-") and "=" not in word]
+    found = groups(config_dir) if command.config_name else {}
+    config = command.schema()
+    sections = [name for name, _, value in fields_of(config) if dataclasses.is_dataclass(value)]
+    if asked:
+        lines: list[str] = []
+        for name in asked:
+            if name not in found and name not in sections:
+                known = sorted({*found, *sections})
+                rule = (
+                    f"the help has the sections {', '.join(known)}" if known else "has no sections"
+                )
+                raise ConfigError([Problem(f"--help {name}", rule, did_you_mean(name, known))])
+            if name in found:
+                lines += [*_group(name, found[name], config_dir), ""]
+            if name in sections:
+                section = getattr(config, name)
+                lines += [f"Settings of {name}, with their defaults:", ""]
+                lines += [*_settings(section, f"{name}."), ""]
+        return "\n".join(lines)
+    lines = _wrapped(f"sft {command.name}: {command.summary}", 0)
+    lines += ["", *(line for example in command.examples for line in _example(example))]
+    if own := _own(command):
+        lines += ["", "Settings of this command, with their defaults:", "", *own]
+    if found:
+        lines += ["", "Options, a line for each group (your own: --config-dir DIR):"]
+        for name in sorted(found):
+            lines += ["", *_group(name, found[name], config_dir)]
+    lines += ["", "Command-line options:", ""]
+    for option, meaning in OPTIONS.items():
+        if found or option not in ("--help [SECTION]", "-m", "--config-dir DIR"):
+            lines += _entry(option, meaning, 20)
+    if found:
+        lines += [
+            "",
+            "Settings, with their defaults. A file of settings, FILE.yaml, may be given too;",
+        ]
+        lines += ["what is on the command line wins over it."]
+        for name, field, value in fields_of(config):
+            if dataclasses.is_dataclass(value):
+                lines += ["", *_settings(value, f"{name}.")]
+            elif field.name in {item.name for item in dataclasses.fields(Config)}:
+                lines += [*([""] * (name == "run_name")), *_setting(name, field, value)]
+    return "\n".join(lines) + "\n"
+
+
+def _example(command: str) -> list[str]:
+    """Write a command such that a shell takes it, also where it is broken over lines."""
+    first, *rest = _wrapped(command.replace("python -m sft.", "sft "), 4, reserve=2)
+    lines = [first, *(f"    {line}" for line in rest)]
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+
+
+def _own(command: Described) -> list[str]:
+    """List the settings that a command does not share with training."""
+    shared = {item.name for item in dataclasses.fields(Config)} if command.config_name else set()
+    return [
+        line
+        for name, field, value in fields_of(command.schema())
+        if name not in shared
+        for line in _setting(name, field, value)
+    ]
+
+
+def _group(name: str, options: set[str], config_dir: str | None) -> list[str]:
+    lines = [f"{name}=OPTION"]
+    width = min(28, max(map(len, options)) + 2)
+    for option in sorted(options):
+        lines += _entry(option, described(name, option, config_dir), width)
+    return lines
+
+
+def described(group: str, option: str, config_dir: str | None = None) -> str:
+    """Read what an option is: the first comment line of its YAML."""
+    for root in (CONF_DIR, *([Path(config_dir)] if config_dir else [])):
+        file = root / group / f"{option}.yaml"
+        if file.is_file():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                if not line.startswith("#"):
+                    break
+                if not line.startswith("# @"):
+                    return line.removeprefix("#").strip()
+    return ""
+
+
+def _settings(node: Any, prefix: str = "") -> Iterator[str]:
+    for name, field, value in fields_of(node):
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield from _setting(prefix + name, field, value)
+
+
+def _setting(key: str, field: dataclasses.Field[Any], value: Any) -> list[str]:
+    rule = field.metadata.get("rule")
+    text = field.metadata["help"] + (f" ({rule.text})" if rule else "")
+    shown = written(key, repr(value) if value == "\n" else value)
+    return [*_wrapped(shown, 4), *_wrapped(text, 8)]
+
+
+def _entry(name: str, text: str, width: int) -> list[str]:
+    """Write a name and what it means, side by side."""
+    first, *rest = _wrapped(text, 4 + width) or [""]
+    start = f"    {name:<{width}}"
+    if len(start.rstrip()) + 2 > 4 + width:
+        return [start.rstrip(), *([first, *rest] if text else [])]
+    return [(start + first.strip()).rstrip(), *rest]
+
+
+def _wrapped(text: str, indent: int, reserve: int = 0) -> list[str]:
+    width = max(40, min(WIDEST, shutil.get_terminal_size().columns - 1)) - 3 * reserve
+    space = " " * indent
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=space,
+        subsequent_indent=space,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

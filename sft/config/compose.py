@@ -1,0 +1,230 @@
+"""YAML groups and overrides become a typed config; everything that does not fit is collected.
+
+Hydra composes; the dataclasses in ``settings`` say what is legal. Hydra alone stops at the first
+unknown key, and lets ``+lora.drop_out=0.3`` pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from sft.config.names import suggest
+from sft.config.overrides import Override, groups
+from sft.config.rules import default_of, written
+from sft.config.settings import CONF_DIR
+from sft.config.settings_file import field_of, holds_text
+from sft.errors import ConfigError, Problem
+
+C = TypeVar("C")
+UNKNOWN_SETTING = "there is no such setting"
+
+
+def typed_config(
+    schema: type[C], name: str, given: list[Override], config_dir: str | None
+) -> tuple[C, list[Problem]]:
+    """Compose one config.
+
+    Args:
+        schema: The dataclass of all settings.
+        name: The primary YAML in conf/.
+        given: What the command line and a settings file give.
+        config_dir: A folder with the user's own groups.
+
+    Returns:
+        The config, with the default wherever a value did not fit, and what did not fit.
+
+    Raises:
+        ConfigError: The YAML files themselves cannot be composed.
+    """
+    composed, grid, problems = _compose(schema, name, given, config_dir)
+    problems += _grid_problems(grid, {item.key for item in given})
+    typed = OmegaConf.structured(schema)
+    problems += _merge(typed, composed, schema)
+    config: Any = OmegaConf.to_object(typed)
+    return config, problems
+
+
+def plain_config(schema: type[C], given: list[Override]) -> tuple[C, list[Problem]]:
+    """Make the config of a command without groups.
+
+    Text is set beside OmegaConf, which would look for settings named in a prompt's ``${...}``.
+    """
+    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    texts = {
+        item.key: item.value
+        for item in given
+        if isinstance(item.value, str)
+        and item.key in fields
+        and holds_text(fields[item.key], item.key)
+    }
+    typed = OmegaConf.structured(schema)
+    others = {item.key: item.value for item in given if item.key not in texts}
+    problems = _merge(typed, others, schema)
+    config: Any = OmegaConf.to_object(typed)
+    for key, text in texts.items():
+        setattr(config, key, text)
+    return config, problems
+
+
+def sweep_overrides(
+    schema: type[C], name: str, given: list[Override], config_dir: str | None
+) -> list[str]:
+    """Make the overrides of a sweep such as Hydra's sweeper accepts and expands.
+
+    A trial checks its own config, so that a refused trial stops no other. Only what no trial can
+    have right is refused here: unknown keys and unknown group options.
+
+    Raises:
+        ConfigError: With every such problem.
+    """
+    fixed = [item for item in given if item.kind != "sweep"]
+    options = groups(config_dir)
+    swept = [
+        Override(item.key, None)
+        for item in given
+        if item.kind == "sweep" and item.key not in options
+    ]
+    composed, grid, problems = _compose(schema, name, fixed + swept, config_dir)
+    problems += [
+        problem
+        for problem in _merge(OmegaConf.structured(schema), composed, schema)
+        if problem.rule == UNKNOWN_SETTING
+    ]
+    if problems:
+        raise ConfigError(problems)
+    # Hydra lets the command line replace a grid's values only where both write the key alike.
+    spelled = {str(key).lstrip("+"): str(key) for key in grid}
+    return [
+        f"{spelled[item.key]}={item.hydra().partition('=')[2]}"
+        if item.key in spelled
+        else item.hydra()
+        for item in given
+    ]
+
+
+def register_schema(schema: Any, name: str) -> None:
+    """Give Hydra the defaults, untyped: types are checked later, all at once."""
+    from hydra.core.config_store import ConfigStore
+
+    node = dataclasses.asdict(schema())
+    ConfigStore.instance().store(name=f"{name}_defaults", node=node)
+
+
+def _compose(
+    schema: Any, name: str, given: list[Override], config_dir: str | None
+) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
+    """Compose the groups and settings, unchecked, and list what the config itself sweeps over.
+
+    Hydra composes the groups. Settings are put into the result as values, so that no value has to
+    be written in Hydra's grammar.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    register_schema(schema, name)
+    overrides = [item.hydra() for item in given if item.kind in ("option", "hydra")]
+    if config_dir is not None:
+        overrides = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']", *overrides]
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            composed = compose(name, overrides, return_hydra_config=True)
+        grid = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+        with open_dict(composed):
+            del composed["hydra"]
+        problems = list(_set(composed, [item for item in given if item.kind == "setting"], schema))
+        container = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        rule = ": ".join(_reasons(error))
+        setting = str(getattr(error, "full_key", None) or "the composed config")
+        raise ConfigError([Problem(setting, rule, "mend the YAML file or override")]) from error
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}, dict(grid), problems
+
+
+def _set(composed: Any, given: list[Override], schema: Any) -> Iterator[Problem]:
+    """Put settings into the composed config; yields those that cannot be there."""
+    for item in given:
+        below = OmegaConf.select(composed, item.key) if item.value == {} else None
+        if below:
+            yield Problem(
+                f"{item.key}={{}}",
+                f"is merged over {below}, and empties nothing",
+                f"choose another option of the group {item.key.split('.')[0]}",
+            )
+        try:
+            OmegaConf.update(composed, item.key, item.value, merge=True, force_add=True)
+        except (OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
+            field = field_of(schema, item.key)
+            yield (
+                _wrong_type(item.key, item.value, field)
+                if isinstance(field, dataclasses.Field)
+                else Problem(
+                    written(item.key, item.value),
+                    str(error).splitlines()[0],
+                    suggest(item.key, schema),
+                )
+            )
+
+
+def _reasons(error: BaseException) -> Iterator[str]:
+    """Give the first line of an error and of its cause."""
+    for item in (error, error.__cause__):
+        if item is not None and str(item):
+            yield str(item).splitlines()[0]
+
+
+def _grid_problems(grid: dict[str, str], given: set[str]) -> Iterator[Problem]:
+    """Refuse one run of a config that is a sweep, unless what it sweeps over is given."""
+    for key, values in grid.items():
+        if key not in given:
+            one = str(values).partition(",")[0]
+            yield Problem(f"{key}={values}", "this config is a sweep", f"add -m, or {key}={one}")
+
+
+def _merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> list[Problem]:
+    """Merge plain values into the typed tree, key by key, collecting what does not fit."""
+    problems: list[Problem] = []
+    known = {field.name: field for field in dataclasses.fields(schema)}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        field = known.get(key)
+        if field is None:
+            problems.append(
+                Problem(
+                    written(path, value), UNKNOWN_SETTING, suggest(path, OmegaConf.get_type(typed))
+                )
+            )
+            continue
+        section = field.default_factory
+        if dataclasses.is_dataclass(section):
+            if isinstance(value, dict):
+                problems += _merge(typed, value, section, f"{path}.")
+            else:
+                problems.append(
+                    Problem(written(path, value), f"{path} is a group", f"{path}.NAME=VALUE")
+                )
+            continue
+        if value == "???":
+            problems.append(Problem(f"{path}=???", "must be given", f"{path}=VALUE"))
+            continue
+        try:
+            OmegaConf.update(typed, path, value, merge=False)
+        except OmegaConfBaseException:
+            problems.append(_wrong_type(path, value, field))
+    return problems
+
+
+def _wrong_type(path: str, value: Any, field: dataclasses.Field[Any]) -> Problem:
+    kind = str(field.type).replace(" | None", " or null")
+    one_of_many = kind.startswith("list") and not isinstance(value, list | dict | None)
+    if not one_of_many or kind.startswith("list[str]") != isinstance(value, str):
+        return Problem(
+            written(path, value), f"must be of type {kind}", written(path, default_of(field))
+        )
+    return Problem(written(path, value), f"must be of type {kind}", written(path, f"[{value}]"))

@@ -1,0 +1,108 @@
+"""Which adapters and quantised bases cannot be trained, as far as the settings alone can tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from sft.config import zero
+from sft.config.settings import Config
+from sft.errors import Problem
+
+HEADS = ("lm_head", "embed_out", "output_layer")
+
+
+def lora(config: Config) -> Iterator[Problem]:
+    """Find what is wrong with the adapter."""
+    section = config.lora
+    if not section.enabled:
+        if config.train.merge:
+            yield Problem("train.merge=true", "lora=none trains whole weights", "train.merge=false")
+        return
+    targets = section.target_modules
+    named = [targets] if isinstance(targets, str) else targets
+    if not targets or not isinstance(named, list) or not all(isinstance(x, str) for x in named):
+        yield Problem(
+            f"lora.target_modules={targets}",
+            "must be 'attention', 'all-linear', a regular expression, or a list of module names",
+            "lora.target_modules=all-linear",
+        )
+        return
+    for head in HEADS:
+        if any(item == head or item.endswith(f".{head}") for item in named):
+            yield Problem(
+                f"lora.target_modules={targets}",
+                f"LoRA on {head} would never train: the loss reads the head's weight directly",
+                f"lora.modules_to_save=[{head}]",
+            )
+    if not config.model.pretrained:
+        yield Problem(
+            "model.pretrained=false",
+            "LoRA would train on random weights that are saved nowhere",
+            "lora=none",
+        )
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield Problem(
+                f"lora.target_modules={targets}",
+                f"is no regular expression: {error}",
+                "lora.target_modules=all-linear",
+            )
+    init = section.extra.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith("pissa_niter"):
+        yield Problem(
+            f"lora.extra.init_lora_weights={init}",
+            "is random: the adapter would be put on another base when it is loaded",
+            "lora.extra.init_lora_weights=pissa",
+        )
+    if init in ("eva", "corda", "lora_ga", "loftq"):
+        yield Problem(
+            f"lora.extra.init_lora_weights={init}",
+            "needs a preprocessing pass, without which PEFT silently starts from nothing",
+            "lora.extra.init_lora_weights=true",
+        )
+    quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
+    if quantized and isinstance(init, str) and init.startswith(("pissa", "olora", "orthogonal")):
+        yield Problem(
+            f"lora.extra.init_lora_weights={init}",
+            "changes base weights, which quantisation has frozen in another form",
+            "quantization=none",
+        )
+    if init == "mica" and zero.stage(_json(config)) == 3:
+        yield Problem(
+            "lora.extra.init_lora_weights=mica",
+            "saving under ZeRO-3 drops its frozen adapter tensors",
+            "zero=stage2",
+        )
+    if section.use_dora and section.extra.get("use_qalora"):
+        yield Problem("lora.use_dora=true", "not together with use_qalora", "lora.use_dora=false")
+
+
+def quantization(config: Config) -> Iterator[Problem]:
+    """Find what is wrong with the base model's storage."""
+    section = config.quantization
+    bits = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(section, key)]
+    if not bits:
+        return
+    if len(bits) == 2:
+        yield Problem(
+            "quantization.load_in_4bit=true", "not together with 8 bit", "quantization=nf4"
+        )
+    if not config.lora.enabled:
+        yield Problem("lora=none", "quantised weights cannot be trained", "lora=all-linear")
+    if config.precision == "fp16":
+        yield Problem(
+            "precision=fp16",
+            "the adapter of a quantised model is kept in bf16",
+            "precision=bf16",
+        )
+
+
+def _json(config: Config) -> dict[str, Any] | None:
+    try:
+        return zero.read(config.zero)
+    except (OSError, ValueError):
+        return None  # zero_checks reports it

@@ -1,0 +1,132 @@
+"""Names that other libraries and tools use, and the setting to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sft.config import upstream
+from sft.config.rules import declared, example_of
+from sft.config.settings import Config
+from sft.errors import Problem
+
+
+def _examples(fact: str, section: str = "") -> dict[str, str]:
+    """Map the names that settings declare as ``decides`` or ``called`` to those settings."""
+    return {
+        name.removeprefix(section): example_of(key, item)
+        for key, item in declared(Config)
+        for name in item.metadata[fact]
+        if name.startswith(section)
+    }
+
+
+# Fields of upstream classes that ``extra`` refuses, and what to do instead. Those that a setting of
+# ours decides stand beside that setting.
+TRAIN_OWNED = _examples("decides", "train.") | {
+    "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
+    "local_rank": "torchrun --nproc_per_node N",
+    "hub_token": "HF_TOKEN in the environment, so that it is in no saved config",
+    "save_only_model": "remove it: a run could not resume from such a checkpoint",
+    "ignore_data_skip": "remove it: rows would be seen twice",
+    "restore_callback_states_from_checkpoint": "remove it: what is counted always goes on",
+    "save_on_each_node": "remove it: rank 0 writes, to a folder that all nodes see",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_strategy", "hub_always_push", "hub_model_id"),
+        "hf upload USER/NAME outputs/RUN/adapter, once it is finished",
+    ),
+    "dataloader_multiprocessing_context": "remove it: workers are forked, and so not signalled",
+    "accelerator_config": "remove it: each rank makes its own batches",
+    "load_best_model_at_end": "remove it: the adapter is the last one",
+    "enable_jit_checkpoint": "remove it: a run so stopped would look finished",
+    "average_tokens_across_devices": "remove it: the loss is the mean over the tokens of all ranks",
+    "label_smoothing_factor": "remove it: the LM head computes nll and dft (train.extra.loss_type)",
+    "dataloader_drop_last": "remove it: rows would be dropped unseen",
+    "disable_tqdm": "remove it: the bar is shown on a terminal only",
+    **dict.fromkeys(
+        (
+            "assistant_only_loss",
+            "chat_template_path",
+            "completion_only_loss",
+            "dataset_kwargs",
+            "dataset_num_proc",
+            "dataset_text_field",
+            "eos_token",
+            "eval_packing",
+            "label_names",
+            "packing",
+            "packing_strategy",
+            "pad_token",
+            "padding_free",
+            "remove_unused_columns",
+            "shuffle_dataset",
+            "truncation_mode",
+        ),
+        "template=... and dataset=..., which decide what is trained",
+    ),
+}
+LORA_OWNED = _examples("decides", "lora.") | {
+    "task_type": "remove it: CAUSAL_LM",
+    "peft_type": "remove it: LORA",
+    "inference_mode": "remove it",
+    "fan_in_fan_out": "remove it: PEFT knows each layer's layout",
+}
+# Names of other tools and of older releases, and what to write instead. Those of one setting stand
+# beside it.
+RENAMED = _examples("called") | {
+    "group_by_length": "train.extra.train_sampling_strategy=group_by_length",
+    "fp16": "precision=fp16",
+    "tf32": "train.extra.tf32=true",
+}
+
+
+def extra_problems(config: Config) -> Iterator[Problem]:
+    """Find what is wrong in the sections' ``extra``: unknown names, and those we decide."""
+    sections: list[tuple[str, Any, Callable[[], frozenset[str]], dict[str, str]]] = [
+        ("train", config.train, upstream.sft_config_names, TRAIN_OWNED),
+        ("lora", config.lora, upstream.lora_config_names, LORA_OWNED),
+        ("quantization", config.quantization, upstream.bnb_config_names, {}),
+    ]
+    for name, section, legal, owned in sections:
+        own_fields = set(section.__dataclass_fields__)
+        for key, value in section.extra.items():
+            written = f"{name}.extra.{key}={value}"
+            if key in own_fields:
+                yield Problem(written, "has a setting of its own", f"{name}.{key}={value}")
+            elif key in owned:
+                yield Problem(written, "is decided by another setting", owned[key])
+            elif key in RENAMED and key not in legal():
+                yield Problem(written, f"{key} is not a name of this version", RENAMED[key])
+            elif key not in legal():
+                yield Problem(
+                    written,
+                    f"the installed library has no setting {key}",
+                    upstream.did_you_mean(key, legal() - owned.keys()),
+                )
+
+
+def suggest(path: str, schema: Any) -> str:
+    """Name the setting that was probably meant, wherever it lives."""
+    section, _, leaf = path.rpartition(".")
+    if leaf in RENAMED:
+        return RENAMED[leaf]
+    paths = [name for name, _ in declared(schema)]
+    paths += sorted({path.rpartition(".")[0] for path in paths} - {""})  # the sections
+    same_leaf = [known for known in paths if known.rpartition(".")[2] == leaf]
+    if same_leaf:
+        return f"did you mean {same_leaf[0]}?"
+    owned = {"train": TRAIN_OWNED, "lora": LORA_OWNED}.get(section, {})
+    if leaf in owned:
+        return owned[leaf]
+    legal = {
+        "train": upstream.sft_config_names,
+        "lora": upstream.lora_config_names,
+        "quantization": upstream.bnb_config_names,
+    }.get(section)
+    if legal and leaf in legal():
+        return f"{section}.extra.{leaf}=..."
+    siblings = [known.rpartition(".")[2] for known in paths if known.startswith(f"{section}.")]
+    hint = upstream.did_you_mean(leaf, siblings)
+    if hint.startswith("did"):
+        return hint.replace("mean ", f"mean {section}." if section else "mean ")
+    return upstream.did_you_mean(path, paths)

@@ -1,0 +1,233 @@
+"""What a DeepSpeed JSON and its overrides may hold, and what they may not, and why.
+
+DeepSpeed refuses unknown keys inside ``zero_optimization`` late, and lets unknown keys at the top
+pass silently; both are refused here, before torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sft.config import upstream
+from sft.config.settings import DS_CONFIG_DIR, ZeroConfig
+from sft.config.zero import json_path, read
+from sft.errors import Problem
+
+# Sections whose legal keys DeepSpeed declares as fields: (file, class) in the deepspeed package.
+SECTIONS = {
+    "zero_optimization": ("runtime/zero/config.py", "DeepSpeedZeroConfig"),
+    "zero_optimization.offload_optimizer": (
+        "runtime/zero/offload_config.py",
+        "DeepSpeedZeroOffloadOptimizerConfig",
+    ),
+    "zero_optimization.offload_param": (
+        "runtime/zero/offload_config.py",
+        "DeepSpeedZeroOffloadParamConfig",
+    ),
+    "zero_optimization.leaf_module": (
+        "runtime/zero/leaf_module_config.py",
+        "DeepSpeedZeroLeafModuleConfig",
+    ),
+    "bf16": ("runtime/precision_config.py", "DeepSpeedBF16Config"),
+    "fp16": ("runtime/precision_config.py", "DeepSpeedFP16Config"),
+    "comms_logger": ("comm/config.py", "CommsLoggerConfig"),
+}
+# Sections that DeepSpeed reads key by key (runtime/constants.py and the docs of each).
+KEYS = {
+    "activation_checkpointing": {
+        "partition_activations",
+        "cpu_checkpointing",
+        "contiguous_memory_optimization",
+        "number_checkpoints",
+        "synchronize_checkpoint_boundary",
+        "profile",
+    },
+    "aio": {
+        "block_size",
+        "queue_depth",
+        "intra_op_parallelism",
+        "single_submit",
+        "overlap_events",
+        "use_gds",
+    },
+    "data_types": {"grad_accum_dtype"},
+    "flops_profiler": {
+        "enabled",
+        "recompute_fwd_factor",
+        "profile_step",
+        "module_depth",
+        "top_modules",
+        "detailed",
+        "output_file",
+    },
+}
+SCALARS = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "steps_per_print",
+    "dump_state",
+    "disable_allgather",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}
+TOP_LEVEL = SCALARS | {name for name in (*SECTIONS, *KEYS) if "." not in name}
+# Known to DeepSpeed, and wrong here: why, and what to do instead.
+REFUSED = {
+    "optimizer": (
+        "the optimizer is chosen in one place, and a JSON's would replace it",
+        "train.optim=adamw_torch",
+    ),
+    "scheduler": (
+        "a scheduler in the JSON silently replaces train.lr_scheduler_type",
+        "train.lr_scheduler_type=cosine",
+    ),
+    "tensor_parallel": (
+        "AutoTP computes a wrong loss: the fused LM head reads one shard of the vocabulary",
+        "zero=stage3",
+    ),
+    "zero_optimization.zenflow": (
+        "its losses are not those of the stage without it",
+        "remove the key",
+    ),
+    "autotuning": ("the batch is set by train.global_batch_size", "remove the key"),
+    "zero_optimization.cpu_offload": ("is an old name", "zero=stage2_offload"),
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
+        "is an old name",
+        "rename it stage3_gather_16bit_weights_on_model_save",
+    ),
+}
+# Must be "auto": the trainer fills them in, so that they cannot disagree with our settings.
+AUTO = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+}
+
+
+def problems(zero: ZeroConfig, optim: str, trains_base: bool) -> Iterator[Problem]:
+    """Find everything that is wrong with the JSON and its overrides.
+
+    Args:
+        zero: The section of the config.
+        optim: ``train.optim``, which offloading may silently replace.
+        trains_base: Full fine-tuning, whose weights stage 3 must gather to save.
+    """
+    if zero.config is None:
+        if zero.overrides:
+            yield Problem(
+                f"zero.overrides={zero.overrides}", "there is no JSON to override", "zero=stage2"
+            )
+        return
+    path = json_path(zero)
+    try:
+        ds_config = read(zero)
+    except OSError:
+        known = ", ".join(sorted(file.stem for file in DS_CONFIG_DIR.glob("*.json")))
+        yield Problem(f"zero.config={zero.config}", f"there is no file {path}", f"zero={known}")
+        return
+    except ValueError as error:
+        yield Problem(f"zero.config={zero.config}", f"is not valid JSON: {error}", f"mend {path}")
+        return
+    assert ds_config is not None
+    flat = {key for key, _ in _walk(zero.overrides)}
+    for key, value in _walk(ds_config):
+        origin = f"zero.overrides.{key}={value}" if key in flat else f"{path.name}: {key}={value}"
+        yield from _key_problems(key, value, origin)
+    yield from _combination_problems(ds_config, path.name, optim, trains_base)
+
+
+def _walk(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        yield prefix + key, value
+        if isinstance(value, dict):
+            yield from _walk(value, f"{prefix}{key}.")
+
+
+def _legal_keys(section: str) -> frozenset[str] | set[str] | None:
+    if not section:
+        return TOP_LEVEL
+    if section in SECTIONS:
+        return upstream.field_names("deepspeed", *SECTIONS[section])
+    return KEYS.get(section)
+
+
+def _key_problems(key: str, value: Any, origin: str) -> Iterator[Problem]:
+    section, _, name = key.rpartition(".")
+    if key in REFUSED:
+        yield Problem(origin, *REFUSED[key])
+        return
+    if any(section == refused or section.startswith(f"{refused}.") for refused in REFUSED):
+        return
+    legal = _legal_keys(section)
+    if legal is None:
+        above, _, own = section.rpartition(".")
+        if own in (_legal_keys(above) or ()):  # otherwise the section itself is reported
+            yield Problem(origin, f"{section} takes no nested keys", "remove the key")
+    elif name not in legal:
+        rule = f"{section} has no key {name}" if section else f"{name} is not a key known here"
+        yield Problem(origin, rule, upstream.did_you_mean(name, legal))
+    elif (key in SECTIONS or key in KEYS) and not isinstance(value, dict | None):
+        yield Problem(origin, "must be an object", f"{key}.KEY=VALUE")
+    elif key in AUTO and value != "auto":
+        yield Problem(origin, f'must be "auto": {AUTO[key]} decides it', f"{AUTO[key]}=...")
+
+
+def _combination_problems(
+    ds_config: dict[str, Any], name: str, optim: str, trains_base: bool
+) -> Iterator[Problem]:
+    for key in AUTO:
+        section, _, leaf = key.rpartition(".")
+        node = ds_config.get(section) if section else ds_config
+        if isinstance(node, dict) and leaf not in node:
+            yield Problem(
+                f"{name}: no {key}",
+                f"DeepSpeed would take its own default, not {AUTO[key]}",
+                f'add "{leaf}": "auto"',
+            )
+    zero = ds_config.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        yield Problem(f"{name}: zero_optimization", "needs a stage of 1, 2 or 3", "zero=stage2")
+        return
+    devices = {key: _device(zero, key) for key in ("offload_optimizer", "offload_param")}
+    for key, device in devices.items():
+        if device == "nvme" and not zero[key].get("nvme_path"):
+            yield Problem(f"{name}: {key}", "device nvme needs a folder", "nvme_path: /DIR")
+    if devices["offload_optimizer"] == "nvme":
+        yield Problem(
+            f"{name}: offload_optimizer",
+            "what is on NVMe cannot be put into a checkpoint that goes on elsewhere",
+            "zero=stage3_offload, which keeps it in CPU memory",
+        )
+    offloads = devices["offload_optimizer"] != "none"
+    if offloads and optim not in ("adamw_torch", "adamw_torch_fused"):
+        if ds_config.get("zero_force_ds_cpu_optimizer", True):
+            yield Problem(
+                f"train.optim={optim}",
+                f"{name} offloads the optimizer, which replaces it by DeepSpeedCPUAdam",
+                "+zero.overrides.zero_force_ds_cpu_optimizer=false",
+            )
+    if devices["offload_param"] != "none" and zero["stage"] != 3:
+        yield Problem(f"{name}: offload_param", "needs stage 3", "zero=stage3_offload")
+    gathers = zero.get("stage3_gather_16bit_weights_on_model_save", False)
+    if trains_base and zero["stage"] == 3 and not gathers:
+        yield Problem(
+            f"{name}: stage3_gather_16bit_weights_on_model_save={gathers}",
+            "full fine-tuning under stage 3 cannot save its weights without it",
+            "zero.overrides.zero_optimization.stage3_gather_16bit_weights_on_model_save=true",
+        )
+
+
+def _device(zero: dict[str, Any], key: str) -> str:
+    section = zero.get(key)
+    return str(section.get("device", "none")) if isinstance(section, dict) else "none"

@@ -1,0 +1,219 @@
+"""Rendered rows become token ids, and which of them are trained: a batch of rows at a time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from sft.data.chat import SEAM
+from sft.data.formats import normalise, recognise
+from sft.data.readers import SHOWN, BadRow, Row
+from sft.data.template import Empty, Segment, Template
+from sft.data.text_encoder import Encoder, Stretch
+from sft.errors import DataError
+
+if TYPE_CHECKING:
+    pass
+
+IGNORE_INDEX = -100
+
+
+# Whose a token is; a token's mark is twice the role's number, plus one where it is trained.
+ROLES = ("prompt", "completion", "text", "system", "user", "assistant", "tool", "all")
+MARKS = {(role, flag): 2 * number + flag for number, role in enumerate(ROLES) for flag in (0, 1)}
+# What is known of a document, however long it is.
+DOCUMENT = np.dtype(
+    [
+        ("length", np.int64),  # tokens
+        ("trained", np.int64),  # of them trained
+        ("last", np.int64),  # position of the last trained token; -1: none
+        ("last_id", np.int32),  # and its id
+        ("hash", np.uint64),  # of its tokens
+        ("row", np.int64),  # number of its row, in the order of reading
+        ("line", np.int64),  # where that row begins in its file
+        ("file", np.int32),  # index into the list of files
+        ("source", np.int32),  # index into the list of sources
+        ("control", np.bool_),  # its text holds a control token
+        ("double_bos", np.bool_),
+        ("unrolled", np.bool_),  # one of several that its row became
+    ]
+)
+
+
+@dataclass
+class Encoded:
+    """The documents of a batch of rows, joined.
+
+    Attributes:
+        ids: Token ids, shape (tokens,).
+        marks: Role and trained flag of each, shape (tokens,).
+        documents: What is known of each document, shape (documents,); ``row`` counts from the
+            batch's first.
+        bad: Rows that do not fit, with the reason.
+        empty: Rows with nothing to train.
+    """
+
+    ids: NDArray[np.int32]
+    marks: NDArray[np.uint8]
+    documents: NDArray[Any]
+    bad: list[BadRow]
+    empty: list[BadRow]
+
+
+class RowEncoder:
+    """Turns batches of rows into samples, all by itself: a worker process holds one."""
+
+    def __init__(self, template: Template, sanitize: bool = False) -> None:
+        self.template = template
+        self.sanitize = sanitize
+        self.encoder = Encoder(template.tokenizer)
+        chat = template.config.kind == "chat"
+        ends = template.config.append_eos and not chat
+        self.eos_id = template.tokenizer.eos_token_id if ends else None
+        # A rendered chat holds its BOS. Plain text is one stream: no BOS before each row of it.
+        self.bos = template.config.kind == "completion"
+        tokens = template.tokenizer.added_tokens_decoder.values()
+        self.control = tuple(token.content for token in tokens if token.special)
+
+    def __call__(self, rows: Sequence[Row | BadRow]) -> Encoded:
+        """Encode a batch."""
+        rendered: list[list[Segment]] = []
+        owners: list[tuple[int, bool, bool]] = []  # row, control, unrolled
+        ready: list[tuple[tuple[int, bool, bool], list[Stretch]]] = []
+        bad: list[BadRow] = []
+        empty: list[BadRow] = []
+        for index, row in enumerate(rows):
+            if isinstance(row, BadRow):
+                bad.append(row)
+                continue
+            try:
+                if self._is_tokenized(row.values):
+                    ready.append(((index, False, False), _tokenized(row.values)))
+                    continue
+                samples = self.template.render(self._clean(row.values))
+                _require_whole_characters(samples)
+            except Empty as error:
+                empty.append(BadRow(row.file, row.line, str(error), _shown(row.values)))
+            except (DataError, AttributeError, TypeError, KeyError) as error:
+                bad.append(BadRow(row.file, row.line, _reason(error), _shown(row.values)))
+            else:
+                rendered += samples
+                owner = (index, self._holds_control(samples), len(samples) > 1)
+                owners += [owner] * len(samples)
+        encoded = self.encoder.samples(rendered, self.bos, self.eos_id) if rendered else []
+        both = sorted([*zip(owners, encoded, strict=True), *ready], key=lambda item: item[0][0])
+        ids, marks, documents = self._joined(both)
+        documents["line"] = [rows[index].line for (index, _, _), _ in both]
+        return Encoded(ids, marks, documents, bad, empty)
+
+    def _clean(self, values: dict[str, Any]) -> dict[str, Any]:
+        if not self.sanitize:
+            return values
+        return {k: sanitized(v) if isinstance(v, str) else v for k, v in values.items()}
+
+    def _is_tokenized(self, values: dict[str, Any]) -> bool:
+        format = self.template.format
+        ready = "input_ids" in values and recognise(values) == "tokenized"
+        return format == "tokenized" or (format == "auto" and ready)
+
+    def _holds_control(self, samples: list[list[Segment]]) -> bool:
+        """Tell whether data writes a control token; in a chat it is marked, elsewhere it acts."""
+        if self.template.chat is not None:
+            return any(SEAM in segment.text for segments in samples for segment in segments)
+        text = "".join(segment.text for segments in samples for segment in segments)
+        return any(name in text for name in self.control)
+
+    def _joined(
+        self, samples: Sequence[tuple[tuple[int, bool, bool], list[Stretch]]]
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[Any]]:
+        """Join documents into flat arrays, and describe each."""
+        stretches = [stretch for _, sample in samples for stretch in sample]
+        sizes = np.fromiter((len(ids) for ids, _, _ in stretches), np.int64, len(stretches))
+        flat = itertools.chain.from_iterable(ids for ids, _, _ in stretches)
+        ids = np.fromiter(flat, np.int32, int(sizes.sum()))
+        kinds = (MARKS[role, trained] for _, trained, role in stretches)
+        marks = np.repeat(np.fromiter(kinds, np.uint8, len(stretches)), sizes)
+
+        documents = np.zeros(len(samples), DOCUMENT)
+        if not samples:
+            return ids, marks, documents
+        counts = np.fromiter((len(sample) for _, sample in samples), np.int64, len(samples))
+        firsts = np.cumsum(counts) - counts
+        documents["length"] = np.add.reduceat(sizes, firsts)
+        begins = np.cumsum(documents["length"]) - documents["length"]
+        trained = marks & 1
+        documents["trained"] = np.add.reduceat(trained, begins, dtype=np.int64)
+        places = np.where(trained, np.arange(len(ids)), -1)
+        last = np.maximum.reduceat(places, begins)
+        documents["last_id"] = np.where(last >= 0, ids[last], -1)
+        documents["last"] = np.where(last >= 0, last - begins, -1)
+        ends = (begins + documents["length"]).tolist()
+        pairs = zip(begins.tolist(), ends, strict=True)
+        documents["hash"] = [xxhash.xxh3_64_intdigest(ids[a:b].tobytes()) for a, b in pairs]
+        documents["row"], documents["control"], documents["unrolled"] = zip(
+            *(owner for owner, _ in samples), strict=True
+        )
+        if len(self.encoder.bos_ids) == 1 and len(ids) > 1:
+            after = ids[np.minimum(begins + 1, len(ids) - 1)]
+            bos = self.encoder.bos_ids[0]
+            both = (ids[begins] == bos) & (after == bos) & (documents["length"] > 1)
+            documents["double_bos"] = both
+        return ids, marks, documents
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+
+
+def _shown(values: dict[str, Any]) -> str:
+    text = json.dumps(values, ensure_ascii=False, default=str)[:SHOWN]
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _require_whole_characters(samples: list[list[Segment]]) -> None:
+    """Refuse what is no text: JSON can write one half of a surrogate pair."""
+    for segment in (segment for segments in samples for segment in segments):
+        try:
+            segment.text.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(segment.text[error.start])
+            raise DataError(f"the text holds {half}, which is half a character") from None
+
+
+def _tokenized(values: dict[str, Any]) -> list[Stretch]:
+    """Take ids and labels as they are; without labels everything is trained."""
+    normalise(values, "tokenized")
+    ids, labels = values["input_ids"], values.get("labels")
+    if not ids:
+        raise Empty("there is nothing to train: input_ids is empty")
+    if labels is None:
+        return [(list(ids), True, "text")]
+    if len(labels) != len(ids):
+        raise DataError(f"{len(ids)} input_ids and {len(labels)} labels")
+    wrong = [i for i, label in enumerate(labels) if label not in (IGNORE_INDEX, ids[i])]
+    if wrong:
+        raise DataError(
+            f"label {labels[wrong[0]]} at {wrong[0]} is neither {IGNORE_INDEX} nor the token "
+            "there: labels are not shifted here"
+        )
+    stretches: list[Stretch] = []
+    pairs = zip(ids, labels, strict=True)
+    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
+        role = "completion" if trained else "prompt"
+        stretches.append(([token for token, _ in group], trained, role))
+    return stretches
+
+
+def sanitized(text: str) -> str:
+    """Drop carriage returns, blank lines and superfluous spaces; a written newline is one."""
+    text = text.replace("\r", "").replace("\\n", "\n").replace("\t", " ")
+    lines = (re.sub(" +", " ", line).strip(" ") for line in text.split("\n"))
+    return re.sub("\n{2,}", "\n", "\n".join(lines))

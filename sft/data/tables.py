@@ -1,0 +1,109 @@
+"""The audit as tables in the terminal, and as the figures of the HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sft.config.settings import CHECKS, DatasetConfig
+from sft.data.audit import Counts, verdicts
+
+STYLES = {"ok": "green", "warn": "yellow", "stop": "red"}
+
+
+def show(parts: dict[str, Counts], config: DatasetConfig) -> None:
+    """Print rows, tokens, roles, lengths and checks of each part."""
+    console = Console(file=sys.stdout, highlight=False)
+    table = _table("")
+    for name in parts:
+        table.add_column(name, justify="right")
+    for label, values in _figures(parts):
+        table.add_row(label, *values)
+    console.print(table)
+    checks = _table("check")
+    for name in parts:
+        checks.add_column(name, justify="right")
+    checks.add_column("documents that ...")
+    found = {name: {v[0]: v for v in verdicts(c, config)} for name, c in parts.items()}
+    for check, meaning in CHECKS.items():
+        cells = []
+        for name, counts in parts.items():
+            _, share, verdict = found[name][check]
+            number = f"{counts.checks.get(check, 0):,} ({share:.1%})"
+            cells.append(f"[{STYLES[verdict]}]{number} {verdict}[/]")
+        checks.add_row(check, *cells, meaning)
+    console.print(checks)
+
+
+def _table(first: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first)
+    return table
+
+
+def _figures(parts: dict[str, Counts]) -> list[tuple[str, list[str]]]:
+    """List (label, one value a part)."""
+    rows: list[tuple[str, list[str]]] = []
+
+    def add(label: str, values: list[Any]) -> None:
+        if any(value is not None for value in values):
+            shown = ["" if v is None else v if isinstance(v, str) else f"{v:,}" for v in values]
+            rows.append((label, shown))
+
+    counts = list(parts.values())
+    add("rows read", [c.rows for c in counts])
+    add("  that do not fit", [c.bad for c in counts])
+    add("  empty", [c.empty for c in counts])
+    add("  unrolled, a sample a turn", [c.unrolled or None for c in counts])
+    for source in {name: None for c in counts for name in c.sources}:
+        found = [c.sources.get(source) for c in counts]
+        if any(f and f["weight"] != 1 for f in found) or len(counts[0].sources) > 1:
+            cells = [f"{f['rows']:,} x {f['weight']:g}" if f else None for f in found]
+            add(f"  from {source}", cells)
+    add("documents kept", [c.documents for c in counts])
+    add("  overlong", [c.overlong for c in counts])
+    add("  truncated", [c.truncated for c in counts])
+    add("dropped in all", [c.dropped for c in counts])
+    add("samples", [c.samples for c in counts])
+    full = [None if c.efficiency is None else f"{c.efficiency:.1%}" for c in counts]
+    add("  blocks are full to", full)
+    add("tokens", [c.tokens for c in counts])
+    add("  trained", [f"{c.trained_tokens:,} ({_share(c)})" for c in counts])
+    for role in {name: None for c in counts for name in c.roles}:
+        pairs = [c.roles.get(role) for c in counts]
+        cells = [f"{p['tokens']:,} ({p['trained']:,} trained)" if p else None for p in pairs]
+        add(f"  {role}", cells)
+    for key, label in (
+        ("p50", "tokens a document, median"),
+        ("p90", "  90th percentile"),
+        ("p99", "  99th percentile"),
+        ("max", "  longest"),
+        ("suggested_max_length", "max_length for 99 % whole"),
+        ("max_length_for_all", "  for all"),
+    ):
+        add(label, [c.lengths.get(key) for c in counts])
+    add("max_length", [c.max_length for c in counts])
+    return rows
+
+
+def _share(counts: Counts) -> str:
+    return f"{counts.trained_tokens / max(1, counts.tokens):.1%}"
+
+
+def figures(parts: dict[str, Counts], config: DatasetConfig) -> dict[str, Any]:
+    """Give every figure by part, with each check's share and verdict, for the page."""
+    result: dict[str, Any] = {}
+    for name, counts in parts.items():
+        fields = dataclasses.asdict(counts)
+        fields["by_role"] = fields.pop("roles")
+        fields["checks"] = {
+            check: {"documents": counts.checks.get(check, 0), "share": share, "verdict": verdict}
+            for check, share, verdict in verdicts(counts, config)
+        }
+        fields["lengths"]["max_length"] = fields.pop("max_length")
+        result[name] = fields
+    return result

@@ -1,0 +1,1 @@
+"""What generation must know of a model, and greedy answers."""

@@ -1,0 +1,149 @@
+"""Greedy answers to prompts, and how many of them are exactly right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from sft.data.row_encoder import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *given: Any, **options: Any
+) -> list[str]:
+    """Continue a batch of encoded prompts with text; takes what ``continuations`` takes.
+
+    Returns:
+        The texts that follow the prompts, without special tokens.
+    """
+    ids = continuations(model, tokenizer, *given, **options)
+    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    device: torch.device,
+    stop_id: int | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Continue a batch of encoded prompts.
+
+    Args:
+        model: Left as it was found (its training mode too).
+        tokenizer: Its EOS ends an answer.
+        prompts: Token ids; of different lengths, padded on the left here.
+        max_new_tokens: At most this many each.
+        device: Where the model computes; offloaded parameters may lie elsewhere.
+        stop_id: Another token that ends an answer, such as a chat template's end of turn.
+        **options: Further arguments of ``generate``; greedy unless they say otherwise.
+
+    Returns:
+        Token ids that follow the prompts, shape (prompts, tokens), padded on the right.
+    """
+    width = max(map(len, prompts))
+    ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        output: torch.Tensor = model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=stop_ids(model.generation_config, tokenizer, stop_id),
+            use_cache=True,
+            # The model's own generation config may hold a penalty, which is not plain greedy.
+            **{"do_sample": False, "repetition_penalty": 1.0, **options},
+        )
+    model.train(was_training)
+    return output[:, width:]
+
+
+def stop_ids(
+    generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
+) -> list[int]:
+    """List what ends an answer: the tokenizer's EOS, the model's own, and the template's."""
+    own = generation.eos_token_id
+    found = [tokenizer.eos_token_id, stop_id, *(own if isinstance(own, list) else [own])]
+    return sorted({token for token in found if token is not None})
+
+
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Dataset,
+    batch_size: int,
+    device: torch.device,
+    stop_id: int | None,
+) -> dict[str, float]:
+    """Answer each sample's prompt greedily and compare with its answer, on all ranks together.
+
+    The prompt is all that precedes the last trained stretch, the answer that stretch: the very
+    tokens of training.
+
+    Args:
+        model: Any rank's model; under ZeRO-3 every rank takes part in every forward.
+        tokenizer: Of the samples.
+        samples: Held-out samples, one document each.
+        batch_size: Prompts a rank answers at once.
+        device: Where this rank computes.
+        stop_id: What ends an answer, besides EOS.
+
+    Returns:
+        ``exact_match`` (share), ``exact_match_rows`` and ``exact_match_seconds``.
+    """
+    began = time.perf_counter()
+    prompts, wanted = zip(*(_last_answer(sample) for sample in samples), strict=True)
+    answers = [text.strip() for text in tokenizer.batch_decode(wanted, skip_special_tokens=True)]
+    # Two tokens more than the longest answer: what has not stopped by then is wrong anyhow.
+    longest = max(map(len, wanted)) + 2
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    right = torch.zeros(1, dtype=torch.int64, device=device)
+    for start in range(0, len(prompts), batch_size * ranks):
+        indices = list(range(start + rank, min(start + batch_size * ranks, len(prompts)), ranks))
+        # A rank that has none left answers one again, uncounted: ZeRO-3 needs every rank.
+        texts = complete(
+            model,
+            tokenizer,
+            [prompts[index] for index in indices or [start]],
+            longest,
+            device,
+            stop_id,
+            synced_gpus=ranks > 1,
+        )
+        right += sum(
+            text.strip() == answers[index] for index, text in zip(indices, texts, strict=False)
+        )
+    if dist.is_initialized():
+        dist.all_reduce(right)
+    return {
+        "exact_match": right.item() / len(prompts),
+        "exact_match_rows": len(prompts),
+        "exact_match_seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def _last_answer(sample: dict[str, list[int]]) -> tuple[list[int], list[int]]:
+    """Cut a sample into what precedes its last trained stretch, and that stretch."""
+    ids, labels = sample["input_ids"], sample["labels"]
+    stop = len(labels)
+    while labels[stop - 1] == IGNORE_INDEX:
+        stop -= 1
+    start = stop
+    while start and labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    return ids[:start], ids[start:stop]

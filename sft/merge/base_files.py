@@ -1,0 +1,307 @@
+"""Safetensors files on disk: where each tensor is, and which parameters of the model it holds.
+
+Rows are read by their offsets instead of through a memory map: what a map has touched counts as
+this process's memory until the file is closed, and page tables cost more than copying does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sft.config.settings import ModelConfig
+from sft.errors import MergeError
+from sft.model.base import loading, source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        name: Its name there.
+        file: The file.
+        offset: Of its first byte in the file.
+        size: In bytes.
+        dtype: The format's name of it, such as ``BF16``.
+        shape: As stored.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def columns(self) -> int:
+        """Give the length of its last dimension; a vector is one row."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        """Count the rows of the matrices that it is, one below the other."""
+        return math.prod(self.shape[:-1])
+
+    def read(self, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Read some rows, as they are stored.
+
+        Args:
+            start: The first.
+            stop: After the last.
+            buffer: Bytes to read them into; None: new ones.
+
+        Returns:
+            Shape (stop - start, columns).
+
+        Raises:
+            MergeError: The file has become shorter.
+        """
+        dtype = FLOATS[self.dtype]
+        width = self.columns * dtype.itemsize
+        size, offset = (stop - start) * width, self.offset + start * width
+        buffer = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer[:size]
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        handle = os.open(self.file, os.O_RDONLY)
+        try:
+            while view:  # the kernel may give less than was asked at once
+                got = os.preadv(handle, [view], offset)
+                if not got:
+                    raise MergeError(f"{self.file} ended early\n    fix: download or copy it anew")
+                view, offset = view[got:], offset + got
+        finally:
+            os.close(handle)
+        return buffer.view(dtype).view(stop - start, self.columns)
+
+
+def header(file: Path) -> list[Stored]:
+    """List the tensors of a safetensors file, in the order of their bytes.
+
+    Raises:
+        MergeError: The file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):  # which holds the header against the file's size
+            pass
+    except (SafetensorError, OSError) as error:
+        raise MergeError(f"{file} is damaged: {error}\n    fix: download or copy it anew") from None
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        entries = json.loads(opened.read(length))
+    entries.pop("__metadata__", None)
+    stored = [
+        Stored(
+            name,
+            file,
+            8 + length + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            entry["dtype"],
+            tuple(entry["shape"]),
+        )
+        for name, entry in entries.items()
+    ]
+    return sorted(stored, key=lambda tensor: tensor.offset)
+
+
+def shards(model: ModelConfig) -> list[Path]:
+    """Find the files of a model's weights, in a folder or on the hub.
+
+    Raises:
+        ModelError: There are none, or they cannot be reached.
+    """
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    where = source(model)
+    name, revision = where["pretrained_model_name_or_path"], where["revision"]
+    with loading("weights", model):
+        absent = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False,
+        }
+        index = cached_file(name, INDEX, revision=revision, **absent)
+        if index is None:
+            return [Path(cached_file(name, SINGLE, revision=revision))]
+        files, _ = get_checkpoint_shard_files(name, index, revision=revision)
+    return [Path(file) for file in files]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a stored tensor that are rows of a parameter.
+
+    Attributes:
+        parameter: The parameter's name in the model.
+        matrix: Which of its matrices, where it has three dimensions (such as experts); else 0.
+        start: The first row in that matrix.
+        rows: How many.
+    """
+
+    parameter: str
+    matrix: int
+    start: int
+    rows: int
+
+
+@dataclass
+class Base:
+    """The base model's files, and how the model's parameters lie in them.
+
+    Attributes:
+        files: Each file's tensors, in the order of their bytes.
+        pieces: By stored name, the rows of parameters that its rows are, from the first to the
+            last; none where the model has no such parameter, or where rows do not stay rows.
+        rearranged: Of parameters whose rows do not stay rows: what Transformers does at load.
+        tied: Sets of names that are one parameter.
+        shapes: Of all parameters, by name.
+    """
+
+    files: dict[Path, list[Stored]]
+    pieces: dict[str, list[Piece]]
+    rearranged: dict[str, str]
+    tied: list[list[str]]
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def read(cls, paths: Iterable[Path], model: PreTrainedModel) -> Base:
+        """Read the headers, and match them with the architecture.
+
+        Args:
+            paths: The safetensors files.
+            model: The architecture; its weights are not looked at.
+
+        Raises:
+            MergeError: A file is damaged, or the files hold another architecture's weights.
+        """
+        files = {path: header(path) for path in paths}
+        model.tie_weights()
+        names: dict[int, list[str]] = {}
+        shapes = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+            shapes[name] = tuple(parameter.shape)
+        tied = [group for group in names.values() if len(group) > 1]
+        found, rearranged = _match(model, [item for items in files.values() for item in items])
+        base = cls(files, found, rearranged, tied, shapes)
+        held = {piece.parameter for found in base.pieces.values() for piece in found}
+        held |= {*rearranged, *(name for group in tied if held & set(group) for name in group)}
+        if lacking := sorted(shapes.keys() - held):
+            raise MergeError(
+                f"the base lacks {len(lacking)} tensors that its config names, such as "
+                f"{lacking[0]}\n    fix: download or save the base again"
+            )
+        return base
+
+    def partners(self, name: str) -> list[str]:
+        """List the names that are one parameter with this one, itself among them."""
+        return next((group for group in self.tied if name in group), [name])
+
+    def stored(self, parameter: str) -> Stored | None:
+        """Find the tensor that holds all of a parameter."""
+        for tensors in self.files.values():
+            for tensor in tensors:
+                if self.pieces[tensor.name] == [Piece(parameter, 0, 0, tensor.rows)]:
+                    return tensor
+        return None
+
+
+def _match(
+    model: PreTrainedModel, stored: Iterable[Stored]
+) -> tuple[dict[str, list[Piece]], dict[str, str]]:
+    """Say what each stored tensor becomes, as Transformers renames and rearranges it at load."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
+    converters = [item for item in conversions if isinstance(item, WeightConverter)]
+    by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
+    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found: dict[str, list[Piece]] = {}
+    rearranged: dict[str, str] = {}
+    groups: dict[str, dict[str, list[Stored]]] = {}
+    for tensor in sorted(stored, key=lambda tensor: dot_natural_key(tensor.name)):
+        name, pattern = rename_source_key(
+            tensor.name, renamings, converters, model.base_model_prefix, state
+        )
+        if name not in state and tensor.name in state:
+            name, pattern = tensor.name, None
+        if name not in state:
+            found[tensor.name] = []
+        elif pattern is None:
+            found[tensor.name] = _whole(name, tensor, state[name])
+        else:
+            groups.setdefault(name, {}).setdefault(pattern, []).append(tensor)
+    for name, group in groups.items():
+        converter = by_pattern[next(iter(group))]
+        ordered = [group[pattern] for pattern in converter.source_patterns if pattern in group]
+        first = converter.target_patterns[0]
+        targets = [name.replace(first, target) for target in converter.target_patterns]
+        matched, how = _converted(converter.operations, targets, ordered, state)
+        found |= matched
+        rearranged |= dict.fromkeys(targets, how) if how else {}
+    return found, rearranged
+
+
+def _whole(name: str, tensor: Stored, shape: tuple[int, ...]) -> list[Piece]:
+    if tensor.shape != shape:
+        raise MergeError(
+            f"{tensor.name} has the shape {tensor.shape} in {tensor.file.name}, and {shape} in the "
+            "model that its config names\n    fix: download or save the base again"
+        )
+    matrices, rows = (shape[0], shape[1]) if len(shape) == 3 else (1, tensor.rows)
+    return [Piece(name, matrix, 0, rows) for matrix in range(matrices)]
+
+
+def _converted(
+    operations: list[Any],
+    targets: list[str],
+    ordered: list[list[Stored]],
+    state: dict[str, tuple[int, ...]],
+) -> tuple[dict[str, list[Piece]], str]:
+    """Follow conversions that only stack, join or cut rows; name the others."""
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in operations]
+    tensors = [tensor for items in ordered for tensor in items]
+    found: dict[str, list[Piece]] = {}
+    start = 0
+    if steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+        for items in ordered:
+            for matrix, tensor in enumerate(items):
+                found[tensor.name] = [Piece(targets[0], matrix, start, tensor.rows)]
+            start += items[0].rows
+    elif steps == [("Concatenate", 0)] and len(tensors[0].shape) == 2:
+        for tensor in tensors:
+            found[tensor.name] = [Piece(targets[0], 0, start, tensor.rows)]
+            start += tensor.rows
+    elif steps in ([("Chunk", 0)], [("Split", 0)]) and len(tensors[0].shape) == 2:
+        found[tensors[0].name] = [Piece(name, 0, 0, state[name][0]) for name in targets]
+    else:
+        return {tensor.name: [] for tensor in tensors}, " and ".join(step for step, _ in steps)
+    return found, ""

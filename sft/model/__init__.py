@@ -1,0 +1,1 @@
+"""The tokenizer, the base model, its precision and the adapter."""

@@ -1,0 +1,1 @@
+"""What auto decides, and how much memory a step needs."""

@@ -1,0 +1,227 @@
+"""What ``auto`` decides in a run: each value, its reason, and the setting that changes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sft.config import zero
+from sft.config.rules import AS_SET, Choice, typed
+from sft.config.settings import Config, packing_of
+from sft.data import artefact
+from sft.fast import attention, head, linear
+from sft.fast import lora as fast_lora
+from sft.model import base as model
+from sft.model.base import Precision
+from sft.plan import memory
+from sft.ranks import TIMEOUT, exchange, from_rank_zero
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sft.data.prepared import Prepared
+
+WIDTH = 100  # columns of the printed block where the output is no terminal
+LONGEST_VALUE = 20  # columns; a longer value moves only its own reason to the right
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a run is built with, decided before any weight loads.
+
+    Attributes:
+        precision: fp32, bf16 or fp16, and how bf16 products are computed on a CPU.
+        zero: The DeepSpeed JSON; None without ZeRO.
+        packing: What a sample is.
+        attention: The attention kernel; None for the architecture's own.
+        padding_free: Whether a micro-batch is joined into one row.
+        frozen_linear: How linear layers that are not trained are computed.
+        adapters: Whether there is an adapter.
+        lm_head: How the loss is computed.
+        checkpointing: Whether the backward pass recomputes activations, on every rank.
+        evaluation: When held-out rows are evaluated; ``no`` where there are none.
+        ds_config: The DeepSpeed configuration, sized to the model; None without ZeRO.
+        packed: Whether a sample holds several documents.
+        fused_adapters: Whether ``sft.fast.lora`` computes the adapters instead of PEFT.
+        evaluates: Whether there are held-out rows.
+    """
+
+    precision: Precision
+    zero: Choice | None
+    packing: Choice
+    attention: Choice
+    padding_free: Choice
+    frozen_linear: Choice
+    adapters: Choice
+    lm_head: Choice
+    checkpointing: Choice
+    evaluation: Choice
+    ds_config: dict[str, Any] | None
+    packed: bool
+    fused_adapters: bool
+    evaluates: bool
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage, 0 without ZeRO."""
+        return zero.stage(self.ds_config)
+
+    def __iter__(self) -> Iterator[Choice]:
+        """Yield the choices in the order in which they are printed."""
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Choice):
+                yield value
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """Return value and reason by setting, for ``run.json``."""
+        return {each.setting: {"value": each.value, "reason": each.reason} for each in self}
+
+    def lines(self, width: int | None = None) -> list[str]:
+        """Format one line for each choice: setting, value and reason, in columns.
+
+        Args:
+            width: Columns of the output, beyond which a reason goes on below itself; None: those
+                of the terminal.
+        """
+        width = width or shutil.get_terminal_size((WIDTH, 24)).columns
+        settings = max(len(each.setting) for each in self)
+        values = min(LONGEST_VALUE, max(len(typed(each.value)) for each in self))
+        indent = " " * (settings + values + 4)
+        lines: list[str] = []
+        for each in self:
+            head = f"{each.setting:<{settings}}  {typed(each.value):<{values}}  "
+            lines += textwrap.wrap(
+                each.reason,
+                max(width, len(indent) + 24),
+                initial_indent=head,
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        return lines
+
+
+def choose_precision(
+    config: Config, architecture: PreTrainedModel, begun: Mapping[str, str]
+) -> Precision:
+    """Choose the precision of all ranks on rank 0, which may measure its CPU.
+
+    It needs no data, and refuses a wrong setting before hours of tokenising.
+
+    Args:
+        config: The run's config.
+        architecture: The model on the meta device.
+        begun: The identity of the run that is resumed; empty for a new run.
+
+    Raises:
+        ConfigError: The precision that is set cannot be used here.
+    """
+    width = architecture.config.get_text_config().hidden_size
+    chosen = from_rank_zero(
+        lambda: dataclasses.asdict(model.choose_precision(config.precision, begun, width))
+    )
+    return Precision(**chosen)
+
+
+def decide(
+    config: Config, architecture: PreTrainedModel, precision: Precision, prepared: Prepared
+) -> Choices:
+    """Decide everything that the settings leave to ``auto``; ranks of a run agree.
+
+    Args:
+        config: The run's config.
+        architecture: The model on the meta device.
+        precision: See ``choose_precision``.
+        prepared: The data, whose longest sample decides the memory of a step.
+
+    Raises:
+        ConfigError: A value that is set cannot be used with this model, data or machine.
+    """
+    name = precision.value
+    zero_choice, ds_config = zero.choose(config, architecture)
+    stage = zero.stage(ds_config)
+    packed = "seq_lengths" in prepared.train.dataset.column_names
+    kernel, joined = attention.choose(config, architecture, name, packed)
+    frozen = linear.choose(config, architecture, name, stage)
+    by_peft = fast_lora.left_to_peft(config, stage)
+    recomputes = memory.choose_checkpointing(
+        config,
+        architecture,
+        prepared.train.counts.longest,
+        model.dtype_of(name).itemsize,
+        stage,
+        keeps_scores=kernel.value == "eager" or not architecture._supports_sdpa,
+        taken=linear.extra_bytes(architecture) if frozen.value == "packed" else 0,
+    )
+    return Choices(
+        precision=_with_masters(config, precision),
+        zero=zero_choice,
+        packing=_packing(config),
+        attention=kernel,
+        padding_free=joined,
+        frozen_linear=frozen,
+        adapters=_adapters(config, by_peft),
+        lm_head=head.choose(config, architecture),
+        checkpointing=_same_on_all_ranks(config, recomputes),
+        evaluation=_evaluation(config, prepared),
+        ds_config=ds_config,
+        packed=packed,
+        fused_adapters=not by_peft,
+        evaluates=prepared.eval is not None,
+    )
+
+
+def _with_masters(config: Config, precision: Precision) -> Precision:
+    """Say where the weights have a precision of their own."""
+    if precision.value == "fp32" or not model.needs_masters(config):
+        return precision
+    reason = f"{precision.reason}; the trained weights themselves are float32"
+    return dataclasses.replace(precision, reason=reason)
+
+
+def _packing(config: Config) -> Choice:
+    """Choose ``dataset.packing``; data that was prepared before has its own."""
+    meta = artefact.meta_of(config.dataset.path)
+    if meta is None:
+        return packing_of(config.dataset, config.template.kind)
+    return Choice("dataset.packing", meta["settings"]["packing"], "dataset.path was prepared so")
+
+
+def _adapters(config: Config, by_peft: str) -> Choice:
+    """Say how the adapters are computed, which has no setting of its own."""
+    if not config.lora.enabled:
+        return Choice("lora.enabled", False, AS_SET)
+    how = f"computed by PEFT: {by_peft}" if by_peft else "computed in fewer passes than by PEFT"
+    if not by_peft and (config.quantization.load_in_4bit or config.quantization.load_in_8bit):
+        how = "computed by PEFT on quantised layers, in fewer passes on others"
+    return Choice("lora.enabled", True, f"{AS_SET}; {how}")
+
+
+def _evaluation(config: Config, prepared: Prepared) -> Choice:
+    """Choose ``train.eval_strategy``."""
+    name = "train.eval_strategy"
+    if prepared.eval is None:
+        return Choice(name, "no", "there are no held-out rows")
+    reason = f"{AS_SET}; held-out rows are also evaluated before and after training"
+    return Choice(name, config.train.eval_strategy, reason)
+
+
+def _same_on_all_ranks(config: Config, own: Choice) -> Choice:
+    """Recompute on every rank if one of them has too little memory.
+
+    Under ZeRO stage 3, ranks that pass the layers in different orders would wait forever.
+    """
+    if own.reason == AS_SET:
+        return own
+    timeout = config.train.extra.get("ddp_timeout", TIMEOUT)
+    found = exchange([own.value, own.reason], timeout)
+    for rank, (recomputes, reason) in enumerate(found):
+        if recomputes and not own.value:
+            reason = f"rank {rank} has too little memory, and all do the same: {reason}"
+            return Choice(own.setting, True, reason)
+    return own

@@ -1,0 +1,107 @@
+"""An estimate of the memory of a step, to decide whether activations must be recomputed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sft.config.rules import AS_SET, Choice
+from sft.hardware import available
+from sft.process import world_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sft.config.settings import Config
+
+MARGIN = 1.3  # covers what is not counted: buffers, fragmentation, the optimizer of an adapter
+
+
+def activation_bytes(config: Any, tokens: int, itemsize: int, scored: int = 0) -> int:
+    """Estimate the bytes of activations that all layers keep for the backward pass.
+
+    Per token and layer: inputs and outputs of two norms, two residuals, the query, keys and values,
+    the attention's output (with heads of a size of their own), and four of the MLP's width (two
+    where it has no gate, so that this is the most). Attention keeps scores only where it is eager.
+    After Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, without dropout masks.
+
+    Args:
+        config: The model's text config.
+        tokens: Tokens in a forward pass.
+        itemsize: Bytes of a number.
+        scored: Tokens that each token has a kept attention score for; 0: scores are not kept.
+    """
+    width = config.hidden_size
+    heads = getattr(config, "num_attention_heads", None) or 1
+    size = getattr(config, "head_dim", None) or width // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
+    inner = inner or getattr(config, "n_inner", None) or 4 * width
+    inner = max(inner) if isinstance(inner, list) else inner  # one for each layer
+    numbers = 6 * width + 2 * heads * size + 2 * shared * size + 4 * inner + heads * scored
+    return int(tokens * config.num_hidden_layers * numbers * itemsize)
+
+
+def state_bytes(config: Config, parameters: int, itemsize: int, stage: int) -> int:
+    """Estimate the bytes of weights, gradients and optimizer state on one rank.
+
+    Those of an adapter are small beside the base model's weights and are not counted.
+
+    Args:
+        config: The run's config.
+        parameters: Number of the model's parameters.
+        itemsize: Bytes of a number in the run's precision.
+        stage: ZeRO stage.
+    """
+    ranks = world_size()
+    if config.lora.enabled:
+        if config.quantization.load_in_4bit:
+            each = 0.57  # half a byte, and a scale for every 64 weights
+        else:
+            each = 1.0 if config.quantization.load_in_8bit else itemsize
+        return int(parameters * each / (ranks if stage == 3 else 1))
+    # AdamW's two moments and the weights in float32; under DeepSpeed also a copy in the run's
+    # precision.
+    masters, copies = 12 / (ranks if stage else 1), itemsize * (1 if stage else 0)
+    gradients = (itemsize if stage else 4) / (ranks if stage >= 2 else 1)
+    return int(parameters * (masters + gradients + copies / (ranks if stage == 3 else 1)))
+
+
+def choose_checkpointing(
+    config: Config,
+    architecture: PreTrainedModel,
+    longest: int,
+    itemsize: int,
+    stage: int,
+    keeps_scores: bool = False,
+    taken: int = 0,
+) -> Choice:
+    """Choose ``train.gradient_checkpointing`` for this rank, from its free memory.
+
+    Args:
+        config: The run's config.
+        architecture: The model, with or without weights.
+        longest: Tokens of the longest sample.
+        itemsize: Bytes of a number in the run's precision.
+        stage: The ZeRO stage.
+        keeps_scores: Whether attention keeps every score for the backward pass.
+        taken: Bytes of the free memory that packed layers will take.
+    """
+    asked = config.train.gradient_checkpointing
+    if asked != "auto":
+        return Choice("train.gradient_checkpointing", asked, AS_SET)
+    tokens = config.train.per_device_train_batch_size * longest
+    text = architecture.config.get_text_config()
+    kept = activation_bytes(text, tokens, itemsize, longest if keeps_scores else 0)
+    state = state_bytes(config, architecture.num_parameters(), itemsize, stage)
+    room = available() - taken
+    recomputes = MARGIN * (kept + state) > room
+    fit = f"and {MARGIN - 1:.0%} to spare do not fit" if recomputes else "fit"
+    reason = (
+        f"{_size(kept)} of activations and {_size(state)} of weights and optimizer state {fit} "
+        f"into {_size(room)} free"
+    )
+    return Choice("train.gradient_checkpointing", recomputes, reason)
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB" if number > 2**30 / 10 else f"{number / 2**20:.0f} MiB"

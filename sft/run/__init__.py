@@ -1,0 +1,1 @@
+"""The folder of a run, and whether it may be resumed."""

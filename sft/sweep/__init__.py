@@ -1,0 +1,1 @@
+"""Sweeps: trials that run in processes of their own, and their table."""

@@ -1,0 +1,202 @@
+"""Trials, each in a torchrun of its own, and the table that sums them up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft.errors import ConfigError, Problem
+from sft.files import write_text
+from sft.sweep.trial import Trial, signals_as_interrupt
+
+logger = logging.getLogger("sft")
+
+
+def sweep_name(overrides: Sequence[str]) -> str:
+    """Name a sweep after its command, so that the same command finds its finished trials."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    # What is swept comes first, because a long name loses its end.
+    parsed.sort(key=lambda override: not override.is_sweep_override())
+    return file_name("+".join(str(item.input_line).lstrip("+") for item in parsed), limit=60)
+
+
+def file_name(text: str, limit: int = 100) -> str:
+    """Make a name that any file system takes; a hash stands for what had to go."""
+    name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", text).strip("-.")
+    if name == text and 0 < len(name) <= limit:
+        return name
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return "-".join(filter(None, [name[: limit - 9].rstrip("-.,+"), digest]))
+
+
+def ranks(asked: int | None, environ: Mapping[str, str] = os.environ) -> int:
+    """Decide how many ranks a trial has: as asked, or as many as torchrun started here, or 1."""
+    return int(environ.get("LOCAL_WORLD_SIZE", "1")) if asked is None else asked
+
+
+def plan(
+    jobs: Sequence[list[str]],
+    configs: Sequence[Any],
+    asked: list[str],
+    sweep_dir: Path,
+    nproc_per_node: int,
+    config_dirs: Sequence[str],
+) -> list[Trial]:
+    """Give each trial its command, its folder and its log.
+
+    Args:
+        jobs: Each trial's overrides, as Hydra's sweeper expanded them.
+        configs: Each trial's composed settings.
+        asked: The command line's overrides, not expanded.
+        sweep_dir: The sweep's folder.
+        nproc_per_node: Ranks of each trial.
+        config_dirs: The folder given as ``--config-dir``, if any.
+
+    Raises:
+        ConfigError: The trials would have no rank, or share one folder.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    parsed = OverridesParser.create().parse_overrides(asked)
+    fixed = {item.key_or_group: item for item in parsed if not item.is_sweep_override()}
+    problems = []
+    if nproc_per_node < 1:
+        setting = f"hydra.launcher.nproc_per_node={nproc_per_node}"
+        problems.append(Problem(setting, "must be at least 1", "hydra.launcher.nproc_per_node=1"))
+    if "output_dir" in fixed and len(jobs) > 1:
+        folder = fixed["output_dir"].value()
+        rule = "all trials of the sweep would write to this one folder"
+        problems.append(Problem(f"output_dir={folder}", rule, f"hydra.sweep.dir={folder}"))
+    if problems:
+        raise ConfigError(problems)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc_per_node", str(nproc_per_node), "-m", "sft.train"]
+    for config_dir in config_dirs:
+        torchrun += ["--config-dir", config_dir]
+    trials = []
+    for job, config in zip(jobs, configs, strict=True):
+        plain = [override.lstrip("+") for override in job]
+        swept = [override for override in plain if override.split("=", 1)[0] not in fixed]
+        path = str(sweep_dir / (file_name(",".join(swept)) if swept else "trial"))
+        command = [*torchrun, *job]
+        if config["output_dir"] is None:
+            command.append(f"output_dir={QuotedString(path, Quote.single).with_quotes()}")
+        output_dir = config["output_dir"] or path
+        trials.append(Trial(command, config, swept, output_dir, f"{path}.log"))
+    return trials
+
+
+def run(trials: Sequence[Trial], sweep_dir: Path) -> int:
+    """Train one trial after the other, and sum them up.
+
+    Returns:
+        The exit code: 0, 1 if a trial failed, 130 if the user interrupted.
+    """
+    exit_code = 0
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    logger.info("%d trials; each one's output goes to %s/TRIAL.log", len(trials), sweep_dir)
+    try:
+        with signals_as_interrupt():
+            for number, trial in enumerate(trials, 1):
+                _train(trial, f"trial {number}/{len(trials)}  {trial}")
+                _save(trials, sweep_dir)
+                exit_code = exit_code or int(trial.status != "finished")
+    except KeyboardInterrupt:
+        exit_code = 130
+        _save(trials, sweep_dir)
+    _show(trials, sweep_dir)
+    return exit_code
+
+
+def _train(trial: Trial, title: str) -> None:
+    if trial.take_over():
+        logger.info("%s  finished before%s", title, _loss(trial))
+        return
+    logger.info("%s  started", title)
+    trial.train()
+    if trial.status == "finished":
+        logger.info("%s  finished in %s%s", title, _duration(trial), _loss(trial))
+    else:
+        logger.info("%s  failed after %s", title, _duration(trial))
+        logger.info("%s", textwrap.indent(trial.message, "    "))
+
+
+def _save(trials: Sequence[Trial], sweep_dir: Path) -> None:
+    """Write sweep.json; a reader, or a sweep that is killed now, finds it complete."""
+    write_text(sweep_dir / "sweep.json", json.dumps(records(trials), indent=2) + "\n")
+
+
+def records(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Give what sweep.json and ``--json`` say of each trial."""
+    return [
+        {key: value for key, value in vars(trial).items() if key not in ("command", "config")}
+        for trial in trials
+    ]
+
+
+def _show(trials: Sequence[Trial], sweep_dir: Path) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    losses = {index: _eval_loss(trial) for index, trial in enumerate(trials)}
+    several = sum(map(math.isfinite, losses.values())) > 1
+    best = min(losses, key=losses.__getitem__) if several else None
+    accuracy = any(trial.final.get("exact_match") is not None for trial in trials)
+    table = Table(title=Text(str(sweep_dir)), title_justify="left")
+    for name in (
+        "trial",
+        "overrides",
+        "status",
+        "eval loss",
+        *["exact match"] * accuracy,
+        "time",
+        "",
+    ):
+        table.add_column(name, overflow="fold")
+    for index, trial in enumerate(trials):
+        loss, share = losses[index], trial.final.get("exact_match")
+        note = textwrap.shorten(trial.message, 120, placeholder=" ...")
+        cells = [str(index + 1), str(trial), trial.status]
+        cells.append(f"{loss:.4f}" if math.isfinite(loss) else "")
+        if accuracy:
+            cells.append("" if share is None else f"{share:.1%}")
+        cells += [_duration(trial), ", ".join(filter(None, ["best" * (index == best), note]))]
+        # As Text, because [q_proj] would be read as a mark-up tag.
+        table.add_row(*map(Text, cells), style="bold" if index == best else None)
+    # A pipe has no width, and rich would fold the overrides at 80 columns.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    logger.info("summary: %s/sweep.json", sweep_dir)
+
+
+def _eval_loss(trial: Trial) -> float:
+    loss = trial.final.get("eval_loss")
+    return math.inf if loss is None or math.isnan(loss) else float(loss)
+
+
+def _loss(trial: Trial) -> str:
+    loss = _eval_loss(trial)
+    return f", eval loss {loss:.4f}" if math.isfinite(loss) else ""
+
+
+def _duration(trial: Trial) -> str:
+    """Write seconds as a person would: 4.2 s, 12 min, 3.5 h."""
+    seconds = trial.seconds
+    if seconds is None:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,144 @@
+"""The parts that a run is put together from: collator, TRL's arguments, trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from sft import environment
+from sft.config.rules import named
+from sft.config.settings import Config, TrainConfig
+from sft.process import world_size
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+    from sft.data.collator import Collator
+    from sft.data.prepared import Prepared
+    from sft.plan.choices import Choices
+    from sft.training.trainer import Trainer
+
+
+def make_collator(config: Config, choices: Choices, tokenizer: Any) -> Collator:
+    """Make what joins or pads samples into a batch."""
+    from sft.data.collator import Collator
+    from sft.fast import attention
+
+    kernel = choices.attention.value
+    return Collator(
+        tokenizer.pad_token_id,
+        padding_free=choices.padding_free.value or (choices.packed and kernel in attention.FLASH),
+        pad_to_multiple_of=config.train.pad_to_multiple_of,
+        documents=kernel == attention.NAME,
+    )
+
+
+def sft_config(config: Config, choices: Choices) -> SFTConfig:
+    """Map the train section onto TRL's class by name, and start the process group.
+
+    Raises:
+        ConfigError: A combination that only TRL or Transformers knows to be wrong.
+    """
+    import torch
+    from transformers.utils import is_torch_tf32_available
+    from trl import SFTConfig
+
+    from sft.errors import ConfigError, Problem
+
+    train, precision = dataclasses.asdict(config.train), choices.precision.value
+    fields = {name: train[name] for name in sorted(named(TrainConfig, ours=False))}
+    fields["gradient_checkpointing"] = choices.checkpointing.value
+    if not choices.evaluates:
+        fields |= {"eval_strategy": "no", "eval_steps": None}
+    per_forward = train["per_device_train_batch_size"] * world_size()
+    environment.rejoin()
+    try:
+        args = SFTConfig(
+            **fields,
+            output_dir=config.output_dir,
+            run_name=config.run_name,
+            seed=config.seed,
+            gradient_accumulation_steps=train["global_batch_size"] // per_forward,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            use_cpu=not torch.cuda.is_available(),
+            deepspeed=choices.ds_config,
+            eval_on_start=choices.evaluates,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+            disable_tqdm=True,
+            **{
+                "ddp_find_unused_parameters": False,
+                # Which checkpoint is the best, so that it is kept.
+                **({"metric_for_best_model": "eval_loss"} if choices.evaluates else {}),
+                "logging_nan_inf_filter": False,  # a NaN must show in the logged loss
+                # Together: a batch is copied to the GPU while the one before is computed.
+                "dataloader_pin_memory": torch.cuda.is_available(),
+                "accelerator_config": {"non_blocking": torch.cuda.is_available()},
+                # With bf16 or fp16 the remaining float32 products may use TF32. With
+                # precision=fp32 they must not.
+                "tf32": True if precision != "fp32" and is_torch_tf32_available() else None,
+                "log_level_replica": "error",
+                **train["extra"],
+            },
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            [Problem("train", str(error).strip().splitlines()[0], "correct the setting it names")]
+        ) from error
+    if choices.ds_config is not None:
+        _start_deepspeed(choices.stage)
+    return args
+
+
+def _start_deepspeed(stage: int) -> None:
+    """Start DeepSpeed's process group."""
+    import deepspeed
+    import torch
+
+    from sft.fast import zero3
+
+    # Of all ops, DeepSpeed would look for one that shares memory in inference, and compile it for
+    # a minute on a new machine.
+    deepspeed.ops.__compatible_ops__ = {}
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend)
+    if stage == 3:
+        zero3.learn_each_way()
+
+
+def make_trainer(
+    base: Any,
+    args: SFTConfig,
+    choices: Choices,
+    prepared: Prepared,
+    collator: Collator,
+    tokenizer: Any,
+    lora: Any,
+) -> Trainer:
+    """Put the adapter on the base model, both into the trainer, and compute them as chosen."""
+    from sft.fast import linear
+    from sft.fast import lora as fast_lora
+    from sft.training.trainer import Trainer
+
+    trainer = Trainer(
+        model=base,
+        args=args,
+        data_collator=collator,
+        train_dataset=prepared.train.dataset,
+        eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    if args.deepspeed is None and not getattr(base, "is_quantized", False):
+        # PEFT keeps LoRA in float32, and modules_to_save in the base's precision, in which AdamW
+        # would lose small updates. DeepSpeed has float32 masters of its own.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    trainer.use_head(choices.lm_head.value)
+    if choices.frozen_linear.value == "packed":
+        linear.install(trainer.model)
+    if choices.fused_adapters:
+        fast_lora.install(trainer.model)
+    return trainer

@@ -1,0 +1,78 @@
+"""What is printed before training: data, the batch's arithmetic, trained share, a sample."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+from sft.checkpoint import sharded
+from sft.data import audit
+from sft.data.prepared import Prepared
+from sft.data.preview import marked
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+    from sft.config.settings import Config
+    from sft.training.trainer import Trainer
+
+logger = logging.getLogger("sft")
+
+
+def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer: Any) -> None:
+    """Print what will be trained: the batch's arithmetic, the trainable share, one sample."""
+    args, counts = trainer.args, prepared.train.counts
+    per_epoch, steps = planned_steps(args, counts.samples)
+    trained, total = parameter_counts(trainer.model)
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    for line in audit.lines(prepared.parts):
+        logger.info("%s", line)
+    logger.info(
+        "batch: %s per rank x %s ranks x %s accumulation = %s sequences a step; %s samples = "
+        "%s steps an epoch; %s steps in all, about %s tokens",
+        micro,
+        args.world_size,
+        accumulation,
+        config.train.global_batch_size,
+        f"{counts.samples:,}",
+        f"{per_epoch:,}",
+        f"{steps:,}",
+        f"{counts.tokens * steps // per_epoch:,}",
+    )
+    logger.info(
+        "parameters: %s of %s are trained (%.2f %%)",
+        f"{trained:,}",
+        f"{total:,}",
+        100 * trained / total,
+    )
+    if config.quantization.load_in_8bit:
+        logger.info(
+            "quantization int8: bitsandbytes rounds the inputs of linear layers too, to float16 "
+            "(above 65,504 they overflow), then to 8 bits"
+        )
+    sample = marked(prepared.train.dataset[0], tokenizer)
+    if len(sample) > 2000:
+        sample = f"{sample[:1000]} [...] {sample[-1000:]}"
+    logger.info("first sample, trained between the brackets:\n%s", sample)
+
+
+def planned_steps(args: SFTConfig, samples: int) -> tuple[int, int]:
+    """Count optimizer steps, in an epoch and in all, as the Trainer does."""
+    forwards = math.ceil(samples / (args.per_device_train_batch_size * args.world_size))
+    per_epoch = math.ceil(forwards / args.gradient_accumulation_steps)
+    return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(
+        args.num_train_epochs * per_epoch
+    )
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """Count trained and all parameters, those that ZeRO-3 or 4-bit storage hides too."""
+    trained = total = 0
+    for parameter in model.parameters():
+        count = sharded.shape_of(parameter).numel()
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else count
+        total += count
+        trained += count if parameter.requires_grad else 0
+    return trained, total

@@ -1,0 +1,203 @@
+"""The trainer: TRL's, with our head, an exact evaluation and a data order that fits any ranks."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from trl import SFTTrainer
+
+from sft.data.sampler import Fillers, Shuffle, eval_batches, samples_of
+from sft.fast import head
+from sft.training.resumable import ResumableTrainer
+from sft.training.signals import end_with_rank
+
+
+class Trainer(ResumableTrainer):
+    """Trains on samples that have ``input_ids`` and ``labels`` already."""
+
+    control: Any
+    lm_head = "trl"
+
+    def use_head(self, kind: str) -> None:
+        """Compute the loss with this head: ``chunked``, ``trl`` or ``plain``."""
+        self.lm_head = kind
+        if not self.aux_loss_enabled:
+            peft = isinstance(self.model, PeftModel)
+            head.install(self.model.get_base_model() if peft else self.model, kind)
+            self.data_collator.loss_positions = True
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the mean loss over the trained tokens of all ranks and micro-batches of a step.
+
+        Entropy and token accuracy are computed for the steps that are logged, and summed over the
+        ranks then; the stock method does both in every micro-batch.
+        """
+        if self.aux_loss_enabled:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.counts.see(inputs)
+        step = self.state.global_step + 1
+        logs = step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+        output = model(
+            **inputs,
+            use_cache=False,
+            fused_lm_head=True,
+            head_dft=self.args.loss_type == "dft",
+            head_metrics=logs,
+        )
+        if logs:
+            self.counts.add(output)
+        if num_items_in_batch is None:
+            return output.loss / output.label_mask.sum().clamp(min=1)
+        # The tokens of every rank are counted, and DDP takes the mean of the ranks' gradients.
+        loss = output.loss / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return loss * self.accelerator.num_processes
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Report the loss of every micro-batch to the guard."""
+        loss = super().training_step(*args, **kwargs)
+        if self.guard is not None:
+            self.guard.losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Report the norm to the guard; with train.on_nan=skip, drop gradients that are not finite.
+
+        DeepSpeed drops them itself: see ``_prepare_for_training``.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.guard is not None:
+            self.guard.norm = norm
+        if self.skips_nan and not self.is_deepspeed_enabled:
+            # The Trainer reads this flag before it advances the learning-rate schedule.
+            self.optimizer._is_overflow = not math.isfinite(norm)
+            if self.optimizer._is_overflow:
+                model.zero_grad(set_to_none=True)
+        if self._get_learning_rate() > 0 and not self.accelerator.optimizer_step_was_skipped:
+            self.updates += 1
+        return norm
+
+    def rows_of(self, step: int, micro_batches: Sequence[int]) -> list[int]:
+        """Return the numbers of the data's rows that this rank saw in micro-batches of a step."""
+        samples = samples_of(
+            step,
+            micro_batches,
+            count=len(self.train_dataset),
+            seed=self.args.seed,
+            micro=self._train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
+        )
+        if "rows" not in self.train_dataset.column_names:
+            return samples
+        return [row for sample in samples for row in self.train_dataset[sample]["rows"]]
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure the mean loss over every trained token of the held-out samples.
+
+        Each sample counts once and each token alike, so the figure is the same for any batch size
+        and number of ranks. The stock Trainer's is a mean of batch means, over samples that are
+        repeated to fill the last batch. The model is used as training wrapped it: the stock loop,
+        called before training, would leave DDP's gradient sync switched off.
+
+        Returns:
+            ``eval_loss`` (nats per token), ``eval_perplexity``, ``eval_tokens``, ``eval_seconds``.
+        """
+        samples = self.eval_dataset if eval_dataset is None else eval_dataset
+        began = time.perf_counter()
+        # float64, so that the sum does not depend on the order of the batches.
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in eval_batches(
+                samples,
+                self.args.per_device_eval_batch_size,
+                self.args.process_index,
+                self.args.world_size,
+            ):
+                self.stop_if_asked()
+                inputs = self._prepare_inputs(self.data_collator(batch))
+                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+                total[0] -= outputs.log_probs.double().sum()
+                total[1] += outputs.label_mask.sum()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        model.train(was_training)
+
+        loss = (total[0] / total[1]).item()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows
+            f"{metric_key_prefix}_tokens": int(total[1].item()),
+            f"{metric_key_prefix}_seconds": round(time.perf_counter() - began, 3),
+        }
+        # Not self.log: TRL's log adds averages over training values it still holds.
+        super(SFTTrainer, self).log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def get_train_dataloader(self) -> Any:
+        """Load every sample once an epoch, in an order that depends on the seed alone.
+
+        Sample k of an epoch's order is in step k // global_batch_size, whatever the ranks and the
+        micro-batch. The stock sampler repeats samples until the last batch is full.
+        """
+
+        def order(dataset: Fillers) -> Shuffle:
+            self._order = Shuffle(dataset, self.args.seed)
+            return self._order
+
+        fillers = Fillers(
+            self.train_dataset,
+            self._train_batch_size * self.args.world_size,
+            self.data_collator.pad_token_id,
+        )
+        loader = self._get_dataloader(
+            dataset=fillers,
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=order,
+            is_training=True,
+        )
+        inner = loader.base_dataloader  # which Accelerate wraps
+        # The loader draws the workers' seeds from this generator when an epoch begins. From the
+        # global one, which dropout uses too, a resumed run would draw once more.
+        inner.generator = torch.Generator().manual_seed(self.args.seed)
+        inner.worker_init_fn = functools.partial(end_with_rank, inner.worker_init_fn)
+        return loader
+
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        """Set the epoch's order; train no step when the checkpoint is that of the last step.
+
+        The Trainer and Accelerate hand the epoch on from wrapper to wrapper, and the wrapper that
+        skips the batches before a checkpoint does not reach the sampler of several ranks: the rest
+        of the epoch would be read in the first epoch's order.
+        """
+        self._order.set_epoch(epoch)
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(epoch=epoch, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write no model card: run.json and config.yaml say more."""

@@ -1,0 +1,163 @@
+"""Callbacks that watch a run: log lines, the metrics file, and the check that ranks agree."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from sft.checkpoint import sharded
+from sft.errors import RunError
+from sft.files import read_records, to_json, write_text
+from sft.ranks import gather, trained_bits
+
+logger = logging.getLogger("sft")
+
+
+class Lines(ProgressCallback):  # type: ignore[misc]
+    """Writes one line per logged step, and shows a progress bar on a terminal."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar if stderr is a terminal."""
+        self.current_step = state.global_step
+        if state.is_world_process_zero and sys.stderr.isatty():
+            super().on_train_begin(args, state, control)
+            self.training_bar.update(state.global_step)
+            self.current_step = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar."""
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Write one line."""
+        line = describe(logs or {}, state.global_step, state.max_steps)
+        if not line or not state.is_world_process_zero:
+            return
+        if self.training_bar is not None:
+            self.training_bar.clear()
+        logger.info(line)
+        if self.training_bar is not None:
+            self.training_bar.refresh()
+
+
+def describe(logs: dict[str, Any], step: int, max_steps: int) -> str:
+    """Format a logged record as one aligned line; empty for records that get no line."""
+    where = f"step {step:>{len(str(max_steps))}}/{max_steps}"
+    if "eval_loss" in logs:
+        return (
+            f"{where}  eval loss {logs['eval_loss']:.4f}  "
+            f"perplexity {logs['eval_perplexity']:.4g}  tokens {logs['eval_tokens']:,}"
+        )
+    if "exact_match" in logs:
+        return f"{where}  exact match {logs['exact_match']:.1%} of {logs['exact_match_rows']}"
+    if "loss" in logs:
+        norm = f"  grad norm {logs['grad_norm']:.3g}" if "grad_norm" in logs else ""
+        return (
+            f"{where}  loss {logs['loss']:.4f}{norm}  lr {logs['learning_rate']:.2e}  "
+            f"epoch {logs['epoch']:.2f}"
+        )
+    return ""
+
+
+class MetricsFile(TrainerCallback):  # type: ignore[misc]
+    """Appends every logged record to metrics.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Append one record."""
+        if state.is_world_process_zero:
+            record = {"step": state.global_step, **(logs or {})}
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(to_json(record) + "\n")
+            except OSError as error:
+                raise RunError(
+                    f"{self.path} cannot be written: {error}\n"
+                    "    fix: free some space; the same command again resumes"
+                ) from error
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Remove the records that a resumed run will log again: those after its checkpoint."""
+        if state.is_world_process_zero and self.path.is_file():
+            step = state.global_step
+            # For the checkpoint's own step, keep only the records that existed when it was saved.
+            logged = {key for log in state.log_history if log["step"] == step for key in log}
+            kept = [
+                record
+                for record in read_records(self.path)
+                if step
+                and record["step"] <= step
+                and (record["step"] < step or logged & record.keys() & {"loss", "eval_loss"})
+            ]
+            write_text(self.path, "".join(f"{to_json(record)}\n" for record in kept))
+
+
+class RanksAgree(TrainerCallback):  # type: ignore[misc]
+    """Compares the trained parameters of all ranks bit by bit after each of the first two steps.
+
+    Ranks whose gradients are no longer synchronised still show normal losses. Two steps, because
+    with a warm-up the first step has learning rate 0 and changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare, unless ZeRO-3 gives each rank its own part of the parameters.
+
+        Raises:
+            RunError: The ranks hold different parameters.
+        """
+        self.steps += 1
+        if self.steps > 2 or args.world_size == 1:
+            return
+        model = kwargs["model"]
+        if sharded.any_sharded(model):
+            return
+        sums = gather(trained_bits(model))
+        if len(set(sums)) > 1:
+            different = [rank for rank, value in enumerate(sums) if value != sums[0]]
+            raise RunError(
+                f"after step {state.global_step} the trained parameters of ranks {different} "
+                "differ from rank 0's: gradients are not synchronised\n"
+                "    fix: the same versions, files and settings on every node"
+            )
+
+
+class BeforeTraining(TrainerCallback):  # type: ignore[misc]
+    """Runs an action after the model is wrapped for training and before the first step."""
+
+    def __init__(self, action: Callable[[], object], on_resume: bool = False) -> None:
+        self.action = action
+        self.on_resume = on_resume
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Run the action; in a resumed run only with ``on_resume``."""
+        if state.global_step == 0 or self.on_resume:
+            self.action()
+
+
+def watch(trainer: Any, metrics: Path) -> None:
+    """Replace the printing of a transformers.Trainer by ours, and add the checks."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    for callback in (Lines(), MetricsFile(metrics), RanksAgree()):
+        trainer.add_callback(callback)
