@@ -584,7 +584,9 @@ def test_help_exits_0_without_torch() -> None:
     assert done.returncode == 0
     assert done.stdout.startswith("sft train: ")
     assert "\nzero=OPTION\n    none " in done.stdout
-    assert "    lora.r=8\n        rank; higher learns more and takes more memory; " in done.stdout
+    assert (
+        "    lora.r=8\n        rank; higher learns more and takes more memory (must" in done.stdout
+    )
     assert "Traceback" not in done.stderr
     assert set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE)) & HEAVY == set()
 
