@@ -1,7 +1,7 @@
 """Checkpoints on disk: complete under their name or absent, and which one a run goes on from.
 
-What one holds is in ``checkpoint.state``. This module imports no torch: a run that must not go on is
-refused before anything heavy is loaded.
+What one holds is in ``checkpoint.state``. This module imports no torch: a run that must not go on
+is refused before anything heavy is loaded.
 """
 
 from __future__ import annotations

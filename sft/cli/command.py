@@ -19,17 +19,14 @@ from typing import Any, Generic, NoReturn, TypeVar
 from omegaconf import OmegaConf
 
 from sft import __version__
-from sft.config import compose, upstream
+from sft.cli.options import parse
+from sft.config import compose
 from sft.config.overrides import Override, Reader, located
 from sft.config.settings import CONF_DIR
 from sft.errors import ConfigError, Problem, SftError, Stopped
 from sft.files import to_json
 
 C = TypeVar("C")
-SHELLS = ("bash", "zsh", "fish")
-# Options of Hydra that would be ignored here.
-REFUSED = ("config_path", "config_name", "experimental_rerun", "package")
-
 sweep_result: dict[str, Any] = {}  # what Hydra's launcher hands to --json
 
 
@@ -86,9 +83,7 @@ class Command(Generic[C]):
 
             _print_once(help_text(self, argv))
             return None
-        args = _parse_arguments(argv)
-        if problems := list(_option_problems(args)):
-            raise ConfigError(problems)
+        args = parse(argv)
         if args.version:
             _print_once(f"sft {__version__}\n")
         elif args.completion:
@@ -223,62 +218,6 @@ def start_logging() -> None:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Refuses an unknown option as any other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        option = message.partition(": ")[2].split(" ")[0]
-        known = [name for name in OPTIONS if name.startswith("--")]
-        fix = upstream.did_you_mean(option, known) if option.startswith("-") else "see --help"
-        raise ConfigError([Problem(option or message, message, fix)])
-
-
-def _parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*")
-    for names, options in OPTIONS_OF_PARSER:
-        parser.add_argument(*names, **options)
-    args = parser.parse_intermixed_args(argv)
-    if args.shell_completion:  # Hydra's spelling: -sc install=bash
-        args.completion = next(iter(args.overrides), "install=").partition("=")[2]
-        if args.completion not in SHELLS:
-            fix = "--completion bash, zsh or fish"
-            raise ConfigError([Problem("--shell-completion", "needs a shell", fix)])
-    return args
-
-
-OPTIONS_OF_PARSER: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
-    (("--cfg", "-c"), {"choices": ["job", "hydra", "all"]}),
-    (("--json",), {"action": "store_true"}),
-    (("--version",), {"action": "store_true"}),
-    (("--completion",), {"choices": SHELLS}),
-    (("--config-dir", "-cd"), {}),
-    (("--multirun", "-m"), {"action": "store_true"}),
-    # Hydra's own, for who knows them.
-    (("--run", "-r"), {"action": "store_true"}),
-    (("--resolve",), {"action": "store_true"}),
-    (("--hydra-help",), {"action": "store_true"}),
-    (("--shell-completion", "-sc"), {"action": "store_true"}),
-    (("--info", "-i"), {"nargs": "?", "const": "all"}),
-    (("--config-path", "-cp"), {}),
-    (("--config-name", "-cn"), {}),
-    (("--experimental-rerun",), {}),
-    (("--package", "-p"), {}),
-)
-OPTIONS = ("--help", "-h", *(name for names, _ in OPTIONS_OF_PARSER for name in names))
-
-
-def _option_problems(args: argparse.Namespace) -> Iterator[Problem]:
-    """Refuse the options of Hydra that would be ignored here."""
-    if args.multirun and args.cfg:
-        yield Problem("--cfg", "a sweep has a config for each trial", "leave out -m, or --cfg")
-    for option in REFUSED:
-        value = getattr(args, option)
-        if value is not None:
-            written = f"--{option.replace('_', '-')} {value}"
-            yield Problem(written, "is not supported", "--config-dir DIR adds your own options")
 
 
 def _hand_to_hydra(command: Command[Any], argv: list[str]) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sft.cli.command import Command
+from typing import Any
 
 COMMANDS = {
     "train": "sft.train",
@@ -17,7 +14,6 @@ COMMANDS = {
 }
 
 
-def command(name: str) -> Command[Any]:
+def command(name: str) -> Any:
     """Import a command; its libraries are imported only when it runs."""
-    found: Command[Any] = importlib.import_module(COMMANDS[name]).main
-    return found
+    return importlib.import_module(COMMANDS[name]).main

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.cli.commands import COMMANDS, command
+from sft.cli.options import OPTIONS, REFUSED, SHELLS
 from sft.config.rules import fields_of
 
 # The names python, python3 are registered only by a script that python itself has printed.
@@ -120,8 +121,6 @@ def _after_program(words: list[str]) -> list[str]:
 
 def _candidates(before: list[str], word: str) -> Iterator[tuple[str, str]]:
     """Yield (what the word may become, what that is)."""
-    from sft.cli.command import OPTIONS, REFUSED, SHELLS
-
     if not before:
         for name in (*COMMANDS, "--help", "--version", "--completion"):
             if name.startswith(word):

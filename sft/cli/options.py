@@ -1,0 +1,75 @@
+"""The options of every command, beside its settings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from sft.config import upstream
+from sft.errors import ConfigError, Problem
+
+SHELLS = ("bash", "zsh", "fish")
+# Options of Hydra that would be ignored here.
+REFUSED = ("config_path", "config_name", "experimental_rerun", "package")
+ARGUMENTS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (("--cfg", "-c"), {"choices": ["job", "hydra", "all"]}),
+    (("--json",), {"action": "store_true"}),
+    (("--version",), {"action": "store_true"}),
+    (("--completion",), {"choices": SHELLS}),
+    (("--config-dir", "-cd"), {}),
+    (("--multirun", "-m"), {"action": "store_true"}),
+    # Hydra's own, for who knows them.
+    (("--run", "-r"), {"action": "store_true"}),
+    (("--resolve",), {"action": "store_true"}),
+    (("--hydra-help",), {"action": "store_true"}),
+    (("--shell-completion", "-sc"), {"action": "store_true"}),
+    (("--info", "-i"), {"nargs": "?", "const": "all"}),
+    (("--config-path", "-cp"), {}),
+    (("--config-name", "-cn"), {}),
+    (("--experimental-rerun",), {}),
+    (("--package", "-p"), {}),
+)
+OPTIONS = ("--help", "-h", *(name for names, _ in ARGUMENTS for name in names))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses an unknown option as any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        option = message.partition(": ")[2].split(" ")[0]
+        known = [name for name in OPTIONS if name.startswith("--")]
+        fix = upstream.did_you_mean(option, known) if option.startswith("-") else "see --help"
+        raise ConfigError([Problem(option or message, message, fix)])
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line.
+
+    Raises:
+        ConfigError: An option is unknown, or would be ignored.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    for names, options in ARGUMENTS:
+        parser.add_argument(*names, **options)
+    args = parser.parse_intermixed_args(argv)
+    if args.shell_completion:  # Hydra's spelling: -sc install=bash
+        args.completion = next(iter(args.overrides), "install=").partition("=")[2]
+        if args.completion not in SHELLS:
+            fix = "--completion bash, zsh or fish"
+            raise ConfigError([Problem("--shell-completion", "needs a shell", fix)])
+    if found := list(_problems(args)):
+        raise ConfigError(found)
+    return args
+
+
+def _problems(args: argparse.Namespace) -> Iterator[Problem]:
+    """Refuse the options of Hydra that would be ignored here."""
+    if args.multirun and args.cfg:
+        yield Problem("--cfg", "a sweep has a config for each trial", "leave out -m, or --cfg")
+    for option in REFUSED:
+        value = getattr(args, option)
+        if value is not None:
+            written = f"--{option.replace('_', '-')} {value}"
+            yield Problem(written, "is not supported", "--config-dir DIR adds your own options")
