@@ -306,7 +306,7 @@ def test_what_is_trained_may_not_change_unnoticed(
         train(*changed, "train.learning_rate=0.002")
     own.write_text(own.read_text().replace("abc 0", "abd 0"))
     os.utime(own, (1, 1))
-    with pytest.raises(RunError, match=r"is another now:\n    data: \w+ there, \w+ here"):
+    with pytest.raises(RunError, match=r"has changed:\n    data: \w+ there, \w+ here"):
         train(*command)
     allowed = "resume.allow=[data,train.learning_rate]"
     train(*changed, "train.learning_rate=0.002", "train.lr_scheduler_type=cosine", allowed)
@@ -347,7 +347,7 @@ def test_another_base_under_the_same_name_is_noticed(
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RunError, match=r"is another now:\n    base: \w+ there, \w+ here"):
+    with pytest.raises(RunError, match=r"has changed:\n    base: \w+ there, \w+ here"):
         train(*command)
 
 
