@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sft.config import CONF_DIR
 from sft.errors import ConfigError, Problem
 from sft.names import suggest
-from sft.overrides import Override, groups
+from sft.options import groups
+from sft.overrides import Override
 from sft.rules import default_of, written
 from sft.settings_file import field_of, holds_text
 

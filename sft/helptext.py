@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.config import CONF_DIR, Config
 from sft.errors import ConfigError, Problem
-from sft.overrides import groups
+from sft.options import groups
 from sft.rules import fields_of, written
 from sft.upstream import did_you_mean
 
