@@ -13,7 +13,11 @@ def main() -> None:
     name, *rest = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         sys.argv = [f"sft {name}", *rest]
-        command(name)()
+        try:
+            command(name)()
+        except KeyboardInterrupt:  # while it was imported
+            sys.stderr.write("error: interrupted\n")
+            sys.exit(130)
     elif name == "--complete":
         from sft.cli.completion import complete
 

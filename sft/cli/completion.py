@@ -145,7 +145,7 @@ def _candidates(before: list[str], word: str) -> Iterator[tuple[str, str]]:
 
 
 def _groups(before: list[str]) -> dict[str, set[str]]:
-    from sft.config.overrides import groups
+    from sft.config.groups import groups
 
     config_dir = None
     for option, value in itertools.pairwise(before):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from sft.config.overrides import groups
+from sft.config.groups import groups
 from sft.config.rules import fields_of, written
 from sft.config.settings import CONF_DIR, Config
 from sft.config.upstream import did_you_mean

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from sft.config.groups import groups
 from sft.config.names import suggest
-from sft.config.overrides import Override, groups
+from sft.config.overrides import Override
 from sft.config.rules import default_of, written
 from sft.config.settings import CONF_DIR
 from sft.config.settings_file import field_of, holds_text

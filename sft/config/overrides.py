@@ -9,7 +9,6 @@ comma can be text. Other values follow Hydra's grammar; what that grammar has no
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,21 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
-from sft.config import settings_file, upstream
-from sft.config.settings import CONF_DIR
+from sft.config import settings_file
+from sft.config.grammar import hydra_text, is_list, options_of, parse, unquoted
+from sft.config.groups import config_dir_problems, groups, no_option
 from sft.errors import ConfigError, DataError, Problem
 
-# What other tools call an option.
-MEANT = {
-    ("quantization", "4bit"): "quantization=nf4",
-    ("quantization", "int4"): "quantization=nf4",
-    ("quantization", "8bit"): "quantization=int8",
-    ("lora", "full"): "lora=none",
-}
-PLAIN_WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)  # is the same text for Hydra and YAML
-KEYWORDS = {"null", "true", "false", "nan", "inf"}
 KEY = re.compile(r"[\w$@/.-]+")
 
 
@@ -63,36 +53,6 @@ class Override:
         return self.text or f"{self.key}={hydra_text(self.value)}"
 
 
-def hydra_text(value: Any) -> str:
-    """Write a value in Hydra's grammar, or as JSON where a mapping's keys do not fit into it."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    if isinstance(value, str):
-        if PLAIN_WORD.fullmatch(value) and value.lower() not in KEYWORDS:
-            return value
-        return str(QuotedString(value, Quote.single).with_quotes())
-    if isinstance(value, list):
-        return f"[{','.join(map(hydra_text, value))}]"
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) and PLAIN_WORD.fullmatch(key) for key in value):
-            return json.dumps(value, ensure_ascii=False)
-        return "{" + ",".join(f"{key}:{hydra_text(item)}" for key, item in value.items()) + "}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
-
-
-def groups(config_dir: str | None) -> dict[str, set[str]]:
-    """List the config groups and their options, ours and the user's."""
-    found: dict[str, set[str]] = {}
-    for root in (CONF_DIR, *([Path(config_dir)] if config_dir else [])):
-        for file in root.rglob("*.yaml"):
-            group = file.parent.relative_to(root).as_posix()
-            if group != ".":
-                found.setdefault(group, set()).add(file.stem)
-    return found
-
-
 class Reader:
     """Reads the words of one command, and collects what is wrong with them.
 
@@ -109,7 +69,7 @@ class Reader:
     def __init__(
         self, schema: Any, config_dir: str | None, composes: bool = True, sweep: bool = False
     ) -> None:
-        if unusable := list(_config_dir_problems(config_dir)):
+        if unusable := list(config_dir_problems(config_dir)):
             raise ConfigError(unusable)
         self.schema, self.config_dir, self.sweep = schema, config_dir, sweep
         self.groups = groups(config_dir) if composes else {}
@@ -129,9 +89,16 @@ class Reader:
                         rule = f"{item.key} is given twice"
                         self.problems.append(Problem(word, rule, "keep one of them"))
                     line.setdefault(item.key, item)
-        return [*(self._of_file(files[0], line) if files else []), *line.values()]
+        given = [*(self._of_file(files[0], line) if files else []), *line.values()]
+        for item in given if self.sweep else []:
+            if item.kind == "setting" and parse(item.hydra()) is None:
+                rule = "Hydra's grammar cannot write this for the trials of a sweep"
+                fix = "put it into an option of your own: --config-dir DIR"
+                place = f"{item.source}: " if item.source else ""
+                self._wrong(f"{place}{item.key}={item.value}", rule, fix)
+        return given
 
-    def _word(self, word: str, source: str = "") -> Iterator[Override]:
+    def _word(self, word: str) -> Iterator[Override]:
         key, equals, text = word.partition("=")
         key = key.lstrip("+")
         if key.startswith("~"):
@@ -154,37 +121,26 @@ class Reader:
     def _setting(self, word: str, key: str, text: str) -> Iterator[Override]:
         field = settings_file.field_of(self.schema, key)
         is_text = isinstance(field, dataclasses.Field) and settings_file.holds_text(field, key)
-        parsed = _parsed(f"{key}={text}") if self.sweep or not is_text else None
-        value: Any = None if text == "null" else _unquoted(text) if is_text else text
-        if is_text and not self.sweep and "," in text:
-            rule = getattr(field, "metadata", {}).get("rule")
-            if rule is not None and not rule.holds(value):
-                parsed = _parsed(f"{key}={text}")
+        if is_text and self.sweep and is_list(text):
+            values = [item.strip() for item in text.split(",")]
+            spelled = ",".join(item if item == "null" else hydra_text(item) for item in values)
+            yield Override(key, None, f"++{key}={spelled}", "sweep")
+            return
+        value: Any = None if text == "null" else unquoted(text) if is_text else text
+        rule = getattr(field, "metadata", {}).get("rule")
+        misfits = is_text and "," in text and rule is not None and not rule.holds(value)
+        parsed = parse(f"{key}={text}") if self.sweep or not is_text or misfits else None
         if parsed is not None and parsed.is_sweep_override():
             yield from self._sweep(word, key, text, parsed.is_interval_sweep())
             return
-        if is_text and self.sweep and parsed is None and _is_list(text):
-            several = ",".join(hydra_text(_unquoted(item.strip())) for item in text.split(","))
-            yield Override(key, None, f"++{key}={several}", "sweep")
-            return
-        if not is_text and parsed is not None:
-            value = parsed.value()
-        elif not is_text:
+        if not is_text:
             try:
-                value = yaml.safe_load(text)
+                value = yaml.safe_load(text) if parsed is None else parsed.value()
             except yaml.YAMLError:
                 rule = "cannot be read: its brackets, braces or quotes do not match"
                 self._wrong(word, rule, "close each of them, and quote the value for the shell")
                 return
-        item = Override(key, value)
-        if self.sweep and _parsed(item.hydra()) is None:
-            self._wrong(
-                word,
-                "Hydra's grammar cannot write this for the trials of a sweep",
-                "put it into an option of your own: --config-dir DIR",
-            )
-            return
-        yield item
+        yield Override(key, value)
 
     def _sweep(self, word: str, key: str, text: str, interval: bool) -> Iterator[Override]:
         if not self.groups:
@@ -198,25 +154,25 @@ class Reader:
 
     def _option(self, word: str, group: str, text: str, source: str = "") -> Iterator[Override]:
         ours, known = groups(None), self.groups[group]
-        name = _unquoted(text)
+        name = unquoted(text)
         if group == "dataset" and name not in known and (found := self._rows(name)):
             yield Override(group, found, f"{group}={found}", "option", source)
             yield Override("dataset.path", name, source=source)
             return
-        parsed = None if source else _parsed(f"{group}={text}")
+        parsed = None if source else parse(f"{group}={text}")
         several = parsed is not None and parsed.is_sweep_override()
         if several and not self.sweep:
             fix = f"add -m, or choose one: {word.partition(',')[0]}"
             self._wrong(word, "several values are a sweep", fix)
             return
-        chosen = [name] if parsed is None else _options(parsed)
+        chosen = [name] if parsed is None else options_of(parsed)
         unknown = [option for option in chosen if option not in known]
         for option in unknown:
             if several and group == "dataset" and Path(option).exists():
                 fix = f"dataset=jsonl dataset.path={text}"
                 self._wrong(f"dataset={option}", "a sweep over files needs their option", fix)
             else:
-                self.problems.append(_no_option(group, option, known))
+                self.problems.append(no_option(group, option, known))
         if not unknown:
             spelled = f"{group}={text if several else chosen[0]}"
             kind = "sweep" if several else "option"
@@ -248,17 +204,15 @@ class Reader:
             if key not in self.groups:
                 yield Override(key, value, source=place)
                 continue
-            before = len(self.problems)
-            text = hydra_text(value) if isinstance(value, str) else str(value)
-            text = "null" if value is None else text
+            count = len(self.problems)
+            text = hydra_text(value)
             for item in self._option(f"{key}={text}", key, text, place):
                 if item.key not in decided:
                     yield item
-            for number in range(before, len(self.problems)):
-                problem = self.problems[number]
-                self.problems[number] = dataclasses.replace(
-                    problem, setting=f"{place}: {problem.setting}"
-                )
+            self.problems[count:] = [
+                dataclasses.replace(problem, setting=f"{place}: {problem.setting}")
+                for problem in self.problems[count:]
+            ]
 
 
 def expanded(words: list[str], schema: Any, config_dir: str | None = None) -> list[str]:
@@ -285,79 +239,3 @@ def located(problems: list[Problem], given: list[Override]) -> list[Problem]:
             problem = dataclasses.replace(problem, setting=f"{place}: {problem.setting}")
         result.append(problem)
     return result
-
-
-def _parsed(text: str) -> Any:
-    """Parse in Hydra's grammar; None where that is not possible."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        return OverridesParser.create().parse_override(text)
-    except HydraException:
-        return None
-
-
-def _unquoted(text: str) -> str:
-    """Remove the quotes around a whole value."""
-    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
-        return text
-    from hydra.core.override_parser.types import QuotedString
-
-    value = getattr(_parsed(f"key={text}"), "_value", None)
-    return str(value.text) if isinstance(value, QuotedString) else text
-
-
-def _is_list(text: str) -> bool:
-    return "," in text and not set(text) & set("()[]{}'\"")
-
-
-def _config_dir_problems(config_dir: str | None) -> Iterator[Problem]:
-    if config_dir is None:
-        return
-    root = Path(config_dir)
-    if not root.is_dir():
-        yield Problem(f"--config-dir {config_dir}", "there is no such folder", "--config-dir DIR")
-    for file in sorted(root.rglob("*.yaml")):
-        name = file.relative_to(root)
-        if (CONF_DIR / name).is_file():
-            yield Problem(
-                f"--config-dir {config_dir}",
-                f"{CONF_DIR / name} would be used instead of your {file}",
-                f"rename it, such as {name.with_stem(f'my-{name.stem}')}",
-            )
-        try:
-            OmegaConf.load(file)
-        except Exception as error:  # a YAML error, or bytes that are not text
-            reason = " ".join(str(error).split())
-            yield Problem(f"--config-dir {config_dir}", f"{file}: {reason}", "mend the YAML file")
-
-
-def _options(parsed: Any) -> list[str]:
-    """List the options that an override chooses for its group, several in a sweep."""
-    from hydra.core.override_parser.types import ChoiceSweep
-
-    value = parsed.value()
-    chosen = value.list if isinstance(value, ChoiceSweep) else [value]
-    return ["null" if item is None else str(item) for item in chosen]
-
-
-def _no_option(group: str, option: str, known: set[str]) -> Problem:
-    hint = upstream.did_you_mean(option, known)
-    rule = f"{group} has no option {option}; it has {', '.join(sorted(known))}"
-    if option == "null" and "none" in known:
-        hint = f"{group}=none"
-    elif f"stage{option}" in known:
-        hint = f"{group}=stage{option}"
-    elif (group, option) in MEANT:
-        hint = MEANT[group, option]
-    elif "/" in option and group == "model":
-        hint = f"model=hf model.name_or_path={option}"
-    elif group == "dataset" and (option.startswith((".", "/", "~")) or Path(option).suffix):
-        rule = f"there is no file or folder {option}; {rule}"
-        hint = f"dataset=FILE, from {Path.cwd()}"
-    elif "/" in option:
-        hint = f"dataset=jsonl dataset.path={option}"
-    elif not hint.startswith("did"):
-        hint = "choose one of them"
-    return Problem(f"{group}={option}", rule, hint)

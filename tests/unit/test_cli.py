@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from sft import __main__ as program
-from sft import completion, compose, helptext, overrides
-from sft.config import CONF_DIR, Config
+from sft.cli import completion, helptext
+from sft.config import compose, overrides
+from sft.config import groups as options
+from sft.config.settings import CONF_DIR, Config
 from sft.data.__main__ import main as data
 from sft.errors import ConfigError, Problem
 from sft.generate import main as generate
@@ -322,8 +324,8 @@ def test_the_trials_of_a_sweep_get_text_and_files_unchanged(folder: Path) -> Non
     )
     Path("ü r.jsonl").write_text(MESSAGES)
     fixed = ["my.yaml", "dataset=ü r.jsonl", "run_name=1e3"]
-    jobs = trial_words(*fixed, "seed=1,2", "model.revision=ü,b c")
-    swept = [("1", "ü"), ("1", "b c"), ("2", "ü"), ("2", "b c")]
+    jobs = trial_words(*fixed, "seed=1,2", "model.revision=ü, b c,007")
+    swept = [(seed, revision) for seed in "12" for revision in ("ü", "b c", "007")]
     assert len(jobs) == len(swept)
     for job, (seed, revision) in zip(jobs, swept, strict=True):
         alone = train.compose([*fixed, f"seed={seed}", f"model.revision={revision}"])
@@ -472,8 +474,8 @@ def test_help_fits_the_terminal(name: str, columns: int, monkeypatch: pytest.Mon
 def test_every_option_is_described_in_one_line_of_its_yaml() -> None:
     described = {
         (group, option): helptext.described(group, option)
-        for group, options in overrides.groups(None).items()
-        for option in options
+        for group, names in options.groups(None).items()
+        for option in names
     }
     assert len(described) == 60
     for key, text in described.items():

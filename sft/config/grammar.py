@@ -1,0 +1,64 @@
+"""Values as Hydra's grammar writes and reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+PLAIN_WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)  # is the same text for Hydra and YAML
+KEYWORDS = {"null", "true", "false", "nan", "inf"}
+
+
+def hydra_text(value: Any) -> str:
+    """Write a value in Hydra's grammar, or as JSON where a mapping's keys do not fit into it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if isinstance(value, str):
+        if PLAIN_WORD.fullmatch(value) and value.lower() not in KEYWORDS:
+            return value
+        return str(QuotedString(value, Quote.single).with_quotes())
+    if isinstance(value, list):
+        return f"[{','.join(map(hydra_text, value))}]"
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) and PLAIN_WORD.fullmatch(key) for key in value):
+            return json.dumps(value, ensure_ascii=False)
+        return "{" + ",".join(f"{key}:{hydra_text(item)}" for key, item in value.items()) + "}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def parse(text: str) -> Any:
+    """Parse ``key=value``; None where the grammar has no way to."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        return None
+
+
+def unquoted(text: str) -> str:
+    """Remove the quotes around a whole value."""
+    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
+        return text
+    from hydra.core.override_parser.types import QuotedString
+
+    value = getattr(parse(f"key={text}"), "_value", None)
+    return str(value.text) if isinstance(value, QuotedString) else text
+
+
+def is_list(text: str) -> bool:
+    """Tell values with commas between them, as a sweep has them, from functions and brackets."""
+    return "," in text and not set(text) & set("()[]{}'\"")
+
+
+def options_of(parsed: Any) -> list[str]:
+    """List the options that an override chooses for its group, several in a sweep."""
+    from hydra.core.override_parser.types import ChoiceSweep
+
+    value = parsed.value()
+    chosen = value.list if isinstance(value, ChoiceSweep) else [value]
+    return ["null" if item is None else str(item) for item in chosen]

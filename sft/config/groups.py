@@ -1,0 +1,75 @@
+"""The groups, their options, and what was meant by an option that does not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from sft.config import upstream
+from sft.config.settings import CONF_DIR
+from sft.errors import Problem
+
+# What other tools call an option.
+MEANT = {
+    ("quantization", "4bit"): "quantization=nf4",
+    ("quantization", "int4"): "quantization=nf4",
+    ("quantization", "8bit"): "quantization=int8",
+    ("lora", "full"): "lora=none",
+}
+
+
+def groups(config_dir: str | None) -> dict[str, set[str]]:
+    """List the config groups and their options, ours and the user's."""
+    found: dict[str, set[str]] = {}
+    for root in (CONF_DIR, *([Path(config_dir)] if config_dir else [])):
+        for file in root.rglob("*.yaml"):
+            group = file.parent.relative_to(root).as_posix()
+            if group != ".":
+                found.setdefault(group, set()).add(file.stem)
+    return found
+
+
+def config_dir_problems(config_dir: str | None) -> Iterator[Problem]:
+    """Find what is wrong with the folder of the user's own options."""
+    if config_dir is None:
+        return
+    root = Path(config_dir)
+    if not root.is_dir():
+        yield Problem(f"--config-dir {config_dir}", "there is no such folder", "--config-dir DIR")
+    for file in sorted(root.rglob("*.yaml")):
+        name = file.relative_to(root)
+        if (CONF_DIR / name).is_file():
+            yield Problem(
+                f"--config-dir {config_dir}",
+                f"{CONF_DIR / name} would be used instead of your {file}",
+                f"rename it, such as {name.with_stem(f'my-{name.stem}')}",
+            )
+        try:
+            OmegaConf.load(file)
+        except Exception as error:  # a YAML error, or bytes that are not text
+            reason = " ".join(str(error).split())
+            yield Problem(f"--config-dir {config_dir}", f"{file}: {reason}", "mend the YAML file")
+
+
+def no_option(group: str, option: str, known: set[str]) -> Problem:
+    """Say that a group has no such option, and what was probably meant."""
+    hint = upstream.did_you_mean(option, known)
+    rule = f"{group} has no option {option}; it has {', '.join(sorted(known))}"
+    if option == "null" and "none" in known:
+        hint = f"{group}=none"
+    elif f"stage{option}" in known:
+        hint = f"{group}=stage{option}"
+    elif (group, option) in MEANT:
+        hint = MEANT[group, option]
+    elif "/" in option and group == "model":
+        hint = f"model=hf model.name_or_path={option}"
+    elif group == "dataset" and (option.startswith((".", "/", "~")) or Path(option).suffix):
+        rule = f"there is no file or folder {option}; {rule}"
+        hint = f"dataset=FILE, from {Path.cwd()}"
+    elif "/" in option:
+        hint = f"dataset=jsonl dataset.path={option}"
+    elif not hint.startswith("did"):
+        hint = "choose one of them"
+    return Problem(f"{group}={option}", rule, hint)
