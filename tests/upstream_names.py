@@ -169,7 +169,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         *("fp32_partitioned_groups_flat", "loss_scaler", "optimizer"),
     ),
     "deepspeed.runtime.zero.partition_parameters": (
-        *("ds_id", "ds_numel", "ds_shape", "ds_tensor"),
+        *("ds_id", "ds_shape", "ds_tensor"),
     ),
     "deepspeed.runtime.zero.partitioned_param_coordinator": ("PartitionedParameterCoordinator",),
     "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator": (
@@ -188,9 +188,9 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "torch.distributed.distributed_c10d": ("PrefixStore",),
     "torch.distributed.rendezvous": ("rendezvous(url)",),
     "datasets.arrow_dataset:Dataset": ("_fingerprint",),
-    "hydra._internal.utils": ("get_args_parser()",),
     "hydra.core.override_parser.overrides_parser": ("OverridesParser",),
     "hydra.core.override_parser.types": ("ChoiceSweep", "Quote", "QuotedString"),
+    "hydra.core.override_parser.types:Override": ("_value",),
     "hydra.core.utils": ("JobReturn", "JobStatus"),
     "hydra.plugins.launcher": ("Launcher",),
 }

@@ -297,9 +297,9 @@ def test_exact_match_has_a_column_where_there_is_one(
 
 INTERRUPTED = """
 import pathlib, signal, sys
-from sft import sweep
-from sft.cli import start_logging
-from sft.trial import Trial
+from sft.cli.command import start_logging
+from sft.sweep import trials as sweep
+from sft.sweep.trial import Trial
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup without this
 start_logging()
