@@ -459,7 +459,7 @@ def test_a_config_dir_must_exist(tmp_path: Path) -> None:
             "model.name=${nope}",
             "model.name",
             "Interpolation key 'nope' not found",
-            "mend the YAML file or override",
+            "name a setting, as in ${seed}, or write",
         ),
         (
             "dataset.columns=[a]",
