@@ -84,6 +84,11 @@ RENAMED = {
     "group_by_length": "train.extra.train_sampling_strategy=group_by_length",
     "evaluation_strategy": "train.eval_strategy=epoch",
     "overwrite_output_dir": "overwrite=true",
+    **dict.fromkeys(
+        ("train_ratio", "val_ratio", "val_size", "val_set_size", "test_size"),
+        "dataset.eval_fraction=0.05",
+    ),
+    "cache_dir": "HF_HOME=DIR in the environment, for the hub's files; SFT_CACHE_DIR=DIR for data",
     "lora_r": "lora.r=8",
     "lora_rank": "lora.r=8",
     "batch_size": "train.global_batch_size=32",
