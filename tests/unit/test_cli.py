@@ -112,9 +112,16 @@ def test_an_unknown_option_is_refused_as_other_bad_input(capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         train(["--cgf", "job"])
     assert capsys.readouterr().err == (
-        "error: 1 setting is refused\n\n--cgf\n    unrecognized arguments: --cgf\n"
+        "error: 1 setting is refused\n\n--cgf\n    there is no such option\n"
         "    fix: did you mean --cfg?\n"
     )
+
+
+@pytest.mark.parametrize("words", [["--cfg", "x"], ["--config-dir"]])
+def test_an_option_without_its_value_is_refused(words: list[str], capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train(words)
+    assert capsys.readouterr().err.startswith(f"error: 1 setting is refused\n\n{words[0]}\n")
 
 
 # A file of settings
@@ -311,7 +318,7 @@ def trial_words(*words: str) -> list[list[str]]:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    given, problems = train._read(list(words), None, sweep=True)
+    given, problems = train.read(list(words), sweep=True)
     assert problems == []
     forced = compose.sweep_overrides(Config, "train", given, None)
     parsed = OverridesParser.create().parse_overrides(forced)
@@ -343,7 +350,7 @@ def test_a_sweep_refuses_what_no_trial_can_be_given(folder: Path) -> None:
         ("lora.rank_pattern={^a: 2}", "Hydra's grammar cannot write this"),
         ("dataset=a.jsonl,b.jsonl", "a sweep over files needs their option"),
     ):
-        problems = train._read([word], None, sweep=True)[1]
+        problems = train.read([word], sweep=True)[1]
         assert problems[0].rule.startswith(rule)
     assert problems[0].fix == "dataset=jsonl dataset.path=a.jsonl,b.jsonl"
 
