@@ -26,19 +26,31 @@ logger = logging.getLogger("sft")
 class GenerateConfig:
     """Which model, which prompts, and how to sample."""
 
-    run: str | None = setting(None, "a run's folder: its adapter on its base, or its whole model")
-    adapter: str | None = setting(None, "or an adapter folder")
-    model: str | None = setting(None, "or a merged or any other model: folder or hub id")
-    base: str | None = setting(None, "the adapter's base model; null: the one it names")
-    prompt: str | None = setting(None, "one prompt, rendered with the run's template")
-    file: str | None = setting(None, "or a file of rows (.jsonl, .csv, ...), answered in order")
-    output: str | None = setting(None, "write JSONL here instead of text to the terminal")
-    raw: bool = setting(False, "true: the prompt is the text itself; no template")
-    max_new_tokens: int = setting(256, "tokens in an answer, at most", at_least(1))
-    temperature: float | None = setting(None, "null: greedy; else sample at this", above(0))
-    top_p: float = setting(1.0, "sample from this share of probability", above(0))
-    batch_size: int = setting(8, "prompts answered at once", at_least(1))
-    seed: int = setting(0, "of the sampling", at_least(0))
+    run: str | None = setting(
+        None, "a run's folder; its adapter on its base model answers, or its whole model"
+    )
+    adapter: str | None = setting(None, "an adapter folder, instead of run")
+    model: str | None = setting(
+        None, "a merged or any other model, instead of run: a folder or hub id"
+    )
+    base: str | None = setting(
+        None, "the adapter's base model; null: the one that the adapter names"
+    )
+    prompt: str | None = setting(None, "one prompt; the run's template renders it")
+    file: str | None = setting(None, "a file of rows (.jsonl, .csv, ...), instead of a prompt")
+    output: str | None = setting(
+        None, "JSONL file for the rows with their answers; null: print the answers"
+    )
+    raw: bool = setting(False, "true: give the prompt to the model as it is, without a template")
+    max_new_tokens: int = setting(256, "largest number of tokens in an answer", at_least(1))
+    temperature: float | None = setting(
+        None, "sampling temperature; null: greedy decoding", above(0)
+    )
+    top_p: float = setting(
+        1.0, "sample from the likeliest tokens that share this probability", above(0)
+    )
+    batch_size: int = setting(8, "number of prompts answered at once", at_least(1))
+    seed: int = setting(0, "seed of the sampling", at_least(0))
 
 
 def check(config: GenerateConfig) -> list[Problem]:

@@ -46,10 +46,14 @@ class ProveConfig(Config):
     """A run's settings, and how far to train for the proof."""
 
     steps: int | None = setting(
-        None, "optimizer steps; null: two epochs of few rows and a step", at_least(2)
+        None,
+        "number of optimizer steps; null: two epochs of a few rows, and one step more",
+        at_least(2),
     )
     ranks: int | None = setting(
-        None, "processes, as torchrun --nproc_per_node; null: one, then two", at_least(1)
+        None,
+        "number of processes, as torchrun --nproc_per_node; null: first one, then two",
+        at_least(1),
     )
 
 

@@ -72,6 +72,9 @@ class Command(Generic[C]):
             if as_json and sweep_result:
                 _print_once(to_json(sweep_result) + "\n")
             raise
+        except BrokenPipeError:  # as in: sft train --help | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python's own last flush fails too
+            sys.exit(1)
         except Exception as error:
             _end(1, f"{type(error).__name__}: {error}", as_json, traceback.format_exc())
         if as_json and (result or sweep_result):
@@ -93,7 +96,7 @@ class Command(Generic[C]):
         elif args.multirun:
             self._sweep(args)
         elif args.info or args.hydra_help or args.cfg in ("hydra", "all"):
-            words = [item.hydra() for item in self._read(args.overrides, args.config_dir)[0]]
+            words = [item.hydra() for item in self.read(args.overrides, args.config_dir)[0]]
             options = [word for word in argv if word not in args.overrides]
             _hand_to_hydra(self, options + words)
         else:
@@ -107,9 +110,10 @@ class Command(Generic[C]):
             return self.run(config)
         return None
 
-    def _read(
-        self, words: list[str], config_dir: str | None, sweep: bool = False
+    def read(
+        self, words: list[str], config_dir: str | None = None, sweep: bool = False
     ) -> tuple[list[Override], list[Problem]]:
+        """Parse settings, options and a settings file; also gives what is wrong with them."""
         reader = Reader(self.schema, config_dir, self.config_name is not None, sweep)
         return reader.read(words), reader.problems
 
@@ -119,7 +123,7 @@ class Command(Generic[C]):
         Raises:
             ConfigError: With every problem that was found.
         """
-        given, problems = self._read(overrides, config_dir)
+        given, problems = self.read(overrides, config_dir)
         try:
             config, found = (
                 compose.plain_config(self.schema, given)
@@ -142,7 +146,7 @@ class Command(Generic[C]):
             raise ConfigError([Problem("-m", "only training is swept", "leave out -m")])
         if not _is_first():
             return
-        given, problems = self._read(args.overrides, args.config_dir, sweep=True)
+        given, problems = self.read(args.overrides, args.config_dir, sweep=True)
         try:
             forced = compose.sweep_overrides(self.schema, self.config_name, given, args.config_dir)
         except ConfigError as error:

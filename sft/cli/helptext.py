@@ -91,7 +91,7 @@ def help_text(command: Described, argv: list[str]) -> str:
     if own := _own(command):
         lines += ["", "Settings of this command, with their defaults:", "", *own]
     if found:
-        lines += ["", "Options, a line for each group (your own: --config-dir DIR):"]
+        lines += ["", "Groups and their options (--config-dir DIR adds your own):"]
         for name in sorted(found):
             lines += ["", *_group(name, found[name], config_dir)]
     lines += ["", "Command-line options:", ""]

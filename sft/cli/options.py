@@ -37,10 +37,16 @@ class _Parser(argparse.ArgumentParser):
     """Refuses an unknown option as any other bad input."""
 
     def error(self, message: str) -> NoReturn:
-        option = message.partition(": ")[2].split(" ")[0]
-        known = [name for name in OPTIONS if name.startswith("--")]
-        fix = upstream.did_you_mean(option, known) if option.startswith("-") else "see --help"
-        raise ConfigError([Problem(option or message, message, fix)])
+        what, _, rest = message.partition(": ")
+        if what == "unrecognized arguments":
+            option = rest.split(" ")[0]
+            known = [name for name in OPTIONS if name.startswith("--")]
+            fix = upstream.did_you_mean(option, known)
+            raise ConfigError([Problem(option, "there is no such option", fix)])
+        option = what.removeprefix("argument ").partition("/")[0]
+        raise ConfigError(
+            [Problem(option, rest or message, "sft COMMAND --help lists the options")]
+        )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -7,12 +7,17 @@ unknown key, and lets ``+lora.drop_out=0.3`` pass.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from sft.config.groups import groups
 from sft.config.names import suggest
@@ -24,6 +29,8 @@ from sft.errors import ConfigError, Problem
 
 C = TypeVar("C")
 UNKNOWN_SETTING = "there is no such setting"
+CORRECT = "correct the YAML file or the command line"
+LITERAL = r"name a setting, as in ${seed}, or write \${...} for text"
 
 
 def typed_config(
@@ -143,7 +150,8 @@ def _compose(
     except (HydraException, OmegaConfBaseException) as error:
         rule = ": ".join(_reasons(error))
         setting = str(getattr(error, "full_key", None) or "the composed config")
-        raise ConfigError([Problem(setting, rule, "mend the YAML file or override")]) from error
+        is_name = isinstance(error, InterpolationResolutionError)
+        raise ConfigError([Problem(setting, rule, LITERAL if is_name else CORRECT)]) from error
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}, dict(grid), problems
 
@@ -160,6 +168,8 @@ def _set(composed: Any, given: list[Override], schema: Any) -> Iterator[Problem]
             )
         try:
             OmegaConf.update(composed, item.key, item.value, merge=True, force_add=True)
+        except GrammarParseError as error:
+            yield Problem(written(item.key, item.value), str(error).splitlines()[0], LITERAL)
         except (OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
             field = field_of(schema, item.key)
             yield (
@@ -215,10 +225,21 @@ def _merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") ->
             problems.append(Problem(f"{path}=???", "must be given", f"{path}=VALUE"))
             continue
         try:
-            OmegaConf.update(typed, path, value, merge=False)
+            OmegaConf.update(typed, path, _literal(value), merge=False)
         except OmegaConfBaseException:
             problems.append(_wrong_type(path, value, field))
     return problems
+
+
+def _literal(value: Any) -> Any:
+    """Escape ``${`` in what is resolved already, so that OmegaConf does not resolve it again."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    return value
 
 
 def _wrong_type(path: str, value: Any, field: dataclasses.Field[Any]) -> Problem:

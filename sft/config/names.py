@@ -75,6 +75,11 @@ LORA_OWNED = _examples("decides", "lora.") | {
 # beside it.
 RENAMED = _examples("called") | {
     "group_by_length": "train.extra.train_sampling_strategy=group_by_length",
+    **dict.fromkeys(
+        ("train_ratio", "val_ratio", "val_size", "val_set_size", "test_size"),
+        "dataset.eval_fraction=0.05",
+    ),
+    "cache_dir": "HF_HOME=DIR in the environment, for the hub's files; SFT_CACHE_DIR=DIR for data",
     "fp16": "precision=fp16",
     "tf32": "train.extra.tf32=true",
 }

@@ -146,7 +146,10 @@ class Reader:
         if not self.groups:
             self._wrong(word, "several values are given", f"{key}=[{text}]")
         elif not self.sweep:
-            self._wrong(word, "several values are a sweep", f"add -m, or {key}=[{text}]")
+            field = settings_file.field_of(self.schema, key)
+            kind = str(getattr(field, "type", "Any"))
+            fix = f"add -m, or {key}=[{text}]" if kind.startswith(("list", "Any")) else "add -m"
+            self._wrong(word, "several values are a sweep", fix)
         elif interval:
             self._wrong(word, "interval() names no values to try", f"{key}=0.1,0.2")
         else:

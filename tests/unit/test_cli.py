@@ -114,9 +114,16 @@ def test_an_unknown_option_is_refused_as_other_bad_input(capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         train(["--cgf", "job"])
     assert capsys.readouterr().err == (
-        "error: 1 setting is refused\n\n--cgf\n    unrecognized arguments: --cgf\n"
+        "error: 1 setting is refused\n\n--cgf\n    there is no such option\n"
         "    fix: did you mean --cfg?\n"
     )
+
+
+@pytest.mark.parametrize("words", [["--cfg", "x"], ["--config-dir"]])
+def test_an_option_without_its_value_is_refused(words: list[str], capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train(words)
+    assert capsys.readouterr().err.startswith(f"error: 1 setting is refused\n\n{words[0]}\n")
 
 
 # A file of settings
@@ -265,10 +272,9 @@ TEXTS = ["You are kind, and: brief?", "ü", "a b", "x=[1](2){3}", "it's", 'say "
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_needs_no_quotes_beyond_the_shells(text: str) -> None:
     words = [f"template.system={text}", f"dataset.path={text}", f"dataset.columns.input={text}"]
-    for command in (train, data, prove):
-        config = command.compose(words)
-        assert config.template.system == config.dataset.path == text
-        assert config.dataset.columns == {"input": text}
+    config = train.compose(words)
+    assert config.template.system == config.dataset.path == text
+    assert config.dataset.columns == {"input": text}
     assert generate.compose(["model=m", f"prompt={text}"]).prompt == text
     assert merge.compose([f"run={text}"]).run == text
 
@@ -298,6 +304,10 @@ def test_lists_and_mappings_hold_any_text() -> None:
     assert merge.compose(["adapter=[ä, b c]", "output=o"]).adapter == ["ä", "b c"]
     with pytest.raises(ConfigError, match=r"adapter=a,b\n    several values are given\n"):
         merge.compose(["adapter=a,b", "output=o"])
+    assert train.compose([r"template.system=Pay \${x}"]).template.system == "Pay ${x}"
+    assert one_refused("template.system=Pay ${x}")[2] == compose.LITERAL
+    assert one_refused("template.system=Pay ${")[2] == compose.LITERAL
+    assert merge.compose(["adapter=[a${x}]", "output=o"]).adapter == ["a${x}"]
     assert one_refused("dataset.columns={a: [")[1].startswith("cannot be read: its brackets")
     assert one_refused("precision=bf16,fp32")[1] == "several values are a sweep"
 
@@ -310,7 +320,7 @@ def trial_words(*words: str) -> list[list[str]]:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    given, problems = train._read(list(words), None, sweep=True)
+    given, problems = train.read(list(words), sweep=True)
     assert problems == []
     forced = compose.sweep_overrides(Config, "train", given, None)
     parsed = OverridesParser.create().parse_overrides(forced)
@@ -342,7 +352,7 @@ def test_a_sweep_refuses_what_no_trial_can_be_given(folder: Path) -> None:
         ("lora.rank_pattern={^a: 2}", "Hydra's grammar cannot write this"),
         ("dataset=a.jsonl,b.jsonl", "a sweep over files needs their option"),
     ):
-        problems = train._read([word], None, sweep=True)[1]
+        problems = train.read([word], sweep=True)[1]
         assert problems[0].rule.startswith(rule)
     assert problems[0].fix == "dataset=jsonl dataset.path=a.jsonl,b.jsonl"
 
@@ -353,33 +363,39 @@ MESSAGES = '{"messages": [{"role": "user", "content": "a"}]}\n'
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "option", "template"),
+    ("name", "content", "option"),
     [
-        ("r.jsonl", '{"prompt": "a", "completion": "b"}\n', "jsonl", "completion"),
-        ("my ü, r.json", '[{"instruction": "a", "output": "b"}]', "jsonl", "completion"),
-        ("r.csv", "prompt,completion\na,b\n", "csv", "completion"),
-        ("r.tsv", "question\tanswer\na\tb\n", "csv", "completion"),
-        ("chat.jsonl", MESSAGES, "chat", "chat"),
-        ("share.jsonl", '{"conversations": [{"from": "human", "value": "a"}]}', "chat", "chat"),
-        ("list.jsonl", '{"prompt": [{}], "completion": [{}]}\n', "chat", "chat"),
-        ("t.jsonl", '{"text": "a", "id": 1}\n', "text", "text"),
-        ("t.txt", "hello", "text", "text"),
-        ("broken.jsonl", "{", "jsonl", "completion"),
-        ("folder/part.csv", "prompt,completion\na,b\n", "csv", "completion"),
+        ("r.jsonl", '{"prompt": "a", "completion": "b"}\n', "jsonl"),
+        ("my ü, r.json", '[{"instruction": "a", "output": "b"}]', "jsonl"),
+        ("r.csv", "prompt,completion\na,b\n", "csv"),
+        ("r.tsv", "question\tanswer\na\tb\n", "csv"),
+        ("chat.jsonl", MESSAGES, "chat"),
+        ("share.jsonl", '{"conversations": [{"from": "human", "value": "a"}]}', "chat"),
+        ("list.jsonl", '{"prompt": [{}], "completion": [{}]}\n', "chat"),
+        ("t.jsonl", '{"text": "a", "id": 1}\n', "text"),
+        ("t.txt", "hello", "text"),
+        ("broken.jsonl", "{", "jsonl"),
+        ("folder/part.csv", "prompt,completion\na,b\n", "csv"),
     ],
 )
-def test_a_file_is_a_dataset(
-    folder: Path, name: str, content: str, option: str, template: str
-) -> None:
+def test_a_file_is_a_dataset(folder: Path, name: str, content: str, option: str) -> None:
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).write_text(content, encoding="utf-8")
     path = "folder" if name.startswith("folder") else name
-    for given in (path, str(Path(path).resolve())):
-        config = train.compose([f"dataset={given}"])
-        assert (config.dataset.path, config.template.name) == (given, template)
-    assert config == train.compose([f"dataset={option}", f"dataset.path={given}"])
     Path("my.yaml").write_text(json.dumps({"dataset": path}))
-    assert train.compose(["my.yaml"]).dataset.path == path
+    for word in (f"dataset={path}", "my.yaml"):
+        chosen, rows = overrides.Reader(Config, None).read([word])
+        assert (chosen.key, chosen.value) == ("dataset", option)
+        assert (rows.key, rows.value) == ("dataset.path", path)
+
+
+def test_a_file_brings_its_options_template(folder: Path) -> None:
+    Path("chat.jsonl").write_text(MESSAGES)
+    config = train.compose(["dataset=chat.jsonl", "dataset.eval_fraction=0.5"])
+    assert (config.template.name, config.dataset.eval_fraction) == ("chat", 0.5)
+    assert config == train.compose(
+        ["dataset=chat", "dataset.path=chat.jsonl", "dataset.eval_fraction=0.5"]
+    )
 
 
 def test_parquet_patterns_and_prepared_folders_are_datasets(folder: Path) -> None:

@@ -375,6 +375,7 @@ def test_unknown_keys_are_refused_however_they_are_typed() -> None:
         "train.packing=true": "did you mean dataset.packing?",
         "lora.task_type=CAUSAL_LM": "remove it: CAUSAL_LM",
         "zzzzzz=1": "remove it",
+        "dataset.train_ratio=0.9": "dataset.eval_fraction=0.05",
     }
     problems = {problem.setting: problem for problem in refused(*fixes)}
     assert len(problems) == len(fixes)
@@ -449,7 +450,13 @@ def test_a_config_dir_must_exist(tmp_path: Path) -> None:
         ("train=null", "train=null", "train has no option null; it has default, demo", "did"),
         ("lora={r: 4}", "lora={'r': 4}", "lora has no option {'r': 4}; it has ", "choose one"),
         ("~lora.r", "~lora.r", "a setting cannot be deleted", "remove it from the command"),
-        ("lora.r=2,4", "lora.r=2,4", "several values are a sweep", "add -m, or lora.r=[2,4]"),
+        ("lora.r=2,4", "lora.r=2,4", "several values are a sweep", "add -m"),
+        (
+            "lora.target_modules=a,b",
+            "lora.target_modules=a,b",
+            "several values are a sweep",
+            "add -m, or lora.target_modules=[a,b]",
+        ),
         ("model=gpt2,tiny", "model=gpt2,tiny", "several values are a sweep", "add -m, or choose"),
         ("lora.r", "lora.r", "has no value", "lora.r=VALUE"),
         ("lora.rr", "lora.rr", "is not a setting, nor a settings file", "write each setting as"),
@@ -458,7 +465,7 @@ def test_a_config_dir_must_exist(tmp_path: Path) -> None:
             "model.name=${nope}",
             "model.name",
             "Interpolation key 'nope' not found",
-            "mend the YAML file or override",
+            "name a setting, as in ${seed}, or write",
         ),
         (
             "dataset.columns=[a]",
