@@ -147,7 +147,7 @@ def test_a_line_that_is_not_printed_is_noticed() -> None:
         assert bool(re.fullmatch(pattern(output), printed)) == matches
 
 
-FILES = ("rows.jsonl", "chat.jsonl", "code/a.jsonl", "prepared/meta.json", "FOLDER/a.txt")
+FILES = ("rows.jsonl", "chat.jsonl", "code/a.jsonl", "FOLDER/a.txt")
 
 
 @pytest.mark.parametrize("line", sorted(set(described())))
@@ -166,11 +166,12 @@ def test_a_described_command_has_settings_that_exist(
     main = importlib.import_module(module).main
     overrides = [word for word in given if not word.startswith("-") and word != "job"]
     assert given == [] or overrides or "--help" in given
+    read, problems = main.read(overrides, None, "-m" in given)
+    assert problems == []
     if main.config_name is None:
-        _, problems = compose.plain_config(main.schema, overrides)
-        assert problems == []
+        assert compose.plain_config(main.schema, read)[1] == []
     elif "-m" in given:
-        assert compose.sweep_overrides(main.schema, main.config_name, overrides, None)
+        assert compose.sweep_overrides(main.schema, main.config_name, read, None)
     else:
         main.compose(overrides)
 
