@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import warm_python
 from support import ROOT
 from warm import run_warm
 
@@ -26,6 +27,11 @@ from sft.config import compose
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = Path("outputs") / "tiny_demo_r8_seed42"
 GAP = "[...]"
+# Started as a user does; the others in processes that need not import the libraries.
+COLD = {
+    "sft generate run=outputs/tiny_demo_r8_seed42 prompt='Write this word backwards: robot'",
+    "python -m sft.train model=opt-125 lora.rank=8 train.warmup_ratio=0.1",
+}
 Ran = Callable[[str], subprocess.CompletedProcess[str]]
 
 
@@ -105,8 +111,19 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a line as the README's reader does, with the environment's commands at hand."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environ = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    start: str | list[str] = command
+    if command not in COLD and (door := re.match(r"(?:python -m sft\.|sft )(\w+)", command)):
+        environ["PYTHON_EXEC"] = warm_python.executable()
+        start = [environ["PYTHON_EXEC"], "-m", f"sft.{door[1]}"]
+        start += shlex.split(command[door.end() :])
     return subprocess.run(
-        command, shell=True, cwd=folder, env=environ, capture_output=True, text=True, timeout=580
+        start,
+        shell=isinstance(start, str),
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=580,
     )
 
 

@@ -56,6 +56,7 @@ def test_recipe_runs_on_two_ranks(folder: Path, name: str) -> None:
     assert (folder / "run" / kind).is_dir()
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_grid_keeps_the_global_batch(folder: Path) -> None:
     """Four trials, one per micro-batch, each with the same batch and so the same loss."""
     run_sft(

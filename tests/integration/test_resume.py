@@ -71,6 +71,7 @@ def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, saving: list
     assert [line["num_tokens"] for line in records(run) if "num_tokens" in line] == tokens
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_torchrun_restarts_what_died(tmp_path: Path, saving: list[str]) -> None:
     """With overwrite=true too, which means the first start only."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
