@@ -168,9 +168,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3": (
         *("fp32_partitioned_groups_flat", "loss_scaler", "optimizer"),
     ),
-    "deepspeed.runtime.zero.partition_parameters": (
-        *("ds_id", "ds_shape", "ds_tensor"),
-    ),
+    "deepspeed.runtime.zero.partition_parameters": (*("ds_id", "ds_shape", "ds_tensor"),),
     "deepspeed.runtime.zero.partitioned_param_coordinator": ("PartitionedParameterCoordinator",),
     "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator": (
         "_PartitionedParameterCoordinator__params_to_release",
