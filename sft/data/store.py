@@ -253,7 +253,7 @@ def _in_parallel(
         for batch in batches:
             yield batch, maker(batch)
         return
-    # Fork, so that workers inherit the tokenizer; this process has started no threads yet.
+    # Fork, so that workers inherit the tokenizer; sft has started no threads yet.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(processes, context, _begin_worker, (maker,))
     try:
