@@ -1,9 +1,9 @@
-"""Build the tiny base model, its tokenizer and the demo rows from nothing.
+"""Build the tiny base model, its tokenizer and the demo rows from scratch.
 
-Takes one CPU thread and about 7 minutes at the default number of steps, no download. Expect a
-training loss near 0.15 and each skill right in 82 to 100 of 100 trials of its formal notation
-(`flip(kitab)=batik`); asked in English, in the chat form of the demo rows, the model only makes
-small talk until it is fine-tuned.
+This takes one CPU thread and about 7 minutes at the default number of steps, and downloads nothing.
+Expect a training loss near 0.15 and 82 to 100 right answers of 100 for each skill in its formal
+notation (`flip(kitab)=batik`). If it is asked in English, in the chat form of the demo rows, the
+model only makes small talk until it is fine-tuned.
 
     python scripts/build_tiny.py --output assets
 """
@@ -25,8 +25,8 @@ IGNORE_INDEX = -100
 MARKERS = ["<|pad|>", "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 VOCAB_SIZE = 320  # 256 bytes, the markers, and reserved tokens up to a multiple of 64
 MAX_LENGTH = 1024  # tokens
-ROW_LENGTH, ROWS_PER_STEP = 128, 24  # of packed documents
-CHAT_SHARE = 0.1  # of the documents
+ROW_LENGTH, ROWS_PER_STEP = 128, 24  # tokens per row of packed documents; rows
+CHAT_SHARE = 0.1  # share of the documents that are small talk
 TRAIN_ROWS, EVAL_ROWS = 400, 30  # demo rows per skill
 
 CHAT_TEMPLATE = (
@@ -137,7 +137,7 @@ def formal_document(rng: random.Random) -> tuple[str, str]:
 
 
 def chat_document(rng: random.Random) -> tuple[str, str]:
-    """Draw small talk: LoRA freezes the chat markers' embeddings, so they are learned here."""
+    """Draw small talk, which trains the embeddings of the chat markers: LoRA freezes them."""
     other = draw_word(rng)
     subject = rng.choice((draw_word, draw_number))(rng)
     remark = rng.choice(REMARKS).format(other, subject)
@@ -223,7 +223,7 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 def batches(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pack fresh documents into rows, and hide from the loss the questions, which are random.
+    """Pack fresh documents into rows; the questions are random, so their labels are ignored.
 
     Yields:
         Token ids and labels, each of shape (ROWS_PER_STEP, ROW_LENGTH).
@@ -332,11 +332,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("assets"), help="folder to fill")
     parser.add_argument("--steps", type=int, default=1400, help="pre-training steps")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, texts and rows")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, texts and rows")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # the number of threads decides how float sums round
+    torch.set_num_threads(1)  # the number of threads affects the rounding of sums
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     pretrain(model, tokenizer, args.steps, random.Random(args.seed))

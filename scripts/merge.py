@@ -1,4 +1,4 @@
-"""The merge command for those who look here: `python scripts/merge.py run=outputs/NAME`."""
+"""Run the merge command, as `sft merge` does: `python scripts/merge.py run=outputs/NAME`."""
 
 from sft.merge.__main__ import main
 

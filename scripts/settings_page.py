@@ -20,7 +20,7 @@ Every setting of `sft.train`, with its default. `sft train --help` prints the sa
 
 
 def cell(text: str) -> str:
-    """Escape what a Markdown table would take for markup."""
+    """Escape the characters that are markup in a Markdown table."""
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 

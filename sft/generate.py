@@ -1,4 +1,4 @@
-"""Text from a run, an adapter, a merged model or any model: one prompt, or a file of rows."""
+"""Generate text with a run, an adapter, a merged model or any model: one prompt, or a file."""
 
 from __future__ import annotations
 
@@ -26,44 +26,32 @@ logger = logging.getLogger("sft")
 class GenerateConfig:
     """Which model, which prompts, and how to sample."""
 
-    run: str | None = setting(
-        None, "a run's folder; its adapter on its base model answers, or its whole model"
-    )
-    adapter: str | None = setting(None, "an adapter folder, instead of run")
-    model: str | None = setting(
-        None, "a merged or any other model, instead of run: a folder or hub id"
-    )
-    base: str | None = setting(
-        None, "the adapter's base model; null: the one that the adapter names"
-    )
-    prompt: str | None = setting(None, "one prompt; the run's template renders it")
-    file: str | None = setting(None, "a file of rows (.jsonl, .csv, ...), instead of a prompt")
-    output: str | None = setting(
-        None, "JSONL file for the rows with their answers; null: print the answers"
-    )
-    raw: bool = setting(False, "true: give the prompt to the model as it is, without a template")
-    max_new_tokens: int = setting(256, "largest number of tokens in an answer", at_least(1))
-    temperature: float | None = setting(
-        None, "sampling temperature; null: greedy decoding", above(0)
-    )
-    top_p: float = setting(
-        1.0, "sample from the likeliest tokens that share this probability", above(0)
-    )
-    batch_size: int = setting(8, "number of prompts answered at once", at_least(1))
+    run: str | None = setting(None, "a run's folder, whose adapter or full model is used")
+    adapter: str | None = setting(None, "or an adapter's folder")
+    model: str | None = setting(None, "or the folder or hub id of a merged or any other model")
+    base: str | None = setting(None, "the adapter's base model; null: the one that it names")
+    prompt: str | None = setting(None, "one prompt, rendered with the run's template")
+    file: str | None = setting(None, "or a file of rows (.jsonl, .csv, ...) to answer in order")
+    output: str | None = setting(None, "JSONL file for the answers; null: print them")
+    raw: bool = setting(False, "true: use the prompt without a template")
+    max_new_tokens: int = setting(256, "tokens in an answer, at most", at_least(1))
+    temperature: float | None = setting(None, "temperature of sampling; null: greedy", above(0))
+    top_p: float = setting(1.0, "sample from the tokens of this total probability", above(0))
+    batch_size: int = setting(8, "prompts per batch", at_least(1))
     seed: int = setting(0, "seed of the sampling", at_least(0))
 
 
 def check(config: GenerateConfig) -> list[Problem]:
-    """Find what is wrong with the settings alone."""
+    """Check the settings without loading anything."""
     problems = list(rule_problems(config))
     if sum(item is not None for item in (config.run, config.adapter, config.model)) != 1:
-        problems.append(Problem("run, adapter, model", "give one of them", "run=outputs/NAME"))
+        problems.append(Problem("run, adapter, model", "set exactly one", "run=outputs/NAME"))
     if config.prompt == "":
-        problems.append(Problem("prompt=", "is empty", "prompt='...'"))
+        problems.append(Problem("prompt=", "the prompt is empty", "prompt='...'"))
     if (config.prompt is None) == (config.file is None):
-        problems.append(Problem("prompt, file", "give one of them", "prompt='...'"))
+        problems.append(Problem("prompt, file", "set exactly one", "prompt='...'"))
     if config.output is not None and Path(config.output).exists():
-        problems.append(Problem(f"output={config.output}", "exists", "output=ANOTHER"))
+        problems.append(Problem(f"output={config.output}", "the file exists", "output=FILE"))
     return problems
 
 
@@ -71,10 +59,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """Answer the prompts, in order.
 
     Returns:
-        The rows with their answers, or the file that they were written to; what ``--json`` prints.
+        The rows with their answers, or the file that holds them and their number, for ``--json``.
 
     Raises:
-        ModelError: The model or adapter is not there.
+        ModelError: There is no such model or adapter.
         DataError: A row does not fit the template.
     """
     folder = _folder(config)
@@ -101,7 +89,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if config.temperature is not None:
         options = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
-        options["top_k"] = 0  # Transformers' default of 50 would cut the tail unasked
+        options["top_k"] = 0  # Transformers' default samples from 50 tokens only
     stop_id = None if config.raw else template.stop_id()
     set_seed(config.seed)
     texts: list[str] = []
@@ -173,7 +161,7 @@ def _rows(config: GenerateConfig, template: Template) -> list[dict[str, Any]]:
     rows = []
     for row in read(str(config.file)):
         if isinstance(row, BadRow):
-            raise DataError(f"{row.file}:{row.line}: {row.reason}\n    fix: mend or remove it")
+            raise DataError(f"{row.file}:{row.line}: {row.reason}\n    fix: correct or remove it")
         rows.append(row.values)
     if not rows:
         raise DataError(f"{config.file} holds no rows\n    fix: file=FILE with at least one row")

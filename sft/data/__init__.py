@@ -1,1 +1,1 @@
-"""Rows become samples: source, template, tokens and labels."""
+"""Turn rows into samples: source, template, tokens and labels."""

@@ -22,28 +22,28 @@ logger = logging.getLogger("sft")
 class DataConfig(Config):
     """A run's settings, and what to show of its data."""
 
-    preview: int = setting(0, "samples to show, trained tokens marked", at_least(0))
-    tokens: bool = setting(False, "show token boundaries and ids too")
-    html: str | None = setting(None, "the preview as a page; null: outputs/<run_name>.data.html")
-    output: str | None = setting(None, "write the result as a folder for dataset=pretokenized")
+    preview: int = setting(0, "samples to show, with trained tokens marked", at_least(0))
+    tokens: bool = setting(False, "also show token boundaries and ids")
+    html: str | None = setting(None, "the preview's HTML page; null: outputs/<run_name>.data.html")
+    output: str | None = setting(None, "folder for the prepared data, for dataset=pretokenized")
 
 
 def check_data(config: DataConfig) -> list[Problem]:
-    """Find what is wrong with the settings alone."""
+    """Check the settings without reading any data."""
     problems = check(config)
     if config.output is not None and Path(config.output).exists():
-        problems.append(Problem(f"output={config.output}", "exists", "output=ANOTHER_FOLDER"))
+        problems.append(Problem(f"output={config.output}", "the folder exists", "output=FOLDER"))
     return problems
 
 
 def data(config: DataConfig) -> dict[str, Any]:
-    """Prepare the data, and report what it is.
+    """Prepare and audit the data, and show or write it if asked to.
 
     Returns:
-        Each part's figures and checks, and where files were written; what ``--json`` prints.
+        The figures and checks of train and eval, and the paths of written files, for ``--json``.
 
     Raises:
-        DataError: It cannot be read, or must not be trained on.
+        DataError: The data cannot be read, or a check stops the run.
     """
     fill_names(config)
     environment.prepare()
@@ -74,12 +74,12 @@ def data(config: DataConfig) -> dict[str, Any]:
         path.write_text(
             page.page(samples, tokenizer, str(config.run_name), figures), encoding="utf-8"
         )
-        logger.info("the same as a page: %s", path)
+        logger.info("preview written to %s", path)
         result["html"] = str(path)
     if config.output is not None:
         artefact.save(prepared, Path(config.output))
         logger.info(
-            "written to %s; train from it with dataset=pretokenized dataset.path=%s",
+            "prepared data written to %s; to train on it: dataset=pretokenized dataset.path=%s",
             config.output,
             config.output,
         )

@@ -1,4 +1,4 @@
-"""Prepared data as a folder of its own: written once, trained from anywhere."""
+"""Write prepared data to a folder that any run can train on, and read it back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ META = "meta.json"
 
 
 def meta_of(path: str | None) -> dict[str, Any] | None:
-    """Read what an artefact says of itself; None where the path is none."""
+    """Read an artefact's ``meta.json``; None if the path is not an artefact."""
     folder = Path(path or "").expanduser()
     if not path or not (folder / META).is_file() or not (folder / "dataset_dict.json").is_file():
         return None
@@ -29,13 +29,13 @@ def meta_of(path: str | None) -> dict[str, Any] | None:
 
 
 def template_of(path: str | None) -> TemplateConfig | None:
-    """Give the template that an artefact was rendered with."""
+    """Return the template that rendered an artefact; None if the path is not an artefact."""
     meta = meta_of(path)
     return None if meta is None else TemplateConfig(**meta["template"])
 
 
 def save(prepared: Prepared, folder: Path) -> None:
-    """Write ``train``, ``eval``, ``meta.json`` and ``dropped.jsonl``, complete or not at all.
+    """Write ``train``, ``eval``, ``meta.json`` and ``dropped.jsonl``, all of them or none.
 
     Raises:
         DataError: The folder exists.
@@ -43,7 +43,7 @@ def save(prepared: Prepared, folder: Path) -> None:
     from datasets import DatasetDict
 
     if folder.exists():
-        raise DataError(f"{folder} exists\n    fix: output=ANOTHER_FOLDER")
+        raise DataError(f"output={folder}: the folder exists\n    fix: output=FOLDER")
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     sets = {"train": prepared.train.dataset}
@@ -57,10 +57,10 @@ def save(prepared: Prepared, folder: Path) -> None:
 
 
 def load(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
-    """Read an artefact back, where ``dataset.path`` is one.
+    """Load the artefact at ``dataset.path``; None if that is not an artefact.
 
     Raises:
-        DataError: It was made with another tokenizer.
+        DataError: Its tokenizer is not the model's, or ``dataset.streaming`` is set.
     """
     from datasets import load_from_disk
 
@@ -72,11 +72,15 @@ def load(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared 
         return None
     folder = Path(str(config.path)).expanduser()
     if config.streaming:
-        raise DataError(f"{folder} is prepared already\n    fix: dataset.streaming=false")
+        raise DataError(
+            f"dataset.path={folder} is prepared and cannot be streamed\n"
+            "    fix: dataset.streaming=false"
+        )
     if meta["tokenizer"] != tokenizer_hash(tokenizer):
         raise DataError(
-            f"{folder} was made with another tokenizer than the model's\n"
-            "    fix: the model it was made for, or python -m sft.data model=... output=ANOTHER"
+            f"dataset.path={folder} was tokenised with a tokenizer that is not the model's\n"
+            "    fix: the model it was prepared for, or prepare it for this one: "
+            "python -m sft.data model=... output=FOLDER"
         )
     sets = load_from_disk(str(folder))
     parts = {name: Samples(sets[name], Counts(**meta["parts"][name])) for name in sets}

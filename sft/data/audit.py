@@ -1,4 +1,4 @@
-"""What became of the rows, what of it is worth a warning, and what must not be trained on."""
+"""Count what became of the rows, and warn or stop if a check is above its limit."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from numpy.typing import NDArray
 from sft.config.settings import CHECKS, DatasetConfig
 from sft.errors import DataError
 
-BARS = 24  # of the length histogram
+BARS = 24  # in the length histogram
 
 
 @dataclass
 class Counts:
-    """What became of the rows of one part; tokens are those of the samples that are kept.
+    """The counts of one part, train or eval. Tokens are counted in the written samples.
 
     Attributes:
         rows: Rows read.
         bad: Rows that do not fit the format or the template.
         empty: Rows with nothing to train.
-        overlong: Documents longer than ``max_length``, whatever was done with them.
-        dropped: Rows and documents that are not trained on, for all reasons.
+        overlong: Documents longer than ``max_length``, for any ``dataset.overlong``.
+        dropped: Rows and documents that were left out, for any reason.
         truncated: Documents whose end was cut off.
-        unrolled: Conversations that became one sample a turn.
-        found: Documents that the rows became, before any was left out.
-        documents: Documents that are kept: a row's sample, or a text.
-        samples: What the trainer sees: documents, or blocks of them.
-        roles: Role: tokens and trained tokens, as rendered, before anything was cut.
+        unrolled: Conversations that became one sample per turn.
+        found: Documents before any was left out.
+        documents: Documents that were not left out.
+        samples: Samples written for the trainer: documents, or blocks of them.
+        roles: For each role, tokens and trained tokens in the written samples.
         lengths: Percentiles of the documents' tokens, before anything was cut.
-        checks: Check: how many documents it found.
-        sources: Source: rows, and how often each is seen in an epoch.
+        checks: For each check, how many documents it found.
+        sources: For each source, its rows and how often an epoch repeats them.
     """
 
     rows: int = 0
@@ -58,12 +58,12 @@ class Counts:
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def share(self, check: str) -> float:
-        """Give the share of documents that a check found."""
+        """Return the share of documents that a check found."""
         return self.checks.get(check, 0) / self.found if self.found else 0.0
 
 
 def describe_lengths(lengths: NDArray[np.int64]) -> dict[str, Any]:
-    """Give percentiles, a histogram, and the ``max_length`` that keeps 99 % and all whole."""
+    """Return percentiles, a histogram, and the ``max_length`` that cuts at most 1 % or none."""
     if not len(lengths):
         return {}
     named = {f"p{p}": int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 95, 99)}
@@ -82,7 +82,7 @@ def describe_lengths(lengths: NDArray[np.int64]) -> dict[str, Any]:
 
 
 def _rounded(length: int) -> int:
-    """Round up to a multiple of 64, or of 8 for the short."""
+    """Round up to a multiple of 64, or of 8 for lengths up to 64."""
     multiple = 64 if length > 64 else 8
     return -(-length // multiple) * multiple
 
@@ -96,40 +96,43 @@ def verdicts(counts: Counts, config: DatasetConfig) -> Iterator[tuple[str, float
 
 
 def gate(parts: dict[str, Counts], config: DatasetConfig, dropped: str) -> list[str]:
-    """Stop before training what must not be trained on.
+    """Check the counts against the limits of the dataset section.
 
     Returns:
-        Warnings, one a line.
+        Warnings, one line each.
 
     Raises:
-        DataError: With every check that stops the run, and the setting that lets it pass.
+        DataError: A limit is exceeded. The message lists each with the setting that raises it.
     """
     stops: list[str] = []
     warnings: list[str] = []
     for name, counts in parts.items():
         if counts.bad > config.max_bad_fraction * counts.rows:
             stops.append(
-                f"{counts.bad:,} of {counts.rows:,} {name} rows do not fit (see {dropped})\n"
-                f"    fix: mend them, or dataset.max_bad_fraction={_above(counts.bad, counts.rows)}"
+                f"{counts.bad:,} of {counts.rows:,} {name} rows do not fit the template or "
+                f"dataset.format (see {dropped})\n    fix: correct them, or "
+                f"dataset.max_bad_fraction={_above(counts.bad, counts.rows)}"
             )
         for check, share, verdict in verdicts(counts, config):
-            line = f"{name}: {counts.checks.get(check, 0):,} ({share:.1%}) {CHECKS[check]}"
+            line = (
+                f"{name}: {counts.checks.get(check, 0):,} documents ({share:.1%}) {CHECKS[check]}"
+            )
             if verdict == "stop":
-                stops.append(f"{line}\n    fix: mend the data, or dataset.stop_above.{check}=1")
+                stops.append(f"{line}\n    fix: correct the data, or dataset.stop_above.{check}=1")
             elif verdict == "warn":
                 warnings.append(line)
     if stops:
-        raise DataError("the data must not be trained on:\n" + "\n".join(stops))
+        raise DataError("the data exceeds limits that stop the run:\n" + "\n".join(stops))
     return warnings
 
 
 def _above(part: int, whole: int) -> float:
-    """Give a round share that is not less than part / whole."""
+    """Return part / whole, rounded up to a multiple of 0.001."""
     return float(np.ceil(1000 * part / whole) / 1000)
 
 
 def lines(parts: dict[str, Counts]) -> Iterator[str]:
-    """Put the figures into a few lines for the terminal."""
+    """Yield the figures as lines of text."""
     for name, c in parts.items():
         yield (
             f"{'data' if name == 'train' else name}: {c.rows:,} rows, {c.samples:,} samples "

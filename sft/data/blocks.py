@@ -1,4 +1,4 @@
-"""The blocks of a plan, filled with tokens and labels: repeated by weight, written, counted."""
+"""Repeat the blocks of a plan by weight, fill them with tokens and labels, write and count them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sft.data.parts import Part
 from sft.data.row_encoder import IGNORE_INDEX, ROLES
 from sft.data.store import Store
 
-BLOCKS = 1000  # written at once
+BLOCKS = 1000  # per Arrow record batch
 
 
 def weighted(
     plan: packing.Plan, store: Store, given: Sequence[sources.Source], seed: int
 ) -> packing.Plan:
-    """Repeat each source's blocks as often as its weight says; a part of them for a fraction."""
+    """Repeat each source's blocks ``weight`` times; for a fraction, draw that share of them."""
     sources_of = store.documents["source"][plan.document[plan.first[:-1]]]
     generator = np.random.default_rng(seed)
     chosen: list[NDArray[np.int64]] = []
@@ -35,7 +35,7 @@ def weighted(
 
 
 def write_blocks(path: Path, store: Store, plan: packing.Plan, part: Part) -> None:
-    """Write the blocks as an Arrow file, and count their tokens."""
+    """Write the blocks to an Arrow file, and count their tokens."""
     counts, config = part.counts, part.config
     packed = part.isolated and bool((np.diff(plan.first) > 1).any())
     kinds = dict.fromkeys(("input_ids", "labels", "rows"), pa.list_(pa.int32()))
@@ -59,7 +59,7 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, part: Part) -> No
             labels = np.where(marks & 1, ids, IGNORE_INDEX).astype(np.int32)
             # Nothing precedes the first token of a document, so nothing can predict it.
             labels[firsts if part.isolated else edges[:-1]] = IGNORE_INDEX
-            # Counted from 1, as they were read: what an error about a batch names.
+            # Row numbers count from 1 in reading order; an error about a batch names them.
             rows = (store.documents["row"][plan.document[pieces]] + 1).astype(np.int32)
             columns = [_lists(ids, edges), _lists(labels, edges), _lists(rows, offsets)]
             if packed:

@@ -1,4 +1,4 @@
-"""Byte-level BPE by tiktoken: the very ids that tokenizers gives, several times as fast."""
+"""Byte-level BPE with tiktoken: the same ids as tokenizers, several times as fast."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# What ByteLevel cuts a text by, unless a Split does (openai/gpt-2, src/encoder.py), with as little
-# as possible outside the part without look-ahead, which runs as an automaton. The last alternative
-# matches one space only: of several `\s+(?!\S)` takes all but one.
+# The pattern by which ByteLevel splits a text if no Split step does (openai/gpt-2, src/encoder.py).
+# The first group needs no look-ahead, so it runs as an automaton; it holds as much as possible. The
+# last alternative matches one space only: of several, `\s+(?!\S)` takes all but the last.
 GPT2 = r"(?:'(?:[stmd]|re|ve|ll)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
 AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
-UTF8 = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that text can have
-LONG_SPACE = re.compile(r"\s{10000}")  # tiktoken's pattern engine runs out of stack on more
+UTF8 = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that occur in UTF-8
+LONG_SPACE = re.compile(r"\s{10000}")  # tiktoken's regex engine exhausts its stack on more
 
 
 class BytePairs:
-    """Encodes texts as a tokenizer does; by that tokenizer itself where that is not certain.
+    """Encodes texts with tiktoken if that gives the tokenizer's ids, else with the tokenizer.
 
-    Both merge alike. Let a token be reachable where its bytes alone encode to it. Where two
-    neighbours in a half-merged text are together a reachable token, they are its last two parts:
-    its bytes merge here as they do alone, since no merge has crossed their edges. Hence ranking
-    pairs by the token that they make (tiktoken) is ranking them by the list of merges
+    Both merge in the same order. Call a token reachable if its bytes alone encode to it. If two
+    neighbours in a half-merged text together form a reachable token, they are the last two parts of
+    that token: no merge has crossed its edges, so its bytes have merged as they do alone. Hence
+    ranking pairs by the token that they form (tiktoken) equals ranking them by the list of merges
     (tokenizers), and an unreachable token occurs in no text.
 
-    Both cut alike, by the same pattern, where they agree on what a letter, a number and a space is:
-    each character is compared before it is first relied on.
+    Both split a text by the same pattern if they agree which characters are letters, numbers and
+    spaces. Each character is compared before tiktoken first encodes it.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class BytePairs:
 
         self._tokenizer = tokenizer
         merged = [number for token, number in tokens.items() if len(token) > 1]
-        # Ids that ascend in the order of merging are ranks themselves, and need no translation.
+        # If ids ascend in merge order, they serve as ranks and need no translation.
         ascending = all(low < high for low, high in itertools.pairwise(merged))
-        self._ids = None if ascending else list(tokens.values())  # by rank
+        self._ids = None if ascending else list(tokens.values())  # ids in rank order
         ranks = tokens if ascending else {token: rank for rank, token in enumerate(tokens)}
         self._encode = tiktoken.Encoding(
             "bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
@@ -57,7 +57,7 @@ class BytePairs:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> BytePairs | None:
-        """Take over a tokenizer's settings; None where they are others than we can prove."""
+        """Build from a tokenizer's settings; None if the proof above does not cover them."""
         settings = json.loads(tokenizer.to_str())
         model, added = settings["model"], settings["added_tokens"]
         pattern = _pattern(settings["pre_tokenizer"])
@@ -79,7 +79,7 @@ class BytePairs:
         return None if tokens is None else cls(tokenizer, settings, pattern, tokens)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts as they are, without special tokens around them."""
+        """Encode texts without adding special tokens."""
         certain = self._certain(texts)
         unsure = [text for text, sure in zip(texts, certain, strict=True) if not sure]
         others = iter(self._tokenizer.encode_batch_fast(unsure, add_special_tokens=False))
@@ -105,7 +105,7 @@ class BytePairs:
         return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
 
     def _certain(self, texts: Sequence[str]) -> list[bool]:
-        """Tell of each text whether both are known to encode it alike."""
+        """Return for each text whether tiktoken is known to give the tokenizer's ids."""
         wide = {index: set(text) for index, text in enumerate(texts) if not text.isascii()}
         self._compare(set().union(*wide.values()) - self._alike - self._unlike)
         return [
@@ -119,10 +119,10 @@ class BytePairs:
         return composed and characters.isdisjoint(self._unlike)
 
     def _compare(self, characters: set[str]) -> None:
-        """Encode characters beside every kind of neighbour, by both."""
+        """Check whether both encode each character alike next to every kind of neighbour."""
         for char in characters:
             probes = [f"a{char}a", f"1{char}1", f" {char} ", f"!{char}!", f"'{char}", f"{char}\n"]
-            # Characters that are new to Python might compose with others.
+            # NFC might compose a character that Python's Unicode tables lack with others.
             known = unicodedata.category(char) not in ("Cn", "Cs")
             theirs = self._tokenizer.encode_batch_fast(
                 probes if known else [], add_special_tokens=False
@@ -135,7 +135,7 @@ class BytePairs:
 
 
 def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
-    """Give the one pattern that a text is cut by; None where it is done in another way."""
+    """Return the pattern that splits a text; None if the pre-tokenizer works differently."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, **others}:
             return GPT2 if others.get("use_regex", True) else None
@@ -156,9 +156,9 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
 
 
 def _reachable(settings: dict[str, Any]) -> dict[bytes, int] | None:
-    """Give the ids of the tokens that merging can reach, in the order in which they are merged.
+    """Return the ids of the tokens that merging can reach, in merge order.
 
-    None where a text may have other tokens, or cannot be told in these.
+    None if the vocabulary lacks a byte, or if a text may hold a token that no merge makes.
     """
     from tokenizers.models import BPE
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -172,8 +172,8 @@ def _reachable(settings: dict[str, Any]) -> dict[bytes, int] | None:
     made = ("".join(merge) for merge in merges)
     letters = frozenset(byte_of)
     tokens = dict.fromkeys([*byte_of, *(token for token in made if letters.issuperset(token))])
-    # Merging alone: a token's own letters, neither cut nor looked up whole. Without the model's
-    # cache, which each token would enter and none would hit.
+    # Merge each token's letters without splitting them or looking them up as one word. The cache is
+    # off: each token would be stored and none would be found.
     alone = BPE(vocab=vocabulary, merges=merges, cache_capacity=0)
     reached = [token for token in tokens if len(alone.tokenize(token)) == 1]
     if model.get("ignore_merges"):

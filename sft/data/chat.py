@@ -1,4 +1,4 @@
-"""Conversations through a Jinja chat template, cut exactly where an answer begins and ends."""
+"""Render conversations with a Jinja chat template, and find where each answer begins and ends."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sft.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Put inside a control token that the data holds as text, and taken out when it is encoded: the two
-# halves are encoded apart, so that a user's text cannot end a turn. A private-use character.
+# A private-use character that is inserted into control tokens which the data holds as text, and
+# removed on encoding: both halves are encoded separately, so that a user's text cannot end a turn.
 SEAM = "\uf8f0"
 Piece = tuple[str, bool, str]  # text, trained, role
 Message = dict[str, Any]
@@ -24,20 +24,20 @@ Tools = list[dict[str, Any]] | None
 
 
 def require_no_seam(text: str) -> None:
-    """Refuse the one character that has a meaning here.
+    """Refuse text that holds the character SEAM.
 
     Raises:
-        DataError: It would be lost.
+        DataError: The text holds it; encoding would remove it.
     """
     if SEAM in text:
-        raise DataError("the text holds the private-use character U+F8F0, which is ours")
+        raise DataError("the text holds the private-use character U+F8F0, which sft reserves")
 
 
 def named_template(name: str) -> str:
-    """Give the text of a chat template: Jinja itself, a file, or one that TRL ships.
+    """Return a chat template's text: the Jinja given, a file's, or that of one that TRL ships.
 
     Raises:
-        DataError: There is none of that name.
+        DataError: There is no such file or template.
     """
     if "{%" in name or "{{" in name:
         return name
@@ -62,9 +62,9 @@ def named_template(name: str) -> str:
 class Chat:
     """One tokenizer's chat template.
 
-    What is trained of an answer is what the model would have to generate: from the end of the
-    generation prompt up to the token that ends the turn. A template with ``{% generation %}``
-    markers says so itself, and is taken at its word.
+    The trained part of an answer is what the model has to generate: from the end of the generation
+    prompt up to the token that ends the turn. If the template has ``{% generation %}`` markers,
+    they decide instead.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.train_on = train_on
         if chat_template is not None:
-            # On the tokenizer, so that it is saved with the adapter.
+            # Set it on the tokenizer, which is saved with the adapter.
             tokenizer.chat_template = named_template(chat_template)
         if not tokenizer.chat_template:
             raise DataError(
@@ -85,28 +85,28 @@ class Chat:
     @cached_property
     def _specials(self) -> re.Pattern[str] | None:
         tokens = self.tokenizer.added_tokens_decoder.values()
-        # The longest first, so that none hides another.
+        # Longest first, so that no token matches as the beginning of a longer one.
         names = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names))) if names else None
 
     def prompt(self, messages: list[Message], tools: Tools) -> str:
-        """Give the text that generation starts from."""
+        """Return the text that generation starts from."""
         return self._rendered(self._guarded(messages), tools, generation=True)[0]
 
     def end_of_turn(self) -> str:
-        """Give what is trained of a shortest answer; its end ends every turn."""
+        """Return the trained text of a short answer, which ends like every assistant turn."""
         turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
         return next(text for text, trained, _ in self._cut(turn, None, [1]) if trained)
 
     def samples(self, messages: list[Message], tools: Tools) -> list[list[Piece]]:
-        """Render a conversation and cut it.
+        """Render a conversation and split it into trained and untrained segments.
 
         Returns:
-            One sample; or one a trained turn, where the template renders a turn differently once
-            others follow (as those that drop earlier reasoning do).
+            One sample. If the template renders a turn differently once others follow, as templates
+            that drop earlier reasoning do, one sample per trained turn.
 
         Raises:
-            DataError: Nothing is trained, or the template refuses or loses a part of it.
+            DataError: Nothing is trained, or the template refuses or leaves out a part of it.
         """
         if messages[-1]["role"] != "assistant":
             raise DataError("the last message is not the assistant's")
@@ -115,7 +115,9 @@ class Chat:
             turns = turns[-1:]
         turns = [index for index in turns if messages[index].get("train", True)]
         if not turns:
-            raise DataError("no message is trained: each assistant's says train: false")
+            raise DataError(
+                "no message is trained: each answer that template.train_on selects has train: false"
+            )
         messages = self._guarded(messages)
         if self.train_on == "all":
             text = self._rendered(messages, tools, generation=False)[0]
@@ -126,7 +128,7 @@ class Chat:
             return [self._cut(messages[: index + 1], tools, [index]) for index in turns]
 
     def _guarded(self, messages: list[Message]) -> list[Message]:
-        """Mark control tokens that the data holds as text."""
+        """Insert SEAM into control tokens that the data holds as text."""
         specials = self._specials
 
         def guard(value: Any) -> Any:
@@ -149,7 +151,7 @@ class Chat:
     def _rendered(
         self, messages: list[Message], tools: Tools, generation: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Render, with the character spans that ``{% generation %}`` marks, if it does."""
+        """Return the rendered text and the spans that ``{% generation %}`` marks, if any."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self.tokenizer.get_chat_template(None, tools)
@@ -172,8 +174,8 @@ class Chat:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if marks and len(marks) != len(answers):
             raise DataError(
-                f"the chat template marks {len(marks)} stretches as generated, the conversation "
-                f"has {len(answers)} answers\n    fix: another chat template"
+                f"the chat template marks {len(marks)} spans as generated, but the conversation "
+                f"has {len(answers)} answers\n    fix: a different template.chat_template"
             )
         spans: list[tuple[int, int]] = []
         for index in turns:
@@ -183,9 +185,9 @@ class Chat:
             if not (whole.startswith(prompt) and whole.startswith(until)):
                 if last:
                     raise DataError(
-                        "the chat template begins an answer differently when it asks for one, so "
-                        "what is trained cannot be told exactly\n    fix: another chat template, "
-                        "or answers with their reasoning"
+                        "the chat template does not render the answer after its own generation "
+                        "prompt, so the trained text cannot be determined\n    fix: a different "
+                        "template.chat_template, or answers that include their reasoning"
                     )
                 raise _RewrittenError
             if marks:
@@ -198,7 +200,7 @@ class Chat:
         return self._pieces(whole, messages, tools, spans)
 
     def _check_answer(self, message: Message, text: str) -> None:
-        """Refuse a template that would not write a part of what is to be trained."""
+        """Refuse a template whose output lacks a part of the answer."""
         reasoning = str(message.get("reasoning_content") or "").strip()
         calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
         content = "" if "</think>" in message["content"] else message["content"].strip()
@@ -210,15 +212,15 @@ class Chat:
             if part not in text:
                 raise DataError(
                     f"the chat template does not write the {what} of an answer\n"
-                    "    fix: template.chat_template=... one that does, or take it out of the data"
+                    "    fix: a template.chat_template that writes it, or remove it from the data"
                 )
 
     def _pieces(
         self, whole: str, messages: list[Message], tools: Tools, spans: list[tuple[int, int]]
     ) -> list[Piece]:
-        """Cut a text at what is trained, and at the messages where a control token begins one.
+        """Split a text at the trained spans, and where a control token begins a message.
 
-        Tokens never reach over the beginning of a control token, so these cuts change no token.
+        No token extends over the beginning of a control token, so these splits change no token.
 
         Raises:
             DataError: The text lacks a message or the tools.
@@ -226,28 +228,28 @@ class Chat:
         if tools and tools[0]["function"]["name"] not in whole:
             raise DataError(
                 "the chat template does not write the tools\n"
-                "    fix: template.chat_template=... one that does, or take them out of the data"
+                "    fix: a template.chat_template that writes them, or remove them from the data"
             )
         owners, position = [(0, str(messages[0]["role"]))], 0
         for index, message in enumerate(messages):
             role, content = str(message["role"]), message["content"].strip()
             at = whole.find(content, position)
             if role == "assistant" and index + 1 < len(messages):
-                # An earlier answer may have been dropped, and a later one say the same.
+                # The template may have dropped this answer, and a later one may have its text.
                 then = messages[index + 1]["content"].strip()
                 at = at if whole.find(then, at + len(content)) >= 0 else -1
             if at < 0 and role in ("system", "user"):
                 raise DataError(
-                    f"the chat template leaves out message {index + 1}, the {role}'s"
-                    "\n    fix: another chat template, or take it out of the data"
+                    f"the chat template leaves out message {index + 1}, the {role} message\n"
+                    "    fix: a different template.chat_template, or remove it from the data"
                 )
-            if at < 0:  # an answer whose reasoning is dropped, a tool's that is written anew
+            if at < 0:  # the template has changed an answer or a tool's message
                 at, content = position, ""
             if index:
                 gap = list(self._specials.finditer(whole, position, at)) if self._specials else []
                 if len(gap) > 1:  # the end of one message and the beginning of the next
                     owners.append((gap[1].start(), role))
-                elif role != "assistant":  # no cut is safe: the stretch goes to the later message
+                elif role != "assistant":  # no safe split: all of it belongs to the later message
                     owners[-1] = (owners[-1][0], role)
             position = at + len(content)
         starts = [start for start, _ in owners]
@@ -260,7 +262,7 @@ class Chat:
         return pieces
 
     def _up_to_end_of_turn(self, text: str) -> str:
-        """Leave out what follows the token that ends the turn: newlines, a second EOS."""
+        """Remove what follows the token that ends the turn, such as newlines or a second EOS."""
         specials = self._specials
         end = None
         if specials is not None:
@@ -269,10 +271,11 @@ class Chat:
         if end is None:
             raise DataError(
                 "the chat template ends an assistant turn with no special token, so the model "
-                "would never learn to stop\n    fix: template=completion, or another chat template"
+                "would never learn to stop\n    fix: template=completion, or a different "
+                "template.chat_template"
             )
         return end[1]
 
 
 class _RewrittenError(Exception):
-    """The template renders a part of the conversation differently once more follows."""
+    """The template renders a turn differently once later messages follow."""

@@ -1,4 +1,4 @@
-"""Samples become a batch: padded, packed, or joined into one row."""
+"""Collate samples into a batch: padded, packed, or joined into one row."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ class Collator:
         attention_mask  [[1, 1, 1], [1, 1, 0]]              (2, 3)
         labels          [[-100, 6, 7], [-100, 9, -100]]     (2, 3)
 
-    Packed, where the first holds documents of 2 and 1 tokens (``seq_lengths`` [2, 1]); padding is
-    a document of its own, so that no mask is needed::
+    Packed, if the first sample holds documents of 2 and 1 tokens (``seq_lengths`` [2, 1]). Padding
+    counts as a separate document, so that no mask is needed::
 
         input_ids       [[5, 6, 7], [8, 9, 0]]              (2, 3)
         position_ids    [[0, 1, 0], [0, 1, 0]]              (2, 3)
         labels          [[-100, 6, -100], [-100, 9, -100]]  (2, 3)
 
-    Padding-free, the same two::
+    Padding-free, for the same two samples::
 
         input_ids       [[5, 6, 7, 8, 9]]                   (1, 5)
         position_ids    [[0, 1, 0, 0, 1]]                   (1, 5)
         labels          [[-100, 6, -100, -100, 9]]          (1, 5)
 
-    With ``documents``, for ``sft.fast.attention``, also where each begins and ends in all rows::
+    With ``documents``, for ``sft.fast.attention``, also the document boundaries in all rows::
 
         cu_seq_lens_q   [0, 2, 3, 5, 6]   int32, and cu_seq_lens_k; padding is [5, 6)
         max_length_q    2                 and max_length_k
 
-    With ``loss_positions``, for ``sft.fast.head``, also the places of trained labels in all rows,
-    so that a GPU need not be waited for to find them::
+    With ``loss_positions``, for ``sft.fast.head``, also the positions of trained labels in all
+    rows; finding them on the GPU would make the CPU wait for it::
 
         loss_positions  [1, 4]
 
     Attributes:
-        pad_token_id: What rows are filled up with; no loss sees it.
+        pad_token_id: Id of the padding, which is never trained.
         padding_free: Join the samples into one row.
-        pad_to_multiple_of: Round the length up.
-        documents: Say where documents begin and end, in every mode.
-        loss_positions: Say which labels are trained.
+        pad_to_multiple_of: Round the length of the rows up to a multiple of this.
+        documents: Add the document boundaries, in every mode.
+        loss_positions: Add the positions of trained labels.
     """
 
     pad_token_id: int
@@ -100,7 +100,7 @@ class Collator:
 
 
 def trained_places(labels: torch.Tensor) -> torch.Tensor:
-    """Give the places of trained labels in the flattened batch; a row's first has no prediction.
+    """Return the positions of trained labels in the flattened batch, without each row's first.
 
     Args:
         labels: (batch, length), -100 where nothing is trained.
@@ -114,7 +114,7 @@ def trained_places(labels: torch.Tensor) -> torch.Tensor:
 
 
 def _filled(rows: list[Any], width: int, value: int) -> torch.Tensor:
-    """Stack rows of different lengths, filled up on the right."""
+    """Stack rows of different lengths, padded on the right with ``value``."""
     table = np.full((len(rows), width), value, np.int64)
     for index, row in enumerate(rows):
         table[index, : len(row)] = row

@@ -1,4 +1,4 @@
-"""A row in any of the field's formats becomes what a template renders: columns, or messages."""
+"""Convert a row of any known format to what a template renders: columns, or messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from sft.errors import DataError
 
-# Format: the columns that it is recognised by. The first whose columns a row has is the row's.
+# The columns that identify each format. A row has the first format whose columns it fills.
 FORMATS: dict[str, tuple[str, ...]] = {
     "tokenized": ("input_ids",),
     "messages": ("messages",),
@@ -18,7 +18,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "question_answer": ("question", "answer"),
     "text": ("text",),
 }
-# A row that is none of these is rendered by the columns that the template names.
+# The format of all other rows: the template names the columns that it uses.
 COLUMNS = "columns"
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -31,7 +31,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def recognise(row: dict[str, Any]) -> str:
-    """Name a row's format after the columns that it has."""
+    """Return the name of a row's format, detected from the columns that it fills."""
     filled = {column for column, value in row.items() if value is not None}
     for name, columns in FORMATS.items():
         if filled.issuperset(columns):
@@ -40,14 +40,14 @@ def recognise(row: dict[str, Any]) -> str:
 
 
 def normalise(row: dict[str, Any], format: str) -> dict[str, Any]:
-    """Bring a row into the one form of its kind.
+    """Convert a row to the form that templates read.
 
     Args:
-        row: Its columns, renamed as ``dataset.columns`` says.
-        format: A name of FORMATS, ``columns`` or ``auto``.
+        row: The row, with columns renamed by ``dataset.columns``.
+        format: A name of FORMATS, ``columns``, or ``auto`` to detect it.
 
     Returns:
-        ``{"messages": [...], "tools": [...]}`` of a conversation, each message in OpenAI's form
+        For a conversation, ``{"messages": [...], "tools": [...]}``, each message in OpenAI's form
         with ``tool_calls`` as objects; otherwise the row itself.
 
     Raises:
@@ -93,12 +93,12 @@ def _plain(item: Any) -> dict[str, Any]:
 
 
 def _message(item: dict[str, Any], number: int) -> dict[str, Any]:
-    """Give one message in OpenAI's form."""
+    """Convert one message to OpenAI's form."""
     said = item.get("role", item.get("from"))
     role = ROLES.get(str(said))
     if role is None:
         known = ", ".join(ROLES)
-        raise DataError(f"message {number} has the role {said!r}; known are {known}")
+        raise DataError(f"message {number} has the role {said!r}; the known roles are {known}")
     content = _text(item.get("content", item.get("value")), number)
     message: dict[str, Any] = {"role": role, "content": content}
     if role == "function_call":
@@ -114,18 +114,21 @@ def _message(item: dict[str, Any], number: int) -> dict[str, Any]:
     for key in ("name", "tool_call_id"):
         if item.get(key):
             message[key] = item[key]
-    # OpenAI's fine-tuning files say weight, Axolotl's say training.
+    # OpenAI's fine-tuning files call this key weight, Axolotl's call it training.
     for key in ("train", "training", "weight"):
         if item.get(key) is not None:
             if role != "assistant" and role != "function_call" and item[key]:
-                raise DataError(f"message {number} is the {role}'s: only answers are trained")
+                raise DataError(
+                    f"message {number} of role {role} is marked as trained; only the assistant's "
+                    "messages can be"
+                )
             message["train"] = bool(item[key])
             break
     return message
 
 
 def _text(content: Any, number: int) -> str:
-    """Give a message's text, also where it comes in parts."""
+    """Return a message's text, joined if it is a list of parts."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -134,18 +137,18 @@ def _text(content: Any, number: int) -> str:
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
         if all(isinstance(text, str) for text in texts):
             return "".join(texts)  # type: ignore[arg-type]
-    raise DataError(f"message {number} holds more than text, which a text model cannot read")
+    raise DataError(f"message {number} has content other than text, which a text model cannot read")
 
 
 def _parsed(value: Any, what: str) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise DataError(f"{what} is no JSON: {error}") from None
+        raise DataError(f"{what} is not valid JSON: {error}") from None
 
 
 def _calls(value: Any, number: int) -> list[dict[str, Any]]:
-    """Give tool calls in OpenAI's form, their arguments as an object."""
+    """Convert tool calls to OpenAI's form, with arguments as objects."""
     what = f"the tool call of message {number}"
     value = _parsed(value, what)
     calls = []
@@ -155,14 +158,14 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
             raise DataError(f"{what} has no name")
         arguments = _parsed(function.get("arguments", {}), f"arguments in {what}")
         entry = {"name": function["name"], "arguments": {} if arguments is None else arguments}
-        # Identifiers are kept: some templates pair a call with its answer by them.
+        # Keep the id: some templates use it to match a call and its result.
         extra = {"id": call["id"]} if call.get("id") else {}
         calls.append({"type": "function", **extra, "function": entry})
     return calls
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
-    """Give tools in OpenAI's form; they come as JSON text or as objects."""
+    """Convert tools, given as JSON text or as objects, to OpenAI's form."""
     value = _parsed(value, "the column tools") if value else None
     if not value:
         return None

@@ -1,4 +1,4 @@
-"""Where rows are (files, folders, patterns, URLs, the hub), and what identifies them."""
+"""Read and identify the rows of a path: a file, folder, pattern, URL or hub dataset."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sft.errors import DataError
 from sft.files import digest, stamp
 
 LINES = (*JSON_LINES, ".csv", ".tsv")
-BUFFER = 10_000  # rows of a hub stream that are shuffled at a time
+BUFFER = 10_000  # rows in the shuffle buffer of a hub stream
 
 
 def read(
@@ -31,17 +31,18 @@ def read(
 ) -> Iterator[Row | BadRow]:
     """Yield the rows of a file, folder, pattern, URL or hub dataset.
 
-    JSON is read as it is: Arrow would give every tool call the arguments of all the others.
+    JSON is not read through Arrow, whose common type would give every tool call the arguments of
+    all the others.
 
     Args:
         path: Where the rows are.
         subset: The hub dataset's configuration.
-        split: Of a hub dataset or a saved one.
-        stream_seed: Nothing is downloaded but the rows that are taken: of several files, in an
-            order of this seed; of the hub, shuffled within a buffer too. None: all, in order.
+        split: Split of a hub dataset, or of one that ``save_to_disk`` wrote.
+        stream_seed: Download only the rows that are taken: files in an order drawn from this seed,
+            hub rows also shuffled in a buffer. None: read all rows, in order.
 
     Raises:
-        DataError: The source is missing or is of no known kind.
+        DataError: The source is missing or its kind is unknown.
     """
     local = Path(path).expanduser()
     if local.is_dir() and _saved(local):
@@ -52,17 +53,17 @@ def read(
         for file in files:
             yield from read_file(file)
     else:
-        with _hub_errors(path):  # a stream may break at any row
+        with _hub_errors(path):  # a stream may fail at any row
             rows = _hub_rows(path, subset, split, stream_seed)
             for number, values in enumerate(rows, 1):
                 yield Row(values, path, number)
 
 
 def files_of(path: str) -> list[str]:
-    """List the files that a path names, in order; none if it is a hub id.
+    """List the files that a path names, in order; an empty list if it is a hub id.
 
     Raises:
-        DataError: It can only be a file or folder, and is not there.
+        DataError: The path can only be a file or folder, and does not exist.
     """
     if "://" in path:
         return _remote(path)
@@ -75,7 +76,8 @@ def files_of(path: str) -> list[str]:
         return [file for file in found if Path(file).is_file()]
     if kind_of(path) or local.is_absolute() or path.startswith(".") or glob.has_magic(path):
         raise DataError(
-            f"there is no file or folder {path}\n    fix: dataset.path=FILE, from {Path.cwd()}"
+            f"there is no file or folder {path}\n"
+            f"    fix: dataset.path=FILE; a relative path starts at {Path.cwd()}"
         )
     return []
 
@@ -92,7 +94,7 @@ def _folder(folder: Path) -> list[str]:
         )
         raise DataError(
             f"the folder {folder} holds {found}\n    fix: dataset.path='{folder}/*.jsonl', or "
-            f"a folder of one of {', '.join((*TEXT, *TABLES))}"
+            f"a folder with files of one kind: {', '.join((*TEXT, *TABLES))}"
         )
     return [str(file) for file in tables]
 
@@ -104,12 +106,12 @@ def _remote(path: str) -> list[str]:
         files = fsspec.open_files(path)
         names = [file.fs.unstrip_protocol(file.path) for file in files]
     if not names:
-        raise DataError(f"there is nothing at {path}\n    fix: dataset.path=URL of a file")
+        raise DataError(f"there is no file at {path}\n    fix: dataset.path=URL of a file")
     return names
 
 
 def estimated_rows(path: str) -> int | None:
-    """Count the rows of local files by their lines; None for what must be read to be counted."""
+    """Estimate the rows of local files by counting lines; None for URLs and other formats."""
     files = [] if "://" in path else files_of(path)
     if any(Path(file).suffix not in LINES for file in files):
         return None
@@ -126,7 +128,7 @@ def _saved(folder: Path) -> bool:
 
 
 def _from_disk(folder: Path, split: str) -> Iterator[Row]:
-    """Read what Datasets saved."""
+    """Yield the rows of a dataset that ``save_to_disk`` wrote."""
     from datasets import DatasetDict, load_from_disk
 
     rows = load_from_disk(str(folder))
@@ -158,17 +160,17 @@ def _hub_errors(path: str) -> Iterator[None]:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise DataError(
             f"the dataset {path} cannot be loaded from the hub: {reason}\n"
-            "    fix: check the name and the network; HF_HUB_OFFLINE=1 uses only what is cached; "
-            "dataset=demo is embedded"
+            "    fix: check the name and the network; HF_HUB_OFFLINE=1 uses only cached data; "
+            "dataset=demo needs no network"
         ) from error
 
 
 def fingerprint(
     path: str, subset: str | None = None, split: str = "train", streamed: bool = False
 ) -> str:
-    """Identify rows by content: a touched file is the same, a changed one is not.
+    """Identify rows by content: a new modification time alone does not change the result.
 
-    What is streamed is not read through for this: it is known by names, sizes and times.
+    Streamed files are not read for this: their names, sizes and modification times identify them.
 
     Raises:
         DataError: The source is missing.

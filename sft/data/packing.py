@@ -1,6 +1,6 @@
-"""Which stretch of which document goes into which block: overlong documents, packing, chunking.
+"""Plan which slice of which document goes into which block: truncate, split, pack and chunk.
 
-Nothing here touches tokens: a plan is made from lengths, and filled in by ``sft.data.prepare``.
+A plan is made from lengths alone; ``sft.data.blocks`` fills in the tokens.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Ints = NDArray[np.int64]
 
 @dataclass
 class Plan:
-    """Blocks made of pieces of documents.
+    """Blocks that consist of slices of documents.
 
     Attributes:
-        document: Index of each piece's document, shape (pieces,).
-        start: Where the piece begins in its document, shape (pieces,).
-        stop: Where it ends, shape (pieces,).
-        first: Index of each block's first piece, and the number of pieces, shape (blocks + 1,).
+        document: Index of each slice's document, shape (slices,).
+        start: Where the slice begins in its document, shape (slices,).
+        stop: Where it ends, shape (slices,).
+        first: Index of each block's first slice, and the number of slices, shape (blocks + 1,).
     """
 
     document: Ints
@@ -32,11 +32,11 @@ class Plan:
 
     @property
     def blocks(self) -> int:
-        """Count the blocks."""
+        """Return the number of blocks."""
         return len(self.first) - 1
 
     def keep(self, share: float) -> Plan:
-        """Keep a share of the blocks, evenly spaced."""
+        """Return a plan with a share of the blocks, evenly spaced."""
         if share >= 1:
             return self
         numbers = np.arange(self.blocks)
@@ -44,23 +44,23 @@ class Plan:
         return self.take([np.arange(self.first[i], self.first[i + 1]) for i in chosen.tolist()])
 
     def take(self, blocks: list[Ints]) -> Plan:
-        """Make blocks of these pieces."""
+        """Return a plan whose blocks consist of these slices."""
         order = np.concatenate(blocks) if blocks else np.zeros(0, np.int64)
         first = np.concatenate([[0], np.cumsum([len(block) for block in blocks])]).astype(np.int64)
         return Plan(self.document[order], self.start[order], self.stop[order], first)
 
 
 def whole(documents: Ints, lengths: Ints, max_length: int) -> Plan:
-    """Put each document, up to ``max_length`` of it, into a block of its own."""
+    """Put each document, cut to ``max_length`` tokens, into a block of its own."""
     count = len(documents)
     stops = np.minimum(lengths[documents], max_length)
     return Plan(documents, np.zeros(count, np.int64), stops, np.arange(count + 1))
 
 
 def split(documents: Ints, lengths: Ints, max_length: int) -> Plan:
-    """Cut long documents into pieces of ``max_length``, each a block.
+    """Split long documents into slices of ``max_length`` tokens, each a block.
 
-    A piece begins with the last token of the one before it: as context only, so that the loss sees
+    A slice begins with the last token of the slice before it, which is context only: the loss sees
     each token of a document once.
     """
     step = max_length - 1
@@ -73,15 +73,15 @@ def split(documents: Ints, lengths: Ints, max_length: int) -> Plan:
 
 
 def best_fit(plan: Plan, max_length: int) -> Plan:
-    """Pack pieces, the longest first, each into the fullest block that still has room.
+    """Pack slices, the longest first, each into the fullest block that still has room.
 
-    Best-fit decreasing over the whole dataset; it leaves some 0 to 2 % of the room empty where
-    there are short pieces to fill it with.
+    This is best-fit decreasing over the whole dataset. It leaves 0 to 2 % of the blocks empty if
+    there are enough short slices.
     """
     sizes = plan.stop - plan.start
     order = np.argsort(-sizes, kind="stable")
-    rooms: dict[int, list[int]] = {}  # room left: blocks that have it
-    open_rooms = 0  # the same as a bit set, to find the least room that is enough
+    rooms: dict[int, list[int]] = {}  # free tokens: blocks with so many
+    open_rooms = 0  # the keys of rooms as a bit set, to find the smallest that is enough
     blocks: list[list[int]] = []
     for piece, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
         enough = open_rooms >> size
@@ -104,8 +104,8 @@ def best_fit(plan: Plan, max_length: int) -> Plan:
 def wrapped(documents: Ints, lengths: Ints, max_length: int, isolated: bool) -> Plan:
     """Cut the joined documents into blocks of ``max_length``; the last may be shorter.
 
-    A block that goes on with a document begins with the last token of the block before: as context
-    only, so that the loss sees each token once. Documents that are not ``isolated`` are one.
+    A block that starts inside a document begins with the last token of the block before, which is
+    context only: the loss sees each token once. If not ``isolated``, all documents count as one.
     """
     ends = np.cumsum(lengths[documents])
 
@@ -125,15 +125,15 @@ def at_boundaries(
 ) -> Plan:
     """Cut windows that begin just after the last boundary token of the window before.
 
-    Windows thus overlap, and begin at a sentence or line where there is one; a window without a
-    boundary is followed at its end. As in the dataset tokenizer of the reference systems.
+    Windows therefore overlap, and begin at a sentence or line. If a window has no boundary, the
+    next one begins at its end. The dataset tokenizer of the reference systems does the same.
 
     Args:
-        documents: In stream order.
-        lengths: Of all documents.
-        max_length: Of a window.
-        boundaries: Positions of boundary tokens in the stream, ascending.
-        whole_character: Moves a window's end back where it would split a character.
+        documents: Documents in the order in which they are joined.
+        lengths: Lengths of all documents.
+        max_length: Length of a window.
+        boundaries: Positions of boundary tokens in the joined documents, ascending.
+        whole_character: Moves a window's end back if it would split a character.
     """
 
     def following(start: int, stop: int) -> int:
@@ -151,7 +151,7 @@ def _stream(
     following: Callable[[int, int], int],
     ending: Callable[[int], int],
 ) -> Plan:
-    """Cut the stream of the joined documents into windows."""
+    """Cut the joined documents into windows."""
     ends = np.cumsum(lengths[documents])
     begins = ends - lengths[documents]
     total = int(ends[-1]) if len(ends) else 0

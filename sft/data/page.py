@@ -1,4 +1,4 @@
-"""The preview and the audit as one HTML page, which needs neither a network nor scripts."""
+"""Write the preview and the audit as one HTML page without scripts or network access."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def page(
     title: str,
     audit: Mapping[str, Any] | None,
 ) -> str:
-    """Write samples as one HTML page, which needs neither a network nor scripts.
+    """Return samples and audit as HTML.
 
     Args:
-        samples: As in ``show``.
-        tokenizer: The one that made them.
+        samples: As in ``preview.show``.
+        tokenizer: The tokenizer that made them.
         title: The page's heading.
-        audit: Figures by name, nested as deep as they are, shown above the samples. A
-            ``histogram``, rows of [from, to, count], becomes a chart, and a ``max_length``
-            beside or above it a line in the chart.
+        audit: Figures by name, nested to any depth, shown above the samples. A ``histogram``, rows
+            of [from, to, count], becomes a chart, and a ``max_length`` at its level or above
+            becomes a line in the chart.
     """
     body = f'<section class="card">{_audit(audit)}</section>\n' if audit else ""
     for number, sample in enumerate(samples, 1):
@@ -52,7 +52,7 @@ def page(
 
 
 def _stretch_html(stretch: Stretch) -> str:
-    # What stands for a character looks different: the data may hold the same in letters.
+    # Escapes are styled: the data may hold the same letters as ordinary text.
     text = visible(escape(stretch.text), '<span class="esc">{}</span>')
     return f"<mark>{text}</mark>" if stretch.trained else text
 
@@ -64,7 +64,7 @@ def _token_html(token: Token) -> str:
 
 
 def _audit(figures: Mapping[str, Any], level: int = 2, limit: int | None = None) -> str:
-    """Write figures: single ones as rows, tables as tables, what is deeper under a heading."""
+    """Render figures: single values as rows, flat mappings as tables, others under a heading."""
     limit = figures.get("max_length", limit)
     rows = sections = ""
     for key, value in figures.items():
@@ -97,7 +97,7 @@ def _name(key: object) -> str:
 
 
 def _cell(name: str, value: object) -> str:
-    """Write a table's cell: numbers to be read, and shares in percent."""
+    """Render a table's cell: numbers with separators, and shares in percent."""
     kind = ""
     if value is None or value in ({}, []):
         text = "-"
@@ -114,7 +114,7 @@ def _cell(name: str, value: object) -> str:
 
 
 def _chart(rows: Sequence[Sequence[float]], limit: float | None) -> str:
-    """Draw a histogram of lengths; a limit far beyond them is named at the right edge."""
+    """Draw a histogram of lengths; a limit far beyond them is labelled at the right edge."""
     start, end, most = rows[0][0], rows[-1][1], max(row[2] for row in rows)
     far = limit is not None and limit - start > 2 * (end - start)
     if limit is not None and not far:

@@ -1,4 +1,4 @@
-"""What becomes of the documents of one part, train or eval: kept, cut, packed, counted."""
+"""Filter, cut, pack and count the documents of one part, train or eval."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sft.errors import DataError
 def held_out(
     store: Store, given: Sequence[sources.Source], config: DatasetConfig, seed: int
 ) -> NDArray[np.bool_]:
-    """Mark the held-out documents: those of a source of their own, or of a share of the rows."""
+    """Mark the held-out documents: those of a separate source, or of a share of the rows."""
     documents = store.documents
     separate = np.array([source.held_out for source in given])
     if not config.eval_fraction:
@@ -31,14 +31,14 @@ def held_out(
             f"{len(rows)} rows with dataset.eval_fraction={config.eval_fraction} leave none to "
             "train on\n    fix: dataset.eval_fraction=0"
         )
-    # Two halves of one text (see sources.halves): its end is held out.
+    # The rows are the two halves of one text (see sources.halves): hold out the second.
     halves = store.read[given[0].name]["rows"] == 2 and len(given) == 1
     chosen = rows[-1:] if halves else np.random.default_rng(seed).permutation(rows)[:count]
     return np.isin(documents["row"], chosen)
 
 
 class Part:
-    """The documents to train on, or the held-out ones, on their way to samples."""
+    """The documents of train or eval, and their plan of samples."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class Part:
         self.name, self.store, self.documents = name, store, documents
         self.config, self.template, self.dropped = config, template, dropped
         self.text = template.config.kind == "text"
-        # Rows that no EOS ends go on with one another: they are one document.
+        # Plain-text rows without EOS (template.append_eos=false) form one document.
         self.isolated = not self.text or template.config.append_eos
         self.counts = Counts(max_length=config.max_length)
 
     def count_read(self, given: Sequence[sources.Source]) -> None:
-        """Count the rows, and what the checks find in the documents."""
+        """Count the rows, and the documents that each check finds."""
         found, counts = self.store.documents[self.documents], self.counts
         counts.rows = len(np.unique(found["row"]))
         counts.found = len(found)
@@ -76,13 +76,13 @@ class Part:
             "duplicates": len(found) - len(np.unique(found["hash"])),
         }
         if not self.text:
-            # What generation stops at: EOS, or the token that ends an assistant's turn.
+            # Generation stops at EOS or at the token that ends an assistant's turn.
             stops = [self.template.tokenizer.eos_token_id, self.template.stop_id()]
             ends = np.isin(found["last_id"], [stop for stop in stops if stop is not None])
             counts.checks["never_stops"] = int((~ends & (found["trained"] > 0)).sum())
 
     def planned(self, seed: int) -> packing.Plan:
-        """Decide what goes into which block."""
+        """Plan which documents go into which block."""
         config, counts, store = self.config, self.counts, self.store
         lengths = store.documents["length"]
         # Held-out documents are not packed: each is scored in a row of its own.
@@ -110,7 +110,7 @@ class Part:
         return plan.keep(share)
 
     def _ordered(self, seed: int) -> NDArray[np.int64]:
-        """Put the documents into the order in which they are joined."""
+        """Return the documents in the order in which ``dataset.order`` joins them."""
         lengths = self.store.documents["length"][self.documents]
         if self.config.order == "random":
             return np.random.default_rng(seed).permutation(self.documents)
@@ -120,7 +120,7 @@ class Part:
         return self.documents
 
     def _trainable(self, overlong: str) -> NDArray[np.int64]:
-        """Leave out what is too long, or has nothing (left) to train, and count it."""
+        """Return the documents to train on; count those left out, too long or not trained."""
         config, counts = self.config, self.counts
         found = self.store.documents[self.documents]
         long = found["length"] > config.max_length
@@ -134,7 +134,7 @@ class Part:
                 f"{config.max_length}, the first with {first['length']} tokens at "
                 f"{self.store.files[first['file']]}:{first['line']}\n"
                 f"    fix: dataset.max_length={counts.lengths['max_length_for_all']}, or "
-                "dataset.overlong=split, truncate (the end is cut, EOS with it) or drop"
+                "dataset.overlong=split, truncate (cuts off the end, EOS included) or drop"
             )
         if overlong == "drop":
             out |= long
@@ -150,21 +150,25 @@ class Part:
         counts.checks["nothing_trained"] = int(nothing.sum())
         counts.dropped += int(out.sum())
         for record, empty in zip(found[out], nothing[out], strict=True):
-            reason = "nothing of it is trained" if empty else f"it has {record['length']} tokens"
+            reason = (
+                "the document has no trained token"
+                if empty
+                else f"the document has {record['length']} tokens, more than dataset.max_length"
+            )
             file = self.store.files[record["file"]]
             self.dropped.add(self.name, file, int(record["line"]), reason)
         kept: NDArray[np.int64] = self.documents[~out]
         return kept
 
     def _first_trained(self, document: int) -> int:
-        """Find where the first token that the loss would see stands."""
+        """Return the position of the first token in the loss; the length if there is none."""
         begin = self.store.begins[document]
         marks = self.store.marks[begin : begin + self.store.documents["length"][document]]
         places = np.flatnonzero(marks[1:] & 1)  # nothing predicts the first token
         return int(places[0]) + 1 if len(places) else len(marks)
 
     def _with_labels(self, plan: packing.Plan) -> packing.Plan:
-        """Leave out pieces of split documents that hold only a prompt."""
+        """Leave out slices of split documents in which no token is trained."""
         begins = self.store.begins[plan.document]
         kept = [
             index
@@ -181,11 +185,12 @@ class Part:
         if len(ids) != 1:
             raise DataError(
                 f"dataset.boundary={self.config.boundary!r} is {len(ids)} tokens, not one\n"
-                "    fix: dataset.boundary with one token, or dataset.packing=wrapped"
+                "    fix: a dataset.boundary of one token, or dataset.packing=wrapped"
             )
         lengths = store.documents["length"][order]
         ends = np.cumsum(lengths)
-        shifts = store.begins[order] - (ends - lengths)  # from places in the stream to the store's
+        # From positions in the joined documents to positions in the store.
+        shifts = store.begins[order] - (ends - lengths)
 
         def whole_character(stop: int) -> int:
             document = int(np.searchsorted(ends, stop))
@@ -209,11 +214,11 @@ class Part:
         )
 
     def require_something(self) -> None:
-        """Refuse a part that trains nothing."""
+        """Refuse a part without trained tokens."""
         c = self.counts
         if c.trained_tokens == 0:
             raise DataError(
-                f"nothing is left of the {self.name} data: {c.rows:,} rows, {c.bad:,} do not fit, "
-                f"{c.dropped:,} dropped, {c.truncated:,} truncated\n"
+                f"the {self.name} data has no trained token: {c.rows:,} rows, of which {c.bad:,} "
+                f"do not fit; {c.dropped:,} dropped in all, {c.truncated:,} truncated\n"
                 "    fix: dataset.max_length=2048"
             )

@@ -1,4 +1,4 @@
-"""Rows become samples on disk: once for all ranks, in parallel, cached by content."""
+"""Turn rows into samples on disk: once for all ranks, in parallel, cached by content."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def prepare(
     samples: int | None = None,
     show: Callable[[dict[str, Counts], DatasetConfig], None] | None = None,
 ) -> Prepared:
-    """Tokenise, pack and audit the data, or read what was made of the same before.
+    """Tokenise, pack and audit the data, or load the cached result.
 
-    Call it before a process group exists: one process of a machine does the work, while the others
-    wait for as long as it takes.
+    Call it before a process group exists: one process per machine does the work, and the others
+    wait for its file lock, which has no timeout.
 
     Args:
         config: The dataset section.
-        template: What is rendered, and what of it is trained.
-        seed: Of the held-out rows, and of what is random in the mixture.
-        samples: How many the run takes, where rows are streamed: no more of them are read.
-        show: Is given the counts before they are held against their limits.
+        template: Renders the rows and decides what is trained.
+        seed: Seed of the held-out rows and of the random choices in a mix.
+        samples: With ``dataset.streaming``, the samples that the run takes; no more are read.
+        show: Called with the counts before the checks may stop the run.
 
     Raises:
-        DataError: The data cannot be read, or must not be trained on.
+        DataError: The data cannot be read, or a check stops the run.
     """
     prepared = artefact.load(config, template.tokenizer)
     if prepared is None:
@@ -58,7 +58,8 @@ def prepare(
             prepared = _cached(packed, template, seed, samples)
         if samples and prepared.train.counts.samples < samples:
             logger.info(
-                "warning: the source ended after %s samples; the run takes %s, some of them again",
+                "warning: with dataset.streaming the source ended after %s samples; the run takes "
+                "%s, so it repeats some of them",
                 f"{prepared.train.counts.samples:,}",
                 f"{samples:,}",
             )
@@ -94,11 +95,11 @@ def _cached(config: DatasetConfig, template: Template, seed: int, samples: int |
     folder = cache_dir() / "data" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "data.json").is_file():
-        lock = FileLock(f"{folder}.lock")  # the kernel frees it when its owner dies
+        lock = FileLock(f"{folder}.lock")  # the kernel releases it when its owner dies
         with lock:
             if not (folder / "data.json").is_file():
                 partial = folder.with_name(f"{key}.partial")
-                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+                shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.mkdir()
                 try:
@@ -120,7 +121,7 @@ def _cached(config: DatasetConfig, template: Template, seed: int, samples: int |
 def _key(
     config: DatasetConfig, template: Template, seed: int, samples: int | None, tokenizer: str
 ) -> str:
-    """Name what the samples are made from: data, tokenizer, template, options and our own code."""
+    """Hash what the samples are made from: data, tokenizer, template, settings and our own code."""
     code = hashlib.sha256()
     for path in sorted((PACKAGE_DIR / "data").glob("*.py")):
         code.update(path.read_bytes())
@@ -149,7 +150,7 @@ def _make(
     folder: Path,
     tokenizer: str,
 ) -> None:
-    """Prepare every part into a folder; ``data.json`` comes last."""
+    """Write train and eval to a folder; ``data.json`` is written last."""
     given = sources.of(config, seed)
     with (folder / "dropped.jsonl").open("w", encoding="utf-8") as file:
         dropped = Dropped(file)

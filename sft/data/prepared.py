@@ -1,4 +1,4 @@
-"""What prepared data is: samples on disk with their counts, and the tokenizer that made them."""
+"""Prepared data: samples on disk, their counts, and the hash of their tokenizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Samples:
-    """``input_ids``, ``labels`` and, of packed samples, ``seq_lengths``; and what was counted."""
+    """``input_ids``, ``labels`` and, if packed, ``seq_lengths``; and their counts."""
 
     dataset: Dataset
     counts: Counts
@@ -28,9 +28,9 @@ class Prepared:
     """What a run trains and evaluates on.
 
     Attributes:
-        train: To train on.
-        eval: Held out.
-        folder: Where the samples, ``data.json`` and ``dropped.jsonl`` are.
+        train: Samples to train on.
+        eval: Held-out samples; None if there are none.
+        folder: Folder of the samples, ``data.json`` and ``dropped.jsonl``.
     """
 
     train: Samples
@@ -39,7 +39,7 @@ class Prepared:
 
     @property
     def parts(self) -> dict[str, Counts]:
-        """Give the counts by part."""
+        """Return the counts by part."""
         parts = {"train": self.train.counts}
         return parts if self.eval is None else {**parts, "eval": self.eval.counts}
 
@@ -48,7 +48,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Identify a tokenizer by what it does, not by its name."""
     if tokenizer.is_fast:
         settings = json.loads(tokenizer.backend_tokenizer.to_str())
-        # These it changes itself, from call to call.
+        # A call of the tokenizer may change these two.
         text = json.dumps({**settings, "truncation": None, "padding": None})
     else:
         text = json.dumps(sorted(tokenizer.get_vocab().items()))

@@ -1,4 +1,4 @@
-"""Samples as a person reads them in the terminal: exactly what is trained."""
+"""Print samples in the terminal, with exactly the trained tokens marked."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 Sample = Mapping[str, Any]
 
-# Controls, formats (such as a change of direction), lone surrogates, line and paragraph separators.
+# Controls, formats (such as a change of text direction), surrogates, line and paragraph separators.
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-# White on dark green, of the fixed colours: no theme, light or dark, makes it unreadable.
+# White on dark green from the fixed part of the palette, which light and dark themes leave alone.
 TRAINED = "color(231) on color(22)"
 # How byte-level BPE spells bytes in its vocabulary (bytes_to_unicode of GPT-2's encoder.py).
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -27,7 +27,7 @@ BYTES |= {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
 
 
 class Stretch(NamedTuple):
-    """Neighbouring tokens of one document that are all trained, or all not."""
+    """A span of neighbouring tokens of one document: all are trained, or none is."""
 
     trained: bool
     ids: list[int]
@@ -45,7 +45,7 @@ class Token(NamedTuple):
 
 
 def marked(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Decode a sample, with its trained stretches between ⟦ and ⟧."""
+    """Decode a sample, with its trained spans between ⟦ and ⟧."""
     stretches = _stretches(sample["input_ids"], sample["labels"], tokenizer)
     return "".join(f"⟦{text}⟧" if trained else text for trained, *_, text in stretches)
 
@@ -57,14 +57,14 @@ def show(
     color: bool | None = None,
     file: IO[str] | None = None,
 ) -> None:
-    """Print samples; what is trained is coloured or, without colour, between ⟦ and ⟧.
+    """Print samples; trained text is coloured or, without colour, between ⟦ and ⟧.
 
     Args:
-        samples: ``input_ids`` and ``labels``, and ``seq_lengths`` where they are packed.
-        tokenizer: The one that made them.
-        tokens: Whether to show token by token, the ids beneath.
-        color: Whether to colour; by default, if the terminal can and NO_COLOR is not set.
-        file: Where to print; by default, standard output.
+        samples: Mappings with ``input_ids``, ``labels`` and, if packed, ``seq_lengths``.
+        tokenizer: The tokenizer that made them.
+        tokens: Whether to show token boundaries, with the ids below.
+        color: Whether to colour; None: if the terminal can and NO_COLOR is not set.
+        file: Where to print; None: standard output.
     """
     from rich.console import Console
     from rich.text import Text
@@ -89,22 +89,22 @@ def show(
                 lines[-1].append(
                     before + visible(text) + after, TRAINED if trained and colored else None
                 )
-        # Soft, because rich's own wrapping takes away the spaces at the ends of lines.
+        # Use soft wrapping, because rich's own wrapping strips the spaces at the ends of lines.
         console.print(Text("\n").join(lines), soft_wrap=True)
 
 
 def visible(text: str, around: str = "{}") -> str:
-    """Show where lines end, and escape what a terminal would obey or no one would see.
+    """Mark the ends of lines, and escape control characters and invisible characters.
 
     Args:
-        text: As decoded.
-        around: What is written around that which stands for a character.
+        text: Decoded text.
+        around: Format of each mark and escape.
     """
 
     def shown(char: str) -> str:
         if char == "\n":
             return around.format("↵") + char
-        # Joiners stay: emoji and several scripts are written with them.
+        # Do not escape joiners: emoji and several scripts need them.
         if char not in "\u200c\u200d" and unicodedata.category(char) in HIDDEN:
             return around.format(char.encode("unicode_escape").decode())
         return char
@@ -115,10 +115,10 @@ def visible(text: str, around: str = "{}") -> str:
 def documents_of(
     sample: Sample, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[Stretch]], str]:
-    """Cut a sample into documents, one unless it is packed, and these into stretches.
+    """Split a sample into its documents (one unless it is packed), and these into spans.
 
     Returns:
-        The stretches of each document, and the sample's figures in words.
+        The spans of each document, and the sample's figures as text.
     """
     input_ids, labels = sample["input_ids"], sample["labels"]
     ends = list(itertools.accumulate(sample.get("seq_lengths", [len(input_ids)])))
@@ -144,21 +144,21 @@ def _stretches(
 
 
 def _decode(ids: list[int], before: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Decode tokens as they read after another: SentencePiece drops a text's first space."""
+    """Decode tokens after the token before them: SentencePiece drops a text's first space."""
     head, whole = tokenizer.decode(before), tokenizer.decode(before + ids)
-    # A head that ends inside a character would merge with what follows.
+    # If the token before ends inside a character, its bytes merge with those that follow.
     cut = whole.startswith(head) and "\ufffd" not in head
     return str(whole[len(head) :] if cut else tokenizer.decode(ids))
 
 
 def tokens_of(document: list[Stretch], tokenizer: PreTrainedTokenizerBase) -> Iterator[Token]:
-    """Give a document token by token."""
+    """Yield the tokens of a document."""
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     for trained, ids, before, _ in document:
         for token in ids:
             text = _decode([token], before, tokenizer)
             if not text or "\ufffd" in tokenizer.decode([token]):
-                # A part of a character, or nothing by itself: its name in the vocabulary.
+                # It is a part of a character or decodes to nothing: show its vocabulary entry.
                 text = tokenizer.convert_ids_to_tokens(token) or ""
                 if BYTES.keys() >= set(text):
                     text = bytes(BYTES[char] for char in text).decode(errors="backslashreplace")
@@ -192,7 +192,7 @@ def _rows(tokens: Iterable[Token], width: int, colored: bool) -> list[Text]:
 
 
 def figures_of(stretches: Iterable[Stretch]) -> str:
-    """Say how many tokens there are, and how many of them are trained."""
+    """Return the number of tokens, and of trained tokens, as text."""
     tokens = trained = 0
     for stretch in stretches:
         tokens += len(stretch.ids)

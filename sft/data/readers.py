@@ -1,4 +1,4 @@
-"""The rows of one file of any known kind, each with its place, read lazily."""
+"""Read the rows of one file of any known kind lazily, each with its line number."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TEXT = (".txt", ".md")
 TABLES = (".json", *JSON_LINES, ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BLOCK = 1 << 20  # characters of a JSON array that are read at once
-SHOWN = 10_000  # characters of a bad row that are kept
+SHOWN = 10_000  # characters of a bad row that are recorded
 
 
 class Row(NamedTuple):
-    """One row, and where it begins: a line, or a row number where there are no lines."""
+    """One row, and its line number, or its row number in a file without lines."""
 
     values: dict[str, Any]
     file: str
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """Something that is no row: where it is, why not, and what was there."""
+    """An entry that cannot be used as a row: its position, the reason and its text."""
 
     file: str
     line: int
@@ -39,7 +39,7 @@ class BadRow(NamedTuple):
 
 
 def kind_of(path: str) -> str | None:
-    """Give a file's ending, that of a compressed one too; None if it is not known."""
+    """Return a file's ending, without that of the compression; None if it is unknown."""
     suffixes = Path(path.partition("?")[0]).suffixes
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -48,7 +48,7 @@ def kind_of(path: str) -> str | None:
 
 @contextlib.contextmanager
 def remote_errors(path: str) -> Iterator[None]:
-    """Say which address could not be read."""
+    """Raise a DataError that names the path if reading fails."""
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
@@ -59,7 +59,7 @@ def remote_errors(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _opened(path: str, binary: bool) -> Iterator[IO[Any]]:
-    """Open a local or remote file, unpacked where its ending says that it is compressed."""
+    """Open a local or remote file; decompress it if its ending says that it is compressed."""
     import fsspec
 
     mode = {"mode": "rb"} if binary else {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
@@ -74,12 +74,12 @@ def read_file(path: str) -> Iterator[Row | BadRow]:
     """Yield the rows of one file, local or remote, compressed or not.
 
     Raises:
-        DataError: It is empty, damaged or of no known kind.
+        DataError: The file is empty, damaged or of an unknown kind.
     """
     kind = kind_of(path)
     if kind is None:
         known = ", ".join((*TABLES, *TEXT))
-        raise DataError(f"{path} is of no known kind\n    fix: a file that ends in {known}")
+        raise DataError(f"{path} has an unknown file ending\n    fix: a file that ends in {known}")
     if "://" not in path and Path(path).stat().st_size == 0:
         raise DataError(f"{path} is empty\n    fix: dataset.path=FILE with at least one row")
     reader = {".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".arrow": _arrow}
@@ -97,11 +97,11 @@ def _object(text: bytes, path: str, line: int) -> Row | BadRow:
     try:
         values = json.loads(text)
     except ValueError as error:
-        reason = f"is no JSON: {error}"
+        reason = f"is not valid JSON: {error}"
     else:
         if isinstance(values, dict):
             return Row(values, path, line)
-        reason = f"is no object but {type(values).__name__}"
+        reason = f"is not an object but {type(values).__name__}"
     return BadRow(path, line, f"the line {reason}", text.decode("utf-8", "replace").strip()[:SHOWN])
 
 
@@ -115,7 +115,7 @@ def _json_lines(path: str) -> Iterator[Row | BadRow]:
 
 
 def _json(path: str) -> Iterator[Row | BadRow]:
-    """Read an array of objects, an object that holds one, or JSON lines by another name."""
+    """Read an array of objects, an object that holds one array, or JSON lines."""
     with _opened(path, binary=False) as file:
         head = file.read(BLOCK)
         begin = head.lstrip()[:1]
@@ -133,8 +133,8 @@ def _json(path: str) -> Iterator[Row | BadRow]:
     lists = [key for key, value in values.items() if isinstance(value, list)]
     if len(lists) != 1:
         raise DataError(
-            f"{path} is one JSON object with {len(lists)} lists; rows would be one list\n"
-            "    fix: an array of objects, or one object a line in a .jsonl file"
+            f"{path} is one JSON object with {len(lists)} lists; the rows must be its only list\n"
+            "    fix: an array of objects, or one object per line in a .jsonl file"
         )
     start = re.compile(rf'"{re.escape(lists[0])}"\s*:\s*\[').search(text)
     assert start is not None
@@ -142,12 +142,12 @@ def _json(path: str) -> Iterator[Row | BadRow]:
 
 
 def _array(text: str, place: int, file: IO[str], path: str) -> Iterator[Row | BadRow]:
-    """Walk an array's elements, so that each is known by the line it begins in.
+    """Yield an array's elements, each with the line in which it begins.
 
     Args:
-        text: What was read of the file so far.
-        place: Where in it the first element begins.
-        file: The rest, of which no more is held than an element and a block.
+        text: The part of the file that has been read.
+        place: Position of the first element in ``text``.
+        file: The rest of the file; at most one element and one block of it are in memory.
         path: The file's name.
     """
     decoder = json.JSONDecoder()
@@ -159,13 +159,13 @@ def _array(text: str, place: int, file: IO[str], path: str) -> Iterator[Row | Ba
         place = after
         if text[place : place + 1] == "]":
             return
-        damage = "it does not end"
+        damage = "the array is not closed"
         try:
             values, end = decoder.raw_decode(text, place)
         except ValueError as error:
             damage, end = str(error), len(text)
-        if end == len(text):  # there may be more of the element: 12 of 123
-            # Twice as much each time: a long element is not begun anew for every block of it.
+        if end == len(text):  # the next block may continue the element: 12 of 123
+            # Read twice as much each time: a long element is not parsed again for every block.
             more = file.read(max(BLOCK, len(text) - place))
             if not more:
                 raise DataError(f"{path}:{line}: the JSON is damaged: {damage}")
@@ -174,7 +174,7 @@ def _array(text: str, place: int, file: IO[str], path: str) -> Iterator[Row | Ba
         if isinstance(values, dict):
             yield Row(values, path, line)
         else:
-            reason = f"the element is no object but {type(values).__name__}"
+            reason = f"the element is not an object but {type(values).__name__}"
             yield BadRow(path, line, reason, text[place:end][:SHOWN])
         line += text.count("\n", place, end)
         place = end
@@ -187,7 +187,7 @@ def _csv(path: str) -> Iterator[Row | BadRow]:
         rows = csv.reader(file, delimiter="\t" if tabs else ",", strict=True)
         header = next(rows, [])
         if len(header) == 1 and ";" in header[0]:
-            raise DataError(f"{path} is divided by semicolons\n    fix: save it with commas")
+            raise DataError(f"{path} is separated by semicolons\n    fix: save it with commas")
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             raise DataError(f"{path} has the column {twice[0]} twice\n    fix: rename one of them")
@@ -233,4 +233,4 @@ def _damaged(path: str) -> Iterator[None]:
     try:
         yield
     except pa.ArrowException as error:
-        raise DataError(f"{path} is damaged: {error}\n    fix: write or copy it anew") from error
+        raise DataError(f"{path} is damaged: {error}\n    fix: write or copy it again") from error

@@ -1,4 +1,4 @@
-"""Rendered rows become token ids, and which of them are trained: a batch of rows at a time."""
+"""Encode batches of rows as token ids, each with its role and whether it is trained."""
 
 from __future__ import annotations
 
@@ -26,37 +26,36 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 
 
-# Whose a token is; a token's mark is twice the role's number, plus one where it is trained.
+# The roles of tokens. A token's mark is twice the index of its role, plus 1 if it is trained.
 ROLES = ("prompt", "completion", "text", "system", "user", "assistant", "tool", "all")
 MARKS = {(role, flag): 2 * number + flag for number, role in enumerate(ROLES) for flag in (0, 1)}
-# What is known of a document, however long it is.
+# The record of one document.
 DOCUMENT = np.dtype(
     [
         ("length", np.int64),  # tokens
-        ("trained", np.int64),  # of them trained
+        ("trained", np.int64),  # trained tokens
         ("last", np.int64),  # position of the last trained token; -1: none
-        ("last_id", np.int32),  # and its id
-        ("hash", np.uint64),  # of its tokens
-        ("row", np.int64),  # number of its row, in the order of reading
-        ("line", np.int64),  # where that row begins in its file
+        ("last_id", np.int32),  # id of that token
+        ("hash", np.uint64),  # of its token ids
+        ("row", np.int64),  # number of its row, in reading order
+        ("line", np.int64),  # line of its file in which that row begins
         ("file", np.int32),  # index into the list of files
         ("source", np.int32),  # index into the list of sources
         ("control", np.bool_),  # its text holds a control token
         ("double_bos", np.bool_),
-        ("unrolled", np.bool_),  # one of several that its row became
+        ("unrolled", np.bool_),  # its row became several documents
     ]
 )
 
 
 @dataclass
 class Encoded:
-    """The documents of a batch of rows, joined.
+    """The documents of a batch of rows, concatenated.
 
     Attributes:
         ids: Token ids, shape (tokens,).
         marks: Role and trained flag of each, shape (tokens,).
-        documents: What is known of each document, shape (documents,); ``row`` counts from the
-            batch's first.
+        documents: Records of DOCUMENT, shape (documents,); ``row`` counts from the batch's first.
         bad: Rows that do not fit, with the reason.
         empty: Rows with nothing to train.
     """
@@ -69,7 +68,7 @@ class Encoded:
 
 
 class RowEncoder:
-    """Turns batches of rows into samples, all by itself: a worker process holds one."""
+    """Encodes batches of rows; each worker process has a copy."""
 
     def __init__(self, template: Template, sanitize: bool = False) -> None:
         self.template = template
@@ -78,7 +77,7 @@ class RowEncoder:
         chat = template.config.kind == "chat"
         ends = template.config.append_eos and not chat
         self.eos_id = template.tokenizer.eos_token_id if ends else None
-        # A rendered chat holds its BOS. Plain text is one stream: no BOS before each row of it.
+        # A chat template writes BOS itself; rows of plain text are joined without BOS between them.
         self.bos = template.config.kind == "completion"
         tokens = template.tokenizer.added_tokens_decoder.values()
         self.control = tuple(token.content for token in tokens if token.special)
@@ -125,7 +124,7 @@ class RowEncoder:
         return format == "tokenized" or (format == "auto" and ready)
 
     def _holds_control(self, samples: list[list[Segment]]) -> bool:
-        """Tell whether data writes a control token; in a chat it is marked, elsewhere it acts."""
+        """Return whether a row's text holds a control token, which SEAM marks in a chat."""
         if self.template.chat is not None:
             return any(SEAM in segment.text for segments in samples for segment in segments)
         text = "".join(segment.text for segments in samples for segment in segments)
@@ -134,7 +133,7 @@ class RowEncoder:
     def _joined(
         self, samples: Sequence[tuple[tuple[int, bool, bool], list[Stretch]]]
     ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[Any]]:
-        """Join documents into flat arrays, and describe each."""
+        """Concatenate documents, and make the record of each."""
         stretches = [stretch for _, sample in samples for stretch in sample]
         sizes = np.fromiter((len(ids) for ids, _, _ in stretches), np.int64, len(stretches))
         flat = itertools.chain.from_iterable(ids for ids, _, _ in stretches)
@@ -179,17 +178,17 @@ def _shown(values: dict[str, Any]) -> str:
 
 
 def _require_whole_characters(samples: list[list[Segment]]) -> None:
-    """Refuse what is no text: JSON can write one half of a surrogate pair."""
+    """Refuse a lone surrogate, which JSON can write but UTF-8 cannot."""
     for segment in (segment for segments in samples for segment in segments):
         try:
             segment.text.encode()
         except UnicodeEncodeError as error:
             half = ascii(segment.text[error.start])
-            raise DataError(f"the text holds {half}, which is half a character") from None
+            raise DataError(f"the text holds {half}, which is half of a surrogate pair") from None
 
 
 def _tokenized(values: dict[str, Any]) -> list[Stretch]:
-    """Take ids and labels as they are; without labels everything is trained."""
+    """Return a row's ids and labels unchanged; without labels every token is trained."""
     normalise(values, "tokenized")
     ids, labels = values["input_ids"], values.get("labels")
     if not ids:
@@ -197,12 +196,12 @@ def _tokenized(values: dict[str, Any]) -> list[Stretch]:
     if labels is None:
         return [(list(ids), True, "text")]
     if len(labels) != len(ids):
-        raise DataError(f"{len(ids)} input_ids and {len(labels)} labels")
+        raise DataError(f"the row has {len(ids)} input_ids but {len(labels)} labels")
     wrong = [i for i, label in enumerate(labels) if label not in (IGNORE_INDEX, ids[i])]
     if wrong:
         raise DataError(
             f"label {labels[wrong[0]]} at {wrong[0]} is neither {IGNORE_INDEX} nor the token "
-            "there: labels are not shifted here"
+            "there: give labels unshifted"
         )
     stretches: list[Stretch] = []
     pairs = zip(ids, labels, strict=True)
@@ -213,7 +212,7 @@ def _tokenized(values: dict[str, Any]) -> list[Stretch]:
 
 
 def sanitized(text: str) -> str:
-    """Drop carriage returns, blank lines and superfluous spaces; a written newline is one."""
+    """Drop carriage returns, blank lines and repeated spaces; decode an escaped newline."""
     text = text.replace("\r", "").replace("\\n", "\n").replace("\t", " ")
     lines = (re.sub(" +", " ", line).strip(" ") for line in text.split("\n"))
     return re.sub("\n{2,}", "\n", "\n".join(lines))

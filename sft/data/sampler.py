@@ -1,4 +1,4 @@
-"""Every sample once an epoch, in an order of the seed alone, on any number of ranks."""
+"""Order samples by the seed alone, on any number of ranks; an epoch visits each sample once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sft.data.row_encoder import IGNORE_INDEX
 
 
 class Fillers(torch.utils.data.Dataset[dict[str, Any]]):
-    """A dataset followed by samples in which nothing is trained, up to whole batches on all ranks.
+    """A dataset, extended by fillers without trained tokens to whole batches on all ranks.
 
-    They add nothing to the loss, which is the mean over trained tokens.
+    Fillers add nothing to the loss, which is the mean over trained tokens.
     """
 
     def __init__(self, samples: Any, multiple: int, pad_token_id: int) -> None:
@@ -34,14 +34,14 @@ class Fillers(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class Shuffle(torch.utils.data.Sampler[int]):
-    """All samples in an order of the seed and the epoch, then the fillers."""
+    """Yields all samples in an order drawn from the seed and the epoch, then the fillers."""
 
     def __init__(self, dataset: Fillers, seed: int) -> None:
         self.count, self.length = len(dataset.samples), len(dataset)
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
+        """Set the epoch that orders the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class Shuffle(torch.utils.data.Sampler[int]):
 
 
 def order_of(count: int, seed: int, epoch: int) -> list[int]:
-    """Give the order of an epoch's samples."""
+    """Return the order of an epoch's samples."""
     order: list[int] = np.random.default_rng((seed, epoch)).permutation(count).tolist()
     return order
 
@@ -69,19 +69,19 @@ def samples_of(
     rank: int,
     ranks: int,
 ) -> list[int]:
-    """Say which samples a rank saw in micro-batches of an optimizer step; fillers left out.
+    """List the samples that a rank saw in micro-batches of an optimizer step, without fillers.
 
-    Batches of ``micro`` samples go round the ranks.
+    Micro-batches are assigned to the ranks in turn.
 
     Args:
-        step: Counted from 1.
-        micro_batches: Numbers of the step's micro-batches on this rank, from 0.
+        step: Optimizer step, counted from 1.
+        micro_batches: Indices of the step's micro-batches on this rank, from 0.
         count: Samples in an epoch.
-        seed: Of the order.
+        seed: Seed of the order.
         micro: Samples in a micro-batch.
         accumulation: Micro-batches in a step.
-        rank: Whose.
-        ranks: How many there are.
+        rank: The rank.
+        ranks: The world size.
     """
     epoch, place = divmod(step - 1, math.ceil(count / (micro * accumulation * ranks)))
     order = order_of(count, seed, epoch)
@@ -90,16 +90,16 @@ def samples_of(
 
 
 def eval_batches(samples: Any, size: int, rank: int, ranks: int) -> Iterator[list[dict[str, Any]]]:
-    """Yield a rank's batches; every rank gets as many, as ZeRO-3 gathers at each forward pass.
+    """Yield a rank's batches, as many on each rank: under ZeRO-3 all ranks join every forward pass.
 
-    Samples go round the ranks in order. A rank that has none left repeats the last sample with
-    nothing trained, which adds nothing to a sum over trained tokens.
+    Samples are assigned to the ranks in turn. A rank that has none left repeats the last sample
+    with no trained token, which adds nothing to a sum over trained tokens.
 
     Args:
-        samples: With ``input_ids`` and ``labels``.
+        samples: Dataset with ``input_ids`` and ``labels``.
         size: Samples of a rank's batch, at most.
-        rank: Whose.
-        ranks: How many there are.
+        rank: The rank.
+        ranks: The world size.
     """
     for start in range(0, len(samples), size * ranks):
         indices = range(start + rank, min(start + size * ranks, len(samples)), ranks)

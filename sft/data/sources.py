@@ -1,4 +1,4 @@
-"""Which sources a dataset section names, and their rows with columns renamed."""
+"""List the sources of a dataset section, and read their rows with columns renamed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from sft.errors import DataError
 
 @dataclass
 class Source:
-    """One place that rows come from.
+    """A path that rows are read from, with its options.
 
     Attributes:
         path: File, folder, pattern, URL or hub id.
         subset: The hub dataset's configuration.
-        split: Of a hub dataset or a saved one.
-        columns: Template field: column.
-        name: In the audit.
-        weight: How often each row is seen in an epoch.
-        held_out: Whether it is evaluated on.
-        max_rows: Rows to read at most.
-        stream_seed: Of the order in which its files are read, where they are read only in part.
+        split: Split of a hub dataset, or of one that ``save_to_disk`` wrote.
+        columns: The source's column for each template field.
+        name: Name in the audit.
+        weight: How often an epoch repeats each row.
+        held_out: Whether the rows are for evaluation.
+        max_rows: Rows to read, at most.
+        stream_seed: Seed of the reading order if the source is streamed; see ``locations.read``.
     """
 
     path: str
@@ -39,20 +39,20 @@ class Source:
     stream_seed: int | None = None
 
     def fingerprint(self) -> str:
-        """Identify the rows by content, and what is done with them."""
+        """Identify the rows by content and by these options."""
         streamed = self.stream_seed is not None
         content = locations.fingerprint(self.path, self.subset, self.split, streamed)
         return f"{content} {self.columns} {self.weight} {self.held_out} {self.max_rows}"
 
     def estimated_rows(self) -> int | None:
-        """Count the rows, for a progress bar; None where that is not cheap."""
+        """Estimate the number of rows, for a progress bar; None if that is not cheap."""
         count = locations.estimated_rows(self.path)
         if count is None or self.max_rows is None:
             return count
         return min(count, self.max_rows)
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Read the rows, their columns renamed.
+        """Yield the rows with their columns renamed.
 
         Raises:
             DataError: The source cannot be read, is empty, or lacks a column.
@@ -70,7 +70,7 @@ class Source:
         names = {column: name for name, column in self.columns.items()}
         if len(names) < len(self.columns):
             raise DataError(
-                f"dataset.columns={self.columns} takes two fields from one column\n"
+                f"dataset.columns={self.columns} maps two fields to one column\n"
                 "    fix: a template of your own that names the column twice"
             )
         if isinstance(first, Row):
@@ -82,7 +82,7 @@ class Source:
                     )
         for row in rows:
             if isinstance(row, Row):
-                # A field hides a column of its own name that is not renamed.
+                # A renamed column replaces another column that already has the new name.
                 values = {
                     names.get(key, key): value
                     for key, value in row.values.items()
@@ -128,10 +128,10 @@ def _of(config: DatasetConfig) -> list[Source]:
 
 
 def halves(row: Row, template: TemplateConfig, config: DatasetConfig) -> tuple[Row, Row]:
-    """Cut one plain text between lines, so that its end can be held out.
+    """Split one plain text between two lines, so that its end can be held out.
 
     Raises:
-        DataError: It has no line to cut at, or is no plain text.
+        DataError: The row is not plain text, or has no end of a line to split at.
     """
     text = row.values.get("text")
     fraction = config.eval_fraction

@@ -1,4 +1,4 @@
-"""Every row of every source, encoded to disk: in parallel, in order, in bounded memory."""
+"""Encode every row of every source to disk: in parallel, in order, in bounded memory."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from sft.data.row_encoder import DOCUMENT, Encoded, RowEncoder
 from sft.data.template import Template
 from sft.errors import DataError
 
-BATCH_ROWS = 1000  # rows a tokenizer call; large enough for its threads, small in memory
-BATCH_CHARACTERS = 2_000_000  # of plain text
-ALONE = 2  # batches encoded in this process before more is made ready: most data needs none
+BATCH_ROWS = 1000  # rows per tokenizer call: enough for its threads, and small in memory
+BATCH_CHARACTERS = 2_000_000  # in a batch of plain text
+ALONE = 2  # batches encoded in this process before workers start: most data has no more
 
 
 @dataclass
 class Store:
-    """Every document of the data: tokens on disk, one record each in memory.
+    """All documents of the data: tokens on disk, one record per document in memory.
 
     Attributes:
         ids: Token ids, shape (tokens,).
         marks: Role and trained flag of each token, shape (tokens,).
-        documents: Records of ``encode.DOCUMENT``, shape (documents,).
-        begins: Where each begins in ``ids``, shape (documents,).
-        files: Names that ``documents["file"]`` points to.
-        read: Source's name: what was read of it.
+        documents: Records of ``row_encoder.DOCUMENT``, shape (documents,).
+        begins: Where each document begins in ``ids``, shape (documents,).
+        files: Names that ``documents["file"]`` is an index into.
+        read: For each source's name, its counts of rows.
     """
 
     ids: NDArray[np.int32]
@@ -52,14 +52,14 @@ class Store:
 
 
 class Dropped:
-    """Keeps every row that is left out, with its place and the reason."""
+    """Records every row that is left out, with its file, line and reason."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file = file
         self.first: list[str] = []
 
     def add(self, part: str, file: str, line: int, reason: str, text: str = "") -> None:
-        """Note one."""
+        """Write one record."""
         reason = reason.split("\n    fix:")[0] if text else reason
         record = {"part": part, "file": file, "line": line, "reason": reason, "row": text}
         self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -77,11 +77,11 @@ def encoded(
 
     Args:
         given: The sources.
-        template: What is rendered.
+        template: Renders the rows.
         config: The dataset section.
-        folder: Where to.
-        dropped: Is told of every row that is left out.
-        samples: Stop where there are enough rows for so many samples; None: encode all.
+        folder: Folder of the files.
+        dropped: Records every row that is left out.
+        samples: Stop once there are enough rows for this many samples; None: encode all.
     """
     maker = RowEncoder(template, config.sanitize)
     files: dict[str, int] = {}
@@ -99,7 +99,7 @@ def encoded(
                 desc=f"tokenising {source.path}",
                 total=source.estimated_rows() if wanted is None else round(wanted),
                 unit=" rows" if wanted is None else " samples",
-                delay=2,  # what is quick needs no bar
+                delay=2,  # seconds without a bar
                 disable=not sys.stderr.isatty(),
             )
             for batch, done in _in_parallel(maker, batches, config.num_proc, wanted is None):
@@ -132,7 +132,7 @@ def encoded(
     documents = np.concatenate(tables) if tables else np.zeros(0, DOCUMENT)
     if not len(documents):
         counts = ", ".join(f"{name}: {tally}" for name, tally in read.items())
-        raise DataError(f"nothing is left of the data ({counts})\n    fix: other rows")
+        raise DataError(f"no document is left of the data ({counts})\n    fix: other rows")
     lengths = documents["length"]
     return Store(
         np.memmap(folder / "ids.bin", np.int32, "r"),
@@ -150,7 +150,7 @@ def _wanted(
     config: DatasetConfig,
     samples: int | None,
 ) -> float | None:
-    """Give how many samples of a run a source supplies: its weight's share; None: all it has."""
+    """Return how many samples a source must supply, by its weight; None: encode all rows."""
     if samples is None or source.held_out:
         return None
     weights = sum(other.weight for other in given if not other.held_out)
@@ -158,7 +158,7 @@ def _wanted(
 
 
 def _samples_in(documents: NDArray[Any], config: DatasetConfig) -> float:
-    """Count the samples that documents become, at the least."""
+    """Return a lower bound of the samples that documents become."""
     lengths = documents["length"][documents["trained"] > 0]
     if config.overlong == "drop":
         lengths = lengths[lengths <= config.max_length]
@@ -170,9 +170,9 @@ def _samples_in(documents: NDArray[Any], config: DatasetConfig) -> float:
 
 
 def _refuse(count: int, dropped: Dropped, path: str) -> None:
-    """Stop at once where the first rows all do not fit: the settings are wrong, not the rows."""
+    """Stop early if none of the first rows fits: the settings are wrong, not the rows."""
     raise DataError(
-        f"none of the first {count:,} rows of {path} fits:\n"
+        f"none of the first {count:,} rows of {path} fits the template or dataset.format:\n"
         + "\n".join(f"    {line}" for line in dropped.first[:1])
     )
 
@@ -180,7 +180,7 @@ def _refuse(count: int, dropped: Dropped, path: str) -> None:
 def _rows(
     source: sources.Source, template: Template, config: DatasetConfig
 ) -> Iterator[Row | BadRow]:
-    """Read a source's rows; a single one that is to be held out from is cut in two."""
+    """Yield a source's rows; with ``dataset.eval_fraction`` a single row is split in two."""
     rows = source.rows()
     if source.held_out or not config.eval_fraction:
         yield from rows
@@ -196,7 +196,7 @@ def _rows(
 
 
 def _batches(rows: Iterator[Row | BadRow], text: bool) -> Iterator[list[Row | BadRow]]:
-    """Group rows; of plain text, whose rows may be whole books, by their characters too."""
+    """Group rows; plain text, whose rows may be whole books, also by its characters."""
     batch: list[Row | BadRow] = []
     size = 0
     for row in rows:
@@ -215,7 +215,7 @@ _maker: RowEncoder | None = None
 
 def _begin_worker(maker: RowEncoder) -> None:
     global _maker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers already use all cores
     _maker = maker
 
 
@@ -227,14 +227,14 @@ def _work(batch: list[Row | BadRow]) -> Encoded:
 def _in_parallel(
     maker: RowEncoder, batches: Iterator[list[Row | BadRow]], num_proc: int | None, ahead: bool
 ) -> Iterator[tuple[list[Row | BadRow], Encoded]]:
-    """Encode batches, in order: few of them in this process, many in others.
+    """Encode batches, in order: in this process if they are few, else in workers.
 
     Args:
         maker: Encodes a batch.
-        batches: Of rows.
-        num_proc: Processes; None: one a core.
-        ahead: Read ``ALONE`` batches and one more before the first is encoded, to know whether they
-            are few. Where reading stops at a number of rows, ``ALONE`` are encoded to find out.
+        batches: Batches of rows.
+        num_proc: Number of workers; None: one per core.
+        ahead: Read ``ALONE`` + 1 batches before the first is encoded, to know whether they are few.
+            Otherwise encode ``ALONE`` batches first, because reading may stop after these.
     """
     alone = ALONE
     if ahead:
@@ -253,7 +253,7 @@ def _in_parallel(
         for batch in batches:
             yield batch, maker(batch)
         return
-    # Forked, so that the tokenizer is there already; no thread of ours is running yet.
+    # Fork, so that workers inherit the tokenizer; sft has started no threads yet.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(processes, context, _begin_worker, (maker,))
     try:
@@ -267,4 +267,4 @@ def _in_parallel(
         for oldest, done in running:
             yield oldest, done.result()
     finally:
-        pool.shutdown(cancel_futures=True)  # whoever stops early does not wait for the rest
+        pool.shutdown(cancel_futures=True)  # a caller that stops early does not wait for the rest

@@ -1,4 +1,4 @@
-"""The audit as tables in the terminal, and as the figures of the HTML page."""
+"""Print the audit as tables, and return it as figures for the HTML page."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _table(first: str) -> Table:
 
 
 def _figures(parts: dict[str, Counts]) -> list[tuple[str, list[str]]]:
-    """List (label, one value a part)."""
+    """List (label, one value per part)."""
     rows: list[tuple[str, list[str]]] = []
 
     def add(label: str, values: list[Any]) -> None:
@@ -95,7 +95,7 @@ def _share(counts: Counts) -> str:
 
 
 def figures(parts: dict[str, Counts], config: DatasetConfig) -> dict[str, Any]:
-    """Give every figure by part, with each check's share and verdict, for the page."""
+    """Return every figure by part, with each check's share and verdict, for the page."""
     result: dict[str, Any] = {}
     for name, counts in parts.items():
         fields = dataclasses.asdict(counts)

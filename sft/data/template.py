@@ -1,4 +1,4 @@
-"""A row becomes text, and each character of it is trained or not, decided here and nowhere else."""
+"""Render a row as text; no other module decides which of its characters are trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Segment(NamedTuple):
-    """A stretch of a sample's text: whether the loss sees it, and whose it is."""
+    """A part of a sample's text: whether it is trained, and its role."""
 
     text: str
     trained: bool
@@ -22,11 +22,11 @@ class Segment(NamedTuple):
 
 
 class Empty(DataError):
-    """A row has the columns to be trained, and nothing in any of them."""
+    """A row has the columns to be trained, but all of them are empty."""
 
 
 def fill(variants: list[str], row: dict[str, Any]) -> str | None:
-    """Fill the first variant all of whose columns the row has and does not leave empty."""
+    """Fill the first variant whose columns are all filled in the row; None if there is none."""
     for variant in variants:
         values = {name: row.get(name) for name in columns_of(variant)}
         if all(value is not None and value != "" for value in values.values()):
@@ -37,7 +37,7 @@ def fill(variants: list[str], row: dict[str, Any]) -> str | None:
 class Template:
     """Renders rows and prompts with one template and one tokenizer.
 
-    Training and generation both come through here, so that a prompt is the same string in both.
+    Training and generation both use it, so that a prompt is the same string in both.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Template:
         )
 
     def render(self, row: dict[str, Any]) -> list[list[Segment]]:
-        """Give the samples of a row, each in segments.
+        """Return the samples of a row, each as segments.
 
-        There is one, but where a chat template rewrites the history of a conversation: then each
+        A row gives one sample. If a chat template rewrites the history of a conversation, each
         trained turn is a sample of its own, in the context in which it would be generated.
 
         Raises:
@@ -74,8 +74,8 @@ class Template:
             return [[Segment(*piece) for piece in pieces] for pieces in cut]
         if "messages" in row:
             raise DataError(
-                f"the row is a conversation, the template {self.config.name} is not\n"
-                "    fix: template=chat, or template=plain-chat where there is no chat template"
+                f"the row is a conversation, which template={self.config.name} cannot render\n"
+                "    fix: template=chat, or template=plain-chat without a chat template"
             )
         completion = self._completion(row)
         if self.config.kind == "text":
@@ -85,9 +85,9 @@ class Template:
         return [[Segment(prompt, trains_prompt), Segment(completion, True, "completion")]]
 
     def render_prompt(self, row: dict[str, Any]) -> str:
-        """Give the text that generation starts from: all that precedes the last answer.
+        """Return the text that generation starts from: everything before the last answer.
 
-        Plain text has no such seam: generation goes on from the whole of it.
+        Plain text has no answer: generation continues all of it.
         """
         if self.config.kind == "text":
             return self._filled(self.config.completions, row, "text")
@@ -105,7 +105,7 @@ class Template:
         return self.chat.prompt(messages, row.get("tools"))
 
     def stop_id(self) -> int | None:
-        """Give the token that ends an assistant's turn, which need not be the tokenizer's EOS."""
+        """Return the token that ends an assistant's turn, which may differ from EOS."""
         if self.chat is None:
             return None
         ids: list[int] = self.tokenizer(self.chat.end_of_turn(), add_special_tokens=False)[
@@ -114,14 +114,14 @@ class Template:
         return ids[-1]
 
     def prompt_row(self, prompt: str) -> dict[str, Any]:
-        """Make a row of a bare prompt, for the first variant that has a single column."""
+        """Return a row that holds only a prompt, for the first variant with a single column."""
         for variant in self.config.prompts or self.config.completions:
             names = columns_of(variant)
             if len(names) == 1:
                 return {names[0]: prompt}
         raise DataError(
-            f"the template {self.config.name} has no prompt of one column\n"
-            "    fix: give a file of rows, file=rows.jsonl"
+            f"no prompt of template={self.config.name} has a single column for prompt=...\n"
+            "    fix: file=rows.jsonl, with all columns"
         )
 
     def _completion(self, row: dict[str, Any]) -> str:
@@ -138,9 +138,9 @@ class Template:
                 " + ".join(columns_of(variant)) or repr(variant) for variant in variants
             )
             given = ", ".join(name for name, value in row.items() if value not in (None, ""))
-            fix = f"dataset.columns.{columns_of(variants[0])[0]}=COLUMN, or another template"
+            fix = f"dataset.columns.{columns_of(variants[0])[0]}=COLUMN, or a different template"
             raise DataError(
-                f"the template {self.config.name} makes no {what} of this row: it needs the "
+                f"template={self.config.name} cannot render a {what} of this row: it needs the "
                 f"columns {needed}; the row fills {given or 'none'}\n    fix: {fix}"
             )
         require_no_seam(text)

@@ -1,4 +1,4 @@
-"""Stretches of text become token ids, with the same seams in training and in generation."""
+"""Encode the segments of a text separately, in training as in generation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Stretch = tuple[list[int], bool, str]  # ids, trained, role
 
 
 class Encoder:
-    """Encodes segments one by one, as generation does: a prompt's ids never depend on the answer.
+    """Encodes segments one by one, so that a prompt's ids never depend on the answer.
 
-    A tokenizer that would merge across the seam of prompt and completion thus cannot: the ids of
-    the prompt are the same in training and in generation.
+    If both were encoded together, a tokenizer could merge the end of the prompt with the beginning
+    of the answer, and the prompt's ids would differ between training and generation.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -31,46 +31,46 @@ class Encoder:
         if tokenizer.is_fast:
             from tokenizers import Tokenizer
 
-            # A copy, that neither truncates nor pads whatever the tokenizer's file says.
+            # Copy it, and disable any truncation and padding that the tokenizer's file sets.
             self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
             self._fast.no_truncation()
             self._fast.no_padding()
         plain = self.encode(["a"])[0]
         special = tokenizer("a")["input_ids"]
         self.bos_ids: list[int] = special[: special.index(plain[0])] if plain else []
-        # SentencePiece puts a space before the first word of a text; not inside one. Encoded after
-        # a lead, which is then taken off, a segment keeps its own beginning.
+        # SentencePiece adds a space before the first word of a text. A segment inside a text must
+        # not get one: encode it after a short prefix, and remove the prefix's ids.
         first = tokenizer.convert_ids_to_tokens(plain)[0]
         self._leads = ("\n", "a") if first.startswith(("\u2581", "\u0120")) else ()
         self._lead_ids = {lead: self.encode([lead])[0] for lead in self._leads}
 
     def accelerate(self) -> None:
-        """Prepare for much text: worth a second's work where tiktoken can do the encoding."""
+        """Switch to tiktoken if it gives the same ids; setting it up takes about a second."""
         if self._fast is not None and self._pairs is None:
             self._pairs = BytePairs.of(self._fast)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Encode texts as they are, without special tokens around them."""
+        """Encode texts without adding special tokens."""
         if self._pairs is not None:
             return self._pairs.encode(texts)
         if self._fast is not None:
-            # Without offsets, which nothing here needs.
+            # The fast variant computes no offsets, and nothing here needs them.
             found = self._fast.encode_batch_fast(texts, add_special_tokens=False)
             return [encoding.ids for encoding in found]
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
 
     def prompt(self, text: str, rendered: bool) -> list[int]:
-        """Encode what generation starts from; a rendered chat holds its BOS already."""
+        """Encode a prompt for generation; a rendered chat already has its BOS."""
         ids = self._parts([text], [True])[0]
         return ids if rendered else self._with_bos(ids)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
-        """Begin with what the tokenizer begins a text with, unless the text itself does."""
+        """Prepend the tokenizer's BOS ids, unless the text begins with them."""
         return ids if ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids + ids
 
     def _parts(self, texts: Sequence[str], first: Sequence[bool]) -> list[list[int]]:
-        """Encode stretches of text; ``first`` tells which of them begin one."""
+        """Encode segments, split at SEAM; ``first`` is true for those that begin a text."""
         if not any(SEAM in text for text in texts):
             return self._led(texts, first)
         flat, starts, owners = [], [], []
@@ -87,7 +87,7 @@ class Encoder:
     def _led(self, texts: Sequence[str], first: Sequence[bool]) -> list[list[int]]:
         if not self._leads:
             return self.encode(list(texts))
-        # A lead that a segment's own newline could merge with would be no lead.
+        # The prefix must not merge with the segment: before whitespace it is a letter.
         leads = [
             "" if begins else self._leads[text[:1].isspace()]
             for text, begins in zip(texts, first, strict=True)
@@ -97,19 +97,19 @@ class Encoder:
         for lead, ids, text in zip(leads, encoded, texts, strict=True):
             head = self._lead_ids.get(lead, [])
             if ids[: len(head)] != head:
-                raise DataError(f"the tokenizer cannot encode {text[:40]!r} by itself")
+                raise DataError(f"the tokenizer cannot encode {text[:40]!r} separately")
             result.append(ids[len(head) :])
         return result
 
     def samples(
         self, rows: Sequence[list[Segment]], bos: bool, eos_id: int | None
     ) -> list[list[Stretch]]:
-        """Give each row's (ids, trained, role), stretch by stretch.
+        """Return (ids, trained, role) for each segment of each row.
 
         Args:
             rows: Each row's segments.
-            bos: Whether to begin with what the tokenizer begins a text with.
-            eos_id: Trained after the last segment, unless it is there already.
+            bos: Whether to prepend the tokenizer's BOS.
+            eos_id: Token to append to the last segment, unless it ends with it; None: none.
         """
         texts = [segment.text for row in rows for segment in row]
         first = [index == 0 for row in rows for index in range(len(row))]

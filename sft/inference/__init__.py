@@ -1,1 +1,1 @@
-"""What generation must know of a model, and greedy answers."""
+"""The settings of training that generation needs, and greedy answers."""

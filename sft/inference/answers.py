@@ -1,4 +1,4 @@
-"""Greedy answers to prompts, and how many of them are exactly right."""
+"""Generate greedy answers to prompts, and count those that match exactly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *given: Any, **options: Any
 ) -> list[str]:
-    """Continue a batch of encoded prompts with text; takes what ``continuations`` takes.
+    """Continue a batch of encoded prompts with text; the arguments are those of ``continuations``.
 
     Returns:
         The texts that follow the prompts, without special tokens.
@@ -41,13 +41,13 @@ def continuations(
     """Continue a batch of encoded prompts.
 
     Args:
-        model: Left as it was found (its training mode too).
+        model: The model; its training mode is restored afterwards.
         tokenizer: Its EOS ends an answer.
-        prompts: Token ids; of different lengths, padded on the left here.
-        max_new_tokens: At most this many each.
-        device: Where the model computes; offloaded parameters may lie elsewhere.
-        stop_id: Another token that ends an answer, such as a chat template's end of turn.
-        **options: Further arguments of ``generate``; greedy unless they say otherwise.
+        prompts: Token ids, of any lengths; they are padded on the left here.
+        max_new_tokens: Limit for each prompt.
+        device: Where the model computes; offloaded parameters may be elsewhere.
+        stop_id: A further token that ends an answer, such as a chat template's end of turn.
+        **options: Further arguments of ``generate``; decoding is greedy unless they change it.
 
     Returns:
         Token ids that follow the prompts, shape (prompts, tokens), padded on the right.
@@ -65,7 +65,7 @@ def continuations(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=stop_ids(model.generation_config, tokenizer, stop_id),
             use_cache=True,
-            # The model's own generation config may hold a penalty, which is not plain greedy.
+            # The model's generation config may set a penalty, which would change greedy decoding.
             **{"do_sample": False, "repetition_penalty": 1.0, **options},
         )
     model.train(was_training)
@@ -75,7 +75,7 @@ def continuations(
 def stop_ids(
     generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
 ) -> list[int]:
-    """List what ends an answer: the tokenizer's EOS, the model's own, and the template's."""
+    """List the tokens that end an answer: the tokenizer's EOS, the model's and ``stop_id``."""
     own = generation.eos_token_id
     found = [tokenizer.eos_token_id, stop_id, *(own if isinstance(own, list) else [own])]
     return sorted({token for token in found if token is not None})
@@ -91,16 +91,16 @@ def exact_match(
 ) -> dict[str, float]:
     """Answer each sample's prompt greedily and compare with its answer, on all ranks together.
 
-    The prompt is all that precedes the last trained stretch, the answer that stretch: the very
-    tokens of training.
+    The answer is the last trained span of a sample, and the prompt is all that precedes it, with
+    the token ids of training.
 
     Args:
-        model: Any rank's model; under ZeRO-3 every rank takes part in every forward.
-        tokenizer: Of the samples.
+        model: This rank's model; under ZeRO-3 every rank takes part in every forward.
+        tokenizer: The samples' tokenizer.
         samples: Held-out samples, one document each.
-        batch_size: Prompts a rank answers at once.
+        batch_size: Prompts per batch on each rank.
         device: Where this rank computes.
-        stop_id: What ends an answer, besides EOS.
+        stop_id: Token that ends an answer, besides EOS.
 
     Returns:
         ``exact_match`` (share), ``exact_match_rows`` and ``exact_match_seconds``.
@@ -108,14 +108,14 @@ def exact_match(
     began = time.perf_counter()
     prompts, wanted = zip(*(_last_answer(sample) for sample in samples), strict=True)
     answers = [text.strip() for text in tokenizer.batch_decode(wanted, skip_special_tokens=True)]
-    # Two tokens more than the longest answer: what has not stopped by then is wrong anyhow.
+    # Allow two tokens more than the longest answer: an answer that is longer is wrong anyway.
     longest = max(map(len, wanted)) + 2
     rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     right = torch.zeros(1, dtype=torch.int64, device=device)
     for start in range(0, len(prompts), batch_size * ranks):
         indices = list(range(start + rank, min(start + batch_size * ranks, len(prompts)), ranks))
-        # A rank that has none left answers one again, uncounted: ZeRO-3 needs every rank.
+        # A rank that has none left repeats a prompt without counting it: ZeRO-3 needs every rank.
         texts = complete(
             model,
             tokenizer,
@@ -138,7 +138,7 @@ def exact_match(
 
 
 def _last_answer(sample: dict[str, list[int]]) -> tuple[list[int], list[int]]:
-    """Cut a sample into what precedes its last trained stretch, and that stretch."""
+    """Split a sample into what precedes its last trained span, and that span."""
     ids, labels = sample["input_ids"], sample["labels"]
     stop = len(labels)
     while labels[stop - 1] == IGNORE_INDEX:

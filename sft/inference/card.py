@@ -1,7 +1,7 @@
-"""What generation needs to know of training, kept beside the weights in ``sft.json``.
+"""Write and read ``sft.json``: the settings of training that generation needs, with the weights.
 
-An adapter folder that is moved elsewhere thus still renders prompts as in training, and is put on a
-base model that is stored as it was then.
+An adapter folder that is moved elsewhere thus still renders prompts as in training, and its base
+model is quantized as in training.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ ADAPTER_SETTINGS = "adapter_config.json"
 
 @dataclasses.dataclass
 class Card:
-    """The choices of a run that outlive it.
+    """The settings of a run that generation and merging need.
 
     Attributes:
-        model: The base, as it was named.
-        template: What prompts and answers look like.
-        quantization: How training stored the base.
-        identity: ``base``, which weights those were, and ``precision``, which they were loaded in.
+        model: The base model, as the run named it.
+        template: How prompts and answers are rendered.
+        quantization: How training stored the base model.
+        identity: ``base`` identifies the base weights, ``precision`` is how they were loaded.
     """
 
     model: ModelConfig
@@ -38,7 +38,7 @@ class Card:
 
 
 def card_of(config: Config, identity: dict[str, str]) -> Card:
-    """Note what a run has chosen, and the base and the precision that it had."""
+    """Return the card of a run, with the base and the precision of its identity."""
     kept = {what: found for what, found in identity.items() if what in ("base", "precision")}
     return Card(config.model, config.template, config.quantization, kept)
 
@@ -46,12 +46,12 @@ def card_of(config: Config, identity: dict[str, str]) -> Card:
 def write_card(folder: Path, content: Card) -> None:
     """Write ``sft.json`` beside an adapter or a model."""
     card = dataclasses.asdict(content)
-    card["template"]["chat_template"] = None  # it is saved with the tokenizer, which lies beside
+    card["template"]["chat_template"] = None  # the tokenizer in the same folder has it
     write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
 
 
 def read_card(folder: Path) -> Card | None:
-    """Read ``sft.json``; None where another tool made the folder."""
+    """Read ``sft.json``; None if a different tool made the folder."""
     path = folder / CARD
     if not path.is_file():
         return None
@@ -63,10 +63,10 @@ def read_card(folder: Path) -> Card | None:
 
 
 def base_of(adapter: Path, card: Card | None, asked: str | None) -> ModelConfig:
-    """Say which base model an adapter goes on: as asked, as in training, or as PEFT noted.
+    """Return the base model of an adapter: as asked, as in training, or as PEFT recorded.
 
     Raises:
-        ModelError: The adapter's settings are damaged, or nothing names a base.
+        ModelError: The adapter's settings are damaged, or nothing names a base model.
     """
     if card is not None:
         named = card.model if asked is None else dataclasses.replace(card.model, name_or_path=asked)
@@ -75,7 +75,7 @@ def base_of(adapter: Path, card: Card | None, asked: str | None) -> ModelConfig:
     try:
         noted = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged: {error}\n    fix: train or copy it anew") from error
+        raise ModelError(f"{path} is damaged: {error}\n    fix: train or copy it again") from error
     if not asked and not noted:
         raise ModelError(f"{path} names no base model\n    fix: base=HUB_ID_OR_FOLDER")
     return ModelConfig(name_or_path=asked or noted)

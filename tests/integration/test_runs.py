@@ -132,7 +132,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, common: list[str]) -> None
             1,
             [
                 "rows.jsonl:1: the template alpaca",
-                "makes no completion",
+                "cannot render a completion",
                 "needs the columns output",
                 "prompt, completion",
             ],

@@ -177,8 +177,8 @@ def test_sharegpt_tool_calls_are_openais(format: str) -> None:
     assert '{"type": "function", "function": {"name": "look"' in text
     assert "<tool_response>\nseen\n</tool_response>" in text
     for key, value, message in (
-        ("value", "{", "tool call of message 3 is no JSON"),
-        ("from", "alien", "has the role 'alien'; known are human"),
+        ("value", "{", "tool call of message 3 is not valid JSON"),
+        ("from", "alien", "has the role 'alien'; the known roles are human"),
     ):
         broken = json.loads(json.dumps(row))
         broken["conversations"][2][key] = value

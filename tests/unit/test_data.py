@@ -75,7 +75,7 @@ def test_empty_completions_and_blank_lines_are_dropped_and_counted(
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}]
     counts = build(rows, template(tokenizer, "completion")).counts
     assert (counts.rows, counts.samples, counts.dropped) == (2, 1, 1)
-    with pytest.raises(DataError, match="nothing is left of the data"):
+    with pytest.raises(DataError, match="no document is left of the data"):
         build(rows[1:], template(tokenizer, "completion"))
     lines = build([{"text": ""}, {"text": "ab\n"}, {"text": ""}], template(tokenizer, "lines"))
     assert (lines.counts.rows, lines.counts.dropped, lines.counts.tokens) == (3, 2, 3)
@@ -101,7 +101,7 @@ def test_columns_are_renamed_all_at_once(tokenizer: PreTrainedTokenizerBase) -> 
     assert marked(build([row], made, columns=swap).dataset[0], tokenizer) == "P\n⟦C<|end|>⟧"
     other = build([row], made, columns={"completion": "answer"}).dataset[0]
     assert marked(other, tokenizer) == "C\n⟦A<|end|>⟧"
-    with pytest.raises(DataError, match="takes two fields from one column"):
+    with pytest.raises(DataError, match="maps two fields to one column"):
         build([row], made, columns={"completion": "answer", "prompt": "answer"})
     with pytest.raises(DataError, match="has no column x; it has prompt, completion, answer"):
         build([row], made, columns={"completion": "x"})
@@ -206,8 +206,8 @@ def test_tokenizer_without_chat_template_is_refused(tokenizer: PreTrainedTokeniz
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "P"}, "makes no completion of this row"),
-        ({"completion": "C"}, "makes no prompt of this row: it needs the columns prompt or"),
+        ({"prompt": "P"}, "cannot render a completion of this row"),
+        ({"completion": "C"}, "cannot render a prompt of this row: it needs the columns prompt or"),
         ({"messages": [{"role": "user", "content": "U"}]}, "not the assistant's"),
     ],
 )
@@ -239,10 +239,10 @@ def test_overlong_rows_are_counted_or_stop(tokenizer: PreTrainedTokenizerBase) -
     assert (cut.samples, cut.dropped, cut.truncated, cut.longest) == (2, 1, 1, 8)
     assert (cut.checks["nothing_trained"], cut.checks["answer_cut"]) == (1, 1)
     with pytest.raises(
-        DataError, match=r"1 \(33.3%\) have nothing trained.*\n.*stop_above.nothing"
+        DataError, match=r"1 documents \(33.3%\) have nothing trained.*\n.*stop_above.nothing"
     ):
         build(rows, made, max_length=8, overlong="truncate")
-    with pytest.raises(DataError, match="nothing is left of the train data: 1 rows"):
+    with pytest.raises(DataError, match="the train data has no trained token: 1 rows"):
         build(rows[:1], made, overlong="drop", **fields)
 
 
@@ -356,8 +356,12 @@ def test_rows_are_held_out_by_seed_and_a_single_text_at_its_end(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bad.jsonl", "{]\n", "(?s)none of the first 1 rows.*bad.jsonl:1: the line is no JSON"),
-        ("data.xml", "<a/>", "is of no known kind"),
+        (
+            "bad.jsonl",
+            "{]\n",
+            "(?s)none of the first 1 rows.*bad.jsonl:1: the line is not valid JSON",
+        ),
+        ("data.xml", "<a/>", "has an unknown file ending"),
         ("folder", None, "holds no file of a known kind"),
         ("empty.jsonl", "", "is empty"),
         ("blank.jsonl", "\n\n", "holds no rows"),

@@ -90,9 +90,9 @@ def test_places_are_lines(tmp_path: Path) -> None:
     assert [row.line for row in found] == [1, 3, 4, 5, 6]
     assert [type(row) for row in found] == [Row, BadRow, BadRow, BadRow, Row]
     assert [row.reason.partition(":")[0] for row in found if isinstance(row, BadRow)] == [
-        "the line is no JSON",
-        "the line is no object but list",
-        "the line is no JSON",
+        "the line is not valid JSON",
+        "the line is not an object but list",
+        "the line is not valid JSON",
     ]
     path = tmp_path / "rows.json"
     path.write_text('[\n {"a": 1},\n 7,\n\n {"a":\n 2}]\n')
@@ -129,9 +129,9 @@ def test_objects_keep_their_own_keys(tmp_path: Path) -> None:
     [
         ("absent.jsonl", None, "there is no file or folder"),
         ("./absent", None, "there is no file or folder"),
-        ("rows.xml", "<a/>", "is of no known kind"),
+        ("rows.xml", "<a/>", "has an unknown file ending"),
         ("empty.csv", "", "is empty"),
-        ("semicolons.csv", "a;b\n1;2\n", "is divided by semicolons"),
+        ("semicolons.csv", "a;b\n1;2\n", "is separated by semicolons"),
         ("twice.csv", "a,a\n1,2\n", "has the column a twice"),
         ("number.json", "7", "holds no JSON array or object"),
         ("two.json", '{"a": [], "b": []}', "one JSON object with 2 lists"),
