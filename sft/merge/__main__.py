@@ -175,7 +175,9 @@ def _prepare(
     torch.set_num_threads(1)
     try:
         sources = plan.find(adapters, config.weights or [1.0] * len(adapters), config.base)
-        compared = plan.check_base(sources) if config.check_base else "not compared, as asked"
+        compared = (
+            plan.check_base(sources) if config.check_base else "not compared: check_base=false"
+        )
         quantization = sources.quantization
         is_quantized = quantization.load_in_4bit or quantization.load_in_8bit
         dequantized = is_quantized and config.quantized_base == "dequantized"
@@ -361,7 +363,7 @@ main = Command(
     schema=MergeConfig,
     run=merge,
     check=lambda config: [*rule_problems(config), *check(config)],
-    summary="merge an adapter into its base model's weights, and verify the result",
+    summary="merge an adapter into full weights, and verify them",
     examples=(
         "python -m sft.merge run=outputs/opt-125m_alpaca_r8_seed42",
         "python -m sft.merge adapter=FOLDER output=FOLDER base=facebook/opt-125m",

@@ -119,7 +119,7 @@ def test_every_choice_is_of_a_setting_and_is_what_json_holds() -> None:
             True,
             "by PEFT: torch.compile",
         ),
-        (["lora.use_dora=true"], "lora.enabled", True, "PEFT: it adds more than a product"),
+        (["lora.use_dora=true"], "lora.enabled", True, "PEFT: DoRA and lora_bias add more"),
         (["quantization=nf4"], "lora.enabled", True, "by PEFT on quantised layers"),
         (["lora=none"], "lora.enabled", False, "as set"),
         (["model.lm_head=plain"], "model.lm_head", "plain", "as set"),
