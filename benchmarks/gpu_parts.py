@@ -230,7 +230,7 @@ class Clock:
         ]
 
     def count(self, first: int, last: int, kind: int) -> int:
-        """Count the tokens of steps (from 0): all but padding (kind 1), or trained ones (kind 2)."""
+        """Count tokens of steps (from 0): all but padding (kind 1), or trained ones (kind 2)."""
         return sum(int(seen[kind]) for seen in self.tokens if first <= seen[0] <= last)
 
     @contextlib.contextmanager

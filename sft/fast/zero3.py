@@ -40,6 +40,6 @@ def learn_each_way() -> None:
         decisions = current[1]
         if (module, step) not in decisions:
             decisions[module, step] = decide(coordinator, module, step)
-        return set(decisions[module, step])  # the caller adds to it
+        return set(decisions[module, step])  # a copy: the caller adds to it
 
     setattr(PartitionedParameterCoordinator, DECIDE, params_to_release)

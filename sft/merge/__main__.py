@@ -51,8 +51,8 @@ class MergeConfig:
     check_base: bool = setting(True, "check that the base is the one of training")
     quantized_base: str = setting(
         "dequantized",
-        "for an adapter trained on a 4- or 8-bit base: merge into the dequantised weights, which "
-        "training computed with (dequantized), or into the original ones; then answers differ",
+        "for an adapter trained on a 4- or 8-bit base. dequantized: merge into the dequantised "
+        "weights, which training computed with; original: into the original ones (answers differ)",
         one_of("dequantized", "original"),
     )
     dtype: str = setting(
