@@ -232,7 +232,7 @@ def _places(config: MergeConfig) -> tuple[list[Path], Path]:
         return [Path(item) for item in given], Path(str(config.output))
     run = Path(config.run)
     if (run / "model").is_dir():
-        raise MergeError(f"{run} trained all weights: {run / 'model'} is a full model already")
+        raise MergeError(f"{run} trained every weight: {run / 'model'} is a full model")
     return [run / "adapter"], Path(config.output or run / "merged")
 
 
