@@ -1,11 +1,12 @@
-"""Tokens per second from rows to packed blocks with labels: ours, TRL's, and bare encode_batch.
+"""Measure data preparation, from rows to packed blocks: sft, TRL, and plain encode_batch.
 
     python benchmarks/data.py --rows ROWS.jsonl --tokenizer FOLDER [--processes 1 2] [--runs 3]
 
-Rows have ``prompt`` and ``completion``. Each run is a process of its own, on the same rows and the
-same number of processes (for encode_batch: threads); runs of the three take turns, and medians are
-compared. What is timed begins with the rows on disk (ours) or in memory (TRL, encode_batch) and
-excludes imports. ``encode_batch`` only encodes: it reads, renders, masks and packs nothing.
+Rows have ``prompt`` and ``completion``. Each run is a new process, on the same rows and with the
+same number of processes (for encode_batch: threads). The runs of the three alternate, and medians
+of tokens per second are compared. The time begins with the rows on disk (sft) or in memory (TRL,
+encode_batch) and excludes imports. ``encode_batch`` only encodes: it does not read, render, mask or
+pack.
 """
 
 import argparse
@@ -92,7 +93,7 @@ CONTENDERS = {"ours": ours, "trl": trl, "encode_batch": encode_batch}
 
 
 def measured(name: str, rows: str, tokenizer: str, processes: int) -> float:
-    """Run one contender in a fresh process, with an empty cache; tokens per second."""
+    """Run one contender in a new process with an empty cache; return tokens per second."""
     with tempfile.TemporaryDirectory() as cache:
         threads = str(processes)
         environment = os.environ | {

@@ -1,17 +1,17 @@
-"""Injects faults into real runs, lets each go on, and compares it with one that nothing befell.
+"""Inject faults into real runs, resume each, and compare it with an undisturbed run.
 
     python benchmarks/faults.py [--zero none stage1 stage2 stage3] [--ranks 2] [--only TEXT]
 
-Every run trains the embedded model on 24 rows for 8 steps, three to an epoch, with dropout, an
-evaluation and a checkpoint every 2. A fault is a real one: ``kill -9`` at a chosen point of one
-rank or all (``inject.py``), a signal, a full or read-only disk (a small tmpfs, where this user may
-mount one), bytes changed in a checkpoint. Then the same command is given again, once. A run went on
-exactly if every logged loss, rate, gradient norm and evaluation, and every byte of the adapter,
-are those of the undisturbed run.
+Every run trains the embedded model on 24 rows for 8 steps, three per epoch, with dropout, and with
+an evaluation and a checkpoint every 2 steps. Faults are real: ``kill -9`` at a chosen point of one
+rank or all ranks (``inject.py``), a signal, a full or read-only disk (a small tmpfs, if this user
+may mount one), changed bytes in a checkpoint. Then the same command is run once more. The resumed
+run is exact if every logged loss, learning rate, gradient norm and evaluation, and every byte of
+the adapter, equal those of the undisturbed run.
 
-The table counts, for each fault: how the command under it ended, what the next one did, the steps
-that were trained again, and checkpoints under their final name that were not whole (there must be
-none, but where the fault itself damaged one).
+For each fault, the table shows how the command with the fault ended, what the next command did, how
+many steps were trained again, and how many checkpoints with their final name were incomplete (none,
+unless the fault itself damaged one).
 """
 
 import argparse
@@ -48,13 +48,14 @@ class Fault:
     """One fault.
 
     Attributes:
-        name: What the table calls it.
-        inject: For ``inject.py``; empty: the first command runs undisturbed to ``steps``.
-        steps: Where an undisturbed first command is cut off, by a kill after that step.
-        harm: Done to the run's folder between the two commands.
-        refusal: What a further command, given before the last, must say as it refuses.
-        extra: Settings of that command.
-        code: Exit code that the first command must have; None: any but 0.
+        name: Its name in the table.
+        inject: The argument of ``inject.py``; empty: the first command runs undisturbed to
+            ``steps``.
+        steps: The step after which an undisturbed first command is killed.
+        harm: A function that damages the run's folder between the two commands.
+        refusal: The error that an additional command before the last must end with.
+        extra: The settings of that command.
+        code: The exit code that the first command must have; None: any but 0.
     """
 
     name: str
@@ -158,7 +159,7 @@ def call(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
 
 
 def outcome(run: Path) -> tuple[list[dict[str, object]], dict[str, bytes]]:
-    """Give what a finished run logged, clocks left out, and the bytes of its adapter."""
+    """Return the log of a finished run without times, and the bytes of its adapter."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [
         {key: value for key, value in line.items() if not any(clock in key for clock in CLOCKS)}
@@ -169,7 +170,7 @@ def outcome(run: Path) -> tuple[list[dict[str, object]], dict[str, bytes]]:
 
 
 def broken(run: Path) -> list[str]:
-    """Name the checkpoints that have their final name and are not whole."""
+    """List the checkpoints that have their final name but are incomplete."""
     found = []
     for path in checkpoint.checkpoints(run):
         try:
@@ -181,7 +182,7 @@ def broken(run: Path) -> list[str]:
 
 @dataclass
 class Result:
-    """What came of a fault."""
+    """The result of a fault."""
 
     stage: str
     name: str
@@ -202,7 +203,7 @@ def logged_steps(run: Path) -> int:
 
 
 def suffer(stage: str, ranks: int, fault: Fault, folder: Path, straight: Path) -> Result:
-    """Run under a fault, then again, and compare."""
+    """Run the command with a fault, run it again, and compare with the undisturbed run."""
     run, cache = folder / "run", folder.parent / "cache"
     first = call(command(stage, ranks, run, fault.inject), cache)
     if first.returncode == 0:
@@ -229,7 +230,7 @@ def go_on(
     torn: list[str],
     refused: bool,
 ) -> Result:
-    """Give the same command again, and compare."""
+    """Run the same command again, and compare with the undisturbed run."""
     again = call(command(stage, ranks, run), cache)
     if again.returncode:
         return Result(stage, name, "", again.stderr[-300:], 0, len(torn), False)
@@ -250,7 +251,7 @@ def go_on(
 
 @contextlib.contextmanager
 def tmpfs(folder: Path, size: str) -> Iterator[bool]:
-    """Mount a small file system; False where this user may not."""
+    """Mount a small file system; return False if this user may not."""
     folder.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
@@ -265,7 +266,7 @@ def tmpfs(folder: Path, size: str) -> Iterator[bool]:
 
 
 def once(stage: str, ranks: int, folder: Path, straight: Path) -> Iterator[Result]:
-    """Inject what is the same under every stage."""
+    """Inject the faults that do not depend on the ZeRO stage."""
     cache = folder / "cache"
     own = folder / "own-cache"
     run = folder / "tokenising"
@@ -325,7 +326,7 @@ def once(stage: str, ranks: int, folder: Path, straight: Path) -> Iterator[Resul
 
 
 def merging(stage: str, folder: Path, straight: Path) -> Result:
-    """Kill a merge as it has written its weights, and merge again."""
+    """Kill a merge after it has written its weights, and merge again."""
     words = [sys.executable, str(HERE / "inject.py"), "SIGKILL:sft.merge.carry.write:after:1:0"]
     words += ["sft.merge", f"run={straight}"]
     killed = call(words, folder / "cache").returncode != 0

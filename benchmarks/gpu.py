@@ -1,16 +1,16 @@
-"""Measures everything that is claimed, on one GPU, in minutes.
+"""Measure on one GPU, in minutes, everything that the documentation claims.
 
     python benchmarks/gpu.py [--budget 480] [--output gpu.jsonl] [--only WORD ...] [--skip WORD ...]
         [--tiny] [--list]
 
-It needs one H100 or H200 (or less, for what fits it), no network and no file beside the repository.
-Stages run by importance: what the machine is, what is right, what is fast, what memory it takes.
-Each gives one row, which is printed and appended to ``--output`` (JSON lines, on the disk) as it
-ends. A stage that raises, crashes or runs out of its time loses that row only: it is then in it
-with the last lines of the error, and the stages after it run in a new process. What no longer fits
-``--budget`` (seconds) is skipped. ``--only`` and ``--skip`` take parts of stages' names.
+It needs one H100 or H200 (a smaller GPU runs the stages that fit), no network, and no file outside
+of the repository. Stages run in order of importance: the machine, correctness, speed, memory. Each
+stage gives one row, which is printed and appended to ``--output`` (JSON lines, flushed to the disk)
+when the stage ends. If a stage raises, crashes or exceeds its time, its row holds the last lines of
+the error instead of figures, and later stages run in a new process. Stages that no longer fit into
+``--budget`` (seconds) are skipped. ``--only`` and ``--skip`` take parts of stages' names.
 
-Without a GPU, or with ``--tiny``, the shapes are tiny: that the script works is then all it shows.
+Without a GPU, or with ``--tiny``, the shapes are tiny, which only tests the script.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def command(name: str, limit: float, function: Callable[..., dict[str, Any]], *a
 
 
 def against_trl(shape: str) -> Iterator[Stage]:
-    """Yield ours and TRL's in turn, padded or joined, then packed."""
+    """Yield the stages of sft and TRL alternately, padded or joined, then packed."""
     for how, packing in (("", False), (".packed", True)):
         yield fast(f"{shape}.ours{how}", 60, gpu_fast.beside, shape, packing)
         yield fast(f"{shape}.trl{how}", 60, gpu_fast.trl, shape, packing=packing)
@@ -123,7 +123,7 @@ PLANTED = [
 
 
 def chosen(given: argparse.Namespace) -> list[Stage]:
-    """Give the stages that ``--only`` and ``--skip`` leave, in their order."""
+    """Return the stages that ``--only`` and ``--skip`` select, in their order."""
     planted = any(word.startswith("planted") for word in given.only)
     every = [*PLANTED, *STAGES] if planted else STAGES
     for word in [*given.only, *given.skip]:

@@ -1,7 +1,7 @@
-"""Stages of ``gpu.py`` that run the real commands, side by side where there are cores enough.
+"""Stages of ``gpu.py`` that run the real commands, in parallel if there are enough cores.
 
-On a CPU a command is a process forked from one that has imported the libraries, which takes seconds
-less; on a GPU it is started as a user starts it.
+On a CPU a command is forked from a process that has imported the libraries, which saves seconds; on
+a GPU it is started as a user starts it.
 """
 
 import functools
@@ -32,7 +32,7 @@ deadline = float("inf")  # of the stages that run now, as time.monotonic() count
 
 
 def once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Call a function once, whichever thread is first; the others get its result or its error."""
+    """Call a function only in the first thread; other threads get its result or its error."""
     lock, results = threading.Lock(), {}
 
     @functools.wraps(make)
@@ -55,10 +55,10 @@ base = once(small_base)
 
 
 def run(*words: str, fault: str = "") -> tuple[int, str]:
-    """Run ``python -m`` with a module of sft and its settings; a fault is for ``inject.py``.
+    """Run ``python -m`` with a module of sft and its settings; a fault is passed to ``inject.py``.
 
     Returns:
-        Its exit code, and all that it said.
+        The exit code and the output.
     """
     command = [str(HERE / "inject.py"), fault, *words] if fault else ["-m", *words]
     log = WORK / f"command-{threading.get_ident()}-{time.monotonic_ns()}.log"
@@ -89,7 +89,7 @@ def run(*words: str, fault: str = "") -> tuple[int, str]:
 
 
 def _become(command: list[str], environment: dict[str, str], log: int) -> None:
-    """Be ``python`` with a command line, in a process that has the libraries already."""
+    """Run a ``python`` command line in this process, which has imported the libraries."""
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(environment)
@@ -113,7 +113,7 @@ def _become(command: list[str], environment: dict[str, str], log: int) -> None:
 
 
 def done(*words: str) -> str:
-    """Run a command that must succeed."""
+    """Run a command, and raise if it fails."""
     code, said = run(*words)
     if code:
         raise RuntimeError(f"{' '.join(words[:2])} ended with {code}:\n{said[-1500:]}")
@@ -121,7 +121,7 @@ def done(*words: str) -> str:
 
 
 def settings(*own: str) -> list[str]:
-    """Give those of eight steps, almost three epochs, with a checkpoint every second one."""
+    """Return settings for eight steps, almost three epochs, with a checkpoint every two steps."""
     return [
         *("model=hf", f"model.name_or_path={base()}", "dataset=demo", "dataset.exact_match=0"),
         *("dataset.max_rows=24", "dataset.max_eval_rows=16", "train.max_steps=8"),
@@ -138,7 +138,7 @@ def logged(folder: Path, key: str) -> list[float]:
 
 
 def resumed(name: str, *own: str) -> dict[str, Any]:
-    """Kill a run by SIGKILL, give its command again, and compare with one that nothing befell."""
+    """Kill a run by SIGKILL, run its command again, and compare with an undisturbed run."""
     from faults import outcome
 
     straight, killed = WORK / f"{name}-straight", WORK / f"{name}-killed"
@@ -163,19 +163,19 @@ def resumed(name: str, *own: str) -> dict[str, Any]:
 
 
 def kill() -> dict[str, Any]:
-    """Resume bit for bit, with dropout."""
+    """Check that a run with dropout resumes bit for bit after a kill."""
     return resumed("kill", "lora.lora_dropout=0.1")
 
 
 def prove() -> dict[str, Any]:
-    """Let ``sft.prove`` show the same."""
+    """Check the same with ``sft.prove``."""
     if is_tiny():
         raise Skip("it starts processes that import everything; the tests of sft.prove try it")
     return {"said": done("sft.prove", *settings("steps=4")).strip().splitlines()[-1]}
 
 
 def merged(run_dir: Path, output: str, *own: str) -> dict[str, Any]:
-    """Merge a run, and give the report of its verification."""
+    """Merge a run, and return the report of the verification."""
     done("sft.merge", f"run={run_dir}", f"output={run_dir / output}", *own)
     found: dict[str, Any] = json.loads((run_dir / output / "merge_report.json").read_text())
     return found
@@ -195,7 +195,7 @@ def quantized(kind: str) -> dict[str, Any]:
 
 @once
 def without_zero(precision: str) -> Path:
-    """Train what runs under ZeRO are compared with."""
+    """Train the run without ZeRO with which runs under ZeRO are compared."""
     folder = WORK / f"no-zero-{precision}"
     done("sft.train", *settings(f"precision={precision}"), f"output_dir={folder}")
     return folder
@@ -246,7 +246,7 @@ def merge() -> dict[str, Any]:
 
 
 def merge_on_gpu() -> dict[str, Any]:
-    """Merge it on the GPU, and compare all weights with the CPU's."""
+    """Merge the adapter on the GPU, and compare all weights with the merge on the CPU."""
     needs_gpu()
     import torch
     from safetensors.torch import load_file

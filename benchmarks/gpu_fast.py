@@ -1,4 +1,4 @@
-"""Stages of ``gpu.py``: how fast a step is beside TRL's and the hardware, and its memory."""
+"""Stages of ``gpu.py``: the speed of a step, compared with TRL and the hardware, and its memory."""
 
 import functools
 import importlib.util
@@ -41,7 +41,7 @@ def length_of(shape: str, longest: int) -> int:
 
 
 def data(shape: str, longest: int, samples: int, packing: str) -> list[str]:
-    """Give the settings of rows in Dolly's lengths, enough for all steps."""
+    """Return dataset settings for rows with Dolly's lengths, enough for all steps."""
     longest = length_of(shape, longest)
     each = 150 if packing == "none" else longest  # fewer tokens than a row has
     rows = rows_of(shape, 64 + samples * each // 150, longest)
@@ -55,17 +55,17 @@ def data(shape: str, longest: int, samples: int, packing: str) -> list[str]:
 
 
 def flop_per_token(model: Any, lengths: list[int], trained: float) -> float:
-    """Count the floating-point operations that a token of a training step needs.
+    """Count the floating-point operations per token of a training step.
 
-    A frozen weight: 2 forward, and 2 for the gradient of its input (a trained one 2 more, for its
-    own); the head's for trained tokens only. Attention over a document of n tokens with heads of d
-    numbers in all: 2 d n^2 a layer forward (half of all pairs are seen), twice that backward.
-    Recomputing is not counted.
+    A frozen weight takes 2 forward, and 2 for the gradient of its input; a trained one takes 2 more
+    for its own gradient. The head counts for trained tokens only. Attention over a document of n
+    tokens, with a width of d over all heads, takes 2 d n^2 per layer forward (causal: half of all
+    pairs) and twice that backward. Recomputation is not counted.
 
     Args:
-        model: As it is trained, adapter included.
-        lengths: Tokens of the documents.
-        trained: The share of tokens that the loss sees.
+        model: The model that is trained, adapter included.
+        lengths: The lengths of the documents in tokens.
+        trained: The share of trained tokens.
     """
     from torch.nn import Linear
 
@@ -83,7 +83,7 @@ def flop_per_token(model: Any, lengths: list[int], trained: float) -> float:
 
 
 def result(name: str, clock: Clock, rows: str) -> dict[str, Any]:
-    """Give speed, share of the peak and memory of what a clock has watched."""
+    """Return the speed, the share of the hardware's peak and the memory of a run."""
     found, peak = clock.rates(), peak_gib()
     first, last = clock.warmup, clock.steps - 1
     tokens, trained = (clock.count(first, last, kind) for kind in (1, 2))
@@ -114,7 +114,7 @@ def ours(
     packing: str = "bfd",
     profiled: int = 0,
 ) -> dict[str, Any]:
-    """Train by sft."""
+    """Train with sft."""
     clock = Clock(*steps(), profiled)
     given = data(shape, longest, clock.steps * size, packing)
     train(shape, clock, *given, *batch(size), *LORA, *settings)
@@ -125,7 +125,7 @@ def ours(
 
 
 def kernels(clock: Clock) -> dict[str, Any]:
-    """Give the ten operations that took most of the profiled steps, on the GPU and on the host."""
+    """List the ten longest operations of the profiled steps, on the GPU and on the host."""
     from torch.autograd import DeviceType
 
     found: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def llama(name: str, *settings: str, size: int = 1, profiled: int = 0) -> dict[s
 
 
 def trl(name: str, shape: str, size: int = 8, packing: bool = False) -> dict[str, Any]:
-    """Train as TRL's documentation does, on the same rows: its defaults, and a LoraConfig."""
+    """Train as TRL's documentation does, on the same rows: default settings and a LoraConfig."""
     import datasets
     import torch
     from peft import LoraConfig
@@ -196,13 +196,13 @@ def trl(name: str, shape: str, size: int = 8, packing: bool = False) -> dict[str
 
 
 def beside(name: str, shape: str, packing: bool) -> dict[str, Any]:
-    """Train by sft what ``trl`` trains."""
+    """Train with sft the same as ``trl`` trains."""
     size, longest, how = (1, 4096, "bfd") if packing else (8, 1024, "none")
     return ours(name, shape, size=size, longest=longest, packing=how)
 
 
 def by_peft(name: str, *settings: str) -> dict[str, Any]:
-    """Train Llama-3.1-8B's shape with PEFT's own computation of the adapters."""
+    """Train Llama-3.1-8B's shape with adapters computed by PEFT."""
     from sft.fast import lora
 
     stock = lora.install
@@ -222,7 +222,7 @@ def kernel(name: str, attention: str) -> dict[str, Any]:
 
 
 def head(name: str, kind: str) -> dict[str, Any]:
-    """Train with one LM head: of Qwen3's 151,936 tokens."""
+    """Train with one kind of LM head, for Qwen3's vocabulary of 151,936 tokens."""
     return ours(name, "qwen3-0.6b", f"model.lm_head={kind}", size=2, longest=2048)
 
 
@@ -246,7 +246,7 @@ MEMORY: dict[str, tuple[str, int, int, bool, list[str]]] = {
 
 
 def memory(which: str) -> dict[str, Any]:
-    """Measure the peak of one configuration, beside what ``sft/plan/memory.py`` estimates."""
+    """Measure the peak memory of one configuration, and compare it with the estimate of sft."""
     import sft.model.base
     import sft.plan.memory
 

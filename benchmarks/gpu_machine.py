@@ -1,4 +1,4 @@
-"""Stages of ``gpu.py``: what the machine is, and the most that it can do."""
+"""Stages of ``gpu.py``: describe the machine, and measure its peak performance."""
 
 import importlib.metadata
 import importlib.util
@@ -28,7 +28,7 @@ PUBLISHED_TFLOPS = 989.4  # bf16, dense, of an H100 or H200 SXM (NVIDIA's data s
 
 
 def packages() -> dict[str, Any]:
-    """Name the versions, and all that is missing at once."""
+    """List the versions of the packages, and all missing packages."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -49,7 +49,7 @@ def packages() -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    """Say what the hardware is, and which compilers Triton and DeepSpeed would find."""
+    """Describe the hardware, and the compilers that Triton and DeepSpeed would find."""
     import psutil
     import torch
 
@@ -80,7 +80,7 @@ def device() -> dict[str, Any]:
 
 
 def timed(run: Callable[[], object], times: int = 7, each: int = 5) -> float:
-    """Give the median seconds of a call, after two that are not counted."""
+    """Return the median seconds of a call, after two warm-up calls."""
     run()
     run()
     found = []
@@ -95,7 +95,7 @@ def timed(run: Callable[[], object], times: int = 7, each: int = 5) -> float:
 
 
 def product_peak(kind: str = "bfloat16", size: int | None = None) -> float:
-    """Measure TFLOP/s of a square matrix product on random numbers."""
+    """Measure the TFLOP/s of a product of square random matrices."""
     import torch
 
     size = size or (256 if is_tiny() else 8192)
@@ -105,7 +105,7 @@ def product_peak(kind: str = "bfloat16", size: int | None = None) -> float:
 
 
 def product() -> dict[str, Any]:
-    """Measure the peaks of matrix products."""
+    """Measure the peak speeds of matrix products."""
     import torch
 
     found = {f"{kind}_tflops": product_peak(kind) for kind in ("bfloat16", "float16", "float32")}
@@ -117,7 +117,7 @@ def product() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """Measure GB/s of a copy within the device's memory (read and written), and to it."""
+    """Measure GB/s of a copy within the device's memory (reads plus writes), and of one to it."""
     import torch
 
     where = "cuda" if has_gpu() else "cpu"

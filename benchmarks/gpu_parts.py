@@ -1,6 +1,6 @@
-"""What the stages of ``gpu.py`` share: shapes, rows, models of random weights, and a clock.
+"""Shared by the stages of ``gpu.py``: shapes, rows, models with random weights, and a clock.
 
-The heavy imports are inside the functions, so that ``gpu.py`` itself starts at once.
+Slow imports are inside the functions, so that ``gpu.py`` itself starts quickly.
 """
 
 import contextlib
@@ -80,15 +80,15 @@ LENGTHS = [
 
 
 class Skip(Exception):
-    """A stage does not apply here; the text says why."""
+    """Raised if a stage does not apply; the text gives the reason."""
 
 
 class Enough(Exception):
-    """What was to be measured is measured."""
+    """Raised to end a run as soon as the measurement is complete."""
 
 
 def end_tree(pid: int) -> None:
-    """Kill a process, its group, and all its descendants, whatever group they are in."""
+    """Kill a process, its group, and all its descendants in any group."""
     below = []
     with contextlib.suppress(Exception):  # psutil may be missing, the process gone
         import psutil
@@ -115,7 +115,7 @@ def device() -> str:
 
 
 def is_tiny() -> bool:
-    """Tell whether only the code is tried: as asked for, or because there is no GPU."""
+    """Return whether to use tiny shapes: with ``--tiny``, or because there is no GPU."""
     return bool(os.environ.get("SFT_GPU_TINY")) or not has_gpu()
 
 
@@ -132,7 +132,7 @@ def wait() -> None:
 
 
 def clean() -> None:
-    """Free what a stage has left, so that the next one begins with an empty GPU."""
+    """Free a stage's memory, so that the next stage begins with an empty GPU."""
     import torch
 
     logger = logging.getLogger("sft")
@@ -147,7 +147,7 @@ def clean() -> None:
 
 
 def peak_gib() -> float:
-    """Give the most memory that tensors took on the GPU; on a CPU, that this process took."""
+    """Return the peak memory of tensors on the GPU; on a CPU, that of this process."""
     import torch
 
     if has_gpu():
@@ -156,7 +156,7 @@ def peak_gib() -> float:
 
 
 def config_of(fields: dict[str, Any], **changed: Any) -> Any:
-    """Make a Transformers config, small where only the code is tried."""
+    """Make a Transformers config; a small one if ``is_tiny()``."""
     from transformers import AutoConfig
 
     fields = {**fields, **changed}
@@ -195,7 +195,7 @@ def rows_of(shape: str, count: int, longest: int) -> Path:
 
 
 class Clock:
-    """Watches whatever Trainer runs: time and tokens by step, warm-up apart, and the losses."""
+    """Records time, tokens and loss of each step of any Trainer; the warm-up is separate."""
 
     def __init__(self, steps: int, warmup: int, profiled: int = 0) -> None:
         self.steps, self.warmup, self.profiled = steps, warmup, profiled
@@ -215,12 +215,12 @@ class Clock:
         return event
 
     def seconds(self, begin: int, end: int) -> float:
-        """Give the time between the ends of two steps."""
+        """Return the time between the ends of two steps."""
         first, last = self.marks[begin], self.marks[end]
         return first.elapsed_time(last) / 1000 if has_gpu() else last - first
 
     def rates(self) -> list[float]:
-        """Give useful tokens per second of three blocks of steps after the warm-up."""
+        """Return useful tokens per second of three blocks of steps after the warm-up."""
         wait()
         size = (self.steps - self.warmup) // 3
         starts = [self.warmup - 1 + block * size for block in range(3)]
@@ -230,12 +230,12 @@ class Clock:
         ]
 
     def count(self, first: int, last: int, kind: int) -> int:
-        """Count tokens of steps, counted from 0: all that are no padding (1), or trained (2)."""
+        """Count tokens of steps (from 0): all but padding (kind 1), or trained ones (kind 2)."""
         return sum(int(seen[kind]) for seen in self.tokens if first <= seen[0] <= last)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the Trainer that is made and run meanwhile, and stop it after its last step."""
+        """Record the Trainer that is created and run in this block; stop it after its last step."""
         import transformers
 
         stock_step = transformers.Trainer.training_step
@@ -270,7 +270,7 @@ class Clock:
             transformers.Trainer.__init__ = stock_init
 
     def on_step(self, done: int) -> None:
-        """Profile the last steps where that is asked for, and end the run after them."""
+        """Profile the last steps if that is set, and end the run after them."""
         import torch
         from torch.profiler import ProfilerActivity
 
@@ -287,13 +287,13 @@ class Clock:
 
 
 def train(shape: str, clock: Clock, *settings: str, base: Path | None = None) -> Any:
-    """Train a few steps by sft's own code, with random weights that are made on the device.
+    """Train a few steps with sft's own code and random weights that are made on the device.
 
     Args:
         shape: A name of SHAPES.
-        clock: Watches, and ends the run.
-        settings: Of ``sft.train``; the last of a name counts.
-        base: A folder with weights instead of a shape; it is trained on the embedded data.
+        clock: Records the steps, and ends the run.
+        settings: Settings of ``sft.train``; of two with one name, the last counts.
+        base: A folder with weights to use instead of the shape, with the embedded data.
 
     Returns:
         The run's config.

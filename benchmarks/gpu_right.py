@@ -1,8 +1,8 @@
-"""Stages of ``gpu.py``: what is computed fast is what the plain way computes.
+"""Stages of ``gpu.py``: the fast implementations compute the same as the plain ones.
 
-Each compares two ways in 16 bits with a third in float32 (on a CPU: float32 with float64): ours may
-be at most twice as far from it as the model's own plain way is. That is what rounding explains, on
-any hardware. Errors are relative, in the Euclidean norm.
+Each stage computes a reference in float32 and two results in 16 bits (on a CPU: float64 and
+float32). The error of the fast result may be at most twice that of the model's own plain
+computation, which rounding explains on any hardware. Errors are relative, in the Euclidean norm.
 """
 
 from pathlib import Path
@@ -29,14 +29,14 @@ TIMES_WORSE = 2
 
 
 def precisions() -> tuple[Any, Any]:
-    """Give the precision of a training step, and that of the reference."""
+    """Return the precision of a training step, and that of the reference."""
     import torch
 
     return (torch.bfloat16, torch.float32) if has_gpu() else (torch.float32, torch.float64)
 
 
 def models(family: str, kernel: str) -> tuple[Any, Any]:
-    """Make a model twice: to compare with (sdpa, in full precision), and with a kernel."""
+    """Make a model twice: the reference (sdpa, full precision), and one with a kernel."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -64,7 +64,7 @@ def models(family: str, kernel: str) -> tuple[Any, Any]:
 
 
 def documents(changed: bool = False) -> list[Any]:
-    """Give token ids of the documents; the second's are others where that is asked for."""
+    """Return the token ids of the documents; with ``changed``, the second has different ones."""
     import torch
 
     draw = torch.Generator().manual_seed(1)
@@ -76,7 +76,7 @@ def documents(changed: bool = False) -> list[Any]:
 
 
 def gradients(model: Any) -> Any:
-    """Give all gradients as one vector, and take them away."""
+    """Return all gradients as one vector, and reset them."""
     import torch
 
     found = [p.grad.flatten().double() for p in model.parameters() if p.grad is not None]
@@ -85,7 +85,7 @@ def gradients(model: Any) -> Any:
 
 
 def scored(logits: list[Any], texts: list[Any]) -> Any:
-    """Give the log-probabilities of each document's tokens but the first."""
+    """Return the log-probabilities of each document's tokens except the first."""
     import torch
 
     upcast = [one.double() if one.dtype == torch.float64 else one.float() for one in logits]
@@ -98,12 +98,12 @@ def scored(logits: list[Any], texts: list[Any]) -> Any:
 
 
 def one_by_one(model: Any, texts: list[Any]) -> list[Any]:
-    """Give the logits of documents, each a batch of its own."""
+    """Return the logits of documents, each computed in a separate batch."""
     return [model(input_ids=ids[None], use_cache=False).logits[0] for ids in texts]
 
 
 def in_a_row(model: Any, texts: list[Any]) -> list[Any]:
-    """Give the logits of documents that are joined, as training joins them."""
+    """Return the logits of documents that are joined into a row as training does it."""
     import torch
 
     from sft.data.collator import Collator
@@ -120,7 +120,7 @@ def apart(found: Any, reference: Any) -> float:
 
 
 def verdict(found: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """Compare errors, ours and the plain way's, by what they are of."""
+    """Compare our errors with the plain way's, by the name of the quantity."""
     row: dict[str, Any] = {}
     wrong = []
     for name, (ours, plain) in found.items():
@@ -133,7 +133,7 @@ def verdict(found: dict[str, tuple[float, float]]) -> dict[str, Any]:
 
 
 def attention(family: str) -> dict[str, Any]:
-    """Compare documents in one row, through varlen_attn on a GPU, with each by itself."""
+    """Compare documents in one row (varlen_attn on a GPU) with each document alone."""
     import torch
 
     from sft.fast import attention as ours
@@ -170,7 +170,7 @@ def attention(family: str) -> dict[str, Any]:
 
 
 def head(kind: str) -> dict[str, Any]:
-    """Compare a fused LM head with the model's own logits, from which the loss is computed."""
+    """Compare a fused LM head with the loss from the model's own logits."""
 
     from sft.fast import head as heads
 

@@ -1,4 +1,4 @@
-"""How ``gpu.py`` runs its stages: in processes that may die, within a budget, each row kept."""
+"""Run the stages of ``gpu.py`` in processes that may crash, within a budget; save each row."""
 
 import argparse
 import contextlib
@@ -26,14 +26,14 @@ LEAST = 1 / 4  # a stage is begun where so much of its limit is left of the budg
 
 @dataclass(frozen=True)
 class Stage:
-    """One row.
+    """One measurement, which gives one row.
 
     Attributes:
-        name: What it is called.
-        process: Stages of one process follow each other in it.
-        limit: Seconds, after which it is ended.
-        run: Gives its figures; a list ``wrong`` among them says which promises are broken.
-        beside: It runs beside its neighbours of which the same is said.
+        name: Its name.
+        process: The name of its process; the stages of a process run one after the other.
+        limit: The seconds after which it is ended.
+        run: Returns its figures; the entry ``wrong`` lists the checks that failed.
+        beside: It may run in parallel with neighbouring stages that have this set too.
     """
 
     name: str
@@ -95,7 +95,7 @@ def work(process: str, stages: list[Stage]) -> None:
 
 
 def preload(process: str) -> None:
-    """Import what the stages need, so that their time is their own."""
+    """Import the libraries before the stages, so that imports do not count as their time."""
     if process == "planted" or (process == "commands" and gpu_commands.has_gpu()):
         return  # on a GPU each command imports for itself
     began = time.perf_counter()
@@ -111,13 +111,13 @@ def preload(process: str) -> None:
 
 
 def poisoned(row: dict[str, Any]) -> bool:
-    """Tell whether the process is of no further use: CUDA's errors stay, but for lack of memory."""
+    """Return whether the process cannot go on: every CUDA error but out-of-memory persists."""
     error = str(row.get("error", ""))
     return "CUDA error" in error or "AcceleratorError" in error or "Triton Error" in error
 
 
 class Process:
-    """A process that runs stages, with everything that it starts."""
+    """A process that runs stages, and its descendants."""
 
     def __init__(self, name: str, work_dir: Path, tiny: bool) -> None:
         self.name = name
@@ -153,7 +153,7 @@ class Process:
         self.messages.put(None)
 
     def order(self, stages: list[Stage], seconds: float) -> None:
-        """Begin stages; a process that has died is noticed by who reads."""
+        """Start stages; if the process has died, ``read`` raises the error."""
         self.said_before = self.log.stat().st_size
         message = {"stages": [stage.name for stage in stages], "seconds": seconds}
         with contextlib.suppress(BrokenPipeError):
@@ -161,11 +161,11 @@ class Process:
             self.popen.stdin.flush()
 
     def read(self, until: float) -> dict[str, Any]:
-        """Give the next message.
+        """Return the next message of the process.
 
         Raises:
-            TimeoutError: There is none in time.
-            ChildProcessError: It has died.
+            TimeoutError: No message came in time.
+            ChildProcessError: The process has died.
         """
         try:
             message = self.messages.get(timeout=max(0.0, until - time.monotonic()))
@@ -184,13 +184,13 @@ class Process:
             return file.read()[-1500:]
 
     def end(self) -> None:
-        """Kill it with all its descendants."""
+        """Kill the process and all its descendants."""
         end_tree(self.popen.pid)
         self.popen.wait()
 
 
 class Session:
-    """Runs stages within a budget, and keeps their rows."""
+    """Runs stages within a budget, and saves their rows."""
 
     def __init__(self, given: argparse.Namespace, work_dir: Path, output: TextIO | None) -> None:
         self.given, self.work_dir, self.output = given, work_dir, output
@@ -199,7 +199,7 @@ class Session:
         self.counts: dict[str, int] = {}
 
     def keep(self, row: dict[str, Any]) -> None:
-        """Print a row, and append it to the output, on the disk."""
+        """Print a row, append it to the output, and flush that to the disk."""
         self.counts[row["status"]] = self.counts.get(row["status"], 0) + 1
         print(described(row), flush=True)
         if self.output is not None:
@@ -211,7 +211,7 @@ class Session:
         return self.until - time.monotonic() >= LEAST * stage.limit
 
     def run(self, stages: list[Stage]) -> None:
-        """Run stages in their order; those that may, beside each other."""
+        """Run stages in their order, in parallel where they allow it."""
         waiting = list(stages)
         while waiting:
             stage = waiting.pop(0)
@@ -231,7 +231,7 @@ class Session:
             self.together(process, batch)
 
     def enter(self, name: str) -> Process:
-        """Give the process of this name; one that has lost a stage is not used again."""
+        """Return the process of this name; it is a new one if a stage has ended the last."""
         if name not in self.processes:
             process = self.processes[name] = Process(name, self.work_dir, self.given.tiny)
             message = process.read(min(self.until, time.monotonic() + STARTING))
@@ -243,12 +243,12 @@ class Session:
         self.processes.pop(name).end()
 
     def close(self) -> None:
-        """End all."""
+        """End all processes."""
         for name in list(self.processes):
             self.leave(name)
 
     def together(self, process: Process, batch: list[Stage]) -> None:
-        """Run stages at the same time, or one."""
+        """Run one stage, or several in parallel."""
         now = time.monotonic()
         seconds = min(max(stage.limit for stage in batch), self.until - now)
         # Commands end a little before, and say how far they came.
@@ -266,7 +266,7 @@ class Session:
             self.lose(process.name, list(left.values()), error)
 
     def lose(self, name: str, stages: list[Stage], error: Exception) -> None:
-        """Say which stages gave no row, and end their process."""
+        """Record an error as the row of stages without one, and end their process."""
         status = "timeout" if isinstance(error, TimeoutError) else "failed"
         said = self.processes[name].last_lines()
         self.leave(name)
@@ -276,7 +276,7 @@ class Session:
 
 
 def described(row: dict[str, Any]) -> str:
-    """Put a row into one line, or a few where it failed."""
+    """Format a row as one line, or as several if the stage failed."""
     shown = []
     for name, value in row.items():
         if name in ("stage", "status", "seconds", "error") or value is None:

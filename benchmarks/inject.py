@@ -1,10 +1,10 @@
-"""Runs a module of sft with a fault in it: what dies here, dies for real.
+"""Run a module of sft, and send a real signal to its process at a given call.
 
     python benchmarks/inject.py SIGNAL:TARGET:WHEN:NTH:RANK sft.train SETTING=VALUE ...
 
 ``TARGET`` is ``module.function`` or ``module.Class.method``. This process sends itself the signal
-``before`` or ``after`` the NTH call of it (counted from 1), on one rank or on ``all``; not again
-after torchrun restarted it.
+``before`` or ``after`` the NTH call of the target (counted from 1), on one rank or on ``all``. It
+does not repeat the signal after torchrun restarted it.
 """
 
 import functools
@@ -15,7 +15,7 @@ import sys
 
 
 def arm(fault: str) -> None:
-    """Wrap the target."""
+    """Wrap the target function."""
     name, target, when, nth, rank = fault.split(":")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if restarted or rank not in ("all", os.environ.get("RANK", "0")):

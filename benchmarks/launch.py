@@ -1,8 +1,8 @@
-"""Starts ``sft.train`` for soak.py, as a user does or on processes that need not import anything.
+"""Start ``sft.train`` for soak.py, as a user does, or forked from a process with its imports done.
 
-Importing takes each rank eight seconds of a core. A warm start forks the launcher from a process
-that has imported the libraries; it runs torchrun's own agent, which forks the ranks. Signals and
-exit codes are real in both. A cold start is ``torchrun -m sft.train``.
+Imports take eight seconds of a core on each rank. A warm start forks the launcher from a process
+that has imported the libraries; the launcher runs torchrun's own agent, which forks the ranks. A
+cold start is ``torchrun -m sft.train``. Signals and exit codes are real in both.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 class Cold:
-    """A command in a session of its own."""
+    """A command in a new session."""
 
     def __init__(self, ranks: int, settings: Sequence[str], log: Path, environ: dict[str, str]):
         words = [sys.executable, "-m"]
@@ -35,14 +35,14 @@ class Cold:
         self.pid = self.child.pid
 
     def code(self, seconds: float = 0) -> int | None:
-        """Wait for the exit code; None: it runs still."""
+        """Wait for the exit code; None: the command is still running."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.child.wait(seconds)
         return self.child.poll()
 
 
 class Warm:
-    """The same, forked."""
+    """The same, forked from a process that has imported the libraries."""
 
     def __init__(self, ranks: int, settings: Sequence[str], log: Path, environ: dict[str, str]):
         context = multiprocessing.get_context("forkserver")
@@ -59,7 +59,7 @@ class Warm:
 
 
 def _command(ranks: int, settings: Sequence[str], log: Path, environ: dict[str, str]) -> None:
-    """Become the command: alone, or as torchrun's agent."""
+    """Run the command in this process: alone, or as torchrun's agent."""
     os.setsid()
     log.write_bytes(b"")
     for number in (1, 2):
@@ -85,7 +85,7 @@ def _command(ranks: int, settings: Sequence[str], log: Path, environ: dict[str, 
 
 
 def _own_session(settings: Sequence[str]) -> None:
-    """Be a rank as one that torchrun executes: in a session of its own, with no handlers of its."""
+    """Prepare a forked rank like one that torchrun executes: a new session, default handlers."""
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)

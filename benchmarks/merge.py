@@ -1,16 +1,17 @@
-"""Merging a 1.5 B model: time and peak memory against `cp` of the same files, and against PEFT.
+"""Measure time and peak memory of merging a 1.5 B model: sft, PEFT, and `cp` of the same files.
 
     python benchmarks/merge.py --folder SCRATCH [--runs 3] [--skip peft verified]
 
-A model of Qwen2.5-1.5B's shape with random weights in bf16, in files of 1 GB, and a LoRA of rank 16
-on all linear layers. In turn: cp; the steps of a merge, one more each time, with nothing prepared
-("read": every matrix that changes is read; "copied": and written as it was; "least": and made
-float32 and rounded between; "sums": and B A added); ours without the comparison; PEFT as its
-documentation merges (from_pretrained in bf16, merge_and_unload, save_pretrained); at the end, once,
-ours with the comparison. Files are in the page cache before, and on the disk when the clock stops;
-what the tools before have written is removed, so that each finds as much free memory. "seconds" are
-without imports, "command" is all of it, "CPU" is of all threads without imports where the tool can
-tell. Peak memory is of the whole process.
+The model has Qwen2.5-1.5B's shape, with random bf16 weights in files of 1 GB; the adapter is LoRA
+of rank 16 on all linear layers. These run alternately: cp; the steps of a merge without planning,
+one more step each time ("read": read every matrix that changes; "copied": and write it unchanged;
+"least": and convert it to float32 and back between; "sums": and add B A); sft without the
+comparison; PEFT as its documentation merges (from_pretrained in bf16, merge_and_unload,
+save_pretrained). At the end, sft runs once with the comparison. The files are in the page cache
+before each run, and the result is on the disk when the clock stops. The files of earlier runs are
+deleted, so that each run has the same free memory. "seconds" excludes imports, "command" is the
+whole command, "CPU" is that of all threads, without imports if the tool reports that. Peak memory
+is that of the whole process.
 """
 
 import argparse
@@ -112,7 +113,7 @@ print("seconds", time.process_time() - used, time.perf_counter() - began)
 
 
 def build(folder: Path) -> None:
-    """Write the model and the adapter; in a process of its own, see ``call``."""
+    """Write the model and the adapter; runs in a separate process, see ``call``."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -134,9 +135,9 @@ def build(folder: Path) -> None:
 
 
 def call(command: list[str]) -> tuple[float, float, str]:
-    """Run a command; give its wall seconds, peak MiB and output.
+    """Run a command; return its wall seconds, peak MiB and output.
 
-    Linux starts the peak of a new program at that of the process which started it (exec keeps
+    On Linux a new program inherits the peak memory of the process that started it (exec preserves
     ru_maxrss), so this process must stay small: it imports torch only after the last measurement.
     """
     began = time.perf_counter()
@@ -174,7 +175,7 @@ def script(code: str, *arguments: Path | str) -> dict[str, float]:
 
 
 def equal(one: Path, other: Path) -> tuple[int, int]:
-    """Count the tensors that are the same to the bit, and all of them."""
+    """Count the tensors that are bitwise equal, and all tensors."""
     from safetensors import safe_open
 
     def tensors(folder: Path) -> dict[str, Path]:
@@ -196,7 +197,7 @@ def equal(one: Path, other: Path) -> tuple[int, int]:
 
 
 def measure(name: str, tool: Any, base: Path, found: dict[str, list[dict[str, float]]]) -> None:
-    """Call a tool with the base in the page cache and nothing left to write."""
+    """Run a tool with the base in the page cache and no pending writes."""
     subprocess.run(["sync"], check=True)
     for file in base.glob("*.safetensors"):
         subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)

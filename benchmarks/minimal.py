@@ -1,8 +1,8 @@
-"""A training loop written by hand for this one job: the practical limit of ``step.py``.
+"""A training loop written by hand for this one task: the practical limit in ``step.py``.
 
-No trainer, no adapter library, nothing that can be set: documents joined into one row, causal
-attention per document, the head over trained positions only, AdamW on LoRA's matrices. Where a CPU
-has no bf16, it has our products of them: a limit is no slower than it must be.
+It uses no trainer and no adapter library, and has no settings: documents joined into one row,
+causal attention per document, the head over trained positions only, AdamW on LoRA's matrices. If
+the CPU has no bf16, it uses sft's bf16 products, because PyTorch's would make the limit too slow.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class LoRA(torch.nn.Module):
 def attention(
     module: Any, q: Any, k: Any, v: Any, mask: Any, *, bounds: Any, scaling: Any, **_: Any
 ) -> Any:
-    """Attend causally in each document of the one row."""
+    """Attend causally within each document of the row."""
     shared = q.shape[1] != k.shape[1]
     if q.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
@@ -60,7 +60,7 @@ def attention(
 
 
 def batches(given: argparse.Namespace, longest: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield all rows, ``--micro`` at a time, joined, with the prompt's labels -100."""
+    """Yield all rows, ``--micro`` at a time and joined; the prompts' labels are -100."""
     tokenizer = AutoTokenizer.from_pretrained(given.folder)
     rows = [json.loads(line) for line in open(given.rows)]
     for begin in range(0, len(rows), given.micro):
@@ -82,7 +82,7 @@ def batches(given: argparse.Namespace, longest: int) -> Iterator[dict[str, torch
 
 
 def train(given: argparse.Namespace, meter: Any, longest: int) -> None:
-    """Take the steps."""
+    """Train the steps."""
     dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
     half.widen_products(dtype)
     AttentionInterface.register("by_hand", attention)

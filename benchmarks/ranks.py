@@ -1,12 +1,12 @@
-"""What several ranks cost: CPU time per token on two, over that on one, for each ZeRO stage.
+"""Measure CPU time per token on two ranks relative to one rank, for each ZeRO stage.
 
     python benchmarks/ranks.py --rows ROWS.jsonl --tokenizer FOLDER [--model opt-125m]
         [--zero none stage1 stage2 stage3] [--ranks 2] [--steps 4] [--warmup 1] [--runs 3]
         [--micro 4]
 
-Rows are those of ``step.py``, as are the model and the settings; each rank has ``--micro`` of them
-a step and one thread, ``--steps`` an epoch on all ranks; ``--warmup`` epochs are not counted. One
-rank alone has the same rows, in as many more steps.
+Rows, model and settings are those of ``step.py``. Each rank has one thread and takes ``--micro``
+rows per step; an epoch has ``--steps`` steps, and ``--warmup`` epochs are not counted. A single
+rank takes the same rows in proportionally more steps.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import step
 
 
 def only(given: argparse.Namespace) -> None:
-    """Train in this process, as one rank, and write down what was measured."""
+    """Train in this process as one rank, and write the measurements to a file."""
     from transformers import AutoTokenizer
 
     meter = step.Meter(given.warmup)
@@ -34,7 +34,7 @@ def only(given: argparse.Namespace) -> None:
 
 
 def measured(stage: str, ranks: int, given: argparse.Namespace, folder: str) -> tuple[float, float]:
-    """Give CPU-seconds per token over all ranks, and the largest rank's GiB."""
+    """Return CPU-seconds per token over all ranks, and the largest rank's peak memory in GiB."""
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(ranks), __file__, "--only", stage]

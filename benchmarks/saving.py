@@ -1,11 +1,12 @@
-"""What a checkpoint takes, in time and bytes, over the Trainer's own of the same state.
+"""Measure the time and size of a checkpoint relative to the Trainer's own of the same state.
 
     python benchmarks/saving.py --rows ROWS.jsonl --tokenizer FOLDER [--model opt-125m]
         [--zero none stage2] [--lora all-linear none] [--runs 5]
 
-One rank trains two steps and then saves by turns: with ours, which gathers, writes, reads back,
-hashes and waits for the disk, and with ``Trainer._save_checkpoint`` of Transformers, which does the
-first two. Both are timed until they return, and until what they wrote is on the disk (``sync``).
+One rank trains two steps and then saves alternately with sft, which gathers, writes, reads back,
+hashes and waits for the disk, and with Transformers' ``Trainer._save_checkpoint``, which only
+gathers and writes. Both are timed until they return, and until the files are on the disk
+(``sync``).
 """
 
 import argparse
@@ -27,7 +28,7 @@ def size(folder: Path) -> int:
 
 
 def only(given: argparse.Namespace) -> None:
-    """Train in this process, save both ways, and write down what was measured."""
+    """Train in this process, save in both ways, and write the measurements to a file."""
     import transformers
 
     from sft.checkpoint import folder as checkpoint

@@ -1,17 +1,17 @@
-"""Strikes runs of several epochs at random moments; each must end as one that nothing befell.
+"""Inject faults into runs at random moments; each run must end like an undisturbed one.
 
     python benchmarks/soak.py [--seconds 600] [--seed 0] [--jobs 1] [--only TEXT] [--cold]
 
 Each run trains the embedded model on 48 rows for 12 epochs of 6 steps, with dropout, and evaluates
-and saves every few steps. It is struck five to twelve times, each time at a random step or while it
-starts, and given again; then it may finish. A fault is a real one: SIGKILL of a rank, of all, of
-the launcher, of a loader worker or of everything; any other signal to a rank, its process group,
-the launcher or all; SIGSTOP for a while; a full disk (on a small tmpfs, where this user may mount
-one); a damaged checkpoint; a second start of the same command. A run is exact if every logged loss,
-rate, gradient norm and evaluation and every byte of the adapter are those of a run that nothing
-befell. In the elastic case each start has other ranks and another ZeRO stage: there each step must
-have read the same rows (the same count of tokens), and losses and weights must agree within the
-bounds below.
+and saves every few steps. It gets five to twelve faults, each at a random step or while the command
+starts, and the command is run again after each; then it may finish. Faults are real: SIGKILL of a
+rank, all ranks, the launcher, a loader worker or everything; other signals to a rank, its process
+group, the launcher or all; SIGSTOP for some time; a full disk (a small tmpfs, if this user may
+mount one); a damaged checkpoint; a second start of the same command. A run is exact if every logged
+loss, learning rate, gradient norm and evaluation and every byte of the adapter equal those of an
+undisturbed run. In the elastic case each start has a different number of ranks and a different ZeRO
+stage: each step must read the same rows (checked by the count of tokens), and losses and weights
+must agree within the bounds below.
 """
 
 import argparse
@@ -56,7 +56,7 @@ WEIGHT = (
 
 @dataclass(frozen=True)
 class Case:
-    """How a run is launched; an elastic one takes any of the launches at each start."""
+    """How a run is launched; an elastic run chooses one of the launches at each start."""
 
     name: str
     launches: tuple[tuple[int, str], ...]  # ranks and ZeRO stage
@@ -82,7 +82,7 @@ CASES = [
 
 @dataclass
 class Fault:
-    """One fault that was injected, and how the command under it ended."""
+    """One injected fault, and how the command with it ended."""
 
     case: str
     kind: str
@@ -130,7 +130,7 @@ class Start:
         return found
 
     def reaches(self, step: int, seconds: float) -> bool:
-        """Wait for a step to be logged and some seconds after; False: the command ended first."""
+        """Wait until a step is logged, and ``seconds`` more; False: the command ended first."""
         deadline = time.monotonic() + PATIENCE
         while logged_steps(self.run) < step and time.monotonic() < deadline:
             if self.child.code() is not None:
@@ -142,7 +142,7 @@ class Start:
         return self.child.code(seconds) is None
 
     def ends(self) -> int | None:
-        """Wait for the command and its ranks to end; None: they hung, then or before."""
+        """Wait until the command and its ranks end; None: they hung now or before."""
         left = self.processes() + self.workers()
         deadline = time.monotonic() + PATIENCE
         code = self.child.code(PATIENCE)
@@ -153,7 +153,7 @@ class Start:
         return None if self.hung else code
 
     def _kill(self) -> None:
-        """End a command that hangs, and remember that it did."""
+        """Kill a command that hangs, and record that it hung."""
         self.hung = True
         send([*self.processes(), *self.workers()], signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
@@ -208,7 +208,7 @@ def stopped(start: Start, chance: random.Random) -> str:
 
 
 def filled(start: Start, chance: random.Random) -> str:
-    """Fill the disk but for a random rest, and free it once the command has ended."""
+    """Fill the disk except for a random rest, and free it after the command has ended."""
     ballast = start.run.parent / "ballast"
     free = os.statvfs(start.run.parent)
     rest = chance.randrange(0, 600_000)
@@ -220,7 +220,7 @@ def filled(start: Start, chance: random.Random) -> str:
 
 
 def damaged(start: Start, chance: random.Random) -> str:
-    """Kill everything, and damage the newest of several checkpoints, or the log."""
+    """Kill all processes, and damage the newest of several checkpoints, or the log."""
     send([psutil.Process(start.child.pid), *start.processes()], signal.SIGKILL)
     start.ends()
     if finished(start.run) or len(checkpoint.checkpoints(start.run)) < 2:
@@ -238,7 +238,7 @@ def damaged(start: Start, chance: random.Random) -> str:
 
 
 def again(start: Start, chance: random.Random) -> str:
-    """Give the same command a second time; one of the two must be refused."""
+    """Start the same command a second time; one of the two must be refused."""
     second = Start(start.run, start.launch, start.case, start.cache, "second.log")
     code = second.ends()
     words = ("another process trains", "another process has trained", "is finished")
@@ -252,7 +252,7 @@ FAULTS = [signalled, signalled, killed, killed, stopped, filled, damaged, again]
 def suffer(
     case: Case, chance: random.Random, run: Path, cache: Path, steps: int, disk: bool
 ) -> list[Fault]:
-    """Strike a run some times; it is started again each time that it has ended."""
+    """Inject several faults into a run, and start it again each time that it has ended."""
     faults: list[Fault] = []
     start: Start | None = None
     for _ in range(chance.randint(5, 12)):
@@ -283,7 +283,7 @@ def suffer(
 
 
 def finish(case: Case, chance: random.Random, run: Path, cache: Path) -> str:
-    """Give the command until it says that the run is finished; say what is wrong."""
+    """Run the command until the run is finished; return what is wrong, empty if nothing is."""
     for _ in range(2):  # the one before may have been struck as it had finished already
         if finished(run):
             return ""
@@ -299,7 +299,7 @@ def finished(run: Path) -> bool:
 
 
 def differs(run: Path, straight: Path, elastic: bool) -> str:
-    """Say how a run differs from the straight one."""
+    """Return how a run differs from the undisturbed one; empty if they are equal."""
     (logged, files), (expected, weights) = outcome(run), outcome(straight)
     if not elastic:
         wrong = [f"{a}, not {b}" for a, b in zip(logged, expected, strict=False) if a != b]
@@ -323,14 +323,14 @@ def differs(run: Path, straight: Path, elastic: bool) -> str:
 
 
 class Soak:
-    """All runs of a call; the straight ones are trained once."""
+    """All runs of a call; each case's undisturbed run is trained once."""
 
     def __init__(self, folder: Path, seed: int, cases: list[Case]) -> None:
         self.folder, self.seed, self.cases = folder, seed, cases
         self.locks = {case.name: threading.Lock() for case in cases}
 
     def straight(self, case: Case) -> Path:
-        """Train a case undisturbed, once."""
+        """Train the undisturbed run of a case, if it does not exist yet."""
         folder = self.folder / f"straight{self.cases.index(case)}"
         with self.locks[case.name]:
             folder.mkdir(exist_ok=True)
@@ -341,7 +341,7 @@ class Soak:
         return run
 
     def one(self, number: int) -> tuple[list[Fault], str]:
-        """Soak one run; give its faults and what is wrong with it."""
+        """Run one case with faults; return the faults and what is wrong with the run."""
         chance = random.Random(f"{self.seed}/{number}")
         case = self.cases[number % len(self.cases)]
         straight = self.straight(case)

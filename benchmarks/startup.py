@@ -1,11 +1,11 @@
-"""From the command to its end with one step in it: ours beside a hand-written script.
+"""Measure the time of a whole command that trains one step: sft and a hand-written script.
 
     python benchmarks/startup.py --rows ROWS.jsonl [--runs 5]
 
 Both train LoRA on the embedded model for one step of eight of the rows (``prompt``, ``completion``)
-and save the adapter; each is run once before, so that data is cached and files are in memory. The
-first start under ZeRO has an empty folder of compiled ops. The answers of ``--help`` and of a
-setting that is refused are timed too.
+and save the adapter; each runs once before, so that data is cached and files are in memory. The
+first start under ZeRO has an empty folder of compiled ops. ``--help`` and the error for an invalid
+setting are timed too.
 """
 
 import argparse

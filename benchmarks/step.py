@@ -1,4 +1,4 @@
-"""Useful tokens per CPU-second of a training step: ours, TRL's, other tools', and the limits.
+"""Measure useful tokens per CPU-second of training: sft, TRL, other tools, and the limits.
 
     python benchmarks/step.py --rows ROWS.jsonl --tokenizer FOLDER [--model opt-125m llama-135m]
         [--precision bf16 fp32] [--steps 8] [--warmup 1] [--runs 3] [--threads 1]
@@ -6,11 +6,11 @@
 
 Rows have ``prompt`` and ``completion``; the loss is on the completion. Every tool trains LoRA of
 rank 8 on the same random weights for an epoch of the same rows, the first ``--steps`` times
-``--micro`` of the file, in its own order (packed: an eighth as many blocks a step). A tool runs in
-a process of its own, the tools in turn; ``--warmup`` epochs before are not counted. ``--peer``
-names the Python of an environment in which LLaMA-Factory or Axolotl is installed. Useful tokens are
-those that are no padding; a product's share is that of the operations that frozen weights need. On
-a GPU it is seconds that count.
+``--micro`` of the file, in its own order (packed: an eighth as many blocks per step). Each tool
+runs in a separate process, and the tools alternate; the first ``--warmup`` epochs are not counted.
+``--peer`` gives the Python of an environment in which LLaMA-Factory or Axolotl is installed. Useful
+tokens are all tokens but padding. The share of a product's speed counts the operations that frozen
+weights need. On a GPU, wall seconds replace CPU-seconds.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def take(rows: str, count: int, path: Path) -> None:
 
 
 class Meter:
-    """Counts tokens and time of one epoch, after those of ``warmup``."""
+    """Counts tokens and time of each epoch after the first ``warmup`` epochs."""
 
     def __init__(self, warmup: int) -> None:
         self.warmup, self.epoch = warmup, 0
@@ -91,22 +91,22 @@ class Meter:
         return time.perf_counter(), time.process_time()
 
     def begin_epoch(self) -> None:
-        """Call before an epoch's first batch is made."""
+        """Start an epoch; call this before its first batch is made."""
         self.began = self.now()
 
     def see(self, inputs: dict[str, Any], pad: int) -> None:
-        """Call with each batch."""
+        """Count the tokens of a batch."""
         if self.epoch == self.warmup:
             self.tokens += int((inputs["input_ids"] != pad).sum())
             self.trained += int((inputs["labels"] != -100).sum())
 
     def end_epoch(self) -> None:
-        """Call after an epoch's last step."""
+        """End an epoch; call this after its last step."""
         self.ended = self.now()
         self.epoch += 1
 
     def result(self) -> dict[str, float]:
-        """Give what was measured, of the last epoch."""
+        """Return the measurements of the last epoch."""
         import torch
 
         assert self.epoch == self.warmup + 1
@@ -124,7 +124,7 @@ class Meter:
 
 
 def watch_trainer(meter: Meter, pad: int) -> None:
-    """Measure whatever Trainer this process runs."""
+    """Measure any Trainer that this process runs."""
     import transformers
 
     stock = transformers.Trainer.training_step
@@ -183,7 +183,7 @@ def ours_packed(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
 def trl(
     given: argparse.Namespace, meter: Meter, folder: Path, packing: bool = False, **fields: Any
 ) -> None:
-    """Train as TRL's documentation does: prompt/completion rows, a LoraConfig, its defaults."""
+    """Train as TRL's documentation does: prompt/completion rows, a LoraConfig, default settings."""
     import datasets
     from peft import LoraConfig
     from transformers import AutoTokenizer
@@ -247,7 +247,7 @@ def peak(given: argparse.Namespace) -> float:
 
 
 def llamafactory(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
-    """Train by LLaMA-Factory with its example of a LoRA's settings."""
+    """Train with LLaMA-Factory and the settings of its LoRA example."""
     from llamafactory.train.tuner import run_exp
 
     columns = {"prompt": "prompt", "response": "completion"}
@@ -280,7 +280,7 @@ def llamafactory(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
 
 
 def axolotl(given: argparse.Namespace, meter: Meter, folder: Path) -> None:
-    """Train by Axolotl with its example of a LoRA's settings, samples not packed."""
+    """Train with Axolotl and the settings of its LoRA example, samples not packed."""
     import transformers
 
     # Of which it has no setting of its own, and without which it refuses bf16.
@@ -350,7 +350,7 @@ def only(given: argparse.Namespace) -> None:
 def measured(
     name: str, python: str, given: argparse.Namespace, precision: str, folder: str
 ) -> dict[str, float]:
-    """Run one contender in a process of its own."""
+    """Run one contender in a separate process."""
     command = [python, __file__, "--only", name, "--folder", folder]
     command += ["--rows", f"{folder}/rows.jsonl", "--precision", precision]
     for key in ("warmup", "threads", "micro"):
@@ -366,9 +366,9 @@ def measured(
 
 
 def sizes(folder: str) -> tuple[int, int]:
-    """Count the weights that multiply every token, and those that multiply the trained ones.
+    """Count the weights that multiply every token, and those that multiply only trained tokens.
 
-    Frozen, each costs two operations forward and two backward.
+    A frozen weight takes two operations forward and two backward.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

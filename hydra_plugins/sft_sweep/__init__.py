@@ -1,1 +1,1 @@
-"""Sweeps: what Hydra needs to find ``sft.sweep.trials``; it accepts plugins from here only."""
+"""The package in which Hydra finds the sweep's launcher: it searches hydra_plugins only."""

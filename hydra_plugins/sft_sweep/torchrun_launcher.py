@@ -1,8 +1,8 @@
-"""Hydra's door to ``sft.sweep.trials``: a launcher that trains each trial in a torchrun of its own.
+"""Hydra launcher that passes the trials of a sweep to ``sft.sweep.trials``, one torchrun each.
 
-Hydra imports this file whenever it composes anything, so it must cost milliseconds: no torch.
-Nor ``from __future__ import annotations``: Hydra executes the file before sys.modules has it, and
-a dataclass whose types are text looks them up there.
+Hydra imports this file whenever it composes a config, so the import must take milliseconds: no
+torch. It must not use ``from __future__ import annotations``: Hydra executes the file before
+sys.modules contains it, and a dataclass resolves types that are strings through sys.modules.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class TorchrunLauncherConf:
     """Settings of ``hydra.launcher``."""
 
     _target_: str = "hydra_plugins.sft_sweep.torchrun_launcher.TorchrunLauncher"
-    nproc_per_node: int | None = None  # ranks of a trial; null: as torchrun's here, or 1
+    nproc_per_node: int | None = None  # ranks of a trial; null: those of this torchrun, or 1
 
 
 ConfigStore.instance().store(
@@ -35,29 +35,29 @@ def _sweep_name(overrides: list[str]) -> str:
     return sweep_name(overrides)
 
 
-# Hydra executes this file again where it is imported already, hence replace.
+# Hydra may execute this file more than once in a process, hence replace.
 OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True)
 
 
 class TorchrunLauncher(Launcher):  # type: ignore[misc]
-    """Train the trials one after the other."""
+    """Trains the trials one after the other."""
 
     def __init__(self, nproc_per_node: int | None) -> None:
         self.nproc_per_node = nproc_per_node
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
-        """Keep what Hydra hands over; the task function belongs to the trials' processes."""
+        """Store Hydra's objects; the task function is not needed, as trials are processes."""
         self.config_loader = hydra_context.config_loader
         self.config = config
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Train every trial and sum them up.
+        """Train all trials and print a table of them.
 
         Raises:
             SystemExit: A trial failed or the user interrupted. Hydra's own way, a JobReturn that
-                carries an exception, would print a traceback below the table.
+                holds an exception, would print a traceback below the table.
         """
         from sft.cli.command import report_error, start_logging, sweep_result
         from sft.errors import SftError
@@ -65,7 +65,7 @@ class TorchrunLauncher(Launcher):  # type: ignore[misc]
 
         start_logging()
         hydra = self.config.hydra
-        # Resolved here and once: in a trial's own config a name made of overrides is another.
+        # Resolve the folder once: in a trial's own config, a name made of overrides would differ.
         sweep_dir = Path(hydra.sweep.dir)
         jobs = [list(overrides) for overrides in job_overrides]
         returns = [self._job_return(job, initial_job_idx + i) for i, job in enumerate(jobs)]

@@ -1,1 +1,1 @@
-"""The plain path's results, sooner."""
+"""Faster implementations that compute the same results as the libraries' own."""

@@ -1,4 +1,4 @@
-"""Attention over documents in a row, each of which sees itself alone, and where it is used."""
+"""Attention over rows of several documents, each of which attends to itself only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NAME = "packed"
 FLASH = ("flash_attention_2", "flash_attention_3")
-# Their models build the causal mask without positions, so that stock kernels see no documents.
+# These models build the causal mask without positions, so stock kernels do not separate documents.
 LEAKS = {"biogpt", "bloom", "falcon", "mpt", "opt", "xglm"}
 UNPACKED = "dataset.packing=none"
 
@@ -42,30 +42,30 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend causally within each document; without ``cu_seq_lens_q``, as sdpa does.
+    """Attend causally within each document; without ``cu_seq_lens_q``, call sdpa.
 
     Args:
         module: The model's attention module.
         query: (batch, heads, length, head_dim).
-        key: (batch, key heads, length, head_dim); fewer heads than the query's are shared.
-        value: As key.
-        attention_mask: Of generation; documents need none.
-        dropout: On the attention's weights.
-        scaling: Of the scores; None: 1 / sqrt(head_dim).
-        cu_seq_lens_q: Where documents begin and end in the batch * length tokens, from 0.
-        max_length_q: Tokens of the longest.
-        sliding_window: A token sees as many, itself included.
-        **kwargs: What other kernels take.
+        key: (batch, key heads, length, head_dim); query heads may share a key head.
+        value: Same shape as key.
+        attention_mask: The mask in generation; None with documents.
+        dropout: The dropout rate of the attention weights.
+        scaling: The factor of the scores; None: 1 / sqrt(head_dim).
+        cu_seq_lens_q: The bounds of documents in the batch * length tokens, beginning with 0.
+        max_length_q: The length of the longest document.
+        sliding_window: The number of tokens that a token attends to, itself included.
+        **kwargs: Arguments for other kernels.
 
     Returns:
-        (batch, length, heads, head_dim), and no weights.
+        (batch, length, heads, head_dim), and None instead of the attention weights.
 
     Raises:
-        ModelError: The model wants what this kernel has not.
+        ModelError: The model needs a feature that this kernel does not have.
     """
     if cu_seq_lens_q is not None and attention_mask is not None:
         raise ModelError(
-            f"attn_implementation={NAME} takes no mask of a model's own beside documents\n"
+            f"attn_implementation={NAME} cannot apply the model's own mask to documents\n"
             "    fix: model.attn_implementation=sdpa"
         )
     for name in ("softcap", "s_aux"):
@@ -91,7 +91,7 @@ def packed_attention(
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         joined = _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)
         return joined.view(batch, length, heads, -1), None
-    # (heads, batch * length, head_dim): a document may not reach over rows, but ends with one.
+    # (heads, batch * length, head_dim): a document never continues in the next row of the batch.
     query, key, value = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
     bounds = cu_seq_lens_q.tolist()
     parts = []
@@ -128,7 +128,7 @@ def _varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """Call PyTorch's attention over documents; tensors are (tokens, heads, head_dim)."""
+    """Call PyTorch's ``varlen_attn``; tensors are (tokens, heads, head_dim)."""
     from torch.nn.attention import varlen
 
     takes = _parameters(varlen.varlen_attn)
@@ -140,14 +140,14 @@ def _varlen(
             shared = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
     if "num_splits" in takes:
-        # Splitting the keys would let one document's length change the others' rounding. PyTorch
-        # 2.11 has no such argument; its kernel splits only keys in pages, or with shared heads
-        # where every document is one token (flash_api.cpp, mha_varlen_fwd): neither comes here.
+        # If the keys were split, one document's length would change the rounding of the others.
+        # PyTorch 2.11 does not have the argument; its kernel splits only paged keys, and shared
+        # heads if every document is one token (flash_api.cpp, mha_varlen_fwd): neither occurs here.
         options["num_splits"] = 1
     joined = varlen.varlen_attn(
         *(query, key, value, bounds, bounds, longest, longest),
         scale=scaling,
-        # What a token sees to its left, besides itself; nothing to its right.
+        # Tokens that a token attends to on its left, without itself, and on its right.
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         **options,
     )
@@ -157,12 +157,12 @@ def _varlen(
 
 @functools.cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    """Name what a function takes: ``varlen_attn`` has gained arguments since PyTorch 2.11."""
+    """List a function's parameters: ``varlen_attn`` has more of them since PyTorch 2.11."""
     return frozenset(inspect.signature(function).parameters)
 
 
 def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Tell whether PyTorch's flash attention takes it: on a GPU since Ampere, in 16 bits."""
+    """Return whether ``varlen_attn`` supports the tensors: 16 bits, on Ampere or a later GPU."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -186,9 +186,10 @@ _stock_preprocess = masking_utils._preprocess_mask_arguments
 def _preprocess(
     config: Any, inputs_embeds: Any, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Make a mask for generation only: documents come without one, and need none.
+    """Skip making a mask for documents, which have no attention mask; generation has one.
 
-    Else they would be looked for in the positions, and a GPU waited for, in every forward pass.
+    Otherwise Transformers would search the positions for documents in every forward pass, which
+    waits for the GPU.
     """
     if kernel_of(config) == NAME and attention_mask is None:
         return True, None, None, None, None, None, None
@@ -196,14 +197,14 @@ def _preprocess(
 
 
 def register() -> None:
-    """Make ``attn_implementation="packed"`` known to Transformers."""
+    """Register ``attn_implementation="packed"`` with Transformers."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     masking_utils._preprocess_mask_arguments = _preprocess
 
 
 def takes_ours(architecture: PreTrainedModel) -> bool:
-    """Tell whether our kernel can replace a model's attention."""
+    """Return whether ``packed_attention`` can replace a model's attention."""
     text = architecture.config.get_text_config()
     return (
         bool(getattr(architecture, "_supports_attention_backend", False))
@@ -214,11 +215,11 @@ def takes_ours(architecture: PreTrainedModel) -> bool:
 
 
 def unjoinable(architecture: PreTrainedModel, asked: str | None, precision: str) -> str:
-    """Say why samples are not joined into one row by default; empty where they are.
+    """Return why samples are not joined into one row by default; "" if they are.
 
-    Joined samples must not see each other, so the kernel must know where each begins. On a GPU
-    PyTorch's attention over documents must support the model: our loop over documents would
-    leave the GPU idle.
+    Joined samples must not attend to each other, so the kernel must know where each begins. On a
+    GPU, PyTorch's ``varlen_attn`` must support the model, because a loop over documents would leave
+    the GPU idle.
 
     Args:
         architecture: The model, with or without weights.
@@ -228,10 +229,10 @@ def unjoinable(architecture: PreTrainedModel, asked: str | None, precision: str)
     if asked in FLASH:
         return ""
     if asked not in ("auto", NAME):
-        return f"model.attn_implementation={typed(asked)} would need a mask for joined rows"
+        return f"model.attn_implementation={typed(asked)} cannot separate joined rows"
     if not takes_ours(architecture):
         kind = architecture.config.model_type
-        return f"{kind} has its own attention, which no kernel that separates rows replaces"
+        return f"{kind} has its own attention, which cannot separate joined rows"
     if not torch.cuda.is_available():
         return ""
     text = architecture.config.get_text_config()
@@ -262,23 +263,23 @@ def choose(
         The kernel, None for the architecture's own; whether a micro-batch is joined into one row.
 
     Raises:
-        ConfigError: Documents in one row would see each other.
+        ConfigError: Documents in one row would attend to each other.
     """
     asked, joined = config.model.attn_implementation, config.train.padding_free
     why = AS_SET
     if joined == "auto":
         why = unjoinable(architecture, asked, precision)
         joined = not why
-        why = why or "attention keeps the joined rows apart"
+        why = why or "attention separates the joined rows"
     used = kernel(architecture, asked, packed or joined)
     if asked != "auto":
         reason = AS_SET
     elif joined:
         reason = "rows are joined without padding"
     elif packed:
-        reason = "samples hold several documents, which attention keeps apart"
+        reason = "samples hold several documents, which this attention separates"
     else:
-        reason = "rows are padded: null is the architecture's own attention"
+        reason = "rows are padded; null is the architecture's own attention"
     return (
         Choice("model.attn_implementation", used, reason),
         Choice("train.padding_free", joined, why),
@@ -294,7 +295,7 @@ def kernel(architecture: PreTrainedModel, asked: str | None, several: bool) -> s
         several: Whether a row holds several documents.
 
     Raises:
-        ConfigError: Documents in one row would see each other.
+        ConfigError: Documents in one row would attend to each other.
     """
     register()
     kind = architecture.config.model_type
@@ -304,7 +305,7 @@ def kernel(architecture: PreTrainedModel, asked: str | None, several: bool) -> s
             [
                 Problem(
                     f"model.attn_implementation={NAME}",
-                    f"the architecture {kind} has its own attention, which no kernel replaces",
+                    f"the architecture {kind} has its own attention, which cannot be replaced",
                     "model.attn_implementation=auto",
                 )
             ]
@@ -316,7 +317,7 @@ def kernel(architecture: PreTrainedModel, asked: str | None, several: bool) -> s
             [
                 Problem(
                     f"dataset.packing with model.attn_implementation={asked or 'null'}",
-                    f"documents that are packed together would see each other in {kind}",
+                    f"documents that are packed together would attend to each other in {kind}",
                     f"model.attn_implementation={NAME}, or {UNPACKED}" if ours else UNPACKED,
                 )
             ]

@@ -1,10 +1,10 @@
 """Products of 16-bit factors on a CPU: by PyTorch's kernels, or in float32 with one rounding.
 
-Where the processor lacks bf16 or fp16, PyTorch emulates its products number by number: with AVX2,
-8 times slower than float32 forward and a hundred times backward (benchmarks/RESULTS.md). Where it
+If the processor lacks bf16 or fp16, PyTorch emulates the products number by number: with AVX2, they
+take 8 times as long as float32 forward and a hundred times backward (benchmarks/RESULTS.md). If it
 has bf16 but no matrix unit for it, PyTorch's bf16 kernels can still be slower than its float32
-ones. Each way gives 16-bit factors, sums in float32, and one rounding; the ways differ in the
-order of the sums.
+ones. Each way multiplies 16-bit factors, sums in float32 and rounds once; the ways differ only in
+the order of summation.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ import torch
 
 NATIVE = "native"  # PyTorch's 16-bit kernels
 WIDENED = "widened"  # the factors are converted to float32, and the result is rounded
-# As widened, and oneDNN multiplies with bf16 instructions, into which bf16 factors fit exactly.
+# As WIDENED, but oneDNN multiplies with bf16 instructions, which represent bf16 factors exactly.
 SHORTENED = "widened, bf16 instructions"
 
-# Names of what a processor can do, of which one is enough: x86's, then ARM's.
+# Capabilities of processors, of which one is enough: x86's, then ARM's.
 CAPABILITIES = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
-# Which argument is the left factor, and how many results have the precision of the factors:
-# attention's normaliser has not.
+# The index of the left factor among the arguments, and the number of results in the precision of
+# the factors: attention also returns a float32 normaliser.
 PRODUCTS = {
     **dict.fromkeys(("mm", "mm.out", "bmm", "bmm.out", ATTENTION), (0, 1)),
     **dict.fromkeys(("addmm", "addmm_", "baddbmm"), (1, 1)),
     f"{ATTENTION}_backward": (0, 3),
 }
-# Of a left factor: with fewer, as in generating, a layer's weights take longer to widen than to
-# multiply, which PyTorch does well where they are read along their rows.
+# Rows of the left factor. With fewer, as in generation, converting a layer's weights takes longer
+# than multiplying them, and PyTorch's kernel is fast if it reads the weights along their rows.
 ROWS = 16
 
-_library: Any = None  # holds our kernels for the life of the process; None: none are registered
-_ways: dict[torch.dtype, str] = {}  # looked up at each call; a precision that is absent is native
+_library: Any = None  # keeps the registered kernels alive; None: none are registered
+_ways: dict[torch.dtype, str] = {}  # read at each call; the default is NATIVE
 
 
 def cpu_has(dtype: torch.dtype) -> bool:
-    """Tell whether this processor multiplies in a 16-bit precision."""
+    """Return whether this processor has instructions for products in a 16-bit precision."""
     can = torch.cpu.get_capabilities()
     return any(can.get(name) for name in CAPABILITIES[dtype])
 
 
 def ways(dtype: torch.dtype) -> list[str]:
-    """List how this processor can compute products in a 16-bit precision, the plainest first."""
+    """List the ways in which this processor can compute 16-bit products, the default first."""
     if not cpu_has(dtype):
         return [WIDENED]
     on_x86 = dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("bf16")
@@ -57,12 +57,11 @@ def ways(dtype: torch.dtype) -> list[str]:
 
 
 def widen_products(dtype: torch.dtype, way: str | None = None) -> None:
-    """Choose how PyTorch computes products in a precision on this CPU, for the whole process.
+    """Set the way in which PyTorch computes 16-bit products on this CPU, for the whole process.
 
     Args:
-        dtype: The factors' precision; float32 is left alone.
-        way: One of ``ways(dtype)``. Another one, or None, is the first of these: what the
-            processor has, without a measurement.
+        dtype: The factors' precision; float32 changes nothing.
+        way: One of ``ways(dtype)``; any other value, or None, selects the first of them.
     """
     if dtype not in CAPABILITIES:
         return
@@ -74,7 +73,7 @@ def widen_products(dtype: torch.dtype, way: str | None = None) -> None:
 
 
 def _register() -> None:
-    """Put our kernels before PyTorch's, once: PyTorch 2.11 refuses to replace a replacement."""
+    """Replace PyTorch's kernels, once: PyTorch 2.11 refuses to replace a replaced kernel."""
     global _library
     if _library is not None:
         return
@@ -82,7 +81,7 @@ def _register() -> None:
     for name, (left, results) in PRODUCTS.items():
         stock = torch.library.get_kernel(f"aten::{name}", "CPU")
         kernel = _widened(stock, left, results, name.startswith(ATTENTION), name.endswith("_"))
-        with warnings.catch_warnings():  # that a kernel is replaced
+        with warnings.catch_warnings():  # PyTorch warns that a kernel is replaced
             warnings.simplefilter("ignore", UserWarning)
             _library.impl(name, kernel, "CPU", with_keyset=True)
 
@@ -90,14 +89,14 @@ def _register() -> None:
 def _widened(
     stock: Any, left: int, results: int, exact: bool = False, in_place: bool = False
 ) -> Callable[..., Any]:
-    """Make a kernel that computes as its factors' precision is to be computed.
+    """Make a kernel that computes a product in the way that is set for its factors' precision.
 
     Args:
         stock: PyTorch's kernel.
-        left: Which argument is the left factor.
-        results: How many results have the precision of the factors.
-        exact: Some factors are results themselves and do not fit into 16 bits, such as
-            attention's weights, so that bf16 instructions would round them.
+        left: The index of the left factor among the arguments.
+        results: The number of results in the precision of the factors.
+        exact: Some factors are intermediate float32 results, such as attention's weights, which
+            bf16 instructions would round; do not use them.
         in_place: The result replaces the first argument.
     """
 
@@ -106,7 +105,7 @@ def _widened(
         way = _ways.get(dtype, NATIVE)
         if way == NATIVE:
             return stock.call_boxed(keys, *args, **kwargs)
-        # Two, or three with what is added or attended to; attention's mask may be of another type.
+        # Two factors, or three with a summand or value; attention's mask may have a different type.
         factors = [value for value in args[:3] if isinstance(value, torch.Tensor)]
         few = args[left].shape[-2] < ROWS and args[left + 1].stride(-2) == 1
         if few or any(factor.dtype != dtype for factor in factors):
@@ -131,7 +130,7 @@ def _widened(
 
 @contextmanager
 def bf16_instructions() -> Iterator[None]:
-    """Let oneDNN multiply float32 matrices with bf16 instructions, within the block only."""
+    """Within the block, allow oneDNN to multiply float32 matrices with bf16 instructions."""
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"

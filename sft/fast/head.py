@@ -1,6 +1,6 @@
-"""The LM head and the loss in one, on trained positions only: which way, and put into the model.
+"""Compute the LM head and the loss together, on trained positions only.
 
-The full logits of a batch, (tokens, vocabulary), never exist.
+The full logits of a batch, (tokens, vocabulary), are never in memory.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
     from sft.config.settings import Config
 
-TILE = 32768  # of the vocabulary at once, as TRL's trainer has it
+TILE = 32768  # vocabulary entries at once, as in TRL's trainer
 
 
 @dataclass
 class HeadOutput(ModelOutput):  # type: ignore[misc]
-    """What the loss and its metrics need; N is the number of trained positions.
+    """The loss and the values for its metrics; N is the number of trained positions.
 
     Attributes:
-        loss: Summed over the N positions, scalar.
-        log_probs: Of the labels, without gradient, (N,).
-        label_mask: Ones, (N,); of TRL's own output it says which of the batch are trained.
-        entropy: Of the predictions in nats, (N,); None unless asked for.
-        is_top1: Whether the label is the likeliest token, likewise.
+        loss: The sum over the N positions, scalar.
+        log_probs: The log-probabilities of the labels, without gradient, (N,).
+        label_mask: Ones, (N,); in TRL's own output it marks the trained positions of the batch.
+        entropy: The entropy of the predictions in nats, (N,); None without ``head_metrics``.
+        is_top1: Whether the label is the top token, (N,); None without ``head_metrics``.
     """
 
     loss: torch.Tensor | None = None
@@ -48,16 +48,16 @@ class HeadOutput(ModelOutput):  # type: ignore[misc]
 
 
 def install(model: PreTrainedModel, kind: str) -> None:
-    """Let ``model(..., labels=..., fused_lm_head=True)`` give a HeadOutput.
+    """Make ``model(..., labels=..., fused_lm_head=True)`` return a HeadOutput.
 
-    Called otherwise, the model does what it did; ``fused_lm_head`` is TRL's name. With
-    ``loss_positions``, of the collator, a GPU is not asked which labels are trained.
+    Without ``fused_lm_head``, which is TRL's name, the model is unchanged. If the collator gives
+    ``loss_positions``, the GPU need not be waited for to find the trained labels.
 
     Args:
-        model: The base model, to which TRL has given its head.
-        kind: ``chunked``: as above; ``trl``: TRL's kernel; ``plain``: from the model's own logits.
+        model: The base model, whose forward TRL has already replaced.
+        kind: ``chunked``: ``SummedLoss``; ``trl``: TRL's kernel; ``plain``: the model's own logits.
     """
-    before = getattr(model.forward, "before", model.forward)  # not a head that we installed
+    before = getattr(model.forward, "before", model.forward)  # without an earlier install's head
     logits = Logits.of(model.config.get_text_config())
     score = _by_trl if kind == "trl" else _by_chunks
 
@@ -96,9 +96,9 @@ def install(model: PreTrainedModel, kind: str) -> None:
 def _by_chunks(
     states: torch.Tensor, head: Any, labels: torch.Tensor, logits: Logits, dft: bool, metrics: bool
 ) -> HeadOutput:
-    """Score the labels, (N,), on the backbone's states, (N, width)."""
+    """Compute the loss of the labels, (N,), from the backbone's states, (N, width)."""
     weights: tuple[Any, ...] = (head.weight, head.bias)
-    if not torch.is_grad_enabled():  # else its gradient would be formed all the same
+    if not torch.is_grad_enabled():  # otherwise SummedLoss would compute their gradients
         weights = tuple(None if weight is None else weight.detach() for weight in weights)
     loss, log_probs, entropy, is_top1 = SummedLoss.apply(  # type: ignore[no-untyped-call]
         states, *weights, labels, logits, dft, metrics
@@ -115,7 +115,7 @@ def _by_chunks(
 def _by_trl(
     states: torch.Tensor, head: Any, labels: torch.Tensor, logits: Logits, dft: bool, metrics: bool
 ) -> HeadOutput:
-    """Do the same with TRL's kernel, which is Triton's on a GPU."""
+    """Compute the same with TRL's kernel, which uses Triton on a GPU."""
     wanted = ("entropy", "is_top1") if metrics else ()
     log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
         states, head.weight, head.bias, labels, 1.0, TILE, logits.softcap, logits.scale, wanted
@@ -131,7 +131,7 @@ def _by_trl(
 
 
 def _scored(scores: torch.Tensor, labels: torch.Tensor, dft: bool, metrics: bool) -> HeadOutput:
-    """Give the same from logits, (N, vocabulary), as anyone would write it."""
+    """Compute the same from logits, (N, vocabulary), with plain PyTorch functions."""
     every = scores.log_softmax(-1)
     log_probs = every.gather(1, labels[:, None])[:, 0]
     each = -log_probs * log_probs.detach().exp() if dft else -log_probs
@@ -153,12 +153,12 @@ def choose(config: Config, architecture: PreTrainedModel) -> Choice:
         architecture: The model, with or without weights.
 
     Raises:
-        ConfigError: The experts of the model need a loss of their own, which only TRL's head adds.
+        ConfigError: The model's experts need the load-balancing loss, which only TRL's head adds.
     """
     name, asked = "model.lm_head", config.model.lm_head
     text = architecture.config.get_text_config()
     coefficient = config.train.extra.get("router_aux_loss_coef")
-    # The condition is SFTTrainer's.
+    # The same condition as in SFTTrainer.
     balances = hasattr(text, "output_router_logits") and coefficient != 0
     if balances and asked in ("chunked", "plain"):
         rule = "only TRL's head adds the loss that balances this model's experts"

@@ -1,8 +1,8 @@
-"""Frozen linear layers on a CPU: their weights are packed for oneDNN once, not used as they lie.
+"""Frozen linear layers on a CPU: pack their weights once into oneDNN's layout.
 
-PyTorch gives float32 products to MKL, which on an AMD processor with AVX-512 reached under half of
-what oneDNN did (100 against 240 GFLOP/s a core); with AVX2 alone MKL was the faster
-by a tenth (benchmarks/RESULTS.md).
+PyTorch computes float32 products with MKL, which on an AMD processor with AVX-512 reached less than
+half the speed of oneDNN (100 against 240 GFLOP/s per core); with AVX2 only, MKL was faster by a
+tenth (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
     from sft.config.settings import Config
 
-ROWS = 1024  # tokens in a product for which oneDNN chooses its layout; others work too
-SHARE = 0.5  # of the free memory that packed weights may take
+ROWS = 1024  # number of tokens for which oneDNN chooses its layout; other numbers work too
+SHARE = 0.5  # the share of free memory that packed weights may take
 
 
 class Product(torch.autograd.Function):
-    """x W^T + b for packed W, whose gradient on x is a product with packed W^T."""
+    """Compute x W^T + b for packed W; the gradient of x is a product with packed W^T."""
 
     @staticmethod
     def forward(
@@ -38,13 +38,13 @@ class Product(torch.autograd.Function):
         transposed: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Multiply; x is (..., in), the result (..., out)."""
+        """Compute the product; x is (..., in), the result is (..., out)."""
         ctx.transposed = transposed
         return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """Multiply back."""
+        """Compute the gradient of x."""
         return product(gradient, ctx.transposed, None), None, None, None
 
 
@@ -92,12 +92,12 @@ def choose(config: Config, architecture: PreTrainedModel, precision: str, stage:
 
 
 def extra_bytes(architecture: PreTrainedModel) -> int:
-    """Count what packing takes, at the most: every weight twice more."""
+    """Return the memory of packed weights in bytes, at most: two copies of every weight."""
     return 2 * 4 * int(architecture.num_parameters())
 
 
 def frozen(model: Any) -> list[torch.nn.Linear]:
-    """List the base's layers that are not trained, but for the LM head, which is used otherwise."""
+    """List the base's frozen linear layers, without the LM head, whose weight the loss uses."""
     head = model.get_output_embeddings()
     heads = {head, getattr(head, "original_module", None)}  # PEFT's modules_to_save wraps it
     return [
@@ -105,7 +105,8 @@ def frozen(model: Any) -> list[torch.nn.Linear]:
         for name, layer in model.named_modules()
         if type(layer) is torch.nn.Linear
         and layer not in heads
-        and ".lora_" not in name  # a checkpoint may bring another
+        # Loading a checkpoint replaces the weights of LoRA layers: a packed copy would be stale.
+        and ".lora_" not in name
         and layer.weight.dtype == torch.float32
         and not layer.weight.requires_grad
         and (layer.bias is None or not layer.bias.requires_grad)
@@ -113,7 +114,7 @@ def frozen(model: Any) -> list[torch.nn.Linear]:
 
 
 def install(model: Any) -> int:
-    """Pack the frozen layers, which takes their memory twice more; give their number."""
+    """Pack the frozen layers, which takes two more copies of them; return their number."""
     layers = frozen(model)
     for layer in layers:
         packed = pack(layer.weight.detach())
@@ -122,7 +123,7 @@ def install(model: Any) -> int:
 
 
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy a weight into oneDNN's layout, and its transpose for the product backward."""
+    """Copy a weight, and its transpose for the backward pass, into oneDNN's layout."""
     reorder: Any = torch.ops.mkldnn._reorder_linear_weight
     return reorder(weight, ROWS), reorder(weight.t().contiguous(), ROWS)
 
@@ -137,6 +138,6 @@ def _forward(
 
 
 def amd_with_avx512() -> bool:
-    """Tell whether this is a processor on which MKL does not use what there is."""
+    """Return whether this is an AMD processor with AVX-512, which MKL does not use there."""
     can = torch.cpu.get_capabilities()
     return "AMD" in can.get("cpu_name", "") and bool(can.get("avx512_f"))

@@ -1,9 +1,9 @@
 """LoRA on a linear layer with fewer passes over its activations than PEFT makes.
 
-PEFT converts the layer's input to the adapter's float32, from which autocast converts it back, and
-then scales and adds what the adapter gives: six tensors of the layer's size, each written and read
-again. Here the second product of the adapter adds to the layer's own output where that lies, and
-the input is kept for the backward pass as it is, once for all layers that share it.
+PEFT converts the layer's input to the adapter's float32, autocast converts it back, and PEFT then
+scales and adds the adapter's output: six tensors of the layer's size are written and read again.
+Here the adapter's second product is added in place to the layer's output, and the input is saved
+for the backward pass unconverted, once for all layers that share it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Adapted(torch.autograd.Function):
-    """y + s (x A^T) B^T, in the precision of y, summed in float32 and rounded once."""
+    """Compute y + s (x A^T) B^T in the precision of y, summed in float32 and rounded once."""
 
     @staticmethod
     def forward(
@@ -32,12 +32,12 @@ class Adapted(torch.autograd.Function):
         b: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Overwrite y, (..., out), of x, (..., in), with A of (r, in) and B of (out, r)."""
+        """Add to y in place; y is (..., out), x is (..., in), A is (r, in), B is (out, r)."""
         kinds = x.dtype, a.dtype, b.dtype
         x, a, b = (tensor.to(y.dtype) for tensor in (x, a, b))
         low = x.flatten(0, -2) @ a.t()
-        # Without its history y is no view, of which autograd would copy the gradient. PyTorch
-        # raises in the backward pass if somebody else has kept y for it.
+        # Detached, y is not a view; autograd would copy the gradient of a view. If a different
+        # operation has saved y for its backward pass, PyTorch raises an error there.
         y = y.detach()
         y.view(-1, y.shape[-1]).addmm_(low, b.t(), alpha=scaling)
         ctx.save_for_backward(x, a, b, low)
@@ -46,11 +46,11 @@ class Adapted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Give the gradients of y, x, A and B."""
+        """Return the gradients of y, x, A and B."""
         x, a, b, low = ctx.saved_tensors
         kind_x, kind_a, kind_b = ctx.kinds
         flat = gradient.flatten(0, -2)
-        # beta=0: what is added to has no part but its shape.
+        # With beta=0 the first argument gives only the shape.
         of_low = torch.addmm(low, flat, b, beta=0, alpha=ctx.scaling)
         of_x = (of_low @ a).view_as(x).to(kind_x) if ctx.needs_input_grad[1] else None
         of_a = (of_low.t() @ x.flatten(0, -2)).to(kind_a)
@@ -59,7 +59,7 @@ class Adapted(torch.autograd.Function):
 
 
 def left_to_peft(config: Config, stage: int) -> str:
-    """Say why PEFT computes the adapters of a run; empty where this module does.
+    """Return why PEFT computes the adapters of a run; "" if this module does.
 
     Args:
         config: The run's config.
@@ -68,11 +68,11 @@ def left_to_peft(config: Config, stage: int) -> str:
     if not config.lora.enabled:
         return "there is no adapter"
     if stage == 3:
-        return "ZeRO stage 3 gathers the weights of a module when that is called"
+        return "ZeRO stage 3 gathers a module's weights only when the module is called"
     if config.lora.use_dora or config.lora.extra.get("lora_bias"):
-        return "it adds more than a product of two matrices"
+        return "DoRA and lora_bias add more than a product of two matrices"
     extra = config.train.extra
-    # TrainingArguments switches compilation on for each of the others.
+    # TrainingArguments turns compilation on if one of these is set.
     named = ("torch_compile_backend", "torch_compile_mode")
     if extra.get("torch_compile") or any(extra.get(name) is not None for name in named):
         return "torch.compile fuses PEFT's operations itself"
@@ -80,7 +80,7 @@ def left_to_peft(config: Config, stage: int) -> str:
 
 
 def install(model: nn.Module) -> int:
-    """Let ``Adapted`` compute the adapters of plain LoRA on linear layers; return their number."""
+    """Compute plain LoRA on linear layers with ``Adapted``; return the number of layers."""
     layers = [layer for layer in model.modules() if type(layer) is Linear]
     for layer in layers:
         layer.forward = types.MethodType(_forward, layer)

@@ -1,7 +1,7 @@
-"""The loss over trained positions, a few at a time, gradient included.
+"""Compute the loss and its gradient over trained positions, one chunk of positions at a time.
 
-Since nothing follows the loss, its gradient is formed while a chunk's logits are at hand, so that
-nothing is computed twice.
+The loss is the last operation, so its gradient is computed in the forward pass, from the logits of
+the chunk, and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ CHUNK = 1 << 24  # logits at once: 64 MiB in float32, whatever the vocabulary an
 
 @dataclass
 class Logits:
-    """What a model does to its head's output.
+    """What a model applies to its head's output.
 
     Attributes:
-        scale: It is multiplied by this (Cohere, Granite).
-        softcap: Then x becomes softcap * tanh(x / softcap) (Gemma); None: it stays.
+        scale: A factor (Cohere, Granite).
+        softcap: After it, x becomes softcap * tanh(x / softcap) (Gemma); None: not applied.
     """
 
     scale: float = 1.0
@@ -29,7 +29,7 @@ class Logits:
 
     @classmethod
     def of(cls, config: Any) -> Logits:
-        """Read a model's config: each family has a name of its own for it."""
+        """Read a model's config; families use different names for the scale."""
         scale = 1.0
         for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
             scale *= getattr(config, name, None) or 1.0
@@ -39,7 +39,7 @@ class Logits:
 
 
 class SummedLoss(torch.autograd.Function):
-    """Sum the loss over positions; its gradient is formed in the forward pass."""
+    """Sum the loss over positions; the forward pass also computes the gradient."""
 
     @staticmethod
     def forward(
@@ -52,20 +52,21 @@ class SummedLoss(torch.autograd.Function):
         dft: bool,
         metrics: bool,
     ) -> tuple[torch.Tensor, ...]:
-        """Score the labels.
+        """Compute the loss.
 
         Args:
-            ctx: Autograd's.
+            ctx: Autograd's context.
             hidden: The backbone's last states, (N, width).
-            weight: The head's, (vocabulary, width).
-            bias: The head's, (vocabulary,), or None.
+            weight: The head's weight, (vocabulary, width).
+            bias: The head's bias, (vocabulary,), or None.
             labels: (N,).
-            logits: What becomes of the head's output.
-            dft: Weigh each token's loss by its probability (arXiv 2508.05629).
-            metrics: Also give entropy and is_top1.
+            logits: What the model applies to the head's output.
+            dft: Weight each token's loss by its probability (arXiv 2508.05629).
+            metrics: Also compute entropy and is_top1.
 
         Returns:
-            loss (scalar), log_probs, entropy and is_top1 (N,); the last two empty unless asked for.
+            loss (scalar), log_probs, entropy and is_top1 (N,); without metrics, the last two are
+            empty.
         """
         device = hidden.device
         autocast = torch.is_autocast_enabled(device.type)
@@ -106,7 +107,7 @@ class SummedLoss(torch.autograd.Function):
                     entropy[part] = log_normaliser[:, 0] - kept.mul_(p).sum(1)
                 if not any(wanted):
                     continue
-                # The gradient of -log p(label) on z is p, less one at the label.
+                # The gradient of -log p(label) with respect to z is p, minus 1 at the label.
                 p.scatter_add_(1, target, torch.full_like(of_label, -1))
                 if dft:
                     p *= log_probs[part, None].exp()
@@ -129,7 +130,7 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        """Scale what the forward pass formed."""
+        """Scale the gradients that the forward pass computed."""
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         found = [None if grad is None else (grad * of_loss).to(dtype) for grad, dtype in pairs]
         return (*found, None, None, None, None)

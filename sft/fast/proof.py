@@ -1,4 +1,4 @@
-"""Checks before the first step, on the model itself: the fast ways compute what the plain do."""
+"""Check on the model itself, before the first step, that fast and plain implementations agree."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prove_isolation(
     except ModelError as error:
         if not may_pad:
             raise
-        logger.info("samples are padded: %s", str(error).splitlines()[0])
+        logger.info("train.padding_free=false: %s", str(error).splitlines()[0])
         collator.padding_free = collator.documents = False
 
 
@@ -45,21 +45,21 @@ def prove_isolation(
 def require_isolation(
     model: Any, collator: Collator, device: torch.device, vocabulary: int
 ) -> None:
-    """Require that the tokens of one document in a row change nothing in the other.
+    """Require that the tokens of one document in a row do not change the output of the other.
 
-    Two documents are packed into a row and run through the model. With other tokens in the first,
-    the model's output for the second (its log-probabilities or logits) must be the same to the last
-    bit. It must also equal, but for rounding, its output for the second document alone. All ranks
-    must call it.
+    Two documents are packed into a row and run through the model. If the first document's tokens
+    change, the output for the second (log-probabilities or logits) must stay equal to the last bit.
+    It must also equal the output for the second document alone, except for rounding. All ranks must
+    call this function.
 
     Raises:
-        ModelError: The documents see each other.
+        ModelError: The documents attend to each other.
     """
     inner = getattr(model, "module", model)
     second = [(5 * place + 3) % vocabulary for place in range(5)]
 
     def seen(first: list[int]) -> torch.Tensor:
-        """Return the model's output for the second document behind the first."""
+        """Return the model's output for the second document, packed after the first."""
         ids = first + second
         labels = [IGNORE_INDEX] * len(first) + second
         lengths = [len(part) for part in (first, second) if part]
@@ -68,7 +68,7 @@ def require_isolation(
             key: value.to(device) if isinstance(value, torch.Tensor) else value
             for key, value in batch.items()
         }
-        # Called as in training: under ZeRO-3 a different order of layers upsets the prefetching.
+        # Called as in training: under ZeRO-3 a different order of layers would disturb prefetching.
         output = model(**inputs, use_cache=False, fused_lm_head=True)
         found = getattr(output, "log_probs", None)
         result: torch.Tensor = output.logits[0, len(first) : len(ids)] if found is None else found
@@ -81,13 +81,13 @@ def require_isolation(
     alone = seen([])
     model.train(was_training)
 
-    # LLM.int8 searches all tokens for outliers, and experts get tokens of all documents. Both add
-    # up the same sums in a different order.
+    # LLM.int8 searches all tokens for outliers, and experts get tokens of all documents. Both
+    # change the order of summation.
     reorders = getattr(inner, "is_loaded_in_8bit", False) or any(
         "expert" in name for name in vars(inner.config.get_text_config())
     )
     dtype = next(p.dtype for p in inner.parameters() if p.is_floating_point())
-    rounding = 16 * max(torch.finfo(dtype).eps, 2**-10)  # float32 products may be TF32's
+    rounding = 16 * max(torch.finfo(dtype).eps, 2**-10)  # float32 products may use TF32
     scale = float(packed.abs().max())
     apart = float((packed.sum() - alone.sum()).abs()) / max(scale, float(alone.sum().abs()))
     between = float((packed - changed).abs().max())
@@ -95,13 +95,13 @@ def require_isolation(
         apart = max(between, apart)
         raise ModelError(
             f"with attn_implementation={kernel_of(inner.config)}, documents that are packed "
-            f"together see each other in this model (outputs differ by {apart:.2g})\n"
+            f"together attend to each other in this model (outputs differ by {apart:.2g})\n"
             f"    fix: {UNPACKED}"
         )
 
 
 def head_agrees(model: Any, device: torch.device, vocabulary: int, mixed_precision: str) -> bool:
-    """Return whether our head agrees with the model's own logits on every rank.
+    """Return whether the fast head agrees with the model's own logits on every rank.
 
     Args:
         model: The model as training wrapped it.
@@ -114,7 +114,7 @@ def head_agrees(model: Any, device: torch.device, vocabulary: int, mixed_precisi
     agrees = difference(model, device, vocabulary, computed_in) <= 1
     if all(gather(agrees)):
         return True
-    logger.info("warning: the LM head differs from the model's logits; model.lm_head=plain")
+    logger.info("warning: the fast LM head differs from the model's logits: model.lm_head=plain")
     return False
 
 

@@ -1,4 +1,4 @@
-"""How fast this CPU multiplies in float32 and in each way of bf16, and what is chosen from that."""
+"""Measure how fast this CPU multiplies in float32 and in each way of bf16, and choose one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from sft.fast import half, linear
 
 FLOAT32 = "float32"
-# How much faster a way must be than the one it displaces. float32 rounds least; and two starts on
-# one machine must choose alike, although its speed varies.
+# How many times as fast as the preferred way a different one must be. float32 rounds least, and two
+# starts on one machine must choose the same way, although its speed varies.
 MARGIN = 1.15
 # The first layer of a small model's MLP: one product forward and one backward are 2.4 GFLOP.
 TOKENS, INPUTS, OUTPUTS = 256, 768, 3072
@@ -27,7 +27,7 @@ NAMES = {
 
 
 def speeds() -> dict[str, float]:
-    """Give GFLOP/s of ``FLOAT32`` and each of ``half.ways``, with PyTorch's number of threads."""
+    """Return GFLOP/s of ``FLOAT32`` and each of ``half.ways``, with PyTorch's number of threads."""
     return _speeds(torch.get_num_threads())
 
 
@@ -35,8 +35,8 @@ def speeds() -> dict[str, float]:
 def _speeds(threads: int) -> dict[str, float]:
     """Measure once for each number of threads.
 
-    CPU time is measured, the ways take turns, and the fastest round of each counts: other
-    processes disturb all three least. float32 counts as frozen layers compute it, see
+    To limit the effect of other processes, CPU time is measured, the ways alternate, and the
+    fastest round of each counts. float32 is measured as frozen layers compute it, see
     ``sft.fast.linear``.
     """
     shapes = (TOKENS, INPUTS), (TOKENS, OUTPUTS), (OUTPUTS, INPUTS)
@@ -86,7 +86,7 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def fastest(speeds: Mapping[str, float], order: Sequence[str]) -> str:
-    """Choose the first of an order, or a later one that is faster by more than ``MARGIN``."""
+    """Choose the first way, or a later one that is more than ``MARGIN`` times as fast."""
     chosen = order[0]
     for name in order[1:]:
         if speeds[name] > MARGIN * speeds[chosen]:
@@ -95,6 +95,6 @@ def fastest(speeds: Mapping[str, float], order: Sequence[str]) -> str:
 
 
 def said(speeds: Mapping[str, float]) -> str:
-    """Say what was measured, the fastest first."""
+    """Format the measured speeds, the fastest first."""
     found = sorted(speeds, key=lambda name: -speeds[name])
     return ", ".join(f"{NAMES[name]} {speeds[name]:.0f}" for name in found) + " GFLOP/s"

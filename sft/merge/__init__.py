@@ -1,1 +1,1 @@
-"""Merging: the adapter's changes, written into a copy of the base's files, and verified."""
+"""Merging: write the base's files with the adapter's change added, and verify the result."""

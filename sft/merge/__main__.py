@@ -1,8 +1,8 @@
-"""Fold an adapter into full weights, and prove that the merged model is the one that was trained.
+"""Merge an adapter into its base model's weights, and verify the result against base + adapter.
 
-The base is read and the result written a few rows at a time; deltas are added in float32 and
-rounded once. An adapter that was trained on a 4- or 8-bit base is merged onto that base
-dequantised, which is what it was trained on.
+A few rows are read, changed and written at a time; the adapter's change is added in float32 and
+rounded once. An adapter that was trained on a 4- or 8-bit base is by default merged into the
+dequantised base (``quantized_base``), because training computed with those weights.
 """
 
 from __future__ import annotations
@@ -34,52 +34,52 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft")
 
 REPORT = "merge_report.json"
-FAILED = ".failed"  # the suffix of a merged model that is not what was trained
+FAILED = ".failed"  # suffix of a merged model that failed the verification
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-SPARE = 64 << 20  # bytes for what lies beside the weights
+SPARE = 64 << 20  # bytes for the files beside the weights
 
 
 @dataclass
 class MergeConfig:
-    """What to merge, and where to."""
+    """Settings of ``python -m sft.merge``."""
 
-    run: str | None = setting(None, "a run's folder; its adapter/ becomes its merged/")
-    adapter: Any = setting(None, "or an adapter folder (PEFT format); or a list of them")
-    weights: list[float] = setting([], "of several adapters, by which each is multiplied; []: 1")
-    output: str | None = setting(None, "where the merged model goes; null: merged/ in the run")
-    base: str | None = setting(None, "base model; null: the one the adapter names")
-    check_base: bool = setting(True, "false: merge onto a base other than the trained one")
+    run: str | None = setting(None, "a run's folder: its adapter/ is merged into its merged/")
+    adapter: Any = setting(None, "instead of run: an adapter's folder (PEFT), or a list of them")
+    weights: list[float] = setting([], "the factor of each adapter in a list; []: 1 for each")
+    output: str | None = setting(None, "folder of the merged model; null: merged/ in the run")
+    base: str | None = setting(None, "the base model; null: the one that the adapter names")
+    check_base: bool = setting(True, "check that the base is the one of training")
     quantized_base: str = setting(
         "dequantized",
-        "merge what was trained on a 4- or 8-bit base onto what training computed with "
-        "(dequantized), or onto the weights before that (original), which answers differently",
+        "for an adapter trained on a 4- or 8-bit base. dequantized: merge into the dequantised "
+        "weights, which training computed with; original: into the original ones (answers differ)",
         one_of("dequantized", "original"),
     )
     dtype: str = setting(
         "auto",
-        "of the written weights; auto: the base model's own",
+        "precision of the written weights; auto: the base model's own",
         one_of("auto", "float32", "bfloat16", "float16"),
     )
-    max_shard_size: str | None = setting(None, "of a file, such as 5GB; null: the base's own files")
-    device: str = setting("cpu", "where deltas are added", one_of("cpu", "cuda"))
-    verify: bool = setting(True, "false: do not compare with base + adapter; it is recorded")
-    push_to_hub: str | None = setting(None, "a repository to upload to (private if it is new)")
-    overwrite: bool = setting(False, "true: replace a merged model that is in the output folder")
+    max_shard_size: str | None = setting(None, "size of a file, such as 5GB; null: as the base's")
+    device: str = setting("cpu", "device that adds the adapter's change", one_of("cpu", "cuda"))
+    verify: bool = setting(True, "compare with base + adapter; the report records false")
+    push_to_hub: str | None = setting(None, "hub repository to upload to (private if it is new)")
+    overwrite: bool = setting(False, "replace a merged model that is in the output folder")
 
 
 def check(config: MergeConfig) -> list[Problem]:
-    """Find what is wrong with the settings alone."""
+    """Check the settings without reading any file."""
     problems = []
     if (config.run is None) == (config.adapter is None):
-        problems.append(Problem("run, adapter", "give one of them", "run=outputs/NAME"))
+        problems.append(Problem("run, adapter", "set exactly one of them", "run=outputs/NAME"))
     elif config.adapter is not None and config.output is None:
-        problems.append(Problem("output=null", "adapter= needs a place to go", "output=FOLDER"))
+        problems.append(Problem("output=null", "adapter= needs an output folder", "output=FOLDER"))
     given = config.adapter if isinstance(config.adapter, list) else [config.adapter]
     if not given or not all(isinstance(item, str | None) for item in given):
         rule = "must be a folder or a list of folders"
         problems.append(Problem(f"adapter={config.adapter}", rule, "adapter=FOLDER"))
     if config.weights and len(config.weights) != len(given):
-        rule = f"must be as many as there are adapters: {len(given)}"
+        rule = f"must have one factor for each adapter: {len(given)}"
         problems.append(Problem(f"weights={config.weights}", rule, "leave it out"))
     if config.max_shard_size is not None and _bytes(config.max_shard_size) is None:
         rule = "must be a size"
@@ -92,7 +92,7 @@ def check(config: MergeConfig) -> list[Problem]:
 
 
 def _bytes(size: str) -> int | None:
-    """Read a size, as Transformers does; None where it is none."""
+    """Parse a size as Transformers does; None if it is not a size."""
     from transformers.utils.hub import convert_file_size_to_int
 
     try:
@@ -103,13 +103,13 @@ def _bytes(size: str) -> int | None:
 
 
 def merge(config: MergeConfig) -> dict[str, Any]:
-    """Merge, verify, and only then give the output its name.
+    """Merge into a partial folder, verify it, and rename it to the output folder.
 
     Returns:
-        The report of the merge, and its folder; what ``--json`` prints.
+        The report of the merge, and its folder; ``--json`` prints both.
 
     Raises:
-        MergeError: Something is missing, the output is taken, or the merged model differs.
+        MergeError: A file is missing, the output exists, or the verification fails.
     """
     adapters, output = _places(config)
     _check_output(output, config.overwrite)
@@ -130,7 +130,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         prepared, report = _prepare(config, adapters, dtype)
         _check_space(prepared.layout.size, output)
         with _claimed(output) as partial:
-            write_text(partial / REPORT, to_json(report, indent=2) + "\n")  # until it is verified
+            write_text(partial / REPORT, to_json(report, indent=2) + "\n")  # until verified
             with _progress(prepared.layout.size) as tick:
                 write(prepared.layout, partial, torch.device(config.device), tick)
             if index := prepared.layout.index():
@@ -161,10 +161,10 @@ def merge(config: MergeConfig) -> dict[str, Any]:
 def _prepare(
     config: MergeConfig, adapters: list[Path], dtype: torch.dtype | None
 ) -> tuple[Prepared, dict[str, Any]]:
-    """Decide what is written, and begin the report.
+    """Plan the merge, and start the report.
 
-    The tensors of an adapter are small: OpenMP's threads would wait for one another at each of
-    them, so one thread is used.
+    An adapter's tensors are small, and OpenMP would synchronise its threads at each of them; so
+    one thread is used.
     """
     import torch
 
@@ -175,7 +175,9 @@ def _prepare(
     torch.set_num_threads(1)
     try:
         sources = plan.find(adapters, config.weights or [1.0] * len(adapters), config.base)
-        compared = plan.check_base(sources) if config.check_base else "not compared, as asked"
+        compared = (
+            plan.check_base(sources) if config.check_base else "not compared: check_base=false"
+        )
         quantization = sources.quantization
         is_quantized = quantization.load_in_4bit or quantization.load_in_8bit
         dequantized = is_quantized and config.quantized_base == "dequantized"
@@ -198,8 +200,8 @@ def _prepare(
 def _collector_off() -> Iterator[None]:
     """Turn off Python's garbage collector.
 
-    While the libraries are imported and the architecture is built it finds nothing to free, and
-    walks through all of their objects again and again: a second of the command's time.
+    While libraries are imported and the architecture is built, it scans all of their objects many
+    times and finds nothing to free, which takes a second.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -211,38 +213,38 @@ def _collector_off() -> Iterator[None]:
 
 
 def _refuse(partial: Path, output: Path, report: dict[str, Any]) -> NoReturn:
-    """Keep a merged model that is not the trained one for inspection, under another name."""
+    """Rename a merged model that failed the verification, and raise MergeError."""
     failed = output.with_name(output.name + FAILED)
     shutil.rmtree(failed, ignore_errors=True)
     partial.rename(failed)
     exact = report["dtype"] == "float32"
     fix = "please report this, with the folder's report" if exact else "dtype=float32"
     raise MergeError(
-        f"the merged model is not the trained one: {report['reason']}; it is in {failed} "
+        f"the merged model differs from base + adapter: {report['reason']}; it is left in {failed} "
         f"for inspection\n    fix: {fix}"
     )
 
 
 def _places(config: MergeConfig) -> tuple[list[Path], Path]:
-    """Say which adapters are merged, and where to."""
+    """Return the folders of the adapters, and the output folder."""
     if config.run is None:
         given = config.adapter if isinstance(config.adapter, list) else [config.adapter]
         return [Path(item) for item in given], Path(str(config.output))
     run = Path(config.run)
     if (run / "model").is_dir():
-        raise MergeError(f"{run} trained every weight: {run / 'model'} is the whole model already")
+        raise MergeError(f"{run} trained every weight: {run / 'model'} is a full model")
     return [run / "adapter"], Path(config.output or run / "merged")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    """Refuse to replace anything but what a merge has made."""
+    """Check that the output folder is new, or is a merged model that may be replaced."""
     if output.exists() and not overwrite:
         raise MergeError(
             f"{output} exists\n    fix: overwrite=true to replace it, or output=ANOTHER"
         )
     for folder in (output, output.with_name(output.name + FAILED)):
         if folder.exists() and not (folder / REPORT).is_file():
-            raise MergeError(f"{folder} is not a merged model of ours\n    fix: output=ANOTHER")
+            raise MergeError(f"{folder} exists without merge_report.json\n    fix: output=ANOTHER")
 
 
 def _check_space(size: int, output: Path) -> None:
@@ -250,16 +252,16 @@ def _check_space(size: int, output: Path) -> None:
     free = shutil.disk_usage(there).free
     if free < size + SPARE:
         raise MergeError(
-            f"the merged model takes {size / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB free"
+            f"the merged model needs {size / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB free"
             "\n    fix: output=FOLDER on another disk, or dtype=bfloat16"
         )
 
 
 @contextlib.contextmanager
 def _claimed(output: Path) -> Iterator[Path]:
-    """Make the folder that is written into; another merge to the same output is refused.
+    """Create and lock the partial folder, so that a second merge to the same output is refused.
 
-    What a failure leaves is removed; what a kill leaves, the next merge removes.
+    The folder is removed after an error. After a kill it remains, and the next merge removes it.
     """
     from sft.checkpoint import folder as checkpoint
 
@@ -267,7 +269,7 @@ def _claimed(output: Path) -> Iterator[Path]:
     if partial.exists():
         names = [path.name for path in partial.iterdir()]
         if names and not any(name.startswith(REPORT) for name in names):
-            raise MergeError(f"{partial} is not a merge of ours\n    fix: output=ANOTHER")
+            raise MergeError(f"{partial} exists without merge_report.json\n    fix: output=ANOTHER")
         with _locked(partial):
             pass
     try:
@@ -282,19 +284,19 @@ def _claimed(output: Path) -> Iterator[Path]:
         if error.errno not in DISK:
             raise
         raise MergeError(
-            f"{output} cannot be written: {error}\n    fix: mend that, or output=ANOTHER"
+            f"{output} cannot be written: {error}\n    fix: solve that, or output=ANOTHER"
         ) from error
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder; the kernel lets it go with the process."""
+    """Lock a folder; the kernel releases the lock when the process ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        message = f"another merge writes {folder}\n    fix: wait, or output=ANOTHER"
+        message = f"another merge is writing {folder}\n    fix: wait, or output=ANOTHER"
         raise MergeError(message) from None
     finally:
         os.close(handle)
@@ -305,21 +307,22 @@ def _progress(size: int) -> Iterator[Callable[[int], object]]:
     from tqdm import tqdm
 
     look: dict[str, Any] = {"unit": "B", "unit_scale": True, "desc": "merging", "leave": False}
-    with tqdm(total=size, disable=None, **look) as bar:  # None: where nobody watches
+    with tqdm(total=size, disable=None, **look) as bar:  # None: only in a terminal
         yield bar.update
 
 
 def _tell(output: Path, report: dict[str, Any]) -> None:
-    """Say what came out."""
+    """Log the result."""
     if report["passed"] is None:
-        logger.info("merged into %s (%s), not verified, as asked", output, report["dtype"])
+        logger.info("merged into %s (%s); verify=false: not verified", output, report["dtype"])
         return
     effect = report["adapter_effect"]
     texts = report["greedy_texts"]
     logger.info("merged into %s (%s, %.1f s)", output, report["dtype"], report["seconds"])
     logger.info(
-        "verified on %s: logits within %.2g of base + adapter (allowed %.2g), the adapter moves "
-        "them by %.2g; same top token at %.1f %%, KL %.2g; %d of %d greedy texts equal",
+        "verified on %s: logits differ from base + adapter by at most %.2g (allowed %.2g; the "
+        "adapter changes them by up to %.2g); the top token is the same at %.1f %% of positions, "
+        "KL is %.2g; %d of %d greedy texts are equal",
         report["compared_on"],
         report["max_difference"],
         report["allowed_difference"],
@@ -332,27 +335,27 @@ def _tell(output: Path, report: dict[str, Any]) -> None:
     losses = report["eval_loss"]
     if losses["merged"] is not None:
         logger.info(
-            "loss on their trained tokens: base + adapter %.6f, merged %.6f",
+            "loss on the trained tokens of these samples: base + adapter %.6f, merged %.6f",
             losses["base_and_adapter"],
             losses["merged"],
         )
 
 
 def _push(folder: Path, repository: str) -> None:
-    """Upload the verified folder; one that is new is private."""
+    """Upload the verified folder; a new repository is private."""
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
         where = api.upload_folder(folder_path=folder, repo_id=repository)
-    except Exception as error:  # its transport has errors of its own, by version
+    except Exception as error:  # exceptions of the HTTP library, which depend on its version
         reason = str(error).strip().splitlines()[0]
         raise MergeError(
-            f"{folder} is merged, but {repository} could not be written: {reason}\n"
+            f"{folder} is merged, but could not be uploaded to {repository}: {reason}\n"
             f"    fix: hf auth login, then: hf upload {repository} {folder}"
         ) from error
-    logger.info("uploaded to %s", where)
+    logger.info("the merged model is uploaded to %s", where)
 
 
 main = Command(
@@ -360,7 +363,7 @@ main = Command(
     schema=MergeConfig,
     run=merge,
     check=lambda config: [*rule_problems(config), *check(config)],
-    summary="fold an adapter into full weights, and verify them",
+    summary="merge an adapter into full weights, and verify them",
     examples=(
         "python -m sft.merge run=outputs/opt-125m_alpaca_r8_seed42",
         "python -m sft.merge adapter=FOLDER output=FOLDER base=facebook/opt-125m",

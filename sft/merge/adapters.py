@@ -1,7 +1,7 @@
-"""What adapters change, parameter by parameter, as PEFT itself puts them on the model.
+"""Read from PEFT how adapters change each parameter of the base.
 
-PEFT loads them onto the architecture, whose weights have shapes and no memory, so that whatever it
-knows of patterns, names and ties counts here too. What it would ignore is refused.
+PEFT loads the adapters onto an architecture whose weights take no memory, so that its rules for
+patterns, names and tied weights apply. Tensors and settings that PEFT would ignore are refused.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft")
 
 WEIGHTS = "adapter_model.safetensors"
-# What PEFT's LoRA can do to the forward pass that is the same as adding a product to the weight.
+# Variants of PEFT's LoRA whose forward pass equals adding a product to the weight.
 PLAIN_VARIANTS = {"MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant"}
 DORA_VARIANTS = {"DoraLinearVariant", "DoraEmbeddingVariant"}
-# Settings that cannot be written into weights, or not by us.
+# Settings that cannot be expressed as weights, or that this module does not support.
 REFUSED = (
     *("layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora"),
     *("monteclora_config", "kasa_config", "megatron_config"),
 )
-# These change the base before the first step by what only the training run had.
+# These initialisations change the base before the first step, with data that only training had.
 UNKNOWN_STARTS = ("corda", "lora_ga", "loftq")
-RESTARTING = ("pissa", "olora")  # these take their first product out of the base
+RESTARTING = ("pissa", "olora")  # these subtract the adapter's initial product from the base
 _NOTHING = torch.zeros(())
 
 
 def hollow(architecture: PreTrainedModel) -> PreTrainedModel:
-    """Give weights on the meta device the shape of real ones, all on one number."""
+    """Replace meta weights by CPU tensors that expand one shared scalar: real shapes, no memory."""
     architecture.tie_weights()
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the second keeps its id taken
+    # Keeps the original parameters alive: the keys are their id(), which Python would reuse.
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for module in architecture.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -53,16 +54,16 @@ def hollow(architecture: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_hollow(tensor: torch.Tensor) -> bool:
-    """Say whether nothing was loaded into a weight."""
+    """Return whether a weight still is the placeholder of ``hollow``: nothing was loaded."""
     return tensor.data_ptr() == _NOTHING.data_ptr() or (
         tensor.untyped_storage().nbytes() < tensor.nbytes
     )
 
 
 def check_file(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Refuse an adapter that is damaged, empty, not finite, or that changes nothing.
+    """Refuse an adapter that is damaged, empty, not finite, or whose lora_B are all zero.
 
-    Users of ZeRO-3 found 40-byte files after days (TRL #4416, PEFT #2892).
+    Under ZeRO-3, users got 40-byte files after days of training (TRL #4416, PEFT #2892).
 
     Returns:
         The shapes of its tensors by name.
@@ -77,7 +78,7 @@ def check_file(folder: Path) -> dict[str, tuple[int, ...]]:
         if states:
             raise MergeError(
                 f"{folder} holds DeepSpeed's shards ({states[0]}), not an adapter\n"
-                "    fix: adapter=FOLDER with adapter_model.safetensors, as the run has it"
+                "    fix: adapter=FOLDER with adapter_model.safetensors (a run has it in adapter/)"
             )
         raise MergeError(f"there is no {path}\n    fix: adapter=FOLDER with safetensors weights")
     shapes: dict[str, tuple[int, ...]] = {}
@@ -90,21 +91,24 @@ def check_file(folder: Path) -> dict[str, tuple[int, ...]]:
                 if tensor.numel() == 0:
                     empty.append(name)
                     continue
-                low, high = torch.aminmax(tensor)  # one pass; NaN if one of them is
+                low, high = torch.aminmax(tensor)  # one pass; NaN if the tensor holds one
                 broken += [name] * (not (low.isfinite() and high.isfinite()))
                 if "lora_B" in name or "lora_embedding_B" in name:
                     trained += bool(low or high)
                     zero += not (low or high)
     except SafetensorError as error:
-        raise MergeError(f"{path} is damaged: {error}\n    fix: train or copy it anew") from None
+        raise MergeError(f"{path} is damaged: {error}\n    fix: train or copy it again") from None
     if not shapes or empty:
-        raise MergeError(f"{path} holds empty tensors {empty[:3]}\n    fix: train it anew")
+        raise MergeError(f"{path} holds empty tensors {empty[:3]}\n    fix: train it again")
     if broken:
-        raise MergeError(f"{path} is not finite in {broken[:3]}\n    fix: a lower learning rate")
+        raise MergeError(
+            f"{path} holds NaN or infinite values in {broken[:3]}\n"
+            "    fix: train again with a lower learning rate"
+        )
     if zero and not trained:
-        raise MergeError(f"every lora_B of {path} is zero: it changes nothing")
+        raise MergeError(f"every lora_B of {path} is zero: the adapter changes nothing")
     if zero:
-        logger.info("warning: %d of %d lora_B of %s are zero", zero, zero + trained, path)
+        logger.info("warning: %d of %d lora_B in %s are zero", zero, zero + trained, path)
     return shapes
 
 
@@ -112,38 +116,42 @@ def read_config(folder: Path) -> LoraConfig:
     """Read an adapter's settings, and refuse what cannot be merged.
 
     Raises:
-        MergeError: It is no LoRA, or one whose effect is not a change of weights.
+        MergeError: It is not LoRA, or its effect cannot be written as a change of weights.
     """
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(str(folder))
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
-        raise MergeError(f"{folder} is {kind}, not LoRA\n    fix: PEFT's own merge, in memory")
+        raise MergeError(f"{folder} is {kind}, not LoRA\n    fix: merge it in memory, with PEFT")
     for name in REFUSED:
         if getattr(config, name, None):
-            raise MergeError(f"{folder} uses {name}: not merged\n    fix: keep the adapter")
+            raise MergeError(
+                f"{folder} uses {name}, which cannot be merged\n"
+                "    fix: use the adapter without merging it"
+            )
     start = config.init_lora_weights
     if isinstance(start, str) and start.startswith((*UNKNOWN_STARTS, "pissa_niter")):
         raise MergeError(
-            f"{folder} began with init_lora_weights={start}, which changed the base by what only "
-            "training knew\n    fix: save it with PEFT's path_initial_model_for_weight_conversion"
+            f"{folder} has init_lora_weights={start}, which changed the base in a way that the "
+            "adapter's files do not record\n"
+            "    fix: save it with PEFT's path_initial_model_for_weight_conversion"
         )
     return config
 
 
 def name_of(index: int) -> str:
-    """Name an adapter on the model."""
+    """Return the name that an adapter gets on the model."""
     return f"adapter{index}"
 
 
 def attach(
     model: PreTrainedModel, folders: Sequence[Path], configs: Sequence[LoraConfig]
 ) -> PeftModel:
-    """Load adapters onto the architecture; they are named by ``name_of``.
+    """Load adapters onto the architecture, under the names of ``name_of``.
 
     Raises:
-        MergeError: One does not fit the base: modules, shapes or tensors are others.
+        MergeError: An adapter does not fit the base: modules, shapes or tensors differ.
     """
     from peft import PeftModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -153,7 +161,7 @@ def attach(
         config = copy.copy(config)
         config.inference_mode = True
         if str(config.init_lora_weights).lower() in RESTARTING:
-            config.init_lora_weights = True  # nothing is initialised here; see _restart
+            config.init_lora_weights = True  # skip the initialisation; see _restart
         try:
             with warnings.catch_warnings(), no_init_weights():
                 warnings.simplefilter("ignore")
@@ -172,8 +180,8 @@ def attach(
         wrong = [*result.unexpected_keys, *result.missing_keys]
         if wrong:
             raise MergeError(
-                f"{len(result.unexpected_keys)} tensors of {folder} have no place in the base, and "
-                f"{len(result.missing_keys)} places have no tensor, such as {wrong[0]}\n"
+                f"{len(result.unexpected_keys)} tensors of {folder} do not exist in the base, and "
+                f"{len(result.missing_keys)} tensors are missing, such as {wrong[0]}\n"
                 "    fix: base=THE_ONE_IT_WAS_TRAINED_ON"
             )
     return peft_model
@@ -185,20 +193,20 @@ def changes(
     starts: Sequence[Any],
     partners: Callable[[str], list[str]],
 ) -> dict[str, Change]:
-    """Say what becomes of each parameter that the adapters touch.
+    """Collect the change of each parameter that the adapters change.
 
     Args:
         model: The architecture with the adapters on it.
-        weights: By which each adapter's product is multiplied.
+        weights: The factor of each adapter.
         starts: Each adapter's ``init_lora_weights``.
-        partners: Gives the names that are one parameter in the base.
+        partners: Returns all names of a tied parameter in the base.
 
     Returns:
-        By the parameter's name in the base; parameters that are tied come under each of their
-        names.
+        The changes, by the parameter's name in the base; a tied parameter has an entry under each
+        of its names.
 
     Raises:
-        MergeError: A tensor of an adapter would not be used, or not by its whole meaning.
+        MergeError: A tensor of an adapter would be ignored, or its kind is not supported.
     """
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -234,16 +242,16 @@ def changes(
         if is_hollow(parameter) or id(parameter) in used:
             continue
         if any(part in name for part in (".lora_", ".modules_to_save.", ".token_adapter.")):
-            raise MergeError(f"{name} of the adapter is of a kind that is not merged")
-        # A base weight that the adapter's file brings, such as a resized embedding, is loaded into
-        # the one tensor that tied names share.
+            raise MergeError(f"{name} of the adapter is of a kind that cannot be merged")
+        # The adapter's file may hold a base weight, such as a resized embedding. PEFT loads it into
+        # the one tensor that tied parameters share.
         for partner in partners(base_name(name)):
             _replace(change(partner), partner, parameter, used)
     return found
 
 
 def base_name(path: str) -> str:
-    """Name a module or parameter of a PEFT model as the base does."""
+    """Convert the path of a module or parameter of a PEFT model to the base's."""
     wrappers = {"base_layer", "original_module", "token_adapter"}
     return ".".join(part for part in path.split(".") if part not in wrappers)
 
@@ -255,11 +263,11 @@ def _claim(used: set[int], *tensors: torch.Tensor) -> None:
 
 def _replace(change: Change, name: str, parameter: torch.Tensor, used: set[int]) -> None:
     if is_hollow(parameter):
-        raise MergeError(f"the adapter has no tensor for {name}\n    fix: train or copy it anew")
+        raise MergeError(f"the adapter has no tensor for {name}\n    fix: train or copy it again")
     if change.replaced is not None and not change.replaced.equal(parameter.detach()):
         raise MergeError(
-            f"two adapters bring a {name} of their own\n    fix: merge one of them, or without "
-            "modules_to_save"
+            f"two adapters hold a different {name}\n    fix: merge one of them, or train them "
+            "without modules_to_save"
         )
     change.replaced = parameter.detach()
     _claim(used, parameter)
@@ -274,10 +282,10 @@ def _add_product(
     start: Any,
     used: set[int],
 ) -> None:
-    """Take one adapter's product from one layer of PEFT's."""
+    """Add one adapter's product in one PEFT layer to the layer's change."""
     variant = type(module.lora_variant[name]).__name__ if name in module.lora_variant else None
     if variant is not None and variant not in PLAIN_VARIANTS | DORA_VARIANTS:
-        raise MergeError(f"{place} is adapted by {variant}, which is not merged")
+        raise MergeError(f"{place} is adapted by {variant}, which cannot be merged")
     scale = module.scaling[name] * weight
     if name in module.lora_embedding_A:
         first, second = module.lora_embedding_A[name], module.lora_embedding_B[name]
@@ -293,7 +301,7 @@ def _add_product(
             left, right = second[None], first[None]
     parameter = f"{place}.{getattr(module, 'parameter_name', 'weight')}"
     entry = change(parameter)
-    # PEFT's factors may be views of the adapter's tensors in any order; products want rows.
+    # PEFT's factors may be transposed views; products need contiguous rows.
     left, right = left.detach().float().contiguous(), right.detach().float().contiguous()
     entry.products.append(LowRank(left, right, scale))
     _claim(used, first, second)
@@ -305,7 +313,8 @@ def _add_product(
     if bias is not None:
         if getattr(module.get_base_layer(), "bias", None) is None:
             raise MergeError(
-                f"lora_bias adds to a bias that {place} does not have\n    fix: keep the adapter"
+                f"lora_bias=true, but {place} has no bias to add to\n"
+                "    fix: use the adapter without merging it"
             )
         other = change(f"{place}.bias")
         added = bias.detach().float() * scale
@@ -316,7 +325,7 @@ def _add_product(
 
 
 def _restart(module: Any, name: str, start: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Let PEFT take its first product out of a real weight, as it did before training."""
+    """Return a function that subtracts the initial product from a weight, as PEFT does."""
     from peft.tuners.lora import LoraConfig
     from peft.tuners.lora.layer import Linear
 

@@ -1,7 +1,7 @@
-"""Safetensors files on disk: where each tensor is, and which parameters of the model it holds.
+"""Locate tensors in safetensors files, and match them with the model's parameters.
 
-Rows are read by their offsets instead of through a memory map: what a map has touched counts as
-this process's memory until the file is closed, and page tables cost more than copying does.
+Rows are read by their offsets instead of through a memory map: mapped pages count as this
+process's memory until the file is closed, and page faults cost more than copying.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Stored:
     """A tensor in a file.
 
     Attributes:
-        name: Its name there.
+        name: Its name in the file.
         file: The file.
-        offset: Of its first byte in the file.
+        offset: The position of its first byte in the file.
         size: In bytes.
-        dtype: The format's name of it, such as ``BF16``.
-        shape: As stored.
+        dtype: The format's name of the dtype, such as ``BF16``.
+        shape: The stored shape.
     """
 
     name: str
@@ -56,27 +56,27 @@ class Stored:
 
     @property
     def columns(self) -> int:
-        """Give the length of its last dimension; a vector is one row."""
+        """Return the length of the last dimension; a vector is one row."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def rows(self) -> int:
-        """Count the rows of the matrices that it is, one below the other."""
+        """Count the rows of all its matrices."""
         return math.prod(self.shape[:-1])
 
     def read(self, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """Read some rows, as they are stored.
+        """Read rows ``start`` to ``stop`` in the stored dtype.
 
         Args:
-            start: The first.
-            stop: After the last.
-            buffer: Bytes to read them into; None: new ones.
+            start: The first row.
+            stop: The row after the last.
+            buffer: A uint8 tensor to read into; None: a new one.
 
         Returns:
             Shape (stop - start, columns).
 
         Raises:
-            MergeError: The file has become shorter.
+            MergeError: The file ends before these rows.
         """
         dtype = FLOATS[self.dtype]
         width = self.columns * dtype.itemsize
@@ -85,10 +85,10 @@ class Stored:
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         handle = os.open(self.file, os.O_RDONLY)
         try:
-            while view:  # the kernel may give less than was asked at once
+            while view:  # a read may return fewer bytes than requested
                 got = os.preadv(handle, [view], offset)
                 if not got:
-                    raise MergeError(f"{self.file} ended early\n    fix: download or copy it anew")
+                    raise MergeError(f"{self.file} ended early\n    fix: download or copy it again")
                 view, offset = view[got:], offset + got
         finally:
             os.close(handle)
@@ -104,10 +104,12 @@ def header(file: Path) -> list[Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "pt"):  # which holds the header against the file's size
+        with safe_open(file, "pt"):  # checks the header against the file's size
             pass
     except (SafetensorError, OSError) as error:
-        raise MergeError(f"{file} is damaged: {error}\n    fix: download or copy it anew") from None
+        raise MergeError(
+            f"{file} is damaged: {error}\n    fix: download or copy it again"
+        ) from None
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         entries = json.loads(opened.read(length))
@@ -154,9 +156,9 @@ class Piece:
 
     Attributes:
         parameter: The parameter's name in the model.
-        matrix: Which of its matrices, where it has three dimensions (such as experts); else 0.
+        matrix: The index of the matrix in a parameter of three dimensions (experts); else 0.
         start: The first row in that matrix.
-        rows: How many.
+        rows: The number of rows.
     """
 
     parameter: str
@@ -167,15 +169,15 @@ class Piece:
 
 @dataclass
 class Base:
-    """The base model's files, and how the model's parameters lie in them.
+    """The base model's files, and which rows of them are which parameters.
 
     Attributes:
         files: Each file's tensors, in the order of their bytes.
-        pieces: By stored name, the rows of parameters that its rows are, from the first to the
-            last; none where the model has no such parameter, or where rows do not stay rows.
-        rearranged: Of parameters whose rows do not stay rows: what Transformers does at load.
-        tied: Sets of names that are one parameter.
-        shapes: Of all parameters, by name.
+        pieces: By stored name, the rows of parameters that the tensor's rows are, first to last;
+            empty if the model has no such parameter, or if loading rearranges the rows.
+        rearranged: By parameter, the operations by which loading rearranges its rows.
+        tied: Lists of names that share one parameter.
+        shapes: The shapes of all parameters, by name.
     """
 
     files: dict[Path, list[Stored]]
@@ -186,11 +188,11 @@ class Base:
 
     @classmethod
     def read(cls, paths: Iterable[Path], model: PreTrainedModel) -> Base:
-        """Read the headers, and match them with the architecture.
+        """Read the headers, and match the tensors with the architecture's parameters.
 
         Args:
             paths: The safetensors files.
-            model: The architecture; its weights are not looked at.
+            model: The architecture; its weights are not read.
 
         Raises:
             MergeError: A file is damaged, or the files hold another architecture's weights.
@@ -215,11 +217,11 @@ class Base:
         return base
 
     def partners(self, name: str) -> list[str]:
-        """List the names that are one parameter with this one, itself among them."""
+        """List all names of the parameter, this one included; tied ones have several."""
         return next((group for group in self.tied if name in group), [name])
 
     def stored(self, parameter: str) -> Stored | None:
-        """Find the tensor that holds all of a parameter."""
+        """Return the tensor that holds a whole parameter and nothing else; None if none does."""
         for tensors in self.files.values():
             for tensor in tensors:
                 if self.pieces[tensor.name] == [Piece(parameter, 0, 0, tensor.rows)]:
@@ -230,7 +232,11 @@ class Base:
 def _match(
     model: PreTrainedModel, stored: Iterable[Stored]
 ) -> tuple[dict[str, list[Piece]], dict[str, str]]:
-    """Say what each stored tensor becomes, as Transformers renames and rearranges it at load."""
+    """Map stored tensors to parameters as Transformers renames and converts them at load.
+
+    Returns:
+        ``pieces`` and ``rearranged`` of Base.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -286,7 +292,11 @@ def _converted(
     ordered: list[list[Stored]],
     state: dict[str, tuple[int, ...]],
 ) -> tuple[dict[str, list[Piece]], str]:
-    """Follow conversions that only stack, join or cut rows; name the others."""
+    """Map rows through conversions that only stack, join or split rows.
+
+    Returns:
+        The pieces by stored name, and the names of the operations that rearrange rows; "" if none.
+    """
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in operations]
     tensors = [tensor for items in ordered for tensor in items]
     found: dict[str, list[Piece]] = {}

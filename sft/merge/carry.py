@@ -1,4 +1,4 @@
-"""What a merged folder needs besides weights: settings, tokenizer and card."""
+"""Write the files of a merged model beside its weights: configs, tokenizer and card."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def write(prepared: Prepared, dtype: torch.dtype | None, folder: Path) -> None:
 
     Args:
         prepared: The merge.
-        dtype: Of the weights; None: the base's own.
-        folder: Where the weights are.
+        dtype: The precision of the weights; None: the base's own.
+        folder: The folder of the weights.
     """
     tokenizer = prepared.tokenizer
     tokenizer.save_pretrained(folder)
@@ -47,16 +47,16 @@ def write(prepared: Prepared, dtype: torch.dtype | None, folder: Path) -> None:
     _generation(prepared).save_pretrained(folder)
     card = prepared.sources.card
     if card is not None:
-        # The merged weights are whole, and need no base.
+        # The merged model is no longer quantised, and depends on no base model.
         whole = dataclasses.replace(card, quantization=QuantizationConfig(), identity={})
         write_card(folder, whole)
 
 
 def check(prepared: Prepared, folder: Path) -> None:
-    """Hold what was written against where it came from.
+    """Compare the written tokenizer and config with the ones in memory.
 
     Raises:
-        MergeError: Something that decides what the model answers is another.
+        MergeError: An entry that affects the model's answers differs.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -72,11 +72,11 @@ def check(prepared: Prepared, folder: Path) -> None:
         "tie_word_embeddings": (tied, bool(config.tie_word_embeddings)),
     }
     if wrong := [name for name, (one, other) in pairs.items() if one != other]:
-        raise MergeError(f"the {wrong[0]} of {folder} is not what it was")
+        raise MergeError(f"the {wrong[0]} in {folder} is not the one that was written")
 
 
 def _base_settings(base: ModelConfig) -> dict[str, Any]:
-    """Read the base's config.json as it is, with what Transformers does not know too."""
+    """Read the base's config.json unparsed, so that entries unknown to Transformers remain."""
     from transformers.utils.hub import cached_file
 
     where = source(base)
@@ -89,7 +89,7 @@ def _base_settings(base: ModelConfig) -> dict[str, Any]:
 
 
 def _carry_code(base: ModelConfig, settings: dict[str, Any], folder: Path) -> None:
-    """Let a model whose code lies beside its weights find it again."""
+    """Copy the model's own Python files, or let ``auto_map`` refer to them on the hub."""
     name = Path(str(base.name_or_path))
     if name.is_dir():
         for path in name.glob("*.py"):
@@ -108,7 +108,7 @@ def _generation(prepared: Prepared) -> Any:
         generation = GenerationConfig.from_pretrained(
             where["pretrained_model_name_or_path"], revision=where["revision"]
         )
-    except OSError:  # there is none
+    except OSError:  # the base has no generation_config.json
         generation = GenerationConfig.from_model_config(prepared.model.config)
     if prepared.sources.card is not None:
         stops = stop_ids(generation, prepared.tokenizer, stop_id(prepared))
@@ -117,7 +117,7 @@ def _generation(prepared: Prepared) -> Any:
 
 
 def stop_id(prepared: Prepared) -> int | None:
-    """Give the token that ends an answer in the template of training; None: EOS alone."""
+    """Return the token that ends an answer in the template of training; None: only EOS does."""
     from sft.data.template import Template
 
     card = prepared.sources.card

@@ -1,4 +1,4 @@
-"""What an adapter does to one parameter of the base, applied in float32 to some rows at a time."""
+"""The change of one parameter by the adapters, applied in float32 to a few rows at a time."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-Rows = Callable[[int, int], torch.Tensor]  # rows of the base, from one to another
+Rows = Callable[[int, int], torch.Tensor]  # reads the base's rows from start to stop
 
-# Whether adding a product while it is formed gives the bits of adding it afterwards, as PEFT does,
-# by (rows, rank, columns, device). One pass over memory less is a fifth of a merge's own time. It
-# depends on the BLAS, the processor and the shape (MKL: not of one row, of rank 1 on Intel, of
-# rank 256), so the first tile of each shape is computed in both ways; where the sums are made in
-# another order, a fifth of the numbers or more differ.
-CERTAIN = 1 << 12  # numbers; so many are not equal by chance, and fewer cost little anyway
+# Whether addmm gives the same bits as mm and add, which is PEFT's way, by (rows, rank, columns,
+# device). addmm saves one pass over memory: a fifth of a merge's own time. Equality depends on the
+# BLAS, the processor and the shape (MKL differs for one row, for rank 256, and on Intel for rank
+# 1), so the first tile of each shape is computed in both ways. If the order of summation differs,
+# at least a fifth of the numbers differ.
+CERTAIN = 1 << 12  # numbers; so many are not equal by chance, and fewer cost little in any way
 _one_pass: dict[tuple[int | str, ...], bool] = {}
 
 
 def _tells(tile: torch.Tensor) -> bool:
-    """Say whether a tile has enough numbers, of which few are zero, to compare roundings on."""
+    """Return whether a tile has enough numbers that are not zero to compare roundings."""
     return int(tile.count_nonzero()) >= max(CERTAIN, tile.numel() // 2)
 
 
@@ -28,12 +28,13 @@ def _tells(tile: torch.Tensor) -> bool:
 class LowRank:
     """A product that is added: ``scale * left @ right``.
 
-    A power of two, as alpha / r mostly is, is taken into ``left``, where it changes no digit.
+    A scale that is a power of two, as alpha / r mostly is, is multiplied into ``left``, which
+    rounds nothing.
 
     Attributes:
         left: Shape (matrices, rows, rank), float32.
         right: Shape (matrices, rank, columns), float32.
-        scale: Of the adapter, times its weight in the merge.
+        scale: The adapter's scaling times its factor in the merge.
     """
 
     left: torch.Tensor
@@ -50,14 +51,14 @@ class Change:
     """How a parameter of the merged model differs from the base's.
 
     Attributes:
-        replaced: The adapter's own tensor, which stands instead of the base's.
-        restart: Turns the whole base matrix into what it was at the first step of training
-            (PiSSA and OLoRA take their first product out of it).
-        products: What is added; of several adapters, one after the other.
+        replaced: The adapter's own tensor, which replaces the base's.
+        restart: Computes the base matrix as it was at the first step of training (PiSSA and OLoRA
+            subtract the initial product from it).
+        products: The products that are added, one per adapter.
         magnitude: DoRA's length of each output, float32.
         by_row: DoRA's outputs are rows of the matrix (Linear), not columns (Conv1D, Embedding).
         added: A vector that is added to a bias.
-        tokens: Rows, and the values that they get instead.
+        tokens: Indices of rows, and the values that replace these rows.
     """
 
     replaced: torch.Tensor | None = None
@@ -69,12 +70,15 @@ class Change:
     tokens: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def column_factor(self, rows: Rows, count: int, numbers: int) -> torch.Tensor | None:
-        """Find what DoRA multiplies columns by; needs all rows, a pass of its own.
+        """Compute DoRA's factor of each column, which takes a separate pass over all rows.
 
         Args:
-            rows: Reads the base's.
-            count: Of them.
-            numbers: That are in memory at once.
+            rows: Reads rows of the base.
+            count: The number of rows.
+            numbers: How many numbers are in memory at once.
+
+        Returns:
+            Shape (columns,); None if there is no DoRA or its outputs are rows.
         """
         if self.magnitude is None or self.by_row:
             return None
@@ -98,10 +102,10 @@ class Change:
 
         Args:
             tile: Float32, shape (rows, columns); a vector is one row.
-            matrix: Which matrix of the parameter the rows are of.
-            start: The first of them in that matrix.
-            column_factor: From ``column_factor``.
-            scratch: Room for at least as many rows.
+            matrix: The index of the parameter's matrix.
+            start: The index of the tile's first row in that matrix.
+            column_factor: The result of ``column_factor``.
+            scratch: A buffer of at least as many rows.
         """
         self._add_products(tile, matrix, start, scratch)
         if column_factor is not None:
@@ -134,7 +138,7 @@ class Change:
             tile.add_(delta)
 
     def to(self, device: torch.device) -> None:
-        """Move what is added and multiplied to where the sums are made."""
+        """Move the tensors to the device that computes the change."""
         for product in self.products:
             product.left, product.right = product.left.to(device), product.right.to(device)
         if self.magnitude is not None:
@@ -145,7 +149,7 @@ class Change:
             self.tokens = (self.tokens[0].to(device), self.tokens[1].to(device))
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Give all the numbers that it is made of."""
+        """Yield all tensors and scales of the change."""
         for product in self.products:
             yield from (product.left, product.right)
             yield torch.tensor(product.scale)
@@ -154,6 +158,6 @@ class Change:
                 yield tensor
 
     def same_as(self, other: Change) -> bool:
-        """Say whether both do the same, as on two parameters that are tied."""
+        """Return whether both changes are equal, as they must be for tied parameters."""
         mine, others = list(self.tensors()), list(other.tensors())
         return len(mine) == len(others) and all(map(torch.equal, mine, others))

@@ -1,4 +1,4 @@
-"""What the merged model's files will hold, tensor by tensor, decided before any is written."""
+"""Plan the merged model's files, tensor by tensor, before anything is written."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from sft.errors import MergeError
 from sft.merge.base_files import FLOATS, NAMES, SINGLE, Base, Piece, Stored
 from sft.merge.change import Change
 
-Whole = Callable[[torch.Tensor], torch.Tensor]  # what a matrix goes through as a whole
+Whole = Callable[[torch.Tensor], torch.Tensor]  # a function of a whole base matrix
 
 
 @dataclass
 class Part:
-    """Some rows of an output, and what happens to them.
+    """Some rows of an output, and their change.
 
     Attributes:
         start: The first row.
-        stop: After the last.
-        piece: Which rows of which parameter they are; None where the model knows no such tensor.
-        change: None where they are the base's own.
+        stop: The row after the last.
+        piece: The parameter and its rows; None if the model has no such parameter.
+        change: None if the base's rows stay as they are.
     """
 
     start: int
@@ -38,12 +38,13 @@ class Output:
     """A tensor of the merged model.
 
     Attributes:
-        name: In the file.
-        stored: Where the base has it.
-        shape: As it is written.
-        dtype: The format's name of it.
+        name: Its name in the file.
+        stored: The base's tensor.
+        shape: The written shape.
+        dtype: The format's name of the written dtype.
         parts: All of its rows.
-        whole: What the base's matrix goes through first, such as quantisation and back.
+        whole: Applied to the whole base matrix before the change, such as quantising and
+            dequantising it; None: nothing is.
     """
 
     name: str
@@ -55,17 +56,17 @@ class Output:
 
     @property
     def size(self) -> int:
-        """Count its bytes."""
+        """Return its size in bytes."""
         return math.prod(self.shape) * itemsize(self)
 
     @property
     def columns(self) -> int:
-        """Give the length of its last dimension; a vector is one row."""
+        """Return the length of the last dimension; a vector is one row."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def is_copy(self) -> bool:
-        """Say whether the base's bytes are all there is to it."""
+        """Return whether it is an exact copy of the base's bytes."""
         return (
             self.dtype == self.stored.dtype
             and self.whole is None
@@ -74,7 +75,7 @@ class Output:
 
 
 def itemsize(output: Output) -> int:
-    """Give the bytes of one number."""
+    """Return the bytes of one number."""
     if output.dtype in FLOATS:
         return FLOATS[output.dtype].itemsize
     return output.stored.size // max(1, math.prod(output.stored.shape))
@@ -89,11 +90,11 @@ class File:
 
     @property
     def size(self) -> int:
-        """Count the bytes of its tensors."""
+        """Return the size of its tensors in bytes."""
         return sum(output.size for output in self.outputs)
 
     def header(self) -> bytes:
-        """Make the bytes before the tensors: the format's length and JSON, padded to 8."""
+        """Return the bytes before the tensors: the JSON's length and the JSON, padded to 8."""
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for output in self.outputs:
@@ -113,8 +114,8 @@ class Layout:
     """All files of the merged weights.
 
     Attributes:
-        files: As they will be.
-        untied: The embedding and the head, which the base ties, become different tensors.
+        files: The files to write.
+        untied: Parameters that the base ties (embedding and head) become separate tensors.
     """
 
     files: list[File]
@@ -122,7 +123,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Count the bytes of all tensors."""
+        """Return the size of all tensors in bytes."""
         return sum(file.size for file in self.files)
 
     @property
@@ -131,7 +132,7 @@ class Layout:
         return sum(math.prod(output.shape) for file in self.files for output in file.outputs)
 
     def index(self) -> str | None:
-        """Make the index of several files; None for one."""
+        """Return the JSON index of several files; None for one file."""
         if len(self.files) == 1:
             return None
         where = {output.name: file.name for file in self.files for output in file.outputs}
@@ -147,18 +148,18 @@ def plan(
     shard_size: int | None,
     name_of: Callable[[str], str],
 ) -> Layout:
-    """Decide what is written.
+    """Plan the files of the merged model.
 
     Args:
-        base: Its files.
-        changes: By parameter.
-        wholes: What whole weights go through before they are changed, by parameter.
-        dtype: Of all floating tensors; None: each keeps its own.
-        shard_size: Bytes of the largest file; None: the base's own files.
-        name_of: Gives the stored name of a parameter that the base does not store.
+        base: The base's files.
+        changes: The changes, by parameter.
+        wholes: The functions that are applied to whole matrices before the change, by parameter.
+        dtype: The precision of all floating-point tensors; None: each keeps its own.
+        shard_size: The largest size of a file in bytes; None: the same files as the base.
+        name_of: Returns the stored name of a parameter that the base does not store.
 
     Raises:
-        MergeError: A change cannot be written.
+        MergeError: A change cannot be expressed in the base's files.
     """
     changes = dict(changes)
     held = {piece.parameter for found in base.pieces.values() for piece in found}
@@ -182,11 +183,11 @@ def plan(
         how = base.rearranged.get(lost[0])
         raise MergeError(
             f"{len(lost)} changes cannot be written into the base's files, such as that of "
-            f"{lost[0]}{f', whose rows {how} rearranges' if how else ''}\n"
-            "    fix: PEFT's own merge, in memory"
+            f"{lost[0]}{f', whose rows {how} rearranges at load' if how else ''}\n"
+            "    fix: merge it in memory, with PEFT"
         )
     for file in files:
-        # As the format's own writer has it: wide numbers first, so that all are aligned.
+        # The order of the safetensors library: wide numbers first, so that all are aligned.
         file.outputs.sort(key=itemsize, reverse=True)
     if shard_size is not None:
         files = _split([output for file in files for output in file.outputs], shard_size)
@@ -197,7 +198,7 @@ def plan(
 
 @dataclass
 class _Writer:
-    """Decides on single tensors, and notes which changes have found their place."""
+    """Plans single tensors, and records which changes will be written."""
 
     base: Base
     changes: dict[str, Change]
@@ -206,12 +207,13 @@ class _Writer:
     written: set[str] = field(default_factory=set)
 
     def output(self, name: str, stored: Stored, parameter: str | None) -> Output:
-        """Decide what becomes of a stored tensor.
+        """Plan the output for a stored tensor.
 
         Args:
-            name: It will have.
-            stored: Where its rows are.
-            parameter: The name of the parameter that it is, other than the base says.
+            name: The name in the merged model's file.
+            stored: The base's tensor.
+            parameter: Of tied parameters that become separate, the one to write; None: the one
+                that the base's file names.
         """
         pieces = self.base.pieces[stored.name]
         if parameter is not None:
@@ -234,18 +236,19 @@ class _Writer:
         return Output(name, stored, shape, dtype, parts, whole)
 
     def _whole(self, stored: Stored, pieces: list[Piece]) -> Whole | None:
-        """Find what the matrix goes through as a whole."""
+        """Return the function that is applied to the whole matrix, if there is one."""
         found = [self.wholes[piece.parameter] for piece in pieces if piece.parameter in self.wholes]
         if found and (len(pieces) != 1 or len(stored.shape) != 2):
             raise MergeError(
-                f"{stored.name} is a part of {pieces[0].parameter}, which can only be dequantised "
-                "or restarted as a whole\n    fix: PEFT's own merge, in memory"
+                f"{stored.name} is a part of {pieces[0].parameter}, but dequantising and PiSSA's "
+                "or OLoRA's initialisation need the whole matrix\n"
+                "    fix: merge it in memory, with PEFT"
             )
         return found[0] if found else None
 
 
 def _split(outputs: list[Output], most: int) -> list[File]:
-    """Fill files one after the other; a tensor that is larger than a file has one of its own."""
+    """Fill files one after the other; a tensor that is larger than ``most`` gets its own file."""
     files = [File("")]
     for output in outputs:
         if files[-1].outputs and files[-1].size + output.size > most:

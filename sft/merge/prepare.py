@@ -1,4 +1,4 @@
-"""Everything about a merge that can be known, and refused, before anything is written."""
+"""Find the base and check and plan the whole merge before anything is written."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER = "tokenizer_config.json"
-# Settings of an adapter that have no meaning as a part of a sum.
+# Settings of adapters that can be neither scaled nor added to other adapters.
 WHOLE_ONLY = ("use_dora", "modules_to_save", "trainable_token_indices")
 
 
 @dataclass
 class Sources:
-    """What is merged onto what.
+    """The adapters and the base of a merge.
 
     Attributes:
-        adapters: Their folders.
-        weights: By which each is multiplied.
-        configs: PEFT's settings of each.
-        shapes: Of each adapter's tensors, by name.
-        card: What training noted beside the first; None where another tool made it.
-        trained_on: Which base each was trained on, by commit or hash, where that is known.
+        adapters: The folders of the adapters.
+        weights: The factor of each adapter.
+        configs: PEFT's config of each adapter.
+        shapes: The shapes of each adapter's tensors, by name.
+        card: The card that sft.train wrote beside the first adapter; None: it has none.
+        trained_on: The commit or hash of the base of each adapter that records it.
         base: The base model.
         quantization: How training stored the base.
-        dtype: In which training loaded the base.
-        stored_dtype: Of the base's files, as its config says.
+        dtype: The precision in which training loaded the base.
+        stored_dtype: The precision of the base's files, according to its config.
     """
 
     adapters: list[Path]
@@ -58,11 +58,11 @@ class Sources:
 
 
 def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -> Sources:
-    """Read the adapters, and name their base.
+    """Read the adapters, and find their base.
 
     Raises:
-        MergeError: An adapter is missing, damaged, empty or of a kind that is not merged.
-        ModelError: The base is not named, or cannot be reached.
+        MergeError: An adapter is missing, damaged, empty or of a kind that cannot be merged.
+        ModelError: The adapter does not name a base, or the base cannot be reached.
     """
     from transformers import AutoConfig
 
@@ -82,7 +82,7 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
     if len(names) > 1:
         raise MergeError(
             f"the adapters were trained on different bases: {', '.join(sorted(names))}\n"
-            "    fix: base=ONE that fits them all"
+            "    fix: base=MODEL that fits all of them"
         )
     shapes = [adapters.check_file(folder) for folder in folders]
     configs = [adapters.read_config(folder) for folder in folders]
@@ -91,12 +91,12 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
     base = bases[0]
     with loading("config", base):
         config = AutoConfig.from_pretrained(**source(base))
-    if commit := commit_of(base):  # what is read from the hub later is of the same commit
+    if commit := commit_of(base):  # so that all files are read from the same commit
         base = dataclasses.replace(base, revision=commit)
     if getattr(config, "quantization_config", None) is not None:
         raise MergeError(
-            f"the files of {base.name_or_path} are quantised themselves\n"
-            "    fix: base=THE_MODEL_THAT_THEY_WERE_MADE_OF"
+            f"the files of {base.name_or_path} are already quantised\n"
+            "    fix: base=THE_MODEL_THAT_WAS_QUANTISED"
         )
     stored = config.dtype or torch.float32
     precision = card.identity.get("precision") if card else None
@@ -115,7 +115,7 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
 
 
 def _as_trained(base: ModelConfig, card: Card | None) -> ModelConfig:
-    """Take the commit of training, where the hub's branch may have moved on."""
+    """Pin the commit of training, because the branch on the hub may have changed since."""
     if card is None or base.name_or_path != card.model.name_or_path:
         return base
     commit = re.fullmatch("commit ([0-9a-f]{40})", card.identity.get("base", ""))
@@ -125,7 +125,7 @@ def _as_trained(base: ModelConfig, card: Card | None) -> ModelConfig:
 def _check_sum(
     folders: Sequence[Path], configs: Sequence[LoraConfig], cards: Sequence[Card | None]
 ) -> None:
-    """Refuse to weigh or add what is no product of matrices."""
+    """Refuse factors and sums for adapters that are more than products of matrices."""
     for folder, config in zip(folders, configs, strict=True):
         wrong = [name for name in WHOLE_ONLY if getattr(config, name)]
         wrong += [f"bias={config.bias}"] if config.bias != "none" else []
@@ -133,26 +133,29 @@ def _check_sum(
         wrong += [f"init_lora_weights={start}"] if str(start).lower() in adapters.RESTARTING else []
         if wrong:
             raise MergeError(
-                f"{folder} has {wrong[0]}, which cannot be weighed or added to another adapter's\n"
-                "    fix: merge it alone, without weights"
+                f"{folder} has {wrong[0]}, which can be neither scaled by weights= nor added to "
+                "other adapters\n    fix: merge it alone, without weights="
             )
     if len({repr(card.quantization) for card in cards if card}) > 1:
         raise MergeError(
-            "the adapters were trained on a base that was quantised in different ways\n"
-            "    fix: merge those that were trained on the same"
+            "the adapters were trained on bases that were quantised in different ways\n"
+            "    fix: merge only adapters whose base was quantised in the same way"
         )
 
 
 def check_base(sources: Sources) -> str:
-    """Hold the base against the one that the adapter was trained on; say what was compared.
+    """Compare the base with the one that the adapter was trained on.
+
+    Returns:
+        The result, as text for the report.
 
     Raises:
-        MergeError: It is another.
+        MergeError: It is a different one.
     """
     from sft.run.resume import base_identity
 
     if not sources.trained_on:
-        return "not known what the adapter was trained on"
+        return "not compared: the adapter does not record the base it was trained on"
     here = base_identity(sources.base)
     for trained in sources.trained_on:
         if here.startswith("commit ") != trained.startswith("commit "):
@@ -160,8 +163,8 @@ def check_base(sources: Sources) -> str:
         if here == trained:
             continue
         raise MergeError(
-            f"{sources.base.name_or_path} is not what the adapter was trained on: {trained} there, "
-            f"{here} here\n    fix: base=THE_ONE_IT_WAS_TRAINED_ON, or check_base=false if its "
+            f"{sources.base.name_or_path} is not the base of training: {trained} in training, "
+            f"{here} here\n    fix: base=THE_ONE_IT_WAS_TRAINED_ON, or check_base=false if the "
             "weights are the same"
         )
     return "the same as in training"
@@ -172,14 +175,14 @@ class Prepared:
     """A merge that can be written.
 
     Attributes:
-        sources: What is merged onto what.
+        sources: The adapters and the base.
         base: The base's files.
         model: The base's architecture without weights, with the adapters on it.
-        wholes: What some weights go through as a whole, by parameter.
-        layout: What is written.
-        dequantized: The base goes through its training storage first.
-        resized: Rows of the embedding, where the adapter brings others than the base has.
-        tokenizer: The adapter's, or the base's where the adapter brings none.
+        wholes: The functions that are applied to whole matrices, by parameter.
+        layout: The files to write.
+        dequantized: The base is quantised as in training and dequantised before the merge.
+        resized: The rows of the adapter's embedding, if the base has a different number.
+        tokenizer: The adapter's; the base's if the adapter has none.
     """
 
     sources: Sources
@@ -193,7 +196,11 @@ class Prepared:
 
     @property
     def must_be_resident(self) -> bool:
-        """Say whether the base cannot be read a layer at a time: not row by row, or at a price."""
+        """Return whether the base must be loaded as a whole for the comparison.
+
+        Layers cannot be read one at a time if loading rearranges rows or the embedding is resized;
+        for PiSSA and OLoRA each reading would repeat the initialisation.
+        """
         restarts = any(
             str(config.init_lora_weights).lower() in adapters.RESTARTING
             for config in self.sources.configs
@@ -204,13 +211,13 @@ class Prepared:
 def prepare(
     sources: Sources, dequantized: bool, dtype: torch.dtype | None, shard_size: int | None
 ) -> Prepared:
-    """Decide every tensor of the merged model.
+    """Plan every tensor of the merged model.
 
     Args:
-        sources: What is merged.
-        dequantized: The base goes through its training storage first.
-        dtype: Of the result; None: the base's own.
-        shard_size: Bytes of a file; None: the base's files.
+        sources: The adapters and the base.
+        dequantized: Quantise the base as in training and dequantise it before the merge.
+        dtype: The precision of the result; None: the base's own.
+        shard_size: The largest size of a file in bytes; None: the same files as the base.
 
     Raises:
         MergeError: The adapter does not fit the base, or cannot be written into it.
@@ -245,7 +252,7 @@ def _restart(before: Whole | None, restart: Whole, dtype: torch.dtype) -> Whole:
 
 
 def _stored_names(architecture: PreTrainedModel) -> Callable[[str], str]:
-    """Give what names a parameter as the files of its architecture do."""
+    """Return a function that converts a parameter's name to the one in the architecture's files."""
     from transformers.core_model_loading import revert_weight_conversion
 
     def name_of(parameter: str) -> str:
@@ -258,7 +265,11 @@ def _stored_names(architecture: PreTrainedModel) -> Callable[[str], str]:
 
 
 def _resize(architecture: PreTrainedModel, sources: Sources) -> int | None:
-    """Make room for tokens that training added to the vocabulary; give the number of rows."""
+    """Resize the embedding to the adapter's vocabulary.
+
+    Returns:
+        The new number of rows; None if the adapter has no embedding of a different size.
+    """
     embedding = architecture.get_input_embeddings()
     name = next(name for name, module in architecture.named_modules() if module is embedding)
     endings = (f"{name}.weight", f"{name}.base_layer.weight")

@@ -1,4 +1,4 @@
-"""What base + adapter and the merged model are compared on: samples that the run held out."""
+"""Samples on which base + adapter and the merged model are compared: held out by the run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sft.files import read_records, write_text
 if TYPE_CHECKING:
     from sft.data.prepared import Prepared
 
-FILE = "probes.jsonl"  # in the run's folder; the adapter's own folder goes to others
+FILE = "probes.jsonl"  # in the run's folder, not in the adapter's, which users publish
 COUNT = 8
 LENGTH = 128  # tokens of each
-SCORES = 1 << 24  # logits that are kept of one model: 64 MiB
+SCORES = 1 << 24  # logits of one model that are stored: 64 MiB
 
 
 @dataclass
@@ -28,10 +28,10 @@ class Probes:
 
     Attributes:
         ids: Shape (samples, longest), padded on the right.
-        mask: Of the same shape: 1 where there is a token.
-        labels: Of the same shape: the token that should follow, -100 where none is trained.
-        prompts: What precedes the first trained token of each sample.
-        origin: In words.
+        mask: Same shape: 1 at tokens, 0 at padding.
+        labels: Same shape: the next token; -100 where it is not trained.
+        prompts: The tokens before the first trained token of each sample.
+        origin: A description for the report.
     """
 
     ids: torch.Tensor
@@ -41,7 +41,11 @@ class Probes:
     origin: str
 
     def positions(self, vocabulary: int) -> torch.Tensor:
-        """Choose positions whose logits are compared: trained ones first; shape of ``ids``."""
+        """Choose the positions whose logits are compared, trained ones first.
+
+        Returns:
+            A boolean mask in the shape of ``ids``.
+        """
         room = max(16, SCORES // vocabulary)
         chosen = torch.zeros_like(self.mask, dtype=torch.bool)
         for candidates in (self.labels != IGNORE_INDEX, self.mask.bool()):
@@ -53,7 +57,7 @@ class Probes:
         return chosen
 
     def answered(self, answers: list[list[int]]) -> Probes:
-        """Put answers after the first prompts; what is to be foretold is theirs alone."""
+        """Append answers to the first prompts; only the answers' tokens are labels."""
         rows = [(prompt, answer) for prompt, answer in zip(self.prompts, answers, strict=False)]
         pad = 0  # masked
         longest = max(len(prompt) + len(answer) for prompt, answer in rows)
@@ -69,7 +73,7 @@ class Probes:
         )
 
     def __add__(self, other: Probes) -> Probes:
-        """Put two sets one below the other."""
+        """Concatenate two sets of samples."""
         width = max(self.ids.shape[1], other.ids.shape[1])
 
         def both(one: torch.Tensor, two: torch.Tensor, fill: int) -> torch.Tensor:
@@ -85,7 +89,7 @@ class Probes:
 
 
 def keep(prepared: Prepared, path: Path) -> None:
-    """Write the samples that a later merge is verified on: held out, or else trained."""
+    """Write the samples that verify a later merge: held out, or trained if none are held out."""
     part = prepared.eval or prepared.train
     origin = "held-out samples" if prepared.eval else "training samples"
     lines = []
@@ -97,7 +101,7 @@ def keep(prepared: Prepared, path: Path) -> None:
 
 
 def _window(sample: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Cut a sample's first document to where its trained tokens begin."""
+    """Cut a window of ``LENGTH`` tokens around the first trained token of the first document."""
     length = (sample.get("seq_lengths") or [len(sample["input_ids"])])[0]
     ids, labels = sample["input_ids"][:length], sample["labels"][:length]
     first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), 0)
@@ -107,11 +111,11 @@ def _window(sample: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def load(adapter: Path, vocabulary: int) -> Probes:
-    """Read the samples of the run that an adapter's folder lies in; else make some.
+    """Read the samples from the run's folder around the adapter's; draw random ones if it has none.
 
     Args:
-        adapter: Its folder.
-        vocabulary: Ids that may be drawn, where there is no run.
+        adapter: The adapter's folder.
+        vocabulary: The number of token ids to draw from.
     """
     path = adapter.parent / FILE
     lines = read_records(path) if path.is_file() else []
@@ -121,7 +125,7 @@ def load(adapter: Path, vocabulary: int) -> Probes:
     else:
         drawn = torch.randint(0, vocabulary, (4, 64), generator=torch.Generator().manual_seed(0))
         samples = [(ids, [IGNORE_INDEX] * len(ids)) for ids in drawn.tolist()]
-        origin = "4 x 64 random tokens, as no run lies around the adapter"
+        origin = "4 x 64 random tokens, because the adapter is not in a run's folder"
     longest = max(len(ids) for ids, _ in samples)
 
     def padded(rows: list[list[int]], fill: int) -> torch.Tensor:

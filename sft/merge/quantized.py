@@ -1,4 +1,4 @@
-"""What 4- and 8-bit storage makes of a base's weights: the numbers that training computed with."""
+"""Quantise and dequantise a base's weights, which gives the numbers that training computed with."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 def dequantizers(
     architecture: PreTrainedModel, quantization: QuantizationConfig, dtype: torch.dtype
 ) -> dict[str, Whole]:
-    """Give what quantises and dequantises each weight that training kept in 4 or 8 bits.
+    """Make a function for each weight that training stored in 4 or 8 bits.
 
     Args:
-        architecture: On the meta device; its linear layers are replaced, as at load.
-        quantization: Of the training run.
-        dtype: In which training loaded the weights.
+        architecture: On the meta device; its linear layers are replaced as loading does it.
+        quantization: The quantisation of the training run.
+        dtype: The precision in which training loaded the weights.
 
     Returns:
-        By the parameter's name; empty where nothing was quantised.
+        By the parameter's name, a function that quantises and dequantises the weight; empty if
+        nothing was quantised.
     """
     settings = quantization_config(quantization, dtype)
     if settings is None:

@@ -1,4 +1,4 @@
-"""A forward pass whose weights are read as they are needed, and let go after: a layer at a time."""
+"""A forward pass that reads the weights of one layer at a time, and frees them after the layer."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Weights:
     """Reads parameters of a model from its files, in float32.
 
     Args:
-        base: The files; none of their parameters may be rearranged at load.
-        wholes: What some weights go through, by parameter.
+        base: The files; loading may not rearrange rows of any parameter.
+        wholes: The functions that are applied to whole matrices, by parameter.
     """
 
     def __init__(self, base: Base, wholes: dict[str, Whole]) -> None:
@@ -40,14 +40,14 @@ class Weights:
                     row += piece.rows
 
     def place(self, name: str) -> list[tuple[Stored, int, Piece]]:
-        """Say where a parameter's rows are, under this name or one that it is tied to."""
+        """List the stored tensors and rows of a parameter, which a tied name may store."""
         return next(self.places[other] for other in self._names(name) if other in self.places)
 
     def _names(self, name: str) -> list[str]:
         return [name, *self.base.partners(name)]
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a parameter, into memory that was given back if there is some of its shape."""
+        """Read a parameter; a buffer of its shape that ``give_back`` returned is used again."""
         shape = self.base.shapes[name]
         places = self.place(name)
         if name in self.wholes:
@@ -61,12 +61,12 @@ class Weights:
         return result
 
     def close(self) -> None:
-        """Let all memory go."""
+        """Free all buffers and end the threads."""
         self.threads.shutdown()
         self.spare.clear()
 
     def give_back(self, tensor: torch.Tensor) -> None:
-        """Let the next parameter of this shape be read into the same memory."""
+        """Return a buffer, into which the next parameter of its shape is read."""
         self.spare.setdefault(tuple(tensor.shape), []).append(tensor)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -77,11 +77,12 @@ class Weights:
 
 @contextlib.contextmanager
 def streamed(model: Any, weights: Weights) -> Iterator[Any]:
-    """Let a model without weights, or with those of an adapter only, read what it lacks.
+    """Add hooks that load each layer's missing weights before its forward pass and free them after.
 
     Args:
-        model: On hollow weights (``sft.merge.adapters.hollow``); a PEFT model, or a plain one.
-        weights: Of the base.
+        model: A model or PEFT model whose base weights are placeholders
+            (``sft.merge.adapters.hollow``).
+        weights: Reads the base's weights.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     for path, module, deep in _units(inner):
@@ -94,9 +95,10 @@ def streamed(model: Any, weights: Weights) -> Iterator[Any]:
 
 
 def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """List what is filled at once: each layer with all in it, and what lies outside of layers.
+    """List the modules whose weights are loaded together, and whether submodules are included.
 
-    What PEFT wraps is filled with the wrapper, which may use weights without a forward pass.
+    These are whole layers, and single modules outside of layers. A module that PEFT wraps is loaded
+    with its wrapper, because the wrapper may use the weights without calling the module.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -137,7 +139,13 @@ def _fill_and_empty(path: str, module: nn.Module, weights: Weights, deep: bool) 
 
 
 def _by_rows(path: str, module: Any, weights: Weights) -> bool:
-    """Let a plain embedding or head, the largest tensors of most models, read rows only."""
+    """Replace the forward pass of a plain embedding or head by one that reads only some rows.
+
+    They are the largest tensors of most models.
+
+    Returns:
+        Whether the module was replaced.
+    """
     if type(module) not in (nn.Embedding, nn.Linear):
         return False
     name = f"{path}.weight"

@@ -1,4 +1,4 @@
-"""The proof: what base + adapter answers, the written folder answers too."""
+"""Verify a merge: compare the logits and answers of base + adapter and of the merged model."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 
 # Largest logit difference that rounding explains, as a share of the largest logit.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-RESIDENT = 1 << 30  # bytes of weights in float32 that are loaded whole; others layer by layer
+RESIDENT = 1 << 30  # bytes in float32; larger models are read layer by layer
 GREEDY_PROMPTS = 4
-GREEDY_TOKENS, GREEDY_TOKENS_STREAMED = 32, 8  # each reads all the weights where they are streamed
+GREEDY_TOKENS, GREEDY_TOKENS_STREAMED = 32, 8  # streamed, each token reads all weights again
 
 
 def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Compare base + adapter with what was written.
+    """Compare base + adapter with the merged model.
 
-    Both compute in float32, so that what differs is the weights. Base + adapter continues prompts
-    greedily; where the merged model, given these texts, would say each next token too, its own
-    greedy texts are the same.
+    Both compute in float32, so that only the weights differ. Base + adapter generates greedy texts.
+    The merged model runs once over these texts: if each next token is its top token, its own greedy
+    texts are the same.
 
     Args:
         prepared: The merge.
         folder: The merged model.
-        dtype: Of its weights.
+        dtype: The precision of its weights.
 
     Returns:
-        The figures, ``passed``, and ``reason`` where it is false.
+        The figures, ``passed``, and ``reason`` if that is false.
 
     Raises:
-        MergeError: A file was not carried over, or cannot be read.
+        MergeError: The written tokenizer or config differs, or a file cannot be read.
     """
     carry.check(prepared, folder)
     tokenizer = prepared.tokenizer
@@ -87,7 +87,7 @@ def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, An
 
 
 def _greedy(model: Any, prepared: Prepared, samples: Probes, resident: bool) -> list[list[int]]:
-    """Continue the first prompts; each answer ends with what stopped it, if anything did."""
+    """Continue the first prompts greedily; an answer includes the token that stopped it."""
     from sft.inference.answers import continuations, stop_ids
 
     tokenizer = prepared.tokenizer
@@ -104,10 +104,10 @@ def _greedy(model: Any, prepared: Prepared, samples: Probes, resident: bool) -> 
 
 
 def verify_against_training(prepared: Prepared, folder: Path) -> dict[str, Any]:
-    """Measure how far a merged model is from base + adapter as training computed them.
+    """Measure how far the merged model is from base + adapter as training computed them.
 
-    Weights alone cannot be that where they are the original base's, nor for an 8-bit base, whose
-    forward pass rounds what goes into each layer too.
+    They differ with quantized_base=original, and with an 8-bit base, whose forward pass also rounds
+    the input of each layer.
     """
     rows = prepared.model.get_input_embeddings().weight.shape[0]
     samples = probes.load(prepared.sources.adapters[0], rows)
@@ -123,33 +123,33 @@ def _why_not(report: dict[str, Any], finite: bool) -> str | None:
         return "its logits are not finite"
     if report["max_difference"] > report["allowed_difference"]:
         return (
-            f"logits differ by {report['max_difference']:.3g} where rounding explains "
+            f"logits differ by {report['max_difference']:.3g}, and rounding explains only "
             f"{report['allowed_difference']:.3g}"
         )
     if report["adapter_effect"]["max_difference"] == 0:
-        return "the adapter does not change what the base answers"
+        return "the adapter does not change the base's logits"
     if report["mean_difference"] > report["adapter_effect"]["mean_difference"] / 2:
-        return "rounding takes away more than half of what the adapter changes"
+        return "rounding removes more than half of the adapter's change"
     return None
 
 
 def _reference(
     prepared: Prepared, quantization: QuantizationConfig, weights_only: bool = False
 ) -> Any:
-    """Load base and adapters whole, by Transformers and PEFT alone.
+    """Load base and adapters as a whole, with Transformers and PEFT only.
 
     Args:
         prepared: The merge.
         quantization: How the base is stored.
-        weights_only: Do without what quantised layers do in their forward pass: an 8-bit one
-            rounds its inputs; a 4-bit one, without gradients, does not round its weights to the
-            precision of training.
+        weights_only: Dequantise the weights, to avoid what the forward pass of quantised layers
+            adds: an 8-bit layer rounds its inputs; a 4-bit layer without gradients does not round
+            its weights to the precision of training.
     """
     from peft import PeftModel
 
     sources = prepared.sources
     quantized = quantization.load_in_4bit or quantization.load_in_8bit
-    # Weights are quantised, and PiSSA's first product is taken, from what training had loaded.
+    # Quantisation and PiSSA's initialisation start from the weights in the precision of training.
     derived = quantized or bool(prepared.wholes)
     base = load_frozen(sources.base, quantization, sources.dtype if derived else torch.float32)
     if quantized and weights_only:
@@ -169,7 +169,7 @@ def _reference(
 
 
 def _weighed(model: Any, prepared: Prepared) -> Any:
-    """Let all adapters act at once, each by its weight."""
+    """Activate all adapters, and multiply the scaling of each by its factor."""
     from peft.tuners.lora.layer import LoraLayer
 
     names = [adapters.name_of(index) for index in range(len(prepared.sources.adapters))]
@@ -185,9 +185,9 @@ def _weighed(model: Any, prepared: Prepared) -> Any:
 
 @torch.no_grad()
 def _restore_others(model: Any, prepared: Prepared) -> None:
-    """Give the weights that a merge takes over as they are the values of the base's files.
+    """Set the weights outside of ``prepared.wholes`` to the values in the base's files.
 
-    Training loaded these too in its own precision, which may be narrower than the files'.
+    The merge reads these from the files, whose precision may be higher than training's.
     """
     stored = load_frozen(prepared.sources.base, QuantizationConfig(), torch.float32)
     values = dict(stored.named_parameters())
@@ -197,7 +197,7 @@ def _restore_others(model: Any, prepared: Prepared) -> None:
 
 
 def _compute_in_float32(model: Any) -> None:
-    """Leave quantised weights as training made them, and compute everything in float32."""
+    """Compute everything in float32, and leave the quantised weights unchanged."""
     import bitsandbytes
 
     stored = (bitsandbytes.nn.Params4bit, bitsandbytes.nn.Int8Params)
@@ -212,7 +212,7 @@ def _compute_in_float32(model: Any) -> None:
 
 @contextlib.contextmanager
 def _base_and_adapter(prepared: Prepared, resident: bool) -> Iterator[Any]:
-    """Give what was trained, loaded whole or read layer by layer."""
+    """Yield base + adapter, loaded as a whole (resident) or read layer by layer."""
     if resident:
         stored = prepared.sources.quantization if prepared.dequantized else QuantizationConfig()
         yield _reference(prepared, stored, weights_only=True)
@@ -224,7 +224,7 @@ def _base_and_adapter(prepared: Prepared, resident: bool) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _written(folder: Path, resident: bool) -> Iterator[Any]:
-    """Give what was written, likewise."""
+    """Yield the merged model, loaded as a whole (resident) or read layer by layer."""
     here = ModelConfig(name_or_path=str(folder.resolve()))
     if resident:
         yield load_frozen(here, QuantizationConfig(), torch.float32)
@@ -249,7 +249,7 @@ def _logits(model: Any, samples: Probes, chosen: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _only(head: torch.nn.Module, chosen: torch.Tensor) -> Iterator[None]:
-    """Let a head see the chosen positions only: all logits would be the largest tensor of all."""
+    """Restrict the head to the chosen positions: all logits would be the largest tensor of all."""
     handle = head.register_forward_pre_hook(lambda _, given: (given[0][chosen][None], *given[1:]))
     try:
         yield
@@ -258,7 +258,7 @@ def _only(head: torch.nn.Module, chosen: torch.Tensor) -> Iterator[None]:
 
 
 def _differences(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
-    """Measure how far logits are from others; KL is in nats, a mean over positions."""
+    """Compare two sets of logits; the KL divergence is in nats, a mean over positions."""
     most = total = divergence = 0.0
     for one, other in zip(torch.split(wanted, 16), torch.split(got, 16), strict=True):
         p, q = one.double(), other.double()
@@ -276,6 +276,6 @@ def _differences(got: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor) -> float | None:
-    """Give the mean loss on trained tokens; None where there are none."""
+    """Return the mean loss on trained tokens; None if there are none."""
     trained = labels != IGNORE_INDEX
     return F.cross_entropy(logits[trained], labels[trained]).item() if trained.any() else None

@@ -1,9 +1,9 @@
-"""Write the merged weights: threads read, change and write some rows at a time, none are kept.
+"""Write the merged weights: threads read, change and write a few rows at a time.
 
-Bytes that nothing changes are copied by the kernel from file to file. Changed rows are read, made
-float32, changed and rounded once, a tile that fits into a core's cache at a time. As many files as
-there are threads are written in turn, because the kernel lets one thread at a time write into a
-file. Other threads send what was written to the disk meanwhile.
+The kernel copies unchanged bytes from file to file. Changed rows are read, converted to float32,
+changed and rounded once, in tiles that fit into a core's cache. As many files as there are threads
+are written in turn, because the kernel lets only one thread at a time write into a file. Meanwhile,
+other threads flush the written bytes to the disk.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import torch
 from sft.merge.base_files import FLOATS, Stored
 from sft.merge.layout import File, Layout, Output, Part, itemsize
 
-Tick = Callable[[int], object]  # is told of bytes that were written
+Tick = Callable[[int], object]  # called with the number of bytes that were written
 TILE = 1 << 18  # numbers, 1.5 MiB of buffers: smaller ones cost more calls, larger ones miss L2
-CHUNK = 1 << 24  # numbers that one thread takes at once
-FLUSH = 8  # chunks after which the disk is waited for
-COPY = 1 << 26  # bytes that the kernel copies at once
+CHUNK = 1 << 24  # numbers in one job of a thread
+FLUSH = 8  # chunks between two flushes to the disk
+COPY = 1 << 26  # bytes in one copy by the kernel
 ELSEWHERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
@@ -36,17 +36,17 @@ def write(layout: Layout, folder: Path, device: torch.device, tick: Tick) -> Non
     """Write all files, and wait until they are on the disk.
 
     Args:
-        layout: What is written.
-        folder: Where to; it exists.
-        device: Where the sums are made.
-        tick: Is told of bytes that were written.
+        layout: The files to write.
+        folder: The folder to write into; it exists.
+        device: The device that computes the change.
+        tick: Called with the number of bytes that were written.
 
     Raises:
         OSError: The disk is full, or fails.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # each of our threads works on a tile of its own
-    with contextlib.ExitStack() as handles:  # closed last: no thread is left to write into one
+    torch.set_num_threads(1)  # each of our threads computes its own tile
+    with contextlib.ExitStack() as handles:  # closed last, when no thread writes any more
         workers, disk = ThreadPoolExecutor(threads), ThreadPoolExecutor(threads)
         writer = _Writer(folder, device, tick, workers, threads, handles)
         try:
@@ -61,7 +61,7 @@ def write(layout: Layout, folder: Path, device: torch.device, tick: Tick) -> Non
 def _in_turn(
     layout: Layout, writer: _Writer, many: int
 ) -> Iterator[tuple[int, list[Future[None]]]]:
-    """Submit the chunks of so many files at a time, one of each in turn; give those submitted."""
+    """Submit the chunks of ``many`` files at a time, in turn; then yield the file."""
     waiting = iter(layout.files)
     active = collections.deque(map(writer.start, itertools.islice(waiting, many)))
     while active:
@@ -75,16 +75,16 @@ def _in_turn(
 
 @dataclass
 class _Writer:
-    """Hands the parts of files to threads.
+    """Submits the chunks of files to threads.
 
     Attributes:
-        folder: Where the files go.
-        device: Where the sums are made.
-        tick: Is told of bytes.
-        workers: The threads.
-        threads: How many.
+        folder: The folder of the files.
+        device: The device that computes the change.
+        tick: Called with the number of bytes that were written.
+        workers: The pool of threads.
+        threads: The number of threads.
         handles: Closes the files.
-        pending: Chunks of all files that may not be written yet.
+        pending: Chunks of all files that may not have been written yet.
     """
 
     folder: Path
@@ -134,7 +134,7 @@ class _Writer:
         offset: int,
         submit: Callable[..., int],
     ) -> int:
-        """Compute a matrix that is changed as a whole; one of them is in memory at a time."""
+        """Apply the function of a whole matrix; only one such matrix is in memory at a time."""
         _wait(self.pending)
         self.pending.clear()
         torch.set_num_threads(self.threads)
@@ -150,7 +150,7 @@ def _wait(futures: Iterable[Future[None]]) -> None:
 
 
 def _finish(handle: int, chunks: list[Future[None]]) -> None:
-    """Wait for a file's chunks; the disk gets some at a time, so that little is left at the end."""
+    """Wait for a file's chunks, and flush after every few, so that little remains at the end."""
     for count, chunk in enumerate(chunks, 1):
         chunk.result()
         if count % FLUSH == 0:
@@ -159,7 +159,7 @@ def _finish(handle: int, chunks: list[Future[None]]) -> None:
 
 
 def _copy(stored: Stored, start: int, handle: int, offset: int, tick: Tick) -> None:
-    """Copy some bytes of a tensor, within the kernel where the file systems allow it."""
+    """Copy up to ``COPY`` bytes of a tensor, within the kernel if the file systems allow it."""
     left = min(COPY, stored.size - start)
     tick(left)
     read, written = stored.offset + start, offset + start
@@ -184,14 +184,14 @@ def _put(handle: int, buffer: torch.Tensor, offset: int) -> None:
 
 
 class _Room(threading.local):
-    """What a thread works in, made once: new memory for each tile would cost more than the sums."""
+    """A thread's buffers, allocated once: new memory for each tile would cost more than sums do."""
 
     def __init__(self) -> None:
         self.numbers = 0
         self.tensors: dict[str, torch.Tensor] = {}
 
     def of(self, numbers: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Give room for so many: two of float32, and the bytes that are read, then written."""
+        """Return two float32 buffers of ``numbers``, and one for the bytes of a read or write."""
         if numbers > self.numbers or self.tensors["tile"].device.type != device.type:
             self.numbers = numbers
             self.tensors = {
@@ -211,15 +211,15 @@ _room = _Room()
 
 @dataclass
 class _Job:
-    """The rows of one tensor that is computed.
+    """Computes and writes the rows of one tensor.
 
     Attributes:
-        output: What is written.
-        matrix: The base's, where it went through something as a whole; None: read from its file.
-        handle: Of the file that is written.
-        offset: Of the tensor in it.
-        device: Where the sums are made.
-        tick: Is told of bytes.
+        output: The tensor to write.
+        matrix: The result of the function of a whole matrix; None: rows are read from the file.
+        handle: The descriptor of the file that is written.
+        offset: The tensor's position in that file.
+        device: The device that computes the change.
+        tick: Called with the number of bytes that were written.
     """
 
     output: Output
@@ -230,7 +230,7 @@ class _Job:
     tick: Tick
 
     def chunks(self, part: Part) -> list[tuple[Part, int, int, torch.Tensor | None]]:
-        """Cut a part into what one thread takes at once."""
+        """Split a part into the arguments of ``run``, ``CHUNK`` numbers each."""
         rows = part.stop - part.start
         factor = None
         if part.change is not None:
@@ -246,7 +246,7 @@ class _Job:
         room = _room.of(step * columns, self.device)
         tile, scratch = (room[name].view(step, columns) for name in ("tile", "scratch"))
         buffer = room["bytes"][: step * columns * size]
-        # The bytes that were read are done with once they are float32: less of the cache is taken.
+        # The result overwrites the bytes that were read, which saves cache: they are float32 now.
         rounded = buffer.view(FLOATS[self.output.dtype]).view(step, columns)
         for row in range(start, stop, step):
             rows = tile[: stop - row]
@@ -262,7 +262,7 @@ class _Job:
     def _base(
         self, part: Part, start: int, stop: int, raw: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Give rows of a part as they are before they are changed; raw is room to read them."""
+        """Return rows of a part before the change; ``raw`` is the buffer for reading them."""
         if part.change is not None and part.change.replaced is not None and part.piece is not None:
             own = part.change.replaced
             own = own[part.piece.matrix] if own.ndim == 3 else own

@@ -1,7 +1,7 @@
-"""The LoRA adapter, checked against the architecture it goes on, before any weight loads.
+"""Check the LoRA settings against the model's architecture, before any weight loads.
 
-PEFT ignores a name in ``target_modules`` that matches nothing as long as another one matches, and
-ignores typos in ``rank_pattern`` and ``modules_to_save``: the run then trains something else.
+PEFT ignores a name in ``target_modules`` that matches no module if a different one matches, and
+ignores typos in ``rank_pattern`` and ``modules_to_save``: the run would train other parameters.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | None:
-    """Make PEFT's config; None where the run trains no adapter.
+    """Make PEFT's config; None if the run trains no adapter.
 
     Args:
         config: The run's config.
         architecture: The model on the meta device.
 
     Raises:
-        ConfigError: With every entry that matches nothing or cannot be trained.
+        ConfigError: Entries match no module or cannot be trained; all of them are listed.
     """
     from peft import LoraConfig
 
@@ -47,7 +47,7 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a linear layer; GPT-2's are Conv1D."""
+    """Return whether a module is a linear layer; GPT-2's are Conv1D."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -55,7 +55,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def attention_names(model: PreTrainedModel) -> list[str]:
-    """Name the linear layers of the attention modules, as PEFT matches them (by suffix)."""
+    """List the linear layers of the attention modules, as suffixes that PEFT matches."""
     names = set()
     for path, module in model.named_modules():
         if type(module).__name__.endswith("Attention"):
@@ -67,7 +67,7 @@ def attention_names(model: PreTrainedModel) -> list[str]:
 
 
 def _matches(path: str, name: str) -> bool:
-    """Match a module as PEFT does a list's entry: its whole path, or the end of it."""
+    """Match a module's path with a list's entry as PEFT does: equal, or a suffix of the path."""
     return path == name or path.endswith(f".{name}")
 
 
@@ -87,7 +87,7 @@ def targeted(lora: LoraSection, model: PreTrainedModel) -> list[str]:
 
 
 def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[Problem]:
-    """Find what of the adapter's settings does not fit the architecture."""
+    """Yield the settings of the adapter that do not fit the architecture."""
     paths = [path for path, _ in model.named_modules() if path]
     leaves = {path.rpartition(".")[2] for path in paths}
     adapted = targeted(lora, model)
@@ -118,7 +118,7 @@ def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[
     }
     for setting, pattern in patterns.items():
         for name in pattern:
-            # PEFT (tuners_utils.get_pattern_key): the end of the path matches the expression.
+            # As PEFT does (tuners_utils.get_pattern_key): the path's end must match the pattern.
             if not any(re.match(rf"(.*\.)?({name})$", path) for path in adapted):
                 yield Problem(
                     f"lora.{setting}: {name}",
@@ -142,13 +142,13 @@ def _shared_weights(
         if module is head:
             yield Problem(
                 written,
-                f"LoRA on the head ({path}) would never train: the loss reads its weight directly",
+                f"LoRA on the head ({path}) would not train: the loss uses its weight directly",
                 f"lora.modules_to_save=[{path.rpartition('.')[2]}]",
             )
         elif module is embedding and tied:
             yield Problem(
                 written,
-                f"LoRA on {path}, whose weight is also the head's, merges into a wrong model",
+                f"LoRA on {path} cannot be merged correctly: the head shares its weight",
                 f"lora.modules_to_save=[{path.rpartition('.')[2]}]",
             )
     if lora.extra.get("trainable_token_indices") is not None:
@@ -169,7 +169,7 @@ def _shared_weights(
         if bare:
             yield Problem(
                 "lora.extra.lora_bias=true",
-                f"{bare[0]} has no bias to merge the adapter's into",
+                f"{bare[0]} has no bias into which the adapter's can be merged",
                 "lora.extra.lora_bias=false",
             )
 

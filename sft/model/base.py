@@ -1,4 +1,4 @@
-"""The tokenizer and the base model: loaded, quantised, or built without weights to look at."""
+"""The tokenizer and the base model: choose the precision, load, quantise, check."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ class Precision(Choice):
     """The choice of ``precision``: fp32, bf16 or fp16.
 
     Attributes:
-        products: How bf16 products are computed on a CPU, one of ``sft.fast.half.ways``; empty in
-            other precisions and on a GPU.
+        products: The way in which a CPU computes bf16 products, one of ``sft.fast.half.ways``;
+            empty in other precisions and on a GPU.
     """
 
     products: str = ""
 
     def identity(self) -> dict[str, str]:
-        """Name what a resumed run must keep; it is stored in ``run.json``."""
+        """Return the values that a resumed run must have too; ``run.json`` stores them."""
         return {"precision": self.value, **({"products": self.products} if self.products else {})}
 
 
 def choose_precision(
     asked: str, begun: Mapping[str, str] | None = None, width: int | None = None
 ) -> Precision:
-    """Choose fp32, bf16 or fp16, and on a CPU how products of bf16 are computed.
+    """Choose fp32, bf16 or fp16, and on a CPU the way to compute bf16 products.
 
-    A CPU that has bf16 may still multiply faster in float32, so its speed is measured.
+    A CPU with bf16 instructions may still multiply faster in float32, so both are measured.
 
     Args:
         asked: ``precision`` of the config.
-        begun: The identity of the run that is resumed, if there is one: ``auto`` takes its
-            precision, and products are computed as before where the processor can.
-        width: The model's hidden size; None: it is not considered.
+        begun: The identity of the resumed run, if any: ``auto`` takes its precision, and products
+            are computed in the same way if this processor supports it.
+        width: The model's hidden size; None: do not consider it.
 
     Raises:
         ConfigError: fp16 on a CPU, where the trainer would silently compute in fp32.
@@ -79,10 +79,10 @@ def _on_cpu(name: str, why: str, products: str | None, width: int | None) -> Pre
     """Choose on a CPU.
 
     Args:
-        name: What is set, ``auto`` included.
-        why: The reason where it is not ``auto``.
-        products: How the run that is resumed computed products; None: it is a new run.
-        width: The model's hidden size; None: it is not considered.
+        name: The precision or ``auto``.
+        why: The reason for a precision.
+        products: The way in which the resumed run computed products; None: the run is new.
+        width: The model's hidden size; None: do not consider it.
     """
     import torch
 
@@ -91,7 +91,7 @@ def _on_cpu(name: str, why: str, products: str | None, width: int | None) -> Pre
     if name == "fp16":
         fix = "precision=bf16"
         if why != AS_SET:  # a different precision would be refused on resume
-            fix = "resume this run on a GPU, or run_name=NAME for another run"
+            fix = "resume this run on a GPU, or run_name=NAME for a new run"
         rule = "there is no GPU, and only a GPU trains in fp16"
         raise ConfigError([Problem("precision=fp16", rule, fix)])
     ways = half.ways(torch.bfloat16)
@@ -100,20 +100,20 @@ def _on_cpu(name: str, why: str, products: str | None, width: int | None) -> Pre
     if half.NATIVE not in ways:
         if name == "auto":
             return _precision("fp32", "the CPU has no bf16")
-        why += "; the CPU has no bf16: products are computed in float32 and rounded"
+        why += "; the CPU has no bf16, so products are computed in float32 and rounded"
         return _precision(name, why, half.WIDENED)
     if name == "auto" and width is not None and width < SMALL:
-        # Converting between the precisions costs more than faster products save: the embedded
-        # model, 128 wide, takes 1.2 times the CPU time of float32 on a processor whose bf16
-        # products are 1.7 times as fast.
+        # Conversions between the precisions cost more than faster products save: in bf16 the
+        # embedded model (width 128) takes 1.2 times the CPU time of float32, on a processor whose
+        # bf16 products are 1.7 times as fast.
         reason = f"layers of width {width} are too small to gain from bf16 on a CPU"
         return _precision("fp32", reason)
     if products in ways:
-        reason = f"{why}; products are computed as when it began: {speed.NAMES[products]}"
+        reason = f"{why}; products are computed as before: {speed.NAMES[products]}"
         return _precision(name, reason, products)
     measured = speed.speeds()
     if name == "auto":
-        # Widened products are float32 products and conversions, and so never faster.
+        # WIDENED is never faster than float32: it is the same product with conversions.
         others = [way for way in ways if way != half.WIDENED]
         way = speed.fastest(measured, [speed.FLOAT32, *others])
         name, why = ("fp32" if way == speed.FLOAT32 else "bf16"), "measured on this CPU"
@@ -133,7 +133,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 @contextlib.contextmanager
 def loading(what: str, model: ModelConfig) -> Iterator[None]:
-    """Turn the libraries' long errors into one that names the fix."""
+    """Replace the libraries' long errors by a ModelError that names a fix."""
     from safetensors import SafetensorError
 
     try:
@@ -142,13 +142,13 @@ def loading(what: str, model: ModelConfig) -> Iterator[None]:
         name = str(model.name_or_path)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if not Path(name).exists():
-            reason = f"it is no folder here, and not to be had from the hub: {reason}"
+            reason = f"it is not a local folder, and the hub did not provide it: {reason}"
         if Path(name).is_absolute() or name.startswith("."):
             fix = "model.name_or_path=FOLDER with config.json, weights and tokenizer files"
         else:
             fix = (
-                "check the name and the network; HF_TOKEN for gated models; HF_HUB_OFFLINE=1 uses "
-                "only what is cached; model=tiny is embedded"
+                "check the name and the network; set HF_TOKEN for gated models; HF_HUB_OFFLINE=1 "
+                "uses only cached files; model=tiny is embedded"
             )
         raise ModelError(
             f"the {what} of {name} cannot be loaded: {reason}\n    fix: {fix}"
@@ -156,7 +156,7 @@ def loading(what: str, model: ModelConfig) -> Iterator[None]:
 
 
 def source(model: ModelConfig) -> dict[str, Any]:
-    """Give the arguments that name a model to ``from_pretrained``."""
+    """Return the arguments of ``from_pretrained`` that name the model."""
     name = str(model.name_or_path)
     if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
         raise ModelError(
@@ -171,10 +171,10 @@ def source(model: ModelConfig) -> dict[str, Any]:
 
 
 def commit_of(model: ModelConfig) -> str | None:
-    """Name the commit of a model on the hub, as it is cached now; None for a folder.
+    """Return the commit of a hub model's cached config; None for a local folder.
 
     Raises:
-        ModelError: It is not there or cannot be reached.
+        ModelError: The model does not exist or cannot be reached.
     """
     from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -187,10 +187,10 @@ def commit_of(model: ModelConfig) -> str | None:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; one without a pad token pads with EOS (labels hide padding by length).
+    """Load the tokenizer, and use EOS as pad token if it has none (labels mask padding by length).
 
     Raises:
-        ModelError: It is not there, cannot be reached, or has no EOS token.
+        ModelError: The tokenizer does not exist, cannot be reached, or has no EOS token.
     """
     from transformers import AutoTokenizer
 
@@ -198,7 +198,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(**source(model))
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"the tokenizer of {model.name_or_path} has no EOS token, so nothing could end a text\n"
+            f"the tokenizer of {model.name_or_path} has no EOS token, so no text could end\n"
             "    fix: set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
@@ -210,11 +210,12 @@ def load_architecture(model: ModelConfig, buffers: bool = False) -> PreTrainedMo
     """Build the model on the meta device: every module and shape, no weights, no memory.
 
     Args:
-        model: Which.
-        buffers: Make these for real, such as rotary frequencies, as a forward pass needs them.
+        model: The model's name and revision.
+        buffers: Create the buffers on the CPU, such as rotary frequencies: a forward pass needs
+            them.
 
     Raises:
-        ModelError: Its config is not there or cannot be reached.
+        ModelError: The config does not exist or cannot be reached.
     """
     import torch
     from accelerate import init_empty_weights
@@ -235,30 +236,31 @@ def load_architecture(model: ModelConfig, buffers: bool = False) -> PreTrainedMo
 def check_fits(
     architecture: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: Iterable[Counts]
 ) -> None:
-    """Refuse token ids and positions that the model has no row for.
+    """Check that the model has an embedding for each token id and each position.
 
     Raises:
-        ModelError: The tokenizer is another model's, or a sample is longer than the positions.
+        ModelError: The tokenizer belongs to a different model, or a sample has more tokens than the
+            model has positions.
     """
     rows = architecture.get_input_embeddings().weight.shape[0]
     counts = list(parts)
     largest = max(tokenizer.pad_token_id, *(part.largest_id for part in counts))
     if largest >= rows:
         raise ModelError(
-            f"the data has token {largest}, the model's embedding {rows} rows\n"
-            "    fix: the model's own tokenizer"
+            f"the data has token id {largest}, but the model's embedding has {rows} rows\n"
+            "    fix: use the model's own tokenizer"
         )
     longest = max(part.longest for part in counts)
     positions = getattr(architecture.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise ModelError(
-            f"a sample has {longest} tokens, the model {positions} positions\n"
+            f"a sample has {longest} tokens, but the model has {positions} positions\n"
             f"    fix: dataset.max_length={positions}, or a model with a longer context"
         )
 
 
 def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> Any:
-    """Give Transformers' BitsAndBytesConfig, or None where nothing is quantised."""
+    """Make Transformers' BitsAndBytesConfig; None if nothing is quantised."""
     from transformers import BitsAndBytesConfig
 
     if not (quantization.load_in_4bit or quantization.load_in_8bit):
@@ -273,10 +275,10 @@ def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.d
 
 
 def needs_masters(config: Config) -> bool:
-    """Tell whether the model's weights are float32 masters, whatever ``precision`` is.
+    """Return whether the weights must be loaded in float32, whatever ``precision`` is.
 
-    Mixed precision updates float32 weights. DeepSpeed keeps copies of its own, and a frozen base
-    model is not updated.
+    Mixed precision updates float32 weights. DeepSpeed makes its own float32 copies, and a frozen
+    base model is not updated.
     """
     return not config.lora.enabled and config.zero.config is None
 
@@ -284,9 +286,9 @@ def needs_masters(config: Config) -> bool:
 def load_base(
     config: Config, architecture: PreTrainedConfig, precision: str, kernel: str | None
 ) -> PreTrainedModel:
-    """Load the base model, or make one with random weights.
+    """Load the base model, or initialise one with random weights.
 
-    Under ZeRO-3 the trainer's config must exist already: then each rank holds its share only.
+    Under ZeRO-3 the trainer's config must exist already, so that each rank loads only its share.
 
     Args:
         config: The run's config.
@@ -295,7 +297,7 @@ def load_base(
         kernel: The attention implementation; None: the architecture's own.
 
     Raises:
-        ModelError: The weights are not there or cannot be reached.
+        ModelError: The weights do not exist or cannot be reached.
     """
     from transformers import AutoModelForCausalLM, set_seed
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -310,20 +312,20 @@ def load_base(
             quantized = quantization_config(config.quantization, dtype)
             if quantized is not None:
                 options["quantization_config"] = quantized
-                if not is_deepspeed_zero3_enabled():  # which places the weights itself
+                if not is_deepspeed_zero3_enabled():  # ZeRO-3 places the weights itself
                     options["device_map"] = _device_map()
             model = _whole(config.model, **options)
         else:
             model = AutoModelForCausalLM.from_config(
                 architecture, trust_remote_code=config.model.trust_remote_code, **options
             )
-    if getattr(model, "is_loaded_in_4bit", False):  # as asked, or as its files are
+    if getattr(model, "is_loaded_in_4bit", False):  # set so, or its files are 4-bit
         keep_training_layout(model)
     return model
 
 
 def _whole(model: ModelConfig, **options: Any) -> PreTrainedModel:
-    """Load weights, all of them: what a file lacks would silently be random."""
+    """Load weights, and raise if one is missing: Transformers would initialise it at random."""
     from transformers import AutoModelForCausalLM
 
     loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -341,15 +343,15 @@ def _whole(model: ModelConfig, **options: Any) -> PreTrainedModel:
 def load_frozen(
     model: ModelConfig, quantization: QuantizationConfig, dtype: Any = "auto"
 ) -> PreTrainedModel:
-    """Load a base model as it was trained on, to answer or to merge into; nothing is trained.
+    """Load a base model without training it, to generate text or to verify a merge.
 
     Args:
-        model: Which.
-        quantization: How it was stored in training.
-        dtype: ``auto`` for the precision that its files have, or a torch dtype.
+        model: The model's name and revision.
+        quantization: How training stored its weights.
+        dtype: ``auto`` for the precision of its files, or a torch dtype.
 
     Raises:
-        ModelError: It is not there or cannot be reached.
+        ModelError: The model does not exist or cannot be reached.
     """
     import torch
 
@@ -364,7 +366,7 @@ def load_frozen(
 
 
 def _device_map() -> dict[str, Any]:
-    """Put a quantised model on this rank's device whole; bitsandbytes cannot move it later."""
+    """Map the whole model to this rank's device; bitsandbytes cannot move it later."""
     import os
 
     import torch
@@ -373,9 +375,9 @@ def _device_map() -> dict[str, Any]:
 
 
 def keep_training_layout(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights for CPU inference in an eval pass.
+    """Prevent bitsandbytes from repacking 4-bit weights for CPU inference in an eval pass.
 
-    On CPUs with AVX512-BF16 it does so, and later gradients are wrong.
+    On CPUs with AVX512-BF16 it repacks them, and gradients after the eval pass are wrong.
     """
     import bitsandbytes
 

@@ -102,7 +102,7 @@ def test_samples_are_padded_where_joined_they_would_see_each_other(
     monkeypatch.setattr(attention, "packed_attention", deaf)
     with caplog.at_level("INFO", "sft"):
         found, _ = trained(tmp_path / "padded", model, rows)
-    assert "samples are padded: with attn_implementation=packed, documents" in caplog.text
+    assert "train.padding_free=false: with attn_implementation=packed, documents" in caplog.text
     assert found == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(ModelError, match="see each other"):
+    with pytest.raises(ModelError, match="attend to each other"):
         trained(tmp_path / "refused", model, rows, "train.padding_free=true")

@@ -331,7 +331,7 @@ def test_data_longer_than_the_positions_is_refused(
     base = build_model(tmp_path / "base", "gpt2", True, n_positions=16)
     config = main.compose([*common, f"output_dir={tmp_path / 'run'}"])
     config.model.name_or_path = str(base)
-    with pytest.raises(ModelError, match="tokens, the model 16 positions"):
+    with pytest.raises(ModelError, match="tokens, but the model has 16 positions"):
         train(config)
 
 

@@ -108,7 +108,9 @@ def test_a_pack_is_the_same_as_its_documents(
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_opt_leaks_with_stock_kernels_and_is_refused(tmp_path: Path, kernel: str) -> None:
     model = model_of(tmp_path, "opt", {}, kernel)
-    with pytest.raises(ModelError, match=rf"attn_implementation={kernel}, documents .* see each"):
+    with pytest.raises(
+        ModelError, match=rf"attn_implementation={kernel}, documents .* attend to each"
+    ):
         proof.require_isolation(model, Collator(0), torch.device("cpu"), 256)
     with pytest.raises(ConfigError, match=rf"attn_implementation={kernel}\n.*in opt\n.*=packed"):
         attention.kernel(model, kernel, several=True)

@@ -104,7 +104,7 @@ def test_every_choice_is_of_a_setting_and_is_what_json_holds() -> None:
         (["precision=bf16", "lora=none"], "precision", "bf16", "weights themselves are float32"),
         (["dataset.packing=bfd"], "dataset.packing", "bfd", "as set"),
         (["model.attn_implementation=sdpa"], "model.attn_implementation", "sdpa", "as set"),
-        (["model.attn_implementation=sdpa"], "train.padding_free", False, "need a mask"),
+        (["model.attn_implementation=sdpa"], "train.padding_free", False, "cannot separate"),
         (["train.padding_free=false"], "train.padding_free", False, "as set"),
         (["train.padding_free=false"], "model.attn_implementation", None, "rows are padded"),
         (
@@ -119,7 +119,7 @@ def test_every_choice_is_of_a_setting_and_is_what_json_holds() -> None:
             True,
             "by PEFT: torch.compile",
         ),
-        (["lora.use_dora=true"], "lora.enabled", True, "PEFT: it adds more than a product"),
+        (["lora.use_dora=true"], "lora.enabled", True, "PEFT: DoRA and lora_bias add more"),
         (["quantization=nf4"], "lora.enabled", True, "by PEFT on quantised layers"),
         (["lora=none"], "lora.enabled", False, "as set"),
         (["model.lm_head=plain"], "model.lm_head", "plain", "as set"),

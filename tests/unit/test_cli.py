@@ -59,7 +59,7 @@ def test_alone_it_lists_every_command_and_imports_no_library() -> None:
     assert done.returncode == 0
     listed = re.findall(r"^    (\w+) +\w", done.stdout, re.MULTILINE)
     assert listed == list(program.COMMANDS) == ["train", "data", "generate", "merge", "prove"]
-    assert "    merge      fold an adapter into full weights, and verify them\n" in done.stdout
+    assert "    merge      merge an adapter into full weights, and verify them\n" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert set(done.stderr.split()) & HEAVY == set()
 
