@@ -37,7 +37,7 @@ def lora(config: Config) -> Iterator[Problem]:
         if any(item == head or item.endswith(f".{head}") for item in named):
             yield Problem(
                 f"lora.target_modules={targets}",
-                f"LoRA on {head} would not be trained: the loss reads the head's weight directly",
+                f"LoRA on {head} would never train: the loss reads the head's weight directly",
                 f"lora.modules_to_save=[{head}]",
             )
     if not config.model.pretrained:

@@ -212,7 +212,7 @@ def _combination_problems(
     if devices["offload_optimizer"] == "nvme":
         yield Problem(
             f"{name}: offload_optimizer",
-            "optimizer state on NVMe cannot be saved in a checkpoint that resumes on other machines",
+            "optimizer state on NVMe cannot be saved in a checkpoint",
             "zero=stage3_offload, which stores it in CPU memory",
         )
     offloads = devices["offload_optimizer"] != "none"
