@@ -46,10 +46,13 @@ def overview(summaries: dict[str, str]) -> str:
     """List the commands, one line each."""
     lines = ["usage: sft COMMAND [SETTINGS.yaml] [group=option ...] [setting=value ...]", ""]
     lines += [f"    {name:<10} {summary}" for name, summary in summaries.items()]
-    lines += ["", "sft COMMAND --help lists a command's options and settings."]
-    lines += ["sft --version prints the version. sft --completion SHELL prints the tab completion"]
-    lines += ["script for bash, zsh or fish. Each command also runs as python -m sft.COMMAND, and"]
-    lines += ["training on several GPUs as torchrun --nproc_per_node 4 -m sft.train."]
+    lines += [
+        "",
+        "sft COMMAND --help lists a command's settings, sft --version prints the version.",
+    ]
+    lines += ["sft --completion SHELL prints the tab completion script for bash, zsh or fish."]
+    lines += ["Each command also runs as python -m sft.COMMAND, and training on several GPUs"]
+    lines += ["as torchrun --nproc_per_node 4 -m sft.train."]
     return "\n".join(lines) + "\n"
 
 

@@ -199,7 +199,7 @@ def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]
         (
             "order",
             joined,
-            "needs dataset.packing=wrapped or boundary; otherwise the trainer shuffles the samples",
+            "needs dataset.packing=wrapped or boundary; else the trainer shuffles samples",
         ),
         (
             "boundary",

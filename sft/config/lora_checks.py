@@ -59,13 +59,13 @@ def lora(config: Config) -> Iterator[Problem]:
     if isinstance(init, str) and init.startswith("pissa_niter"):
         yield Problem(
             f"lora.extra.init_lora_weights={init}",
-            "changes the base weights by a random method: a loaded adapter gets a different base",
+            "changes the base weights at random: a loaded adapter gets a different base",
             "lora.extra.init_lora_weights=pissa",
         )
     if init in ("eva", "corda", "lora_ga", "loftq"):
         yield Problem(
             f"lora.extra.init_lora_weights={init}",
-            "needs a preprocessing pass, which sft does not run; PEFT does not warn about it",
+            "needs a preprocessing pass that sft does not run; PEFT would not warn",
             "lora.extra.init_lora_weights=true",
         )
     quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit

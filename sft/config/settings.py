@@ -275,7 +275,7 @@ class LoraSection:
     )
     r: int = setting(
         8,
-        "rank of the adapter; a higher rank learns more and takes more memory",
+        "rank; a higher rank learns more and takes more memory",
         at_least(1),
         called=("lora_r", "lora_rank"),
     )

@@ -212,7 +212,7 @@ def _combination_problems(
     if devices["offload_optimizer"] == "nvme":
         yield Problem(
             f"{name}: offload_optimizer",
-            "optimizer state on NVMe cannot be saved in a checkpoint",
+            "a checkpoint of sft cannot include optimizer state on NVMe",
             "zero=stage3_offload, which stores it in CPU memory",
         )
     offloads = devices["offload_optimizer"] != "none"
@@ -220,7 +220,7 @@ def _combination_problems(
         if ds_config.get("zero_force_ds_cpu_optimizer", True):
             yield Problem(
                 f"train.optim={optim}",
-                f"{name} offloads the optimizer, and DeepSpeed replaces it by DeepSpeedCPUAdam",
+                f"{name} offloads the optimizer, so DeepSpeed would use DeepSpeedCPUAdam",
                 "+zero.overrides.zero_force_ds_cpu_optimizer=false",
             )
     if devices["offload_param"] != "none" and zero["stage"] != 3:
