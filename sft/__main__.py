@@ -1,4 +1,4 @@
-"""One program for all commands: ``sft COMMAND``, also ``python -m sft COMMAND``."""
+"""The program with all commands: ``sft COMMAND`` or ``python -m sft COMMAND``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main() -> None:
         sys.argv = [f"sft {name}", *rest]
         try:
             command(name)()
-        except KeyboardInterrupt:  # while it was imported
+        except KeyboardInterrupt:  # during the import; the command itself handles it later
             sys.stderr.write("error: interrupted\n")
             sys.exit(130)
     elif name == "--complete":
@@ -49,11 +49,11 @@ def _without_command(name: str, rest: list[str]) -> None:
 
 
 def _unknown(name: str) -> str:
-    """Say that a word is no command, and what was probably meant."""
+    """Return the message for a word that is not a command, with a suggestion."""
     from sft.config.upstream import did_you_mean
 
     if name == "--completion":
-        return "--completion needs a shell\n    fix: sft --completion bash, zsh or fish"
+        return "--completion needs the name of a shell\n    fix: sft --completion bash, zsh or fish"
     fix = did_you_mean(name, COMMANDS)
     if "=" in name or name.endswith((".yaml", ".yml")):
         fix = f"sft train {name}"

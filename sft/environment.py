@@ -1,4 +1,4 @@
-"""What the libraries read from the environment, what they may say, and how they are left."""
+"""Prepare the environment and logging of the libraries for a run, and restore them afterwards."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from typing import IO, Any
 
 logger = logging.getLogger("sft")
 
-# By logger, the message that is not shown. Every other warning of these libraries is.
+# Logger: the message of it that is hidden. All other warnings of these libraries are shown.
 SILENCED = {
-    # At every import on a CPU with AVX512-BF16. The kernel is for a layout of 4-bit weights that
-    # is never used in training: see model.keep_training_layout.
+    # Logged at every import on a CPU with AVX512-BF16. The kernel needs a layout of 4-bit weights
+    # that training never uses: see model.keep_training_layout.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    # At every int8 layer's every forward pass; summary.describe_run says it once.
+    # Logged at each forward pass of each int8 layer; summary.describe_run reports it once.
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
-    # The Trainer accumulates by itself and tells Accelerate 1; the batch line says what is done.
+    # The Trainer accumulates gradients itself and sets 1 in Accelerate; the line "batch:" of the
+    # log shows the real value.
     "accelerate.accelerator": "Gradient accumulation steps mismatch",
 }
 
-_extensions: IO[str] | None = None  # held for life
+_extensions: IO[str] | None = None  # stays open, so that the process holds its lock until it ends
 
 
 def prepare(distributed: bool = False) -> None:
-    """Set the environment and silence notices; call before anything heavy is imported.
+    """Set environment variables and hide notices; call it before the large libraries are imported.
 
     Args:
-        distributed: DeepSpeed is used: it wants a process group for one rank too, and without
-            torchrun's variables it would look for MPI.
+        distributed: Whether DeepSpeed is used. It needs a process group even for one rank, and
+            without torchrun's variables it would look for MPI.
     """
     for name in SILENCED:
         logging.getLogger(name).addFilter(_is_shown)
@@ -47,8 +48,8 @@ def prepare(distributed: bool = False) -> None:
             free_compile_locks(ours)
     import torch
 
-    # Without a process group, the Trainer would spread one process over all GPUs (DataParallel),
-    # which TRL refuses: on such a machine too, one process is one rank on one GPU.
+    # Without a process group, the Trainer would use all GPUs from one process (DataParallel), which
+    # TRL refuses. With it, one process is one rank on one GPU on such a machine too.
     alone = "RANK" not in os.environ
     if alone and (distributed or torch.cuda.device_count() > 1):
         with socket.socket() as free:
@@ -56,10 +57,10 @@ def prepare(distributed: bool = False) -> None:
             port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        # Else Accelerate sets a number of its own, with a warning.
+        # If it is not set, Accelerate sets its own number and logs a warning.
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guessed
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it guesses
 
     import datasets
     import huggingface_hub
@@ -80,7 +81,7 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 def _bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Make Transformers' progress bars, but for the one that every model load would show."""
+    """Make the progress bars of Transformers, but hide the bar of loading a model's weights."""
     from transformers.utils.logging import EmptyTqdm
 
     hidden = options.get("desc") == "Loading weights"
@@ -89,11 +90,11 @@ def _bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, 
 
 @contextlib.contextmanager
 def prepared(distributed: bool) -> Iterator[None]:
-    """Prepare for one run, and restore afterwards what it changed for the whole process.
+    """Prepare for one run, and restore afterwards what the run changed for the whole process.
 
-    A notebook trains several runs in one process. Accelerate and DeepSpeed keep settings in
-    environment variables and module globals, and a run sets PyTorch's threads and the precision
-    of float32 products; a later run on other settings would silently use them.
+    A notebook trains several runs in one process. Accelerate and DeepSpeed store settings in
+    environment variables and module globals, and a run sets PyTorch's number of threads and the
+    precision of float32 products; a later run with other settings would silently use them.
     """
     variables = dict(os.environ)
     prepare(distributed)
@@ -115,35 +116,35 @@ def prepared(distributed: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
         for backend, precision in zip(backends, precisions, strict=True):
             backend.fp32_precision = precision
-        gc.collect()  # the model and its optimizer, which refer to one another
+        gc.collect()  # frees the model and its optimizer, which refer to each other
 
 
 def free_compile_locks(folder: Path) -> None:
-    """Remove what compilations that were killed have locked: every later start would wait for it.
+    """Remove the lock files of compilations that were killed; later starts would wait for them.
 
-    The lock of a compilation is a file, which says nothing of its owner. So each of our processes
-    holds a shared lock on the folder, which the kernel frees as it dies: who gets the folder alone
-    is the only one, and every file that is there is of the dead.
+    PyTorch locks a compilation with a file that does not name its owner. So each of our processes
+    holds a shared lock on the file in-use, which the kernel releases when the process ends. A
+    process that gets this lock exclusively is the only one, so all lock files are stale.
     """
     global _extensions
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _extensions = (folder / "in-use").open("w")
-    except OSError:  # a read-only environment, where nothing can be compiled either
+    except OSError:  # the environment is read-only, so nothing can be compiled in it either
         return
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(_extensions, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for lock in folder.glob("*/lock"):
-            logger.info("removing %s: its owner was killed", lock)
+            logger.info("removing %s: the process that created this lock was killed", lock)
             lock.unlink(missing_ok=True)
     fcntl.flock(_extensions, fcntl.LOCK_SH)
 
 
 def rejoin() -> None:
-    """After torchrun restarted the ranks, meet the others under keys that are new.
+    """Create the process group under new keys of the store if torchrun has restarted the ranks.
 
-    torchrun's store outlives the ranks it restarts, and the addresses of the dead are still in it:
-    those who start anew would try to reach them.
+    torchrun's store survives a restart and still has the addresses of the ranks that ended; without
+    new keys, the restarted ranks would try to connect to those.
     """
     import torch
     import torch.distributed as dist
@@ -165,7 +166,7 @@ def rejoin() -> None:
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Say whether this is how the ranks that live notice that another has died."""
+    """Check whether an error means that the connection to a different rank was lost."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or (
@@ -174,12 +175,12 @@ def lost_a_rank(error: BaseException) -> bool:
 
 
 def end_process_group() -> None:
-    """Leave the process group; without it one run in two aborts at exit under ZeRO-1."""
+    """Destroy the process group; otherwise every second run under ZeRO-1 aborts at exit."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         deepspeed = sys.modules.get("deepspeed.comm.comm")
         if deepspeed is not None and deepspeed.is_initialized():
-            deepspeed.destroy_process_group()  # and forget the groups it made
+            deepspeed.destroy_process_group()  # also removes the groups that DeepSpeed has created
         else:
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What can go wrong, by whose hand: each error says what is wrong, the rule, and the fix."""
+"""Exceptions that users see. Each message gives what is wrong, the rule, and a fix."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a setting.
+    """A problem of one setting.
 
     Attributes:
-        setting: What the user wrote or would write, such as ``lora.r=0``.
-        rule: What holds and does not hold here, as a sentence without a full stop.
-        fix: An override or a command that mends it.
+        setting: The setting as the user wrote or would write it, such as ``lora.r=0``.
+        rule: The rule that the setting violates, as a sentence without a full stop. Its subject may
+            be the setting.
+        fix: An override or a command that solves the problem.
     """
 
     setting: str
@@ -25,13 +26,13 @@ class Problem:
 
 
 class SftError(Exception):
-    """Something that the user can mend; shown as a message, without a traceback."""
+    """An error that the user can correct; shown as a message without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(SftError):
-    """One or more settings cannot be used; carries every problem that was found."""
+    """One or more settings cannot be used; ``problems`` has every problem that was found."""
 
     exit_code = 2
 
@@ -51,11 +52,11 @@ class DataError(SftError):
 
 
 class RunError(SftError):
-    """The run cannot start or go on: its folder is taken, or its ranks disagree."""
+    """The run cannot start or continue: its folder has a different run, or its ranks disagree."""
 
 
 class Stopped(SftError):
-    """The run was asked to stop, and saved what it had."""
+    """The run was asked to stop, and has saved its state."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -63,7 +64,7 @@ class Stopped(SftError):
 
 
 class CheckpointError(SftError):
-    """A checkpoint is missing, incomplete, or belongs to another kind of run."""
+    """A checkpoint is missing, incomplete, or from a different kind of run."""
 
 
 class MergeError(SftError):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, what identifies them, and where the cache is."""
+"""Write files that are complete or absent, identify files by content, and locate the cache."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FRESH = 2.0  # seconds in which a file may change without its time stamp telling
+FRESH = 2.0  # seconds; a file that is younger may change again without a new time stamp
 
 
 def cache_dir() -> Path:
-    """Give the folder for what can be made again: $SFT_CACHE_DIR, or ~/.cache/sft."""
+    """Return the cache folder, which may be deleted: $SFT_CACHE_DIR, or ~/.cache/sft."""
     return Path(os.environ.get("SFT_CACHE_DIR") or Path.home() / ".cache" / "sft")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that its name never holds half of it, not even after a power cut."""
+    """Write a text file that is complete or absent, also after a power cut."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -34,7 +34,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until the content of a file, or the entries of a folder, are on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -43,7 +43,7 @@ def to_disk(path: Path) -> None:
 
 
 def to_json(record: dict[str, Any], indent: int | None = None) -> str:
-    """Write JSON proper: a NaN or infinite figure, which has no number there, is null."""
+    """Return standard JSON, in which NaN and infinity do not exist: they become null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -56,7 +56,7 @@ def to_json(record: dict[str, Any], indent: int | None = None) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; the last line of a killed run may be cut off, and is left out."""
+    """Read JSON lines; skip invalid lines, such as the incomplete last line of a killed run."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -67,7 +67,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def hash_of(file: str | Path) -> str:
-    """Hash a file's bytes (XXH3, 128 bits: against accidents, not against forgers)."""
+    """Hash a file's bytes (XXH3, 128 bits): it detects damage, but is not cryptographic."""
     import xxhash
 
     hasher = xxhash.xxh3_128()
@@ -78,19 +78,19 @@ def hash_of(file: str | Path) -> str:
 
 
 def stamp(file: str) -> str:
-    """Tell a file's version by its size, its time of change and its inode."""
+    """Return a text that changes with the file: its size, modification time and inode."""
     stat = os.stat(file)
     return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
 
 
 def digest(files: Sequence[str], root: Path) -> str:
-    """Hash names and bytes; what was hashed before and did not change since is not read again."""
+    """Hash the names and bytes of files; a hash in the cache is reused if the file is unchanged."""
     import xxhash
 
     memo_file = cache_dir() / "digests.json"
     try:
         memo = dict(json.loads(memo_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # absent or damaged: it only saves time
+    except (OSError, ValueError, TypeError):  # an absent or damaged cache costs only time
         memo = {}
     before = len(memo)
     whole = xxhash.xxh3_128()
@@ -99,7 +99,7 @@ def digest(files: Sequence[str], root: Path) -> str:
         known = memo.get(key)
         if known is None:
             known = hash_of(file)
-            # A file may change once more within its time stamp's grain.
+            # The time stamp of a file that changed just now may not show its next change.
             if os.stat(file).st_mtime < time.time() - FRESH:
                 memo[key] = known
         whole.update(f"{os.path.relpath(file, root)} {known}\n".encode())

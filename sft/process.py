@@ -1,4 +1,4 @@
-"""What the launcher told this process through its environment: torchrun, or none for one rank."""
+"""Read rank and world size from the environment that torchrun sets; one rank without it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def world_size(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def local_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Return the number of this process among the ranks of its machine, which is its GPU's too."""
+    """Return the number of this process among the ranks of its machine; also its GPU's number."""
     return int(environ.get("LOCAL_RANK", "0"))
 
 

@@ -1,4 +1,4 @@
-"""What ranks do together: agree on a decision, collect values, compare parameters."""
+"""Functions that all ranks call together: agree on a decision, collect or compare values."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torch.distributed.rendezvous import rendezvous
 from sft import process
 from sft.errors import RunError
 
-TIMEOUT = 1800  # seconds that a rank waits for the others; also the default of ddp_timeout
+TIMEOUT = 1800  # seconds that a rank waits for the others; as the default of ddp_timeout
 
-_store: Any = None  # must stay referenced: on rank 0 it may be the server
+_store: Any = None  # keep a reference: on rank 0 the object may be the server of the store
 _meetings = itertools.count()
 
 
 def from_rank_zero(decide: Callable[[], Any]) -> Any:
-    """Decide on rank 0 and return its decision on every rank, before there is a process group.
+    """Decide on rank 0 and return its decision on every rank; needs no process group.
 
     Args:
-        decide: Returns a value that JSON can hold.
+        decide: Returns a value that can be written as JSON.
 
     Raises:
         RunError: The ranks do not find each other.
@@ -43,10 +43,10 @@ def from_rank_zero(decide: Callable[[], Any]) -> Any:
 
 
 def exchange(value: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """Collect a value from every rank, in rank order, before there is a process group.
+    """Collect a value from every rank, in rank order; needs no process group.
 
     Args:
-        value: What JSON can hold.
+        value: A value that can be written as JSON.
         timeout: Seconds to wait for the other ranks.
 
     Raises:
@@ -66,10 +66,10 @@ def _alone() -> bool:
 
 @contextlib.contextmanager
 def _meeting(whom: str, timeout: float) -> Iterator[tuple[Any, str]]:
-    """Open the launcher's key-value store, with a key that all ranks use for this meeting only.
+    """Yield the launcher's key-value store, and a key that is the same on all ranks for this call.
 
-    The store exists before the process group. It outlives restarts of the ranks, so the key names
-    the restart too.
+    The store exists before the process group. It also survives a restart of the ranks, so its keys
+    begin with the number of restarts.
     """
     global _store
     restarts, key = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), str(next(_meetings))
@@ -79,13 +79,13 @@ def _meeting(whom: str, timeout: float) -> Iterator[tuple[Any, str]]:
     except (ValueError, dist.DistError) as error:
         raise RunError(
             f"rank {process.rank()} cannot reach {whom}: {str(error).splitlines()[0]}\n"
-            "    fix: see what rank 0 says; start ranks with torchrun, which sets MASTER_ADDR and "
-            "MASTER_PORT"
+            "    fix: read the error of rank 0; start ranks with torchrun, which sets MASTER_ADDR "
+            "and MASTER_PORT"
         ) from error
 
 
 def gather(value: Any) -> list[Any]:
-    """Collect a small object from every rank, in rank order."""
+    """Collect a small object from every rank, in rank order; uses the process group."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -94,7 +94,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def trained_bits(model: torch.nn.Module) -> int:
-    """Return a sum of the trained parameters' bits; it is equal on ranks with equal parameters."""
+    """Return a checksum of the trained parameters, equal on ranks whose parameters are equal."""
     total = 0
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -1,1 +1,1 @@
-"""What every command shares: options, help, tab completion, errors."""
+"""Code that all commands share: options, help, tab completion, errors."""

@@ -1,4 +1,4 @@
-"""What every command shares: its options, its output, and how it ends when something is wrong."""
+"""The class of all commands: options, output, error messages and exit codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sft.errors import ConfigError, Problem, SftError, Stopped
 from sft.files import to_json
 
 C = TypeVar("C")
-sweep_result: dict[str, Any] = {}  # what Hydra's launcher hands to --json
+sweep_result: dict[str, Any] = {}  # Hydra's launcher fills it, for --json
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Command(Generic[C]):
 
     Attributes:
         name: The command's name, such as ``train``.
-        schema: The dataclass that holds every setting.
-        run: What the command does with a checked config; what it returns is printed by ``--json``.
+        schema: The dataclass with every setting.
+        run: Runs the command with a checked config; ``--json`` prints what it returns.
         check: Finds the problems of a config whose keys and types are right.
         config_name: The primary YAML in conf/, for commands that compose the groups.
-        summary: One line for the list of commands and ``--help``.
-        examples: Lines for ``--help``.
+        summary: A line for the list of commands and ``--help``.
+        examples: Commands that ``--help`` shows.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Command(Generic[C]):
     config_name: str | None = None
 
     def __call__(self, argv: list[str] | None = None) -> None:
-        """Parse, compose, check and run; exits with the error's code and a message."""
+        """Parse, compose, check and run; on an error, print a message and exit with its code."""
         argv = sys.argv[1:] if argv is None else argv
         as_json = "--json" in argv
         result: dict[str, Any] | None = None
@@ -61,14 +61,14 @@ class Command(Generic[C]):
             with _only_stderr() if as_json else contextlib.nullcontext():
                 result = self._dispatch(argv)
         except Stopped as stopped:
-            # All ranks stop for the same reason, so rank 0 alone reports it.
+            # All ranks stop for the same reason, so only rank 0 reports it.
             _end(stopped.exit_code, str(stopped), as_json, speaks=_is_first())
         except SftError as error:
             _end(error.exit_code, str(error), as_json)
         except KeyboardInterrupt:
-            resumes = "; the same command again resumes" if self.name == "train" else ""
+            resumes = "; the same command resumes the run" if self.name == "train" else ""
             _end(130, f"interrupted{resumes}", as_json)
-        except SystemExit:  # of a sweep, whose table has been printed
+        except SystemExit:  # from a sweep, which has printed its table
             if as_json and sweep_result:
                 _print_once(to_json(sweep_result) + "\n")
             raise
@@ -138,12 +138,12 @@ class Command(Generic[C]):
         return config
 
     def _sweep(self, args: argparse.Namespace) -> None:
-        """Let Hydra expand the sweep; its launcher starts one torchrun per trial.
+        """Run a sweep: Hydra expands it, and its launcher starts one torchrun per trial.
 
-        Under torchrun every rank comes here; the first sweeps, the others have nothing to do.
+        Under torchrun every rank calls this; rank 0 runs the sweep and the others return.
         """
         if self.config_name is None:
-            raise ConfigError([Problem("-m", "only training is swept", "leave out -m")])
+            raise ConfigError([Problem("-m", "only sft train can run a sweep", "leave out -m")])
         if not _is_first():
             return
         given, problems = self.read(args.overrides, args.config_dir, sweep=True)
@@ -164,7 +164,7 @@ def _is_first() -> bool:
 def _end(
     exit_code: int, message: str, as_json: bool, details: str = "", speaks: bool = True
 ) -> NoReturn:
-    """Report an error and exit; with --json it is on stdout too, as ``{"error": ...}``."""
+    """Report an error and exit; with --json also print ``{"error": ...}`` on stdout."""
     if speaks:
         report_error(message, details)
     if as_json:
@@ -173,10 +173,11 @@ def _end(
 
 
 def report_error(message: str, details: str = "") -> None:
-    """Say an error once: on stderr, in torchrun's closing table, and to the sweep of this trial.
+    """Report an error on stderr, in torchrun's final table, and to the sweep of this trial.
 
-    Ranks mostly fail alike. The first to exit makes torchrun end the others, so all but rank 0 wait
-    until it has spoken; who is alive after that failed alone, and speaks.
+    Ranks often fail with the same error, and torchrun ends all ranks when the first one exits. So
+    ranks other than 0 wait until rank 0 has reported the error. A rank that is still alive then has
+    failed alone and reports its own error.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
@@ -200,7 +201,7 @@ def _print_once(text: str) -> None:
 
 @contextlib.contextmanager
 def _only_stderr() -> Iterator[None]:
-    """Send to stderr whatever is printed, also by libraries in C and by child processes."""
+    """Redirect stdout to stderr, also for C libraries and child processes."""
     sys.stdout.flush()
     stdout = os.dup(1)
     try:
@@ -213,7 +214,7 @@ def _only_stderr() -> Iterator[None]:
 
 
 def start_logging() -> None:
-    """Send the project's log to stdout on rank 0; other ranks keep theirs to their files."""
+    """Send the log of sft to stdout on rank 0; other ranks log to their files only."""
     logger = logging.getLogger("sft")
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -1,7 +1,7 @@
 """Tab completion: the scripts for bash, zsh and fish, and the words that they offer.
 
-The shell's script calls ``sft --complete SHELL WORD ...`` with the words up to the cursor. Words
-are taken from the dataclasses and the names of YAML files; nothing is composed.
+The shell's script calls ``sft --complete SHELL WORD ...`` with the words up to the cursor. The
+words come from the dataclasses and the names of YAML files; no config is composed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from sft.cli.commands import COMMANDS, command
 from sft.cli.options import OPTIONS, REFUSED, SHELLS
 from sft.config.rules import fields_of
 
-# The names python, python3 are registered only by a script that python itself has printed.
+# The script completes the commands python and python3 only if it was printed by
+# ``python -m sft --completion``.
 BASH = """\
 _sft_complete() {
     local line="${COMP_LINE:0:COMP_POINT}" program="${COMP_WORDS[0]}" IFS=$'\\n'
@@ -30,7 +31,7 @@ _sft_complete() {
     else
         COMPREPLY=($("$program" --complete bash "$line" "$COMP_WORDBREAKS" 2>/dev/null))
     fi
-    (( ${#COMPREPLY[@]} )) || compopt +o nospace 2>/dev/null  # a file follows
+    (( ${#COMPREPLY[@]} )) || compopt +o nospace 2>/dev/null  # bash completes a file name
 }
 complete -o nospace -o default -F _sft_complete NAMES
 """
@@ -70,7 +71,7 @@ end
 
 
 def script(shell: str) -> str:
-    """Write a shell's completion, for ``eval "$(sft --completion bash)"``."""
+    """Return a shell's completion script, for ``eval "$(sft --completion bash)"``."""
     names = ["sft"]
     if sys.orig_argv[1:2] == ["-m"]:
         names += ["python", "python3"]
@@ -80,11 +81,12 @@ def script(shell: str) -> str:
 
 
 def complete(shell: str, *words: str) -> None:
-    """Print the words that fit at the cursor, a line each; a finished word ends in a space.
+    """Print the words that can follow at the cursor, one a line; a complete word ends in a space.
 
     Args:
-        shell: ``bash``, which gives the line and its COMP_WORDBREAKS, or ``zsh`` or ``fish``.
-        words: The words before the cursor; the last may be empty.
+        shell: ``bash``, ``zsh`` or ``fish``.
+        words: For bash, the line up to the cursor and COMP_WORDBREAKS; for the others, the words up
+            to the cursor, of which the last may be empty.
     """
     breaks = ""
     if shell == "bash":
@@ -92,7 +94,7 @@ def complete(shell: str, *words: str) -> None:
         words = tuple(_split(line))
     *before, word = _after_program(list(words)) or [""]
     found = list(_candidates(before, word))
-    if shell == "bash":  # replaces only what stands after the last of COMP_WORDBREAKS
+    if shell == "bash":  # bash replaces only the text after the last of COMP_WORDBREAKS
         cut = max((word.rfind(mark) for mark in "=:" if mark in breaks), default=-1) + 1
         found = [(text[cut:], note) for text, note in found]
     for text, note in found:
@@ -101,7 +103,7 @@ def complete(shell: str, *words: str) -> None:
 
 
 def _split(line: str) -> list[str]:
-    """Split a line as a shell does; the word at the cursor may lack its closing quote."""
+    """Split a line as a shell does; the closing quote may be missing from the last word."""
     for quote in ("", "'", '"'):
         with contextlib.suppress(ValueError):
             words = shlex.split(line + quote)
@@ -110,7 +112,7 @@ def _split(line: str) -> list[str]:
 
 
 def _after_program(words: list[str]) -> list[str]:
-    """Leave out ``sft``, ``python -m sft``, or ``python -m sft.train`` but for its command."""
+    """Return the words after ``sft`` or ``python -m sft``; ``-m sft.train`` gives ``train``."""
     for place, word in enumerate(words[:-1]):
         following = words[place + 1]
         if word == "-m" and following.partition(".")[0] == "sft":
@@ -120,7 +122,7 @@ def _after_program(words: list[str]) -> list[str]:
 
 
 def _candidates(before: list[str], word: str) -> Iterator[tuple[str, str]]:
-    """Yield (what the word may become, what that is)."""
+    """Yield (completed word, description) for the word at the cursor."""
     if not before:
         for name in (*COMMANDS, "--help", "--version", "--completion"):
             if name.startswith(word):
@@ -184,7 +186,7 @@ def _words(
 def _values(
     config: Any, found: dict[str, set[str]], key: str, value: str
 ) -> Iterator[tuple[str, str]]:
-    """Yield the options of a group, also after a comma, or the choices of a setting."""
+    """Yield the options of a group, also after a comma, or the legal values of a setting."""
     from sft.cli.helptext import described
 
     if key in found:

@@ -1,4 +1,4 @@
-"""``--help``: a command's examples, groups and settings, or one section of them."""
+"""The text of ``--help``: a command's examples, groups and settings, or one section of them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from sft.config.settings import CONF_DIR, Config
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
 
-WIDEST = 110  # columns; longer lines are hard to read
+WIDEST = 110  # maximum columns of a line; longer lines are hard to read
 OPTIONS = {
-    "--help [SECTION]": "print this, or one group or section of settings: --help dataset",
-    "--cfg job": "print the composed settings as YAML, and do nothing else",
+    "--help [SECTION]": "print this help, or only one group or section, such as --help dataset",
+    "--cfg job": "print the composed settings as YAML and exit",
     "--json": "print the result as one JSON object on stdout; everything else goes to stderr",
-    "-m": "sweep: run once for each combination of values, a=1,2,3",
+    "-m": "run a sweep: one trial for each combination of values, such as lora.r=4,8,16",
     "--config-dir DIR": "add a folder with your own options, such as DIR/model/mine.yaml",
-    "--completion SHELL": "print tab completion for bash, zsh or fish",
-    "--version": "print the version",
+    "--completion SHELL": "print the tab completion script for bash, zsh or fish",
+    "--version": "print the version of sft",
 }
 
 
 class Described(Protocol):
-    """What the help must know of a command; ``sft.cli.command.Command`` has it."""
+    """The attributes of ``sft.cli.command.Command`` that the help uses."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -46,15 +46,18 @@ def overview(summaries: dict[str, str]) -> str:
     """List the commands, one line each."""
     lines = ["usage: sft COMMAND [SETTINGS.yaml] [group=option ...] [setting=value ...]", ""]
     lines += [f"    {name:<10} {summary}" for name, summary in summaries.items()]
-    lines += ["", "sft COMMAND --help lists a command's options and settings."]
-    lines += ["sft --version prints the version, sft --completion SHELL tab completion for"]
-    lines += ["bash, zsh or fish. Each command also runs as python -m sft.COMMAND, and under"]
-    lines += ["torchrun as torchrun --nproc_per_node 4 -m sft.train."]
+    lines += [
+        "",
+        "sft COMMAND --help lists a command's settings, sft --version prints the version.",
+    ]
+    lines += ["sft --completion SHELL prints the tab completion script for bash, zsh or fish."]
+    lines += ["Each command also runs as python -m sft.COMMAND, and training on several GPUs"]
+    lines += ["as torchrun --nproc_per_node 4 -m sft.train."]
     return "\n".join(lines) + "\n"
 
 
 def help_text(command: Described, argv: list[str]) -> str:
-    """Write the help, or that of the section which stands after ``--help``.
+    """Return the help of a command, or only of the sections that ``argv`` names.
 
     Raises:
         ConfigError: There is no such section.
@@ -76,7 +79,9 @@ def help_text(command: Described, argv: list[str]) -> str:
             if name not in found and name not in sections:
                 known = sorted({*found, *sections})
                 rule = (
-                    f"the help has the sections {', '.join(known)}" if known else "has no sections"
+                    f"the sections of the help are {', '.join(known)}"
+                    if known
+                    else "the help of this command has no sections"
                 )
                 raise ConfigError([Problem(f"--help {name}", rule, did_you_mean(name, known))])
             if name in found:
@@ -91,7 +96,7 @@ def help_text(command: Described, argv: list[str]) -> str:
     if own := _own(command):
         lines += ["", "Settings of this command, with their defaults:", "", *own]
     if found:
-        lines += ["", "Groups and their options (--config-dir DIR adds your own):"]
+        lines += ["", "Options of each group (--config-dir DIR adds your own):"]
         for name in sorted(found):
             lines += ["", *_group(name, found[name], config_dir)]
     lines += ["", "Command-line options:", ""]
@@ -101,9 +106,9 @@ def help_text(command: Described, argv: list[str]) -> str:
     if found:
         lines += [
             "",
-            "Settings, with their defaults. A file of settings, FILE.yaml, may be given too;",
+            "Settings, with their defaults. You can also give a file of settings, FILE.yaml;",
         ]
-        lines += ["what is on the command line wins over it."]
+        lines += ["options and settings on the command line replace those of the file."]
         for name, field, value in fields_of(config):
             if dataclasses.is_dataclass(value):
                 lines += ["", *_settings(value, f"{name}.")]
@@ -113,14 +118,14 @@ def help_text(command: Described, argv: list[str]) -> str:
 
 
 def _example(command: str) -> list[str]:
-    """Write a command such that a shell takes it, also where it is broken over lines."""
+    """Wrap a command over lines that end in a backslash, so that it can be pasted into a shell."""
     first, *rest = _wrapped(command.replace("python -m sft.", "sft "), 4, reserve=2)
     lines = [first, *(f"    {line}" for line in rest)]
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def _own(command: Described) -> list[str]:
-    """List the settings that a command does not share with training."""
+    """Return the help of the settings that are not settings of training."""
     shared = {item.name for item in dataclasses.fields(Config)} if command.config_name else set()
     return [
         line
@@ -139,7 +144,7 @@ def _group(name: str, options: set[str], config_dir: str | None) -> list[str]:
 
 
 def described(group: str, option: str, config_dir: str | None = None) -> str:
-    """Read what an option is: the first comment line of its YAML."""
+    """Return the description of an option: the first comment line of its YAML."""
     for root in (CONF_DIR, *([Path(config_dir)] if config_dir else [])):
         file = root / group / f"{option}.yaml"
         if file.is_file():
@@ -167,7 +172,7 @@ def _setting(key: str, field: dataclasses.Field[Any], value: Any) -> list[str]:
 
 
 def _entry(name: str, text: str, width: int) -> list[str]:
-    """Write a name and what it means, side by side."""
+    """Return lines with a name and, beside it, its meaning."""
     first, *rest = _wrapped(text, 4 + width) or [""]
     start = f"    {name:<{width}}"
     if len(start.rstrip()) + 2 > 4 + width:

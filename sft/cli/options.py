@@ -1,4 +1,4 @@
-"""The options of every command, beside its settings."""
+"""The command-line options of every command, such as ``--json``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sft.config import upstream
 from sft.errors import ConfigError, Problem
 
 SHELLS = ("bash", "zsh", "fish")
-# Options of Hydra that would be ignored here.
+# Options of Hydra that are refused, because sft would ignore them.
 REFUSED = ("config_path", "config_name", "experimental_rerun", "package")
 ARGUMENTS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--cfg", "-c"), {"choices": ["job", "hydra", "all"]}),
@@ -19,7 +19,7 @@ ARGUMENTS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--completion",), {"choices": SHELLS}),
     (("--config-dir", "-cd"), {}),
     (("--multirun", "-m"), {"action": "store_true"}),
-    # Hydra's own, for who knows them.
+    # Hydra's own options, which --help does not list.
     (("--run", "-r"), {"action": "store_true"}),
     (("--resolve",), {"action": "store_true"}),
     (("--hydra-help",), {"action": "store_true"}),
@@ -34,7 +34,7 @@ OPTIONS = ("--help", "-h", *(name for names, _ in ARGUMENTS for name in names))
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses an unknown option as any other bad input."""
+    """Raises ConfigError for an unknown option, where argparse would exit."""
 
     def error(self, message: str) -> NoReturn:
         what, _, rest = message.partition(": ")
@@ -53,7 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse a command line.
 
     Raises:
-        ConfigError: An option is unknown, or would be ignored.
+        ConfigError: An option is unknown or cannot be used.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
@@ -64,18 +64,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.completion = next(iter(args.overrides), "install=").partition("=")[2]
         if args.completion not in SHELLS:
             fix = "--completion bash, zsh or fish"
-            raise ConfigError([Problem("--shell-completion", "needs a shell", fix)])
+            raise ConfigError([Problem("--shell-completion", "needs the name of a shell", fix)])
     if found := list(_problems(args)):
         raise ConfigError(found)
     return args
 
 
 def _problems(args: argparse.Namespace) -> Iterator[Problem]:
-    """Refuse the options of Hydra that would be ignored here."""
+    """Refuse options of Hydra that sft would ignore."""
     if args.multirun and args.cfg:
-        yield Problem("--cfg", "a sweep has a config for each trial", "leave out -m, or --cfg")
+        yield Problem(
+            "--cfg", "cannot print a sweep: each trial has its own config", "leave out -m or --cfg"
+        )
     for option in REFUSED:
         value = getattr(args, option)
         if value is not None:
             written = f"--{option.replace('_', '-')} {value}"
-            yield Problem(written, "is not supported", "--config-dir DIR adds your own options")
+            yield Problem(
+                written,
+                "this option of Hydra is not supported",
+                "--config-dir DIR adds your options",
+            )

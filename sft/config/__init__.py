@@ -1,1 +1,1 @@
-"""Settings: every one declared, composed from YAML and the command line, and checked; no torch."""
+"""Every setting is declared here, composed from YAML and the command line, and checked."""

@@ -1,7 +1,7 @@
-"""Which settings, and which combinations of settings, cannot be used, and why. Imports no torch.
+"""Check which settings, and which combinations of settings, cannot be used. Imports no torch.
 
-What needs the model's architecture (does ``target_modules`` match anything?) is checked in
-``sft.model.adapter``, on a model without weights.
+Checks that need the model's architecture (does ``target_modules`` match anything?) are in
+``sft.model.adapter`` and run on a model without weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MIN_RATES = {"min_lr", "min_lr_rate"}
 
 
 def check(config: Config) -> list[Problem]:
-    """Find every problem of a config whose keys and types are right already."""
+    """Find every problem of a config whose keys and types have been checked."""
     problems = list(rule_problems(config))
     for find in (
         _names,
@@ -57,13 +57,15 @@ def check(config: Config) -> list[Problem]:
 
 def _names(config: Config) -> Iterator[Problem]:
     if config.output_dir == "":
-        yield Problem("output_dir=", "is empty", "output_dir=DIR, or leave it out")
+        yield Problem("output_dir=", "must not be empty", "output_dir=DIR, or leave it out")
     if not config.model.name_or_path:
         yield Problem(
             "model.name_or_path=null", "a base model is needed", "model.name_or_path=HUB_ID_OR_DIR"
         )
     if config.run_name is not None and Path(config.run_name).name != config.run_name:
-        yield Problem(f"run_name={config.run_name}", "must be a plain name", "output_dir=DIR")
+        yield Problem(
+            f"run_name={config.run_name}", "must be a name without a folder", "output_dir=DIR"
+        )
 
 
 def _resume(config: Config) -> Iterator[Problem]:
@@ -75,7 +77,7 @@ def _resume(config: Config) -> Iterator[Problem]:
             known = [*settings, *CONTENTS]
             yield Problem(
                 f"resume.allow=[{name}]",
-                f"{name} is no setting, nor base or data",
+                f"{name} is neither a setting, nor base, nor data",
                 upstream.did_you_mean(name, known),
             )
 
@@ -89,17 +91,19 @@ def _data(config: Config) -> Iterator[Problem]:
     }
     given = [f"{key}={value}" for key, value in sources.items() if value]
     if len(given) > 1:
-        yield Problem(", ".join(given), "held-out rows come from one place", f"keep {given[0]}")
+        yield Problem(
+            ", ".join(given), "only one setting may choose the held-out rows", f"keep {given[0]}"
+        )
     if data.exact_match and not given:
         yield Problem(
             f"dataset.exact_match={data.exact_match}",
-            "needs held-out rows to answer",
+            "needs held-out rows whose prompts the model answers",
             "dataset.eval_fraction=0.05",
         )
     if data.streaming and config.train.max_steps < 1:
         yield Problem(
             "dataset.streaming=true",
-            "reads the rows that train.max_steps takes, and no more; it is not set",
+            "reads only the rows that train.max_steps needs, and train.max_steps is not set",
             "train.max_steps=1000",
         )
     yield from _sources(data)
@@ -107,7 +111,7 @@ def _data(config: Config) -> Iterator[Problem]:
     if template.kind == "text" and data.exact_match:
         yield Problem(
             f"dataset.exact_match={data.exact_match}",
-            "plain text has no prompt to answer",
+            "plain text has no prompt that the model could answer",
             "dataset.exact_match=0",
         )
     if template.kind != "chat":
@@ -115,7 +119,7 @@ def _data(config: Config) -> Iterator[Problem]:
             if getattr(template, key) is not None:
                 yield Problem(
                     f"template.{key}={getattr(template, key)!r}",
-                    f"only a chat template has a {what}",
+                    f"only a template of kind chat has a {what}",
                     "template=chat",
                 )
     legal = TRAIN_ON.get(template.kind, ())
@@ -126,7 +130,11 @@ def _data(config: Config) -> Iterator[Problem]:
             f"template.train_on={legal[0] if legal else 'null'}",
         )
     if template.kind == "completion" and not template.prompts:
-        yield Problem("template.prompts=[]", "needs a prompt", "template=completion")
+        yield Problem(
+            "template.prompts=[]",
+            "a template of kind completion needs a prompt",
+            "template=completion",
+        )
     for text in [*template.prompts, *template.completions]:
         try:
             columns = columns_of(text)
@@ -136,23 +144,29 @@ def _data(config: Config) -> Iterator[Problem]:
         if wrong:
             yield Problem(
                 f"template {template.name}: {text!r}",
-                f"has no column name between its braces: {wrong[0]}",
-                "write {{ and }} for braces that are text",
+                f"the text between braces is not a column name: {wrong[0]}",
+                "write {{ and }} for braces that are part of the text",
             )
     if not template.completions:
-        yield Problem("template.completions=[]", "nothing would be trained", "template=completion")
+        yield Problem(
+            "template.completions=[]",
+            "a template needs completions, the texts that are trained",
+            "template=completion",
+        )
 
 
 def _sources(data: DatasetConfig) -> Iterator[Problem]:
-    """Find what is wrong with where rows come from."""
+    """Check where rows come from."""
     if not data.path and not data.mix:
-        yield Problem("dataset.path=null", "data is needed", "dataset.path=FILE_OR_HUB_ID")
+        yield Problem("dataset.path=null", "a dataset is needed", "dataset.path=FILE_OR_HUB_ID")
     if data.path and data.mix:
-        yield Problem("dataset.path, dataset.mix", "give one of them", "dataset.path=null")
+        yield Problem(
+            "dataset.path, dataset.mix", "only one of the two may be set", "dataset.path=null"
+        )
     if data.mix and data.eval_split:
         yield Problem(
             f"dataset.eval_split={data.eval_split}",
-            "a mixture has no split of its own",
+            "dataset.mix has several sources, which share no split to evaluate on",
             "dataset.eval_fraction=0.05, or dataset.eval_path=FILE",
         )
     for name, item in data.mix.items():
@@ -163,7 +177,7 @@ def _sources(data: DatasetConfig) -> Iterator[Problem]:
         for unknown in item.keys() - MIX_KEYS:
             yield Problem(
                 f"{key}.{unknown}={item[unknown]}",
-                f"a source has {', '.join(sorted(MIX_KEYS))}",
+                f"the keys of a source are {', '.join(sorted(MIX_KEYS))}",
                 upstream.did_you_mean(unknown, MIX_KEYS),
             )
         weight = item.get("weight", 1)
@@ -172,21 +186,25 @@ def _sources(data: DatasetConfig) -> Iterator[Problem]:
 
 
 def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]:
-    """Find what is wrong with how rows become samples."""
+    """Check how rows become samples."""
     default = DatasetConfig()
     joined = packing_of(data, template.kind).value in ("wrapped", "boundary")
     if joined and template.kind != "text":
         yield Problem(
             f"dataset.packing={data.packing}",
-            "would cut prompts from their answers; it is for plain text",
+            "would separate prompts from their answers; it is for plain text only",
             "dataset.packing=bfd",
         )
     for key, holds, rule in (
-        ("order", joined, "only documents that are joined have an order (the trainer shuffles)"),
+        (
+            "order",
+            joined,
+            "needs dataset.packing=wrapped or boundary; else the trainer shuffles samples",
+        ),
         (
             "boundary",
             data.packing == "boundary",
-            "is of dataset.packing=boundary",
+            "has an effect only with dataset.packing=boundary",
         ),
         ("sanitize", template.kind == "text", "is for plain text only"),
     ):
@@ -202,7 +220,7 @@ def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]
                 hint = upstream.did_you_mean(check, CHECKS)
                 yield Problem(f"{key}={share}", f"the checks are {', '.join(CHECKS)}", hint)
             elif not 0 <= share <= 1:
-                yield Problem(f"{key}={share}", "must be a share from 0 to 1", f"{key}=1")
+                yield Problem(f"{key}={share}", "must be a fraction from 0 to 1", f"{key}=1")
 
 
 def _batch(config: Config) -> Iterator[Problem]:
@@ -214,7 +232,7 @@ def _batch(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"train.global_batch_size={train.global_batch_size}",
             f"must be a multiple of per_device_train_batch_size x ranks = {micro} x {ranks}",
-            f"train.global_batch_size={nearest}, or another train.per_device_train_batch_size",
+            f"train.global_batch_size={nearest}, or change train.per_device_train_batch_size",
         )
 
 
@@ -222,9 +240,7 @@ def _schedule(config: Config) -> Iterator[Problem]:
     train, data = config.train, config.dataset
     held_out = data.eval_path or data.eval_split or data.eval_fraction
     if train.eval_strategy == "steps" and train.eval_steps is None:
-        yield Problem(
-            "train.eval_strategy=steps", "needs to know how often", "train.eval_steps=100"
-        )
+        yield Problem("train.eval_strategy=steps", "needs train.eval_steps", "train.eval_steps=100")
     if train.eval_steps is not None and train.eval_strategy != "steps":
         yield Problem(
             f"train.eval_steps={train.eval_steps}",
@@ -236,28 +252,28 @@ def _schedule(config: Config) -> Iterator[Problem]:
             "train.eval_strategy=steps", "there are no held-out rows", "dataset.eval_fraction=0.05"
         )
     if train.max_steps == 0:
-        yield Problem("train.max_steps=0", "nothing would be trained", "train.max_steps=-1")
+        yield Problem("train.max_steps=0", "no step would be trained", "train.max_steps=-1")
     if train.warmup_steps >= 1 and train.warmup_steps != int(train.warmup_steps):
         yield Problem(
             f"train.warmup_steps={train.warmup_steps}",
-            "is a share below 1, or a whole number of steps",
+            "must be a whole number of steps, or a fraction below 1",
             "train.warmup_steps=0.03",
         )
     if 0 < train.max_steps <= train.warmup_steps:
         yield Problem(
             f"train.warmup_steps={train.warmup_steps:g}",
-            f"the rate would never reach its peak in max_steps={train.max_steps}",
+            f"the learning rate would not reach its peak within train.max_steps={train.max_steps}",
             "train.warmup_steps=0.03",
         )
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:
     train, default = config.train, TrainConfig()
-    # The defaults are legal; parsing the library's files for their names takes 0.1 s.
+    # Skip the check for defaults: reading the legal names from the library's source takes 0.1 s.
     if train.optim != default.optim and train.optim not in upstream.optimizer_names():
         yield Problem(
             f"train.optim={train.optim}",
-            "the installed library has no such optimizer",
+            "the installed version of Transformers has no such optimizer",
             upstream.did_you_mean(train.optim, upstream.optimizer_names()),
         )
     schedule, given = train.lr_scheduler_type, train.lr_scheduler_kwargs
@@ -267,7 +283,7 @@ def _optimizer(config: Config) -> Iterator[Problem]:
     if schedule not in upstream.scheduler_names():
         yield Problem(
             written_type,
-            "the installed library has no such schedule",
+            "the installed version of Transformers has no such schedule",
             upstream.did_you_mean(schedule, upstream.scheduler_names()),
         )
         return
@@ -278,16 +294,18 @@ def _optimizer(config: Config) -> Iterator[Problem]:
         hint = upstream.did_you_mean(key, legal)
         yield Problem(
             f"train.lr_scheduler_kwargs.{key}={given[key]}",
-            f"the schedule {schedule} takes no {key}",
+            f"the schedule {schedule} has no argument {key}",
             "train.lr_scheduler_type=cosine_with_min_lr" if key in MIN_RATES else hint,
         )
     for key, required in legal.items():
         if required and key not in given:
-            yield Problem(written_type, f"needs {key}", f"train.lr_scheduler_kwargs.{key}=...")
+            yield Problem(
+                written_type, f"needs the argument {key}", f"train.lr_scheduler_kwargs.{key}=..."
+            )
     if MIN_RATES <= legal.keys() and len(MIN_RATES & given.keys()) != 1:
         yield Problem(
             written_type,
-            "needs one of min_lr and min_lr_rate",
+            "needs exactly one of the arguments min_lr and min_lr_rate",
             "train.lr_scheduler_kwargs.min_lr_rate=0.1",
         )
 
@@ -297,6 +315,6 @@ def _precision(config: Config) -> Iterator[Problem]:
     if kernel.startswith("flash_attention") and config.precision == "fp32":
         yield Problem(
             f"model.attn_implementation={kernel}",
-            "has no float32 kernel, and precision=fp32",
+            "has no float32 kernel, but precision=fp32 is set",
             "precision=bf16, or model.attn_implementation=sdpa",
         )

@@ -1,4 +1,4 @@
-"""Which settings differ between two runs, of those that change what is trained."""
+"""Compare two runs by the settings that change what is trained."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 from sft.config.rules import named
 from sft.config.settings import Config
 
-# What resume.allow accepts besides settings.
+# Values of resume.allow besides names of settings.
 CONTENTS = ("base", "data")
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Give a nested mapping's leaves by dotted key."""
+    """Return the leaves of a nested mapping by dotted key."""
     if not isinstance(node, dict) or not node:
         return {prefix.rstrip("."): node}
     leaves: dict[str, Any] = {}
@@ -32,7 +32,7 @@ def training_settings(settings: Any) -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any) -> dict[str, str]:
-    """List the settings that change what is trained, each with a line that says how."""
+    """Return the settings that differ and change what is trained, with a line for each."""
     old, new = training_settings(before), training_settings(now)
     return {
         key: f"{key}: {old.get(key, 'unset')} there, {new.get(key, 'unset')} here"

@@ -1,7 +1,7 @@
-"""YAML groups and overrides become a typed config; everything that does not fit is collected.
+"""Compose YAML groups and overrides into a typed config, and collect every problem.
 
-Hydra composes; the dataclasses in ``settings`` say what is legal. Hydra alone stops at the first
-unknown key, and lets ``+lora.drop_out=0.3`` pass.
+Hydra composes; the dataclasses in ``settings`` declare what is legal. Hydra alone stops at the
+first unknown key, and accepts ``+lora.drop_out=0.3``.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def typed_config(
     Args:
         schema: The dataclass of all settings.
         name: The primary YAML in conf/.
-        given: What the command line and a settings file give.
+        given: The overrides of the command line and of a settings file.
         config_dir: A folder with the user's own groups.
 
     Returns:
-        The config, with the default wherever a value did not fit, and what did not fit.
+        The config and the problems. A setting whose value cannot be used has its default.
 
     Raises:
         ConfigError: The YAML files themselves cannot be composed.
@@ -61,7 +61,7 @@ def typed_config(
 def plain_config(schema: type[C], given: list[Override]) -> tuple[C, list[Problem]]:
     """Make the config of a command without groups.
 
-    Text is set beside OmegaConf, which would look for settings named in a prompt's ``${...}``.
+    Text does not go through OmegaConf, which would interpolate ``${...}`` in a prompt.
     """
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     texts = {
@@ -83,10 +83,10 @@ def plain_config(schema: type[C], given: list[Override]) -> tuple[C, list[Proble
 def sweep_overrides(
     schema: type[C], name: str, given: list[Override], config_dir: str | None
 ) -> list[str]:
-    """Make the overrides of a sweep such as Hydra's sweeper accepts and expands.
+    """Return the overrides of a sweep in the form that Hydra's sweeper accepts and expands.
 
-    A trial checks its own config, so that a refused trial stops no other. Only what no trial can
-    have right is refused here: unknown keys and unknown group options.
+    A trial checks its own config, so that a refused trial does not stop the others. Only problems
+    that every trial would have are refused here: unknown keys and unknown group options.
 
     Raises:
         ConfigError: With every such problem.
@@ -106,7 +106,8 @@ def sweep_overrides(
     ]
     if problems:
         raise ConfigError(problems)
-    # Hydra lets the command line replace a grid's values only where both write the key alike.
+    # The command line replaces a grid's values only if it spells the key, with its plus signs, as
+    # the grid does.
     spelled = {str(key).lstrip("+"): str(key) for key in grid}
     return [
         f"{spelled[item.key]}={item.hydra().partition('=')[2]}"
@@ -117,7 +118,7 @@ def sweep_overrides(
 
 
 def register_schema(schema: Any, name: str) -> None:
-    """Give Hydra the defaults, untyped: types are checked later, all at once."""
+    """Register the defaults with Hydra, untyped: ``_merge`` checks all types later, together."""
     from hydra.core.config_store import ConfigStore
 
     node = dataclasses.asdict(schema())
@@ -127,7 +128,7 @@ def register_schema(schema: Any, name: str) -> None:
 def _compose(
     schema: Any, name: str, given: list[Override], config_dir: str | None
 ) -> tuple[dict[str, Any], dict[str, str], list[Problem]]:
-    """Compose the groups and settings, unchecked, and list what the config itself sweeps over.
+    """Compose the groups and settings, unchecked, and return the config's own sweep parameters.
 
     Hydra composes the groups. Settings are put into the result as values, so that no value has to
     be written in Hydra's grammar.
@@ -157,13 +158,13 @@ def _compose(
 
 
 def _set(composed: Any, given: list[Override], schema: Any) -> Iterator[Problem]:
-    """Put settings into the composed config; yields those that cannot be there."""
+    """Put settings into the composed config, and yield a problem for each that cannot be set."""
     for item in given:
         below = OmegaConf.select(composed, item.key) if item.value == {} else None
         if below:
             yield Problem(
                 f"{item.key}={{}}",
-                f"is merged over {below}, and empties nothing",
+                f"is merged with {below} and does not remove any of it",
                 f"choose another option of the group {item.key.split('.')[0]}",
             )
         try:
@@ -184,22 +185,24 @@ def _set(composed: Any, given: list[Override], schema: Any) -> Iterator[Problem]
 
 
 def _reasons(error: BaseException) -> Iterator[str]:
-    """Give the first line of an error and of its cause."""
+    """Yield the first line of an error and of its cause."""
     for item in (error, error.__cause__):
         if item is not None and str(item):
             yield str(item).splitlines()[0]
 
 
 def _grid_problems(grid: dict[str, str], given: set[str]) -> Iterator[Problem]:
-    """Refuse one run of a config that is a sweep, unless what it sweeps over is given."""
+    """Refuse a single run of a config that defines a sweep, unless the swept settings are given."""
     for key, values in grid.items():
         if key not in given:
             one = str(values).partition(",")[0]
-            yield Problem(f"{key}={values}", "this config is a sweep", f"add -m, or {key}={one}")
+            yield Problem(
+                f"{key}={values}", "this config defines a sweep", f"add -m, or {key}={one}"
+            )
 
 
 def _merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> list[Problem]:
-    """Merge plain values into the typed tree, key by key, collecting what does not fit."""
+    """Merge plain values into the typed config, key by key, and return the problems."""
     problems: list[Problem] = []
     known = {field.name: field for field in dataclasses.fields(schema)}
     for key, value in values.items():
@@ -218,11 +221,15 @@ def _merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") ->
                 problems += _merge(typed, value, section, f"{path}.")
             else:
                 problems.append(
-                    Problem(written(path, value), f"{path} is a group", f"{path}.NAME=VALUE")
+                    Problem(
+                        written(path, value),
+                        f"{path} is a section of settings",
+                        f"{path}.NAME=VALUE",
+                    )
                 )
             continue
         if value == "???":
-            problems.append(Problem(f"{path}=???", "must be given", f"{path}=VALUE"))
+            problems.append(Problem(f"{path}=???", "a value must be given", f"{path}=VALUE"))
             continue
         try:
             OmegaConf.update(typed, path, _literal(value), merge=False)

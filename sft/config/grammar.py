@@ -1,4 +1,4 @@
-"""Values as Hydra's grammar writes and reads them."""
+"""Write and read values in the grammar of Hydra's overrides."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import re
 from typing import Any
 
-PLAIN_WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)  # is the same text for Hydra and YAML
+PLAIN_WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)  # Hydra and YAML read it as the same text
 KEYWORDS = {"null", "true", "false", "nan", "inf"}
 
 
 def hydra_text(value: Any) -> str:
-    """Write a value in Hydra's grammar, or as JSON where a mapping's keys do not fit into it."""
+    """Return a value in Hydra's grammar, or JSON for a mapping whose keys the grammar excludes."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     if isinstance(value, str):
@@ -30,7 +30,7 @@ def hydra_text(value: Any) -> str:
 
 
 def parse(text: str) -> Any:
-    """Parse ``key=value``; None where the grammar has no way to."""
+    """Parse ``key=value``; return None if it is not in the grammar."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -41,7 +41,7 @@ def parse(text: str) -> Any:
 
 
 def unquoted(text: str) -> str:
-    """Remove the quotes around a whole value."""
+    """Remove the quotes if one pair encloses the whole value."""
     if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
         return text
     from hydra.core.override_parser.types import QuotedString
@@ -51,12 +51,12 @@ def unquoted(text: str) -> str:
 
 
 def is_list(text: str) -> bool:
-    """Tell values with commas between them, as a sweep has them, from functions and brackets."""
+    """Check for a sweep's values separated by commas, without functions, brackets or quotes."""
     return "," in text and not set(text) & set("()[]{}'\"")
 
 
 def options_of(parsed: Any) -> list[str]:
-    """List the options that an override chooses for its group, several in a sweep."""
+    """List the options that an override chooses for its group; a sweep chooses several."""
     from hydra.core.override_parser.types import ChoiceSweep
 
     value = parsed.value()

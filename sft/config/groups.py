@@ -1,4 +1,4 @@
-"""The groups, their options, and what was meant by an option that does not exist."""
+"""The config groups, their options, and the suggestion for an option that does not exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sft.config import upstream
 from sft.config.settings import CONF_DIR
 from sft.errors import Problem
 
-# What other tools call an option.
+# Names that other tools use for an option of ours.
 MEANT = {
     ("quantization", "4bit"): "quantization=nf4",
     ("quantization", "int4"): "quantization=nf4",
@@ -21,7 +21,7 @@ MEANT = {
 
 
 def groups(config_dir: str | None) -> dict[str, set[str]]:
-    """List the config groups and their options, ours and the user's."""
+    """Return the options of each config group: sft's own and those in ``config_dir``."""
     found: dict[str, set[str]] = {}
     for root in (CONF_DIR, *([Path(config_dir)] if config_dir else [])):
         for file in root.rglob("*.yaml"):
@@ -32,7 +32,7 @@ def groups(config_dir: str | None) -> dict[str, set[str]]:
 
 
 def config_dir_problems(config_dir: str | None) -> Iterator[Problem]:
-    """Find what is wrong with the folder of the user's own options."""
+    """Check the folder of the user's own options."""
     if config_dir is None:
         return
     root = Path(config_dir)
@@ -44,17 +44,19 @@ def config_dir_problems(config_dir: str | None) -> Iterator[Problem]:
             yield Problem(
                 f"--config-dir {config_dir}",
                 f"{CONF_DIR / name} would be used instead of your {file}",
-                f"rename it, such as {name.with_stem(f'my-{name.stem}')}",
+                f"rename it, for example to {name.with_stem(f'my-{name.stem}')}",
             )
         try:
             OmegaConf.load(file)
         except Exception as error:  # a YAML error, or bytes that are not text
             reason = " ".join(str(error).split())
-            yield Problem(f"--config-dir {config_dir}", f"{file}: {reason}", "mend the YAML file")
+            yield Problem(
+                f"--config-dir {config_dir}", f"{file}: {reason}", "correct the YAML file"
+            )
 
 
 def no_option(group: str, option: str, known: set[str]) -> Problem:
-    """Say that a group has no such option, and what was probably meant."""
+    """Return the problem for an option that its group does not have, with a suggestion."""
     hint = upstream.did_you_mean(option, known)
     rule = f"{group} has no option {option}; it has {', '.join(sorted(known))}"
     if option == "null" and "none" in known:

@@ -1,4 +1,4 @@
-"""Which adapters and quantised bases cannot be trained, as far as the settings alone can tell."""
+"""Check the adapter's and the quantisation's settings, without the model's architecture."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ HEADS = ("lm_head", "embed_out", "output_layer")
 
 
 def lora(config: Config) -> Iterator[Problem]:
-    """Find what is wrong with the adapter."""
+    """Check the settings of the adapter."""
     section = config.lora
     if not section.enabled:
         if config.train.merge:
-            yield Problem("train.merge=true", "lora=none trains whole weights", "train.merge=false")
+            yield Problem(
+                "train.merge=true",
+                "with lora=none there is no adapter to merge",
+                "train.merge=false",
+            )
         return
     targets = section.target_modules
     named = [targets] if isinstance(targets, str) else targets
@@ -39,7 +43,7 @@ def lora(config: Config) -> Iterator[Problem]:
     if not config.model.pretrained:
         yield Problem(
             "model.pretrained=false",
-            "LoRA would train on random weights that are saved nowhere",
+            "the adapter would be trained on random weights that are not saved with it",
             "lora=none",
         )
     if isinstance(targets, str):
@@ -48,55 +52,61 @@ def lora(config: Config) -> Iterator[Problem]:
         except re.error as error:
             yield Problem(
                 f"lora.target_modules={targets}",
-                f"is no regular expression: {error}",
+                f"is not a regular expression: {error}",
                 "lora.target_modules=all-linear",
             )
     init = section.extra.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith("pissa_niter"):
         yield Problem(
             f"lora.extra.init_lora_weights={init}",
-            "is random: the adapter would be put on another base when it is loaded",
+            "changes the base weights at random: a loaded adapter gets a different base",
             "lora.extra.init_lora_weights=pissa",
         )
     if init in ("eva", "corda", "lora_ga", "loftq"):
         yield Problem(
             f"lora.extra.init_lora_weights={init}",
-            "needs a preprocessing pass, without which PEFT silently starts from nothing",
+            "needs a preprocessing pass that sft does not run; PEFT would not warn",
             "lora.extra.init_lora_weights=true",
         )
     quantized = config.quantization.load_in_4bit or config.quantization.load_in_8bit
     if quantized and isinstance(init, str) and init.startswith(("pissa", "olora", "orthogonal")):
         yield Problem(
             f"lora.extra.init_lora_weights={init}",
-            "changes base weights, which quantisation has frozen in another form",
+            "changes the base weights, which cannot be changed once they are quantised",
             "quantization=none",
         )
     if init == "mica" and zero.stage(_json(config)) == 3:
         yield Problem(
             "lora.extra.init_lora_weights=mica",
-            "saving under ZeRO-3 drops its frozen adapter tensors",
+            "saving under ZeRO-3 omits the frozen tensors of the adapter",
             "zero=stage2",
         )
     if section.use_dora and section.extra.get("use_qalora"):
-        yield Problem("lora.use_dora=true", "not together with use_qalora", "lora.use_dora=false")
+        yield Problem(
+            "lora.use_dora=true",
+            "cannot be combined with lora.extra.use_qalora",
+            "lora.use_dora=false",
+        )
 
 
 def quantization(config: Config) -> Iterator[Problem]:
-    """Find what is wrong with the base model's storage."""
+    """Check the settings of the quantised base model."""
     section = config.quantization
     bits = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(section, key)]
     if not bits:
         return
     if len(bits) == 2:
         yield Problem(
-            "quantization.load_in_4bit=true", "not together with 8 bit", "quantization=nf4"
+            "quantization.load_in_4bit=true",
+            "cannot be combined with quantization.load_in_8bit=true",
+            "quantization=nf4",
         )
     if not config.lora.enabled:
         yield Problem("lora=none", "quantised weights cannot be trained", "lora=all-linear")
     if config.precision == "fp16":
         yield Problem(
             "precision=fp16",
-            "the adapter of a quantised model is kept in bf16",
+            "a quantised model cannot be trained in fp16: its adapter is stored in bf16",
             "precision=bf16",
         )
 
@@ -105,4 +115,4 @@ def _json(config: Config) -> dict[str, Any] | None:
     try:
         return zero.read(config.zero)
     except (OSError, ValueError):
-        return None  # zero_checks reports it
+        return None  # zero_checks reports the error

@@ -1,4 +1,4 @@
-"""Names that other libraries and tools use, and the setting to use instead."""
+"""Map names that other libraries and tools use to our settings."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ def _examples(fact: str, section: str = "") -> dict[str, str]:
     }
 
 
-# Fields of upstream classes that ``extra`` refuses, and what to do instead. Those that a setting of
-# ours decides stand beside that setting.
+# Fields of upstream classes that ``extra`` refuses, and what to do instead. A field that one of our
+# settings decides is declared with that setting.
 TRAIN_OWNED = _examples("decides", "train.") | {
     "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
     "local_rank": "torchrun --nproc_per_node N",
-    "hub_token": "HF_TOKEN in the environment, so that it is in no saved config",
+    "hub_token": "set HF_TOKEN in the environment, so that the token is not in a saved config",
     "save_only_model": "remove it: a run could not resume from such a checkpoint",
-    "ignore_data_skip": "remove it: rows would be seen twice",
-    "restore_callback_states_from_checkpoint": "remove it: what is counted always goes on",
-    "save_on_each_node": "remove it: rank 0 writes, to a folder that all nodes see",
+    "ignore_data_skip": "remove it: a resumed run would train on some rows twice",
+    "restore_callback_states_from_checkpoint": "remove it: sft always restores its counts",
+    "save_on_each_node": "remove it: rank 0 saves, to a folder that all nodes share",
     **dict.fromkeys(
         ("push_to_hub", "hub_strategy", "hub_always_push", "hub_model_id"),
-        "hf upload USER/NAME outputs/RUN/adapter, once it is finished",
+        "hf upload USER/NAME outputs/RUN/adapter, after the run has finished",
     ),
-    "dataloader_multiprocessing_context": "remove it: workers are forked, and so not signalled",
+    "dataloader_multiprocessing_context": "remove it: sft forks workers, which ignore signals",
     "accelerator_config": "remove it: each rank makes its own batches",
-    "load_best_model_at_end": "remove it: the adapter is the last one",
-    "enable_jit_checkpoint": "remove it: a run so stopped would look finished",
+    "load_best_model_at_end": "remove it: sft writes the adapter of the last step",
+    "enable_jit_checkpoint": "remove it: a run that it stops would look finished",
     "average_tokens_across_devices": "remove it: the loss is the mean over the tokens of all ranks",
     "label_smoothing_factor": "remove it: the LM head computes nll and dft (train.extra.loss_type)",
-    "dataloader_drop_last": "remove it: rows would be dropped unseen",
-    "disable_tqdm": "remove it: the bar is shown on a terminal only",
+    "dataloader_drop_last": "remove it: rows would be left out without a message",
+    "disable_tqdm": "remove it: the progress bar is shown on a terminal only",
     **dict.fromkeys(
         (
             "assistant_only_loss",
@@ -62,17 +62,17 @@ TRAIN_OWNED = _examples("decides", "train.") | {
             "shuffle_dataset",
             "truncation_mode",
         ),
-        "template=... and dataset=..., which decide what is trained",
+        "use template=... and dataset=..., which decide what is trained",
     ),
 }
 LORA_OWNED = _examples("decides", "lora.") | {
     "task_type": "remove it: CAUSAL_LM",
     "peft_type": "remove it: LORA",
     "inference_mode": "remove it",
-    "fan_in_fan_out": "remove it: PEFT knows each layer's layout",
+    "fan_in_fan_out": "remove it: PEFT detects the layout of each layer",
 }
-# Names of other tools and of older releases, and what to write instead. Those of one setting stand
-# beside it.
+# Names of other tools and of older releases, and what to write instead. A name that belongs to one
+# setting is declared with that setting.
 RENAMED = _examples("called") | {
     "group_by_length": "train.extra.train_sampling_strategy=group_by_length",
     **dict.fromkeys(
@@ -86,7 +86,7 @@ RENAMED = _examples("called") | {
 
 
 def extra_problems(config: Config) -> Iterator[Problem]:
-    """Find what is wrong in the sections' ``extra``: unknown names, and those we decide."""
+    """Check the sections' ``extra``: refuse unknown names and names that our settings decide."""
     sections: list[tuple[str, Any, Callable[[], frozenset[str]], dict[str, str]]] = [
         ("train", config.train, upstream.sft_config_names, TRAIN_OWNED),
         ("lora", config.lora, upstream.lora_config_names, LORA_OWNED),
@@ -101,17 +101,17 @@ def extra_problems(config: Config) -> Iterator[Problem]:
             elif key in owned:
                 yield Problem(written, "is decided by another setting", owned[key])
             elif key in RENAMED and key not in legal():
-                yield Problem(written, f"{key} is not a name of this version", RENAMED[key])
+                yield Problem(written, f"the installed version has no setting {key}", RENAMED[key])
             elif key not in legal():
                 yield Problem(
                     written,
-                    f"the installed library has no setting {key}",
+                    f"the installed version has no setting {key}",
                     upstream.did_you_mean(key, legal() - owned.keys()),
                 )
 
 
 def suggest(path: str, schema: Any) -> str:
-    """Name the setting that was probably meant, wherever it lives."""
+    """Suggest the setting that was probably meant, in any section."""
     section, _, leaf = path.rpartition(".")
     if leaf in RENAMED:
         return RENAMED[leaf]

@@ -1,9 +1,9 @@
-"""The words of a command line and the entries of a settings file, parsed; problems are collected.
+"""Parse the words of a command line and the entries of a settings file; collect the problems.
 
-One rule of quoting holds for every command. A setting that holds text takes its value as it is
-typed. One pair of quotes around the whole value is removed, so that ``null`` or, in a sweep, a
-comma can be text. Other values follow Hydra's grammar; what that grammar has no token for, such as
-``ü``, is read as YAML.
+The same rules of quoting hold for every command. A text setting takes its value as it is typed.
+One pair of quotes around the whole value is removed, so that ``null`` or, in a sweep, a comma can
+be text. Other values follow Hydra's grammar; a value outside that grammar, such as one with ``ü``,
+is read as YAML.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class Override:
     Attributes:
         key: The group or the setting's dotted name.
         value: The option's name, or the setting's value; None for a sweep.
-        text: How Hydra writes it, for what Hydra itself composes or expands; "": from ``value``.
+        text: The override in Hydra's grammar, if Hydra composes or expands it; "": made from
+            ``value``.
         kind: ``option`` of a group, ``setting``, ``sweep`` (over a setting's or a group's values),
             or ``hydra`` for Hydra's own settings.
-        source: File and line, if it does not stand on the command line.
+        source: File and line, if the override is from a settings file.
     """
 
     key: str
@@ -45,25 +46,25 @@ class Override:
     source: str = ""
 
     def hydra(self) -> str:
-        """Write it in Hydra's grammar; a setting is forced in, so that our check sees every key."""
+        """Return it in Hydra's grammar; with ``++`` unknown keys pass, and we report them later."""
         return self.text or f"++{self.key}={hydra_text(self.value)}"
 
     def word(self) -> str:
-        """Write it as a word of our command line."""
+        """Return it as a word of our command line."""
         return self.text or f"{self.key}={hydra_text(self.value)}"
 
 
 class Reader:
-    """Reads the words of one command, and collects what is wrong with them.
+    """Parses the words of one command and collects their problems.
 
     Args:
         schema: The dataclass of all settings.
         config_dir: A folder with the user's own options.
-        composes: The command has groups; False: it has settings only.
-        sweep: A word may give several values.
+        composes: True: the command has groups; False: it has settings only.
+        sweep: Whether a word may have several values.
 
     Raises:
-        ConfigError: The folder cannot be used.
+        ConfigError: ``config_dir`` cannot be used.
     """
 
     def __init__(
@@ -76,10 +77,10 @@ class Reader:
         self.problems: list[Problem] = []
 
     def read(self, words: list[str]) -> list[Override]:
-        """Parse the words; what a settings file gives comes first, and the line's own words win."""
+        """Parse the words. Overrides of a settings file come first; the command line wins."""
         files = [word for word in words if settings_file.is_one(word)]
         for word in files[1:]:
-            rule = f"{files[0]} is given already, and a command takes one settings file"
+            rule = f"a command takes one settings file, and {files[0]} is given already"
             self.problems.append(Problem(word, rule, "put all settings into one file"))
         line: dict[str, Override] = {}
         for word in words:
@@ -92,7 +93,9 @@ class Reader:
         given = [*(self._of_file(files[0], line) if files else []), *line.values()]
         for item in given if self.sweep else []:
             if item.kind == "setting" and parse(item.hydra()) is None:
-                rule = "Hydra's grammar cannot write this for the trials of a sweep"
+                rule = (
+                    "this value cannot be passed to a sweep's trials: it is not in Hydra's grammar"
+                )
                 fix = "put it into an option of your own: --config-dir DIR"
                 place = f"{item.source}: " if item.source else ""
                 self._wrong(f"{place}{item.key}={item.value}", rule, fix)
@@ -105,7 +108,7 @@ class Reader:
             self._wrong(word, "a setting cannot be deleted", "remove it from the command")
         elif not equals or not KEY.fullmatch(key):
             known = key in self.groups or settings_file.field_of(self.schema, key) is not None
-            rule = "has no value" if known else "is not a setting, nor a settings file (FILE.yaml)"
+            rule = "has no value" if known else "is neither a setting nor a settings file (*.yaml)"
             fix = f"{key}=VALUE" if known else "write each setting as key=value"
             self._wrong(word, rule, fix)
         elif key == "hydra" or key.startswith(("hydra.", "hydra/")):
@@ -137,21 +140,21 @@ class Reader:
             try:
                 value = yaml.safe_load(text) if parsed is None else parsed.value()
             except yaml.YAMLError:
-                rule = "cannot be read: its brackets, braces or quotes do not match"
+                rule = "cannot be parsed: its brackets, braces or quotes do not match"
                 self._wrong(word, rule, "close each of them, and quote the value for the shell")
                 return
         yield Override(key, value)
 
     def _sweep(self, word: str, key: str, text: str, interval: bool) -> Iterator[Override]:
         if not self.groups:
-            self._wrong(word, "several values are given", f"{key}=[{text}]")
+            self._wrong(word, "takes one value, but several are given", f"{key}=[{text}]")
         elif not self.sweep:
             field = settings_file.field_of(self.schema, key)
             kind = str(getattr(field, "type", "Any"))
             fix = f"add -m, or {key}=[{text}]" if kind.startswith(("list", "Any")) else "add -m"
-            self._wrong(word, "several values are a sweep", fix)
+            self._wrong(word, "several values need a sweep (-m)", fix)
         elif interval:
-            self._wrong(word, "interval() names no values to try", f"{key}=0.1,0.2")
+            self._wrong(word, "interval() does not list the values to try", f"{key}=0.1,0.2")
         else:
             yield Override(key, None, f"++{key}={text}", "sweep")
 
@@ -166,14 +169,14 @@ class Reader:
         several = parsed is not None and parsed.is_sweep_override()
         if several and not self.sweep:
             fix = f"add -m, or choose one: {word.partition(',')[0]}"
-            self._wrong(word, "several values are a sweep", fix)
+            self._wrong(word, "several values need a sweep (-m)", fix)
             return
         chosen = [name] if parsed is None else options_of(parsed)
         unknown = [option for option in chosen if option not in known]
         for option in unknown:
             if several and group == "dataset" and Path(option).exists():
                 fix = f"dataset=jsonl dataset.path={text}"
-                self._wrong(f"dataset={option}", "a sweep over files needs their option", fix)
+                self._wrong(f"dataset={option}", "a sweep over files needs dataset=OPTION", fix)
             else:
                 self.problems.append(no_option(group, option, known))
         if not unknown:
@@ -195,7 +198,7 @@ class Reader:
             return "jsonl"
 
     def _of_file(self, path: str, line: dict[str, Override]) -> Iterator[Override]:
-        """Read what a settings file gives and the command line does not decide."""
+        """Read the overrides of a settings file that the command line does not replace."""
         decided = set(line)
         for item in line.values():
             if item.kind == "option":
@@ -219,12 +222,12 @@ class Reader:
 
 
 def expanded(words: list[str], schema: Any, config_dir: str | None = None) -> list[str]:
-    """Write a command's words without its settings file: each of the file's entries is a word."""
+    """Return a command's words with its settings file replaced by one word for each entry."""
     return [item.word() for item in Reader(schema, config_dir).read(words)]
 
 
 def located(problems: list[Problem], given: list[Override]) -> list[Problem]:
-    """Name file and line in each problem of a setting that a file gave."""
+    """Add file and line to each problem of a setting that is from a settings file."""
     places = {item.key: item.source for item in given if item.source}
     result = []
     for problem in problems:

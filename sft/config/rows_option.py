@@ -1,4 +1,4 @@
-"""Which option of the group dataset fits a file of rows: ``dataset=rows.jsonl``."""
+"""Choose the option of the group dataset for a file of rows: ``dataset=rows.jsonl``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BY_KIND = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 def option_of(path: str) -> str | None:
     """Choose the option for the rows at a local path.
 
-    The first row decides between ``chat`` (a list of messages), ``text`` (one text) and the option
-    for prompts with completions, which the file's ending names.
+    The first row decides between ``chat`` (a list of messages), ``text`` (one text) and an option
+    for prompts with completions, which depends on the file's extension.
 
     Returns:
-        None if there is no file, folder or match of a pattern at this path.
+        The option's name; None if no file, folder or match of a pattern is at this path.
 
     Raises:
-        DataError: There is, but no file of a known kind is in it.
+        DataError: The path exists, but has no file of a known kind.
     """
     from sft.data.formats import recognise
     from sft.data.locations import files_of, read
@@ -34,7 +34,7 @@ def option_of(path: str) -> str | None:
     if all((local / name).is_file() for name in ARTEFACT):
         return "pretokenized"
     if any((local / name).is_file() for name in SAVED):
-        return "jsonl"  # its rows are not looked at: Datasets would be imported for it
+        return "jsonl"  # without a look at its rows, which would need to import Datasets
     files = files_of(path)
     if not files:  # a pattern that matches folders only
         return None
@@ -42,14 +42,14 @@ def option_of(path: str) -> str | None:
     if kind is None:
         raise DataError(
             f"{path} is of no known kind: .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md"
-            f"\n    fix: dataset=text dataset.path={path}, or another file"
+            f"\n    fix: dataset=text dataset.path={path}, or give a different file"
         )
     if kind in TEXT:
         return "text"
     try:
         first = next(iter(read(path)), None)
     except DataError:
-        first = None  # preparing the data will say what is wrong, with its place
+        first = None  # preparing the data reports the error, with file and line
     row = first.values if isinstance(first, Row) else {}
     format = recognise(row)
     if format in ("messages", "sharegpt") or isinstance(row.get("prompt"), list):

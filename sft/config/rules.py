@@ -1,4 +1,4 @@
-"""How a setting is declared, what is known of it, and what was chosen for it."""
+"""How a setting is declared, the rule for its value, and the value that a run chose for it."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from sft.errors import Problem
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting's value must satisfy, as a sentence and as a test."""
+    """A condition on a setting's value, as a sentence and as a function."""
 
     text: str
     holds: Callable[[Any], bool]
 
 
 def at_least(bound: float) -> Rule:
-    """Allow the bound and what is above it."""
+    """Allow the bound and larger values."""
     return Rule(f"must be at least {bound}", lambda value: value >= bound)
 
 
 def above(bound: float) -> Rule:
-    """Allow what is above the bound."""
+    """Allow values larger than the bound."""
     return Rule(f"must be greater than {bound}", lambda value: value > bound)
 
 
 def within(low: float, high: float) -> Rule:
-    """A half-open range: ``low`` is allowed and ``high`` is not."""
+    """Allow a half-open range: ``low`` is allowed and ``high`` is not."""
     return Rule(f"must be at least {low} and less than {high}", lambda value: low <= value < high)
 
 
 def share() -> Rule:
-    """A share of something, which is neither nothing nor more than all."""
+    """Allow fractions above 0, up to and including 1."""
     return Rule("must be greater than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 def one_of(*choices: str | bool) -> Rule:
-    """Allow a few names, or a switch."""
+    """Allow only these names or booleans."""
     names = ", ".join(str(choice).lower() for choice in choices)
     return Rule(f"must be one of {names}", lambda value: value in choices)
 
@@ -51,8 +51,8 @@ class Choice:
 
     Attributes:
         setting: The setting's full name, such as ``model.lm_head``.
-        value: What the run uses, as the setting would be given it; never ``auto``.
-        reason: Why, as a clause for the log.
+        value: The value that the run uses, as a user would write it; never ``auto``.
+        reason: The reason for the value, as a clause for the log.
     """
 
     setting: str
@@ -75,22 +75,22 @@ def setting(
     called: tuple[str, ...] = (),
     example: str | None = None,
 ) -> Any:
-    """Declare a field of a section; None is always legal.
+    """Declare a field of a section; the value None always passes the rule.
 
     Args:
-        default: Of the field.
-        help: One line that describes it.
-        rule: What a value must satisfy.
-        changes_training: Whether the trained weights depend on it, beyond the order of
-            floating-point sums. A run that is resumed must have the same value.
-        ours: Whether it is unknown to the upstream class of its section, or must not be passed to
-            it because we do what it asks for.
-        in_data_key: Whether prepared samples depend on it, so that samples in the cache are used
-            only with the same value. Read for settings of the dataset section.
-        decides: Upstream fields that this setting decides, such as ``train.bf16``; the section's
-            ``extra`` refuses them.
-        called: Names of the same thing in other tools or older releases.
-        example: An override that shows its use in a fix; None: the setting with its default.
+        default: The default value.
+        help: A line that describes the setting.
+        rule: The condition on its value.
+        changes_training: Whether the trained weights depend on the setting, beyond the order of
+            floating-point sums. A resumed run must have the same value.
+        ours: Whether the upstream class of the section does not get the setting, because the class
+            does not know it or because our code does what the setting asks for.
+        in_data_key: Whether prepared samples depend on the setting, so that cached samples are used
+            only with the same value. Read for settings of the dataset section only.
+        decides: Upstream fields that this setting decides, such as ``train.bf16``; the ``extra`` of
+            their section refuses them.
+        called: Names of the setting in other tools or older releases.
+        example: An override that a fix shows; None: the setting with its default.
     """
     metadata = {
         "help": help,
@@ -114,7 +114,7 @@ def fields_of(node: Any) -> Iterable[tuple[str, dataclasses.Field[Any], Any]]:
 
 
 def declared(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Yield (full name, field) of every setting of a schema, sections included."""
+    """Yield (full name, field) of every setting of a schema and its sections."""
     for item in dataclasses.fields(schema):
         if isinstance(item.default_factory, type) and dataclasses.is_dataclass(
             item.default_factory
@@ -125,12 +125,12 @@ def declared(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.
 
 
 def example_of(name: str, item: dataclasses.Field[Any]) -> str:
-    """Write an override that shows how a setting is used."""
+    """Return an override that shows how a setting is used."""
     return item.metadata["example"] or written(name, default_of(item))
 
 
 def named(schema: type, **facts: bool) -> frozenset[str]:
-    """Name the settings of which these facts hold: ``named(TrainConfig, ours=False)``."""
+    """Return the names of settings with this metadata: ``named(TrainConfig, ours=False)``."""
     return frozenset(
         name
         for name, item in declared(schema)
@@ -139,25 +139,25 @@ def named(schema: type, **facts: bool) -> frozenset[str]:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """Give a field's default, also where a factory makes it."""
+    """Return a field's default, from its factory if it has one."""
     factory = field.default_factory
     return field.default if factory is dataclasses.MISSING else factory()
 
 
 def typed(value: Any) -> str:
-    """Write a value as one types it."""
+    """Return a value as it is typed on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
 
 
 def written(key: str, value: Any) -> str:
-    """Write a setting as one types it."""
+    """Return a setting as it is typed on the command line."""
     return f"{key}={typed(value)}"
 
 
 def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
-    """Apply each field's own rule, section by section."""
+    """Check each value against its field's rule, section by section."""
     for name, item, value in fields_of(node):
         if hasattr(value, "__dataclass_fields__"):
             yield from rule_problems(value, f"{prefix}{name}.")

@@ -1,8 +1,8 @@
-"""Every setting: its type, unit, default and rule. Imports no torch.
+"""Every setting: its type, unit, default and rule. This module imports no torch.
 
-Python says what is legal here; the YAML files in ``conf/`` choose. Field names that exist
-upstream (``learning_rate``, ``lora_alpha``, ``bnb_4bit_quant_type``) are upstream's own, so that a
-section maps onto the library's class by name.
+The dataclasses declare what is legal; the YAML files in ``conf/`` choose values. A field that
+exists upstream (``learning_rate``, ``lora_alpha``, ``bnb_4bit_quant_type``) has upstream's name, so
+that a section maps onto the library's class by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from sft.config.rules import AS_SET, Choice, above, at_least, one_of, setting, share, within
 
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
-# A wheel carries conf/, ds_config/ and assets/ inside the package; a clone has them beside it.
+# A wheel has conf/, ds_config/ and assets/ inside the package; a clone has them beside it.
 HOME_DIR = PACKAGE_DIR if (PACKAGE_DIR / "conf").is_dir() else PACKAGE_DIR.parent
 CONF_DIR = HOME_DIR / "conf"
 DS_CONFIG_DIR = HOME_DIR / "ds_config"
@@ -33,14 +33,14 @@ FORMAT_NAMES = (
     "tokenized",
     "columns",
 )
-# What the audit looks for in the documents, and how it says so.
+# The checks of the audit. Each text follows the number of documents that the check found.
 CHECKS = {
-    "nothing_trained": "have nothing trained, and are left out",
+    "nothing_trained": "have no trained token, and are left out",
     "never_stops": "train no token that ends the answer",
-    "answer_cut": "lost the end of the answer to max_length",
+    "answer_cut": "have an answer that is cut off at dataset.max_length",
     "double_bos": "begin with two BOS tokens",
-    "control_tokens": "write a control token in their text",
-    "duplicates": "are exact copies of another",
+    "control_tokens": "contain the text of a control token",
+    "duplicates": "are exact copies of another document",
     "eval_in_train": "are held out and also trained on",
 }
 
@@ -51,30 +51,37 @@ OmegaConf.register_new_resolver("assets", lambda path: str(HOME_DIR / "assets" /
 class ModelConfig:
     """The base model: a name on the Hugging Face hub or a local folder."""
 
-    name: str | None = setting(None, "short name, used in run_name; null: from name_or_path")
+    name: str | None = setting(
+        None, "short name, used in run_name; null: the last part of name_or_path"
+    )
     name_or_path: str | None = setting(
         None,
-        "hub id or local folder",
+        "hub id or local folder of the base model",
         decides=("lora.base_model_name_or_path",),
         example="model.name_or_path=HUB_ID_OR_FOLDER",
     )
     revision: str | None = setting(
         None,
-        "branch, tag or commit on the hub",
+        "branch, tag or commit of the model on the hub; null: the default branch",
         decides=("lora.revision",),
         example="model.revision=COMMIT",
     )
-    pretrained: bool = setting(True, "false: random weights of the same architecture")
+    pretrained: bool = setting(
+        True,
+        "true: load the pretrained weights; false: start from random weights of the same "
+        "architecture",
+    )
     trust_remote_code: bool = setting(
         False,
-        "run Python code that comes with the model",
+        "true: run the Python code in the model's repository or folder",
         decides=("train.model_init_kwargs", "train.trust_remote_code"),
         example="model.trust_remote_code=true",
     )
     attn_implementation: str | None = setting(
         "auto",
-        "attention kernel; auto: packed (ours) where a row holds several documents, else the "
-        "architecture's; null: the architecture's",
+        "attention kernel. packed: ours, for rows that hold several documents; auto: packed if "
+        "rows hold several documents, else the architecture's default; null: the architecture's "
+        "default",
         one_of(
             *("auto", "packed", "eager", "sdpa"),
             *("flash_attention_2", "flash_attention_3", "flex_attention"),
@@ -83,15 +90,17 @@ class ModelConfig:
     )
     lm_head: str = setting(
         "auto",
-        "how the loss is computed. chunked: ours, of trained positions, a few at a time; trl: "
-        "TRL's; plain: from the model's logits; auto: chunked on a CPU, trl on a GPU",
+        "how the loss is computed. chunked: our loss, on trained positions only, a few at a time; "
+        "trl: TRL's loss; plain: the loss of the model's logits; auto: chunked on a CPU, trl on a "
+        "GPU",
         one_of("auto", "chunked", "trl", "plain"),
         changes_training=False,
     )
     frozen_linear: str = setting(
         "auto",
-        "how layers that are not trained are computed on a CPU. packed: weights kept twice more, "
-        "in oneDNN's own layout; plain: as they are; auto: packed where that is faster",
+        "how frozen linear layers are computed on a CPU. packed: from two more copies of the "
+        "weights in oneDNN's layout; plain: from the weights as loaded; auto: packed where that is "
+        "faster",
         one_of("auto", "packed", "plain"),
         changes_training=False,
     )
@@ -99,67 +108,94 @@ class ModelConfig:
 
 @dataclass
 class DatasetConfig:
-    """Where rows come from, which are kept for evaluation, and how long a sample may be."""
+    """Where rows come from, which are held out for evaluation, and how they become samples."""
 
     name: str | None = setting(
-        None, "short name, used in run_name; null: from path", in_data_key=False
+        None,
+        "short name, used in run_name; null: the last part of path, or the names in mix",
+        in_data_key=False,
     )
-    path: str | None = setting(None, "file, folder, pattern, URL (s3://, ...) or hub id")
-    subset: str | None = setting(None, "the hub dataset's configuration name")
-    split: str = setting("train", "hub split to train on")
+    path: str | None = setting(
+        None, "where the rows are: file, folder, pattern, URL (s3://, ...) or hub id"
+    )
+    subset: str | None = setting(None, "configuration name of the hub dataset")
+    split: str = setting("train", "split of the hub dataset to train on")
     eval_path: str | None = setting(None, "file or folder of held-out rows")
-    eval_split: str | None = setting(None, "hub split to evaluate on")
-    eval_fraction: float = setting(0.0, "share of rows held out for evaluation", within(0, 1))
+    eval_split: str | None = setting(None, "split of the hub dataset to evaluate on")
+    eval_fraction: float = setting(0.0, "fraction of rows held out for evaluation", within(0, 1))
     streaming: bool = setting(
-        False, "read only as many rows as train.max_steps takes; for what does not fit a disk"
+        False,
+        "true: read only the rows that train.max_steps needs; for data larger than the disk",
     )
     mix: dict[str, Any] = setting(
-        {}, "several sources instead of path: {name: {path: ..., weight: times seen an epoch}}"
+        {},
+        "several sources instead of path: {NAME: {path: ..., weight: W}}; each row is seen W times "
+        "per epoch",
     )
     format: str = setting(
         "auto",
-        "what a row is; auto: told by its columns",
+        "format of the rows; auto: detected from the column names",
         one_of("auto", *FORMAT_NAMES),
     )
-    columns: dict[str, str] = setting({}, "template field: column of the data that holds it")
-    max_rows: int | None = setting(None, "read the first rows of each source only", at_least(1))
-    max_eval_rows: int | None = setting(None, "evaluate on the first rows only", at_least(1))
+    columns: dict[str, str] = setting(
+        {}, "column names of the data by template field, such as {prompt: question}"
+    )
+    max_rows: int | None = setting(
+        None, "number of rows to read from the start of each source; null: all", at_least(1)
+    )
+    max_eval_rows: int | None = setting(
+        None,
+        "number of rows to read from the start of eval_path or eval_split; null: all",
+        at_least(1),
+    )
     max_length: int = setting(
         1024,
-        "tokens in a sample, at most",
+        "maximum number of tokens in a sample",
         at_least(8),
         decides=("train.max_length",),
         called=("max_seq_length", "sequence_len", "cutoff_len"),
     )
     overlong: str = setting(
         "error",
-        "documents over max_length: stop, cut at the end, drop, or split; counted and shown",
+        "what to do with documents longer than max_length. error: stop the run; truncate: cut off "
+        "the end; drop: leave them out; split: make several samples. The audit shows their number",
         one_of("truncate", "drop", "split", "error"),
     )
     packing: str = setting(
         "auto",
-        "what a sample is. none: a document; bfd: as many as fit, none cut (bfd_split: long ones "
-        "split); wrapped: documents joined, cut every max_length; boundary: cut after dataset."
-        "boundary; auto: wrapped for plain text, else none. Documents never see each other",
+        "what a sample is. none: one document; bfd: as many whole documents as fit into max_length "
+        "(best-fit decreasing); bfd_split: as bfd, but longer documents are split; wrapped: "
+        "documents are joined and cut every max_length tokens; boundary: as wrapped, but cut after "
+        "dataset.boundary; auto: wrapped for plain text, else none. Documents never attend to each "
+        "other",
         one_of("auto", "none", "bfd", "bfd_split", "wrapped", "boundary"),
     )
-    boundary: str = setting("\n", "packing=boundary: a block begins after the last such token")
-    sanitize: bool = setting(False, "plain text: no carriage returns, tabs, blank lines, spaces")
+    boundary: str = setting(
+        "\n",
+        "with packing=boundary: a block begins after the last such token of the previous block",
+    )
+    sanitize: bool = setting(
+        False,
+        "true: plain text loses carriage returns, blank lines and repeated spaces; tabs become "
+        "spaces",
+    )
     order: str = setting(
         "given",
-        "of documents that are joined",
+        "order in which packing joins documents. given: as read; shortest: by length, shortest "
+        "first; longest: longest first; random: shuffled with the seed",
         one_of("given", "shortest", "longest", "random"),
     )
-    sample: float = setting(1.0, "share of the blocks trained on, evenly spaced", share())
+    sample: float = setting(1.0, "fraction of the samples to train on, evenly spaced", share())
     max_bad_fraction: float = setting(
         0.0,
-        "share of rows that may not fit before the run is stopped",
+        "fraction of rows that may fail to fit the format or template; above it, the run stops",
         within(0, 1),
         in_data_key=False,
     )
     stop_above: dict[str, float] = setting(
         {"nothing_trained": 0.05, "never_stops": 0.5, "double_bos": 0.0},
-        "audit check: share of documents above which the run is stopped; 1: never",
+        "for each check of the audit, the fraction of documents above which the run stops; 1: "
+        "never",
         changes_training=False,
         in_data_key=False,
     )
@@ -172,20 +208,22 @@ class DatasetConfig:
             "duplicates": 0.01,
             "eval_in_train": 0.0,
         },
-        "likewise, above which a warning is shown",
+        "for each check of the audit, the fraction of documents above which a warning is shown; "
+        "1: never",
         changes_training=False,
         in_data_key=False,
     )
     num_proc: int | None = setting(
         None,
-        "processes that tokenise; null: all cores",
+        "number of processes that tokenise; null: one per CPU core",
         at_least(1),
         changes_training=False,
         in_data_key=False,
     )
     exact_match: int = setting(
         0,
-        "eval rows answered greedily before and after training and compared; 0: none",
+        "number of held-out prompts answered greedily before and after training; the share of "
+        "exact answers is reported; 0: none",
         at_least(0),
         changes_training=False,
         in_data_key=False,
@@ -196,84 +234,116 @@ class DatasetConfig:
 class TemplateConfig:
     """How a row becomes text, and which part of it is trained."""
 
-    name: str | None = setting(None, "short name")
+    name: str | None = setting(None, "short name of the template")
     kind: str = setting(
         "completion",
-        "completion: prompt + trained completion; chat: the tokenizer's chat template; "
-        "text: the whole row is trained",
+        "completion: a prompt, then a trained completion; chat: messages in the tokenizer's chat "
+        "template; text: plain text, all of it trained",
         one_of("completion", "chat", "text"),
     )
     train_on: str | None = setting(
         None,
-        "what the loss sees; null: completion, or every assistant turn, or all of a text",
+        "which tokens are trained; null: the completion (kind=completion), every assistant turn "
+        "(kind=chat) or the whole text (kind=text)",
         one_of("completion", "assistant", "last_assistant", "all"),
     )
     chat_template: str | None = setting(
-        None, "chat only: Jinja, a .jinja file, or one of TRL's (qwen3, llama3, ...); null: its own"
+        None,
+        "with kind=chat: a Jinja template, a .jinja file, or the name of a template of TRL (qwen3, "
+        "llama3, ...); null: the tokenizer's own",
     )
-    system: str | None = setting(None, "system message (chat only)")
-    prompts: list[str] = setting([], "texts with {column}; the first whose columns a row fills")
-    completions: list[str] = setting([], "likewise, for the trained part")
-    append_eos: bool = setting(True, "end a completion or document with the EOS token (not chat)")
+    system: str | None = setting(
+        None, "with kind=chat: system message for conversations that do not begin with one"
+    )
+    prompts: list[str] = setting(
+        [], "prompt texts with {column} fields; the first whose columns a row fills is used"
+    )
+    completions: list[str] = setting(
+        [], "texts of the trained part with {column} fields, chosen in the same way"
+    )
+    append_eos: bool = setting(
+        True, "true: append the EOS token to each completion or document (not with kind=chat)"
+    )
 
 
 @dataclass
 class LoraSection:
-    """The adapter. Fields are peft.LoraConfig's, but for ``enabled``."""
+    """The LoRA adapter. Fields are peft.LoraConfig's, except ``enabled`` and ``extra``."""
 
-    enabled: bool = setting(True, "false: train every weight of the base model", ours=True)
+    enabled: bool = setting(
+        True, "true: train an adapter; false: train every weight of the base model", ours=True
+    )
     r: int = setting(
         8,
-        "rank; higher learns more and takes more memory",
+        "rank; a higher rank learns more and takes more memory",
         at_least(1),
         called=("lora_r", "lora_rank"),
     )
-    lora_alpha: int = setting(16, "the delta is scaled by lora_alpha / r", at_least(1))
-    lora_dropout: float = setting(0.0, "dropout on the adapter's input", within(0, 1))
+    lora_alpha: int = setting(16, "the adapter's output is scaled by lora_alpha / r", at_least(1))
+    lora_dropout: float = setting(0.0, "dropout probability on the adapter's input", within(0, 1))
     target_modules: Any = setting(
-        "all-linear", "'attention', 'all-linear', or a list of module names"
+        "all-linear",
+        "which modules get an adapter: 'attention', 'all-linear', a regular expression, or a list "
+        "of module names",
     )
-    modules_to_save: list[str] | None = setting(None, "modules trained in full, beside the adapter")
-    rank_pattern: dict[str, int] = setting({}, "module name: its own rank")
-    alpha_pattern: dict[str, int] = setting({}, "module name: its own lora_alpha")
-    use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r)")
-    use_dora: bool = setting(False, "learn magnitude and direction apart (slower)")
-    extra: dict[str, Any] = setting({}, "any other field of peft.LoraConfig", ours=True)
+    modules_to_save: list[str] | None = setting(
+        None, "names of modules that are trained in full and saved with the adapter"
+    )
+    rank_pattern: dict[str, int] = setting(
+        {}, "ranks that differ from r, by module name, such as {q_proj: 16}"
+    )
+    alpha_pattern: dict[str, int] = setting(
+        {}, "values that differ from lora_alpha, by module name, such as {q_proj: 32}"
+    )
+    use_rslora: bool = setting(
+        False, "true: scale the adapter's output by lora_alpha / sqrt(r) instead (rsLoRA)"
+    )
+    use_dora: bool = setting(
+        False, "true: train the magnitude and direction of weights separately (DoRA; slower)"
+    )
+    extra: dict[str, Any] = setting({}, "any other fields of peft.LoraConfig, by name", ours=True)
 
 
 @dataclass
 class QuantizationConfig:
-    """The frozen base model's storage. Fields are transformers.BitsAndBytesConfig's."""
+    """How the frozen base model is stored. Fields are transformers.BitsAndBytesConfig's."""
 
-    load_in_8bit: bool = setting(False, "LLM.int8: 1 byte a weight")
-    load_in_4bit: bool = setting(False, "QLoRA: half a byte a weight")
-    bnb_4bit_quant_type: str = setting("nf4", "4-bit code", one_of("nf4", "fp4"))
-    bnb_4bit_use_double_quant: bool = setting(True, "quantise the scales too: 0.4 bit a weight")
-    extra: dict[str, Any] = setting({}, "any other field of BitsAndBytesConfig", ours=True)
+    load_in_8bit: bool = setting(False, "true: store weights in 8 bits (LLM.int8), 1 byte each")
+    load_in_4bit: bool = setting(False, "true: store weights in 4 bits (QLoRA), half a byte each")
+    bnb_4bit_quant_type: str = setting("nf4", "data type of 4-bit weights", one_of("nf4", "fp4"))
+    bnb_4bit_use_double_quant: bool = setting(
+        True, "true: quantise the scales of 4-bit weights too, which saves 0.4 bit per weight"
+    )
+    extra: dict[str, Any] = setting(
+        {}, "any other fields of transformers.BitsAndBytesConfig, by name", ours=True
+    )
 
 
 @dataclass
 class ZeroConfig:
-    """DeepSpeed's partitioning of optimizer, gradients and parameters over ranks."""
+    """How DeepSpeed splits the optimizer state, gradients and parameters over ranks."""
 
     config: str | None = setting(
         None,
-        "a JSON in ds_config/ or a path; null: plain DDP",
+        "DeepSpeed configuration: the name of a JSON file in ds_config/, or a path; null: plain "
+        "DDP without DeepSpeed",
         changes_training=False,
         decides=("train.deepspeed", "train.fsdp", "train.fsdp_config", "train.parallelism_config"),
         called=("deepspeed",),
         example="zero=stage2",
     )
-    overrides: dict[str, Any] = setting({}, "deep-merged over the JSON", changes_training=False)
+    overrides: dict[str, Any] = setting(
+        {}, "values that replace those of the JSON file, nested as in it", changes_training=False
+    )
 
 
 @dataclass
 class TrainConfig:
-    """Batch, length of training, optimizer, evaluation and saving. Names are SFTConfig's."""
+    """Batch, training length, optimizer, evaluation and saving. Most names are SFTConfig's."""
 
     global_batch_size: int = setting(
         32,
-        "sequences per optimizer step, over all ranks and accumulation",
+        "sequences per optimizer step, over all ranks and gradient accumulation",
         at_least(1),
         ours=True,
         decides=("train.gradient_accumulation_steps",),
@@ -281,44 +351,56 @@ class TrainConfig:
     )
     per_device_train_batch_size: int = setting(
         4,
-        "sequences per rank per forward",
+        "micro-batch: sequences per rank and forward pass",
         at_least(1),
         changes_training=False,
         decides=("train.auto_find_batch_size",),
         called=("micro_batch_size",),
     )
     per_device_eval_batch_size: int = setting(
-        8, "likewise in evaluation", at_least(1), changes_training=False
+        8,
+        "sequences per rank and forward pass in evaluation",
+        at_least(1),
+        changes_training=False,
     )
     num_train_epochs: float = setting(
-        3.0, "passes over the data", above(0), called=("num_epochs", "epochs")
+        3.0, "passes over the training data", above(0), called=("num_epochs", "epochs")
     )
-    max_steps: int = setting(-1, "optimizer steps; -1: num_train_epochs decides", at_least(-1))
+    max_steps: int = setting(
+        -1, "number of optimizer steps; -1: num_train_epochs decides", at_least(-1)
+    )
     learning_rate: float = setting(
         2e-4,
-        "peak; about 2e-4 for LoRA, 2e-5 in full",
+        "peak learning rate; about 2e-4 for LoRA, 2e-5 for full fine-tuning",
         above(0),
         called=("lr",),
         example="train.learning_rate=2e-4",
     )
-    lr_scheduler_type: str = setting("cosine", "linear, cosine, cosine_with_min_lr, constant, ...")
-    lr_scheduler_kwargs: dict[str, Any] = setting({}, "such as {min_lr_rate: 0.1}")
+    lr_scheduler_type: str = setting(
+        "cosine", "learning rate schedule: linear, cosine, cosine_with_min_lr, constant, ..."
+    )
+    lr_scheduler_kwargs: dict[str, Any] = setting(
+        {}, "arguments of the learning rate schedule, such as {min_lr_rate: 0.1}"
+    )
     warmup_steps: float = setting(
         0.03,
-        "below 1: a share of all steps; else steps",
+        "number of warm-up steps; below 1: a fraction of all steps",
         at_least(0),
         called=("warmup_ratio",),
         example="train.warmup_steps=0.03 (below 1 it is a share of all steps)",
     )
-    weight_decay: float = setting(0.0, "AdamW's decoupled decay", at_least(0))
-    max_grad_norm: float = setting(1.0, "gradient norm is clipped to this; 0: never", at_least(0))
+    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW", at_least(0))
+    max_grad_norm: float = setting(
+        1.0, "the gradient norm is clipped to this value; 0: no clipping", at_least(0)
+    )
     optim: str = setting(
-        "adamw_torch_fused", "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, adafactor, ..."
+        "adamw_torch_fused",
+        "optimizer: adamw_torch_fused, adamw_8bit, paged_adamw_8bit, adafactor, ...",
     )
     gradient_checkpointing: Any = setting(
         "auto",
-        "recompute activations in the backward pass, a third more time; auto: where they do not "
-        "fit the memory",
+        "true: recompute activations in the backward pass, which saves memory and takes a third "
+        "more time; auto: only if activations do not fit into the free memory",
         one_of("auto", True, False),
         changes_training=False,
         decides=("train.activation_checkpointing",),
@@ -326,21 +408,24 @@ class TrainConfig:
     )
     logging_steps: int = setting(
         10,
-        "steps between logged lines",
+        "optimizer steps between logged lines",
         at_least(1),
         changes_training=False,
         decides=("train.logging_strategy",),
     )
     eval_strategy: str = setting(
         "epoch",
-        "when to evaluate, besides before and after",
+        "when to evaluate, besides before and after training",
         one_of("no", "steps", "epoch"),
         changes_training=False,
         decides=("train.eval_on_start",),
         called=("evaluation_strategy",),
     )
     eval_steps: int | None = setting(
-        None, "steps between evaluations", at_least(1), changes_training=False
+        None,
+        "optimizer steps between evaluations, with eval_strategy=steps",
+        at_least(1),
+        changes_training=False,
     )
     save_strategy: str = setting(
         "epoch",
@@ -348,102 +433,118 @@ class TrainConfig:
         one_of("no", "steps", "epoch"),
         changes_training=False,
     )
-    save_steps: int = setting(500, "steps between checkpoints", at_least(1), changes_training=False)
+    save_steps: int = setting(
+        500,
+        "optimizer steps between checkpoints, with save_strategy=steps",
+        at_least(1),
+        changes_training=False,
+    )
     save_total_limit: int = setting(
         2,
-        "checkpoints kept: the best of those evaluated, and the newest",
+        "number of checkpoints to keep: the newest, and the one with the best evaluation",
         at_least(2),
         changes_training=False,
     )
     merge: bool = setting(
         False,
-        "true: when training is done, fold the adapter into full weights, and verify them",
+        "true: after training, merge the adapter into full weights and verify them",
         changes_training=False,
         ours=True,
     )
     on_nan: str = setting(
         "stop",
-        "where a loss or its gradient is not finite: stop, or skip the step's update",
+        "what to do when a loss or gradient is not finite. stop: stop the run; skip: leave out the "
+        "update of that step",
         one_of("stop", "skip"),
         changes_training=False,
         ours=True,
     )
     max_loss_jump: float | None = setting(
         None,
-        "stop where a step's loss is over so many times the mean of the 20 before; null: never",
+        "stop the run when the loss of a step is more than this many times the mean of the 20 "
+        "previous steps; null: never",
         above(1),
         changes_training=False,
         ours=True,
     )
     padding_free: Any = setting(
         "auto",
-        "join a micro-batch into one row instead of padding it; auto: where attention allows it",
+        "true: join the rows of a micro-batch into one row instead of padding them; auto: if the "
+        "model's attention can keep them apart",
         one_of("auto", True, False),
         changes_training=False,
         ours=True,
     )
     pad_to_multiple_of: int | None = setting(
-        None, "round a batch's length up", at_least(1), changes_training=False, ours=True
+        None,
+        "pad each batch to a length that is a multiple of this number; null: to its longest row",
+        at_least(1),
+        changes_training=False,
+        ours=True,
     )
     dataloader_num_workers: int = setting(
-        0, "processes that prepare batches", at_least(0), changes_training=False
+        0,
+        "processes per rank that prepare batches; 0: the training process does",
+        at_least(0),
+        changes_training=False,
     )
-    extra: dict[str, Any] = setting({}, "any other field of trl.SFTConfig", ours=True)
+    extra: dict[str, Any] = setting({}, "any other fields of trl.SFTConfig, by name", ours=True)
 
 
 @dataclass
 class ResumeConfig:
-    """How the same command goes on with a run that was cut off."""
+    """How the same command resumes a run that was interrupted."""
 
     checkpoint: str | None = setting(
         None,
-        "go on from this one, such as checkpoint-40; null: from the newest complete one",
+        "checkpoint to resume from, such as checkpoint-40; null: the newest complete one",
         changes_training=False,
         decides=("train.resume_from_checkpoint",),
         example="resume.checkpoint=checkpoint-40; without it, the newest is taken",
     )
     allow: list[str] = setting(
         [],
-        "what may differ from the run's: settings such as train.learning_rate, or base, data",
+        "what may differ from the run that is resumed: names of settings such as "
+        "train.learning_rate, base (the base model) or data",
         changes_training=False,
     )
 
 
 @dataclass
 class Config:
-    """One run."""
+    """The run as a whole: its name, folder, seed and precision."""
 
     run_name: str | None = setting(
         None,
-        "null: <model>_<dataset>_r<rank>_seed<seed>",
+        "name of the run; null: <model>_<dataset>_r<rank>_seed<seed>",
         changes_training=False,
         decides=("train.run_name",),
         example="run_name=NAME",
     )
     output_dir: str | None = setting(
         None,
-        "the run's folder; null: outputs/<run_name>",
+        "folder of the run; null: outputs/<run_name>",
         changes_training=False,
         decides=("train.output_dir",),
         example="output_dir=DIR",
     )
     overwrite: bool = setting(
         False,
-        "true: delete a run that is already in the folder",
+        "true: delete the run that is already in output_dir and start again",
         changes_training=False,
         called=("overwrite_output_dir",),
         example="overwrite=true",
     )
     seed: int = setting(
         42,
-        "of data order, adapter initialisation and dropout",
+        "seed of the data order, the adapter's initialisation and dropout",
         at_least(0),
         decides=("train.seed", "train.data_seed"),
     )
     precision: str = setting(
         "auto",
-        "of weights and arithmetic; auto: bf16 where a GPU has it or a CPU computes faster in it, "
-        "else fp32",
+        "precision of weights and arithmetic; auto: bf16 on a GPU that supports it or a CPU that "
+        "computes faster in it, else fp32",
         one_of("auto", "fp32", "bf16", "fp16"),
         decides=("train.bf16", "train.fp16", "train.bf16_full_eval", "train.fp16_full_eval"),
         called=("bf16",),
@@ -464,25 +565,25 @@ def columns_of(text: str) -> tuple[str, ...]:
     """List the ``{column}`` fields of a template's text.
 
     Raises:
-        ValueError: Its braces do not match.
+        ValueError: The braces of the text do not match.
     """
     return tuple(name for _, name, _, _ in Formatter().parse(text) if name is not None)
 
 
 def short_name(path: str) -> str:
-    """Name a model or dataset after its path: ``facebook/opt-125m`` is ``opt-125m``."""
+    """Return the short name of a model or dataset: ``opt-125m`` for ``facebook/opt-125m``."""
     return Path(path.rstrip("/")).stem if Path(path).is_file() else path.rstrip("/").split("/")[-1]
 
 
 def packing_of(dataset: DatasetConfig, kind: str) -> Choice:
     """Choose ``dataset.packing``: what a sample is.
 
-    Rows are not packed by default: those of a batch are joined without padding (train.padding_free)
-    just as fast, and a step goes on holding as many rows as train.global_batch_size says.
+    Rows are not packed by default: joining the rows of a micro-batch without padding
+    (train.padding_free) is as fast, and a step still has train.global_batch_size rows.
 
     Args:
         dataset: The dataset section.
-        kind: Of the template.
+        kind: ``template.kind``.
     """
     if dataset.packing != "auto":
         return Choice("dataset.packing", dataset.packing, AS_SET)
@@ -494,21 +595,21 @@ def packing_of(dataset: DatasetConfig, kind: str) -> Choice:
 
 
 def streamed_samples(config: Config) -> int | None:
-    """Count the samples that a run takes, where its rows are streamed; None: all there are."""
+    """Return the number of samples that a run with streamed rows needs; None: all samples."""
     if not config.dataset.streaming:
         return None
     return config.train.max_steps * config.train.global_batch_size
 
 
 def fill_names(config: Config) -> None:
-    """Give names and the output folder that were left out; no clock, so that ranks agree."""
+    """Fill in names and the output folder that are null; without a clock, so that ranks agree."""
     for section, path in (
         (config.model, config.model.name_or_path),
         (config.dataset, config.dataset.path),
     ):
         if section.name is None and path:
             section.name = short_name(path)
-    # A folder of the user's is found again from anywhere.
+    # An absolute path stays valid when a later command runs in a different folder.
     if config.model.name_or_path and Path(config.model.name_or_path).is_dir():
         config.model.name_or_path = str(Path(config.model.name_or_path).resolve())
     if config.dataset.name is None and config.dataset.mix:

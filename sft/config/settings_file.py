@@ -1,4 +1,4 @@
-"""A YAML file of settings (``sft train my.yaml``), with the line that each setting stands on."""
+"""Read a YAML file of settings (``sft train my.yaml``) with the line number of each setting."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ ENDINGS = (".yaml", ".yml")
 
 
 def is_one(word: str) -> bool:
-    """Tell a settings file's path from a setting."""
-    is_path = "=" not in word or Path(word).is_file()  # a trial's folder is called lora.r=4
+    """Check whether a word is the path of a settings file and not a setting."""
+    # The folder of a sweep's trial has a name such as lora.r=4.
+    is_path = "=" not in word or Path(word).is_file()
     return is_path and word.endswith(ENDINGS) and not word.startswith(("~", "-"))
 
 
 def field_of(schema: Any, key: str) -> dataclasses.Field[Any] | type | None:
-    """Find what a dotted key names.
+    """Find the section or setting of a dotted key.
 
     Returns:
-        A section's dataclass; or a setting's field, also for a key inside a setting that is a
-        mapping (``train.extra.adam_beta2``); None where there is no such setting.
+        The dataclass of a section; the field of a setting, also for a key inside a setting that is
+        a mapping (``train.extra.adam_beta2``); None if there is no such setting.
     """
     node: Any = schema
     for name in key.split("."):
@@ -45,7 +46,7 @@ def field_of(schema: Any, key: str) -> dataclasses.Field[Any] | type | None:
 
 
 def holds_text(field: dataclasses.Field[Any], key: str) -> bool:
-    """Say whether the value of a key is text: of a text setting, or inside a mapping of texts."""
+    """Check whether a key's value is text: a text setting, or an entry of a mapping to texts."""
     kind = str(field.type)
     inside = key.rpartition(".")[2] != field.name
     return kind == "dict[str, str]" if inside else kind in ("str", "str | None")
@@ -61,7 +62,7 @@ def entries(path: str, schema: Any, groups: set[str], problems: list[Problem]) -
     ``model: opt-125m`` chooses an option; ``lora: {r: 8}`` and ``lora.r: 8`` are settings.
 
     Raises:
-        ConfigError: The file is missing, is no YAML mapping, or is an option of a group.
+        ConfigError: The file is missing, is not a YAML mapping, or is an option of a group.
     """
     root, values = _loaded(path)
     seen: dict[str, str] = {}
@@ -83,7 +84,7 @@ def entries(path: str, schema: Any, groups: set[str], problems: list[Problem]) -
                 problems.append(Problem(f"{place}: {key}", rule, "keep one of them"))
             elif key == "defaults" or key == "hydra" or key.startswith(("hydra.", "hydra/")):
                 fix = "model: tiny" if key == "defaults" else "write it on the command line"
-                rule = "is Hydra's own; a settings file holds options and settings only"
+                rule = "is a key of Hydra; a settings file has options and settings only"
                 problems.append(Problem(f"{place}: {key}", rule, fix))
             else:
                 seen[key] = place
@@ -93,26 +94,26 @@ def entries(path: str, schema: Any, groups: set[str], problems: list[Problem]) -
 
 
 def _loaded(path: str) -> tuple[yaml.MappingNode, dict[Any, Any]]:
-    """Read the file as nodes, which know their lines, and as values."""
+    """Read the file as YAML nodes, which have line numbers, and as values."""
     file = Path(path).expanduser()
     if not file.is_file():
         fix = f"give a path that exists, from {Path.cwd()}"
         raise ConfigError([Problem(path, "there is no such settings file", fix)])
     if file.resolve().parent.parent == CONF_DIR.resolve():
         group, name = file.resolve().parent.name, file.stem
-        rule = f"is an option of the group {group}, and no settings file"
+        rule = f"is an option of the group {group}, not a settings file"
         raise ConfigError([Problem(path, rule, f"{group}={name}")])
     try:
         root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode):
-            rule = "holds no settings: it must be a mapping, such as model: opt-125m"
-            raise ConfigError([Problem(path, rule, "write a setting a line, as key: value")])
+            rule = "has no settings: it must be a mapping, such as model: opt-125m"
+            raise ConfigError([Problem(path, rule, "write one setting per line, as key: value")])
         values: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}" if mark else path
         raise ConfigError(
-            [Problem(place, f"is no YAML: {error.problem}", "correct this line")]
+            [Problem(place, f"is not valid YAML: {error.problem}", "correct this line")]
         ) from error
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -123,7 +124,7 @@ def _loaded(path: str) -> tuple[yaml.MappingNode, dict[Any, Any]]:
 
 
 def set_by_option(group: str, option: str, config_dir: str | None) -> set[str]:
-    """List the settings that an option's own YAML sets, by dotted key."""
+    """Return the dotted keys of the settings in an option's YAML file."""
     for root in (CONF_DIR, *([Path(config_dir)] if config_dir else [])):
         file = root / group / f"{option}.yaml"
         if file.is_file():

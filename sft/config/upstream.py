@@ -1,7 +1,7 @@
-"""The setting names that the installed libraries accept, read from their source, not imported.
+"""Read the setting names that the installed libraries accept from their source, without import.
 
-Importing TRL takes seconds; parsing the file that defines ``SFTConfig`` takes milliseconds, and is
-true to the installed version where a list of our own would age.
+Importing TRL takes seconds; parsing the file that defines ``SFTConfig`` takes milliseconds and
+gives the names of the installed version, which a list of our own might not.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def init_names(package: str, file: str, class_name: str) -> frozenset[str]:
 
 @functools.cache
 def enum_values(package: str, file: str, class_name: str) -> dict[str, str]:
-    """Map the members of an enumeration of strings to their values."""
+    """Map the members of a string enumeration to their values."""
     return {
         node.targets[0].id: str(node.value.value)
         for node in _class(package, file, class_name).body
@@ -64,24 +64,24 @@ def enum_values(package: str, file: str, class_name: str) -> dict[str, str]:
 
 
 def optimizer_names() -> frozenset[str]:
-    """Name every value of ``optim``."""
+    """Return every legal value of ``optim``."""
     return frozenset(enum_values("transformers", "training_args.py", "OptimizerNames").values())
 
 
 def scheduler_names() -> frozenset[str]:
-    """Name every value of ``lr_scheduler_type``."""
+    """Return every legal value of ``lr_scheduler_type``."""
     return frozenset(enum_values("transformers", "trainer_utils.py", "SchedulerType").values())
 
 
 @functools.cache
 def scheduler_kwargs(name: str) -> dict[str, bool] | None:
-    """Say which ``lr_scheduler_kwargs`` a schedule takes, and whether it needs each.
+    """Return the ``lr_scheduler_kwargs`` of a schedule, and whether each is required.
 
     Returns:
-        None where the schedule hands on any keyword.
+        Argument: required; None if the schedule accepts any keyword.
     """
     if name in ("constant", "constant_with_warmup"):
-        return {}  # get_scheduler hands them none
+        return {}  # get_scheduler does not pass lr_scheduler_kwargs to these
     members = enum_values("transformers", "trainer_utils.py", "SchedulerType")
     functions: dict[str, str] = {}
     nodes: dict[str, ast.FunctionDef] = {}
@@ -112,7 +112,7 @@ def _class(package: str, file: str, class_name: str) -> ast.ClassDef:
 
 
 def sft_config_names() -> frozenset[str]:
-    """Name every field of trl.SFTConfig, inherited ones too."""
+    """Return the names of all fields of trl.SFTConfig, inherited fields included."""
     return (
         field_names("trl", "trainer/sft_config.py", "SFTConfig")
         | field_names("trl", "trainer/base_config.py", "_BaseConfig")
@@ -121,7 +121,7 @@ def sft_config_names() -> frozenset[str]:
 
 
 def lora_config_names() -> frozenset[str]:
-    """Name every field of peft.LoraConfig, inherited ones too."""
+    """Return the names of all fields of peft.LoraConfig, inherited fields included."""
     return (
         field_names("peft", "tuners/lora/config.py", "LoraConfig")
         | field_names("peft", "config.py", "PeftConfig")
@@ -130,11 +130,11 @@ def lora_config_names() -> frozenset[str]:
 
 
 def bnb_config_names() -> frozenset[str]:
-    """Name every keyword of transformers.BitsAndBytesConfig."""
+    """Return the names of all parameters of transformers.BitsAndBytesConfig."""
     return init_names("transformers", "utils/quantization_config.py", "BitsAndBytesConfig")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Suggest the legal name nearest to a mistyped one."""
+    """Suggest the legal name that is most similar to a mistyped name."""
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else "remove it"

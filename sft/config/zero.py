@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON with the overrides merged in; ``zero_checks`` says what it may hold."""
+"""Read a DeepSpeed JSON, merge the overrides into it, and size it to the model under stage 3."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from sft.config.settings import DS_CONFIG_DIR, Config, ZeroConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PREFETCH = 50_000_000  # elements at most, which is DeepSpeed's own default
+PREFETCH = 50_000_000  # largest prefetch bucket, in elements; DeepSpeed's own default
 
 
 def json_path(zero: ZeroConfig) -> Path:
-    """Find the JSON: a path, or a file name in ds_config/."""
+    """Return the path of the JSON: ``zero.config`` is a path, or a file name in ds_config/."""
     assert zero.config is not None
     path = Path(zero.config)
     return path if path.is_absolute() or path.is_file() else DS_CONFIG_DIR / zero.config
 
 
 def read(zero: ZeroConfig) -> dict[str, Any] | None:
-    """Give the DeepSpeed configuration with the overrides merged in; None without ZeRO.
+    """Read the DeepSpeed configuration with the overrides merged in; None without ZeRO.
 
     Raises:
-        OSError: The JSON is not there.
-        ValueError: It is not JSON.
+        OSError: The file cannot be read.
+        ValueError: The file is not valid JSON.
     """
     if zero.config is None:
         return None
@@ -47,23 +47,23 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage(ds_config: dict[str, Any] | None) -> int:
-    """Give the ZeRO stage, 0 without DeepSpeed."""
+    """Return the ZeRO stage; 0 without DeepSpeed."""
     section = (ds_config or {}).get("zero_optimization")
     value = section.get("stage") if isinstance(section, dict) else 0
-    return value if isinstance(value, int) else 0  # zero_checks reports any other
+    return value if isinstance(value, int) else 0  # zero_checks reports other values
 
 
 def choose(
     config: Config, architecture: PreTrainedModel
 ) -> tuple[Choice | None, dict[str, Any] | None]:
-    """Read the DeepSpeed configuration of a run, and size it to the model under stage 3.
+    """Read the DeepSpeed configuration of a run and, under stage 3, size it to the model.
 
     Args:
         config: The run's config, already checked.
         architecture: The model, with or without weights.
 
     Returns:
-        The choice of ``zero.config`` and the configuration; None and None without ZeRO.
+        The choice of ``zero.config`` and the configuration; both are None without ZeRO.
     """
     given = read(config.zero)
     if given is None:
@@ -76,21 +76,22 @@ def choose(
         before, now = given["zero_optimization"], ds_config["zero_optimization"]
         sizes = [f"{key}={now[key]}" for key in now if now[key] != before[key]]
         if sizes:
-            reason += f"; sized to the model, in elements: {', '.join(sizes)}"
+            reason += f"; sizes in elements, chosen for the model: {', '.join(sizes)}"
     return Choice("zero.config", config.zero.config, reason), ds_config
 
 
 def sized(ds_config: dict[str, Any], architecture: PreTrainedModel, rank: int) -> dict[str, Any]:
-    """Size the buffers that are ``auto`` under stage 3; the Trainer only considers the width.
+    """Replace sizes that are ``auto`` under stage 3; the Trainer derives them from the width only.
 
     Args:
-        ds_config: A configuration of stage 3, overrides merged in.
+        ds_config: A configuration of stage 3 with the overrides merged in.
         architecture: The model, with or without weights.
-        rank: The largest LoRA rank; 0: there is no adapter.
+        rank: The largest LoRA rank; 0 without an adapter.
 
     Returns:
-        The configuration: every rank keeps small tensors whole, the adapter's among them where
-        they are smaller than each matrix of the base, and gathers up to one decoder layer ahead.
+        The configuration. Tensors below the persistence threshold are not partitioned: biases,
+        norms, and adapter tensors that are smaller than every matrix of the base model. A rank
+        prefetches at most one decoder layer.
     """
     text = architecture.config.get_text_config()
     apart = {id(module.weight) for module in _ends(architecture)}
@@ -101,7 +102,7 @@ def sized(ds_config: dict[str, Any], architecture: PreTrainedModel, rank: int) -
     layer = sum(weight.numel() for weight in body) // text.num_hidden_layers
     sizes = {
         "stage3_param_persistence_threshold": max(
-            10 * text.hidden_size,  # as the Trainer has it: biases and norms
+            10 * text.hidden_size,  # the Trainer's value, for biases and norms
             min(of_adapter, smallest - 1),
         ),
         "stage3_prefetch_bucket_size": min(layer, PREFETCH),
@@ -112,6 +113,6 @@ def sized(ds_config: dict[str, Any], architecture: PreTrainedModel, rank: int) -
 
 
 def _ends(architecture: PreTrainedModel) -> list[Any]:
-    """List the embedding and the head, which are as large as the vocabulary."""
+    """Return the embedding and the LM head, whose size depends on the vocabulary."""
     ends = architecture.get_input_embeddings(), architecture.get_output_embeddings()
     return [end for end in ends if end is not None]

@@ -1,7 +1,7 @@
-"""What a DeepSpeed JSON and its overrides may hold, and what they may not, and why.
+"""Check the keys and values of a DeepSpeed JSON and its overrides.
 
-DeepSpeed refuses unknown keys inside ``zero_optimization`` late, and lets unknown keys at the top
-pass silently; both are refused here, before torch is imported.
+DeepSpeed refuses unknown keys inside ``zero_optimization`` late, and accepts unknown keys at the
+top level silently; both are refused here, before torch is imported.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ SCALARS = {
     "zero_force_ds_cpu_optimizer",
 }
 TOP_LEVEL = SCALARS | {name for name in (*SECTIONS, *KEYS) if "." not in name}
-# Known to DeepSpeed, and wrong here: why, and what to do instead.
+# Keys that DeepSpeed knows but that are refused here: the reason, and what to do instead.
 REFUSED = {
     "optimizer": (
-        "the optimizer is chosen in one place, and a JSON's would replace it",
+        "an optimizer in the JSON would replace train.optim",
         "train.optim=adamw_torch",
     ),
     "scheduler": (
-        "a scheduler in the JSON silently replaces train.lr_scheduler_type",
+        "a scheduler in the JSON would silently replace train.lr_scheduler_type",
         "train.lr_scheduler_type=cosine",
     ),
     "tensor_parallel": (
@@ -94,17 +94,20 @@ REFUSED = {
         "zero=stage3",
     ),
     "zero_optimization.zenflow": (
-        "its losses are not those of the stage without it",
+        "ZenFlow changes the losses of the stage",
         "remove the key",
     ),
-    "autotuning": ("the batch is set by train.global_batch_size", "remove the key"),
-    "zero_optimization.cpu_offload": ("is an old name", "zero=stage2_offload"),
+    "autotuning": (
+        "autotuning would change the batch, which train.global_batch_size sets",
+        "remove the key",
+    ),
+    "zero_optimization.cpu_offload": ("the key is deprecated", "zero=stage2_offload"),
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
-        "is an old name",
-        "rename it stage3_gather_16bit_weights_on_model_save",
+        "the key is deprecated",
+        "rename it to stage3_gather_16bit_weights_on_model_save",
     ),
 }
-# Must be "auto": the trainer fills them in, so that they cannot disagree with our settings.
+# Keys that must be "auto": the Trainer fills them in from these settings, so that both agree.
 AUTO = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",
@@ -116,12 +119,13 @@ AUTO = {
 
 
 def problems(zero: ZeroConfig, optim: str, trains_base: bool) -> Iterator[Problem]:
-    """Find everything that is wrong with the JSON and its overrides.
+    """Find every problem of the JSON and its overrides.
 
     Args:
         zero: The section of the config.
         optim: ``train.optim``, which offloading may silently replace.
-        trains_base: Full fine-tuning, whose weights stage 3 must gather to save.
+        trains_base: Whether the base model is trained, so that stage 3 must gather its weights to
+            save them.
     """
     if zero.config is None:
         if zero.overrides:
@@ -137,7 +141,9 @@ def problems(zero: ZeroConfig, optim: str, trains_base: bool) -> Iterator[Proble
         yield Problem(f"zero.config={zero.config}", f"there is no file {path}", f"zero={known}")
         return
     except ValueError as error:
-        yield Problem(f"zero.config={zero.config}", f"is not valid JSON: {error}", f"mend {path}")
+        yield Problem(
+            f"zero.config={zero.config}", f"is not valid JSON: {error}", f"correct {path}"
+        )
         return
     assert ds_config is not None
     flat = {key for key, _ in _walk(zero.overrides)}
@@ -173,14 +179,14 @@ def _key_problems(key: str, value: Any, origin: str) -> Iterator[Problem]:
     if legal is None:
         above, _, own = section.rpartition(".")
         if own in (_legal_keys(above) or ()):  # otherwise the section itself is reported
-            yield Problem(origin, f"{section} takes no nested keys", "remove the key")
+            yield Problem(origin, f"{section} has no nested keys", "remove the key")
     elif name not in legal:
-        rule = f"{section} has no key {name}" if section else f"{name} is not a key known here"
+        rule = f"{section} has no key {name}" if section else f"sft knows no DeepSpeed key {name}"
         yield Problem(origin, rule, upstream.did_you_mean(name, legal))
     elif (key in SECTIONS or key in KEYS) and not isinstance(value, dict | None):
-        yield Problem(origin, "must be an object", f"{key}.KEY=VALUE")
+        yield Problem(origin, "must be a JSON object", f"{key}.KEY=VALUE")
     elif key in AUTO and value != "auto":
-        yield Problem(origin, f'must be "auto": {AUTO[key]} decides it', f"{AUTO[key]}=...")
+        yield Problem(origin, f'must be "auto": {AUTO[key]} sets it', f"{AUTO[key]}=...")
 
 
 def _combination_problems(
@@ -192,38 +198,38 @@ def _combination_problems(
         if isinstance(node, dict) and leaf not in node:
             yield Problem(
                 f"{name}: no {key}",
-                f"DeepSpeed would take its own default, not {AUTO[key]}",
+                f"DeepSpeed would use its own default instead of {AUTO[key]}",
                 f'add "{leaf}": "auto"',
             )
     zero = ds_config.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
-        yield Problem(f"{name}: zero_optimization", "needs a stage of 1, 2 or 3", "zero=stage2")
+        yield Problem(f"{name}: zero_optimization", "stage must be 1, 2 or 3", "zero=stage2")
         return
     devices = {key: _device(zero, key) for key in ("offload_optimizer", "offload_param")}
     for key, device in devices.items():
         if device == "nvme" and not zero[key].get("nvme_path"):
-            yield Problem(f"{name}: {key}", "device nvme needs a folder", "nvme_path: /DIR")
+            yield Problem(f"{name}: {key}", "device nvme needs nvme_path", "nvme_path: /DIR")
     if devices["offload_optimizer"] == "nvme":
         yield Problem(
             f"{name}: offload_optimizer",
-            "what is on NVMe cannot be put into a checkpoint that goes on elsewhere",
-            "zero=stage3_offload, which keeps it in CPU memory",
+            "a checkpoint of sft cannot include optimizer state on NVMe",
+            "zero=stage3_offload, which stores it in CPU memory",
         )
     offloads = devices["offload_optimizer"] != "none"
     if offloads and optim not in ("adamw_torch", "adamw_torch_fused"):
         if ds_config.get("zero_force_ds_cpu_optimizer", True):
             yield Problem(
                 f"train.optim={optim}",
-                f"{name} offloads the optimizer, which replaces it by DeepSpeedCPUAdam",
+                f"{name} offloads the optimizer, so DeepSpeed would use DeepSpeedCPUAdam",
                 "+zero.overrides.zero_force_ds_cpu_optimizer=false",
             )
     if devices["offload_param"] != "none" and zero["stage"] != 3:
-        yield Problem(f"{name}: offload_param", "needs stage 3", "zero=stage3_offload")
+        yield Problem(f"{name}: offload_param", "needs ZeRO stage 3", "zero=stage3_offload")
     gathers = zero.get("stage3_gather_16bit_weights_on_model_save", False)
     if trains_base and zero["stage"] == 3 and not gathers:
         yield Problem(
             f"{name}: stage3_gather_16bit_weights_on_model_save={gathers}",
-            "full fine-tuning under stage 3 cannot save its weights without it",
+            "must be true: lora=none under ZeRO stage 3 gathers the weights to save them",
             "zero.overrides.zero_optimization.stage3_gather_16bit_weights_on_model_save=true",
         )
 

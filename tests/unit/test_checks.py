@@ -153,22 +153,25 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
         ),
         (
             {"dataset__path": None},
-            ("dataset.path=null", "data is needed", "dataset.path=FILE_OR_HUB_ID"),
+            ("dataset.path=null", "a dataset is needed", "dataset.path=FILE_OR_HUB_ID"),
         ),
         (
             {"dataset__streaming": True},
             (
                 "dataset.streaming=true",
-                "reads the rows that train.max_steps takes, and no more; it is not set",
+                "reads only the rows that train.max_steps needs, and train.max_steps is not set",
                 "train.max_steps=1000",
             ),
         ),
-        ({"run_name": "a/b"}, ("run_name=a/b", "must be a plain name", "output_dir=DIR")),
+        (
+            {"run_name": "a/b"},
+            ("run_name=a/b", "must be a name without a folder", "output_dir=DIR"),
+        ),
         (
             {"dataset__eval_fraction": 0.1, "dataset__eval_split": "test"},
             (
                 "dataset.eval_split=test, dataset.eval_fraction=0.1",
-                "held-out rows come from one place",
+                "only one setting may choose the held-out rows",
                 "keep dataset.eval_split=test",
             ),
         ),
@@ -176,7 +179,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"dataset__exact_match": 5},
             (
                 "dataset.exact_match=5",
-                "needs held-out rows to answer",
+                "needs held-out rows whose prompts the model answers",
                 "dataset.eval_fraction=0.05",
             ),
         ),
@@ -188,7 +191,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             },
             (
                 "dataset.exact_match=5",
-                "plain text has no prompt to answer",
+                "plain text has no prompt that the model could answer",
                 "dataset.exact_match=0",
             ),
         ),
@@ -196,29 +199,37 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"template__system": "Be brief."},
             (
                 "template.system='Be brief.'",
-                "only a chat template has a system message",
+                "only a template of kind chat has a system message",
                 "template=chat",
             ),
         ),
         (
             {"template__prompts": []},
-            ("template.prompts=[]", "needs a prompt", "template=completion"),
+            (
+                "template.prompts=[]",
+                "a template of kind completion needs a prompt",
+                "template=completion",
+            ),
         ),
         (
             {"template__completions": []},
-            ("template.completions=[]", "nothing would be trained", "template=completion"),
+            (
+                "template.completions=[]",
+                "a template needs completions, the texts that are trained",
+                "template=completion",
+            ),
         ),
         (
             {"train__global_batch_size": 30},
             (
                 "train.global_batch_size=30",
                 "must be a multiple of per_device_train_batch_size x ranks = 4 x 1",
-                "train.global_batch_size=32, or another train.per_device_train_batch_size",
+                "train.global_batch_size=32, or change train.per_device_train_batch_size",
             ),
         ),
         (
             {"train__eval_strategy": "steps", "dataset__eval_fraction": 0.1},
-            ("train.eval_strategy=steps", "needs to know how often", "train.eval_steps=100"),
+            ("train.eval_strategy=steps", "needs train.eval_steps", "train.eval_steps=100"),
         ),
         (
             {"train__eval_steps": 5},
@@ -238,13 +249,13 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
         ),
         (
             {"train__max_steps": 0},
-            ("train.max_steps=0", "nothing would be trained", "train.max_steps=-1"),
+            ("train.max_steps=0", "no step would be trained", "train.max_steps=-1"),
         ),
         (
             {"train__warmup_steps": 1.5},
             (
                 "train.warmup_steps=1.5",
-                "is a share below 1, or a whole number of steps",
+                "must be a whole number of steps, or a fraction below 1",
                 "train.warmup_steps=0.03",
             ),
         ),
@@ -252,7 +263,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"train__warmup_steps": 10.0, "train__max_steps": 10},
             (
                 "train.warmup_steps=10",
-                "the rate would never reach its peak in max_steps=10",
+                "the learning rate would not reach its peak within train.max_steps=10",
                 "train.warmup_steps=0.03",
             ),
         ),
@@ -260,7 +271,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"train__optim": "adamw_toch"},
             (
                 "train.optim=adamw_toch",
-                "the installed library has no such optimizer",
+                "the installed version of Transformers has no such optimizer",
                 "did you mean adamw_torch?",
             ),
         ),
@@ -268,7 +279,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"train__lr_scheduler_type": "cosin"},
             (
                 "train.lr_scheduler_type=cosin",
-                "the installed library has no such schedule",
+                "the installed version of Transformers has no such schedule",
                 "did you mean cosine?",
             ),
         ),
@@ -276,7 +287,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"train__lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
             (
                 "train.lr_scheduler_kwargs.min_lr_rate=0.1",
-                "the schedule cosine takes no min_lr_rate",
+                "the schedule cosine has no argument min_lr_rate",
                 "train.lr_scheduler_type=cosine_with_min_lr",
             ),
         ),
@@ -284,7 +295,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"train__lr_scheduler_kwargs": {"num_cycle": 2}},
             (
                 "train.lr_scheduler_kwargs.num_cycle=2",
-                "the schedule cosine takes no num_cycle",
+                "the schedule cosine has no argument num_cycle",
                 "did you mean num_cycles?",
             ),
         ),
@@ -292,7 +303,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"train__lr_scheduler_type": "constant", "train__lr_scheduler_kwargs": {"a": 1}},
             (
                 "train.lr_scheduler_kwargs.a=1",
-                "the schedule constant takes no a",
+                "the schedule constant has no argument a",
                 "remove it",
             ),
         ),
@@ -300,7 +311,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"train__lr_scheduler_type": "warmup_stable_decay"},
             (
                 "train.lr_scheduler_type=warmup_stable_decay",
-                "needs num_decay_steps",
+                "needs the argument num_decay_steps",
                 "train.lr_scheduler_kwargs.num_decay_steps=...",
             ),
         ),
@@ -308,7 +319,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"train__lr_scheduler_type": "cosine_with_min_lr"},
             (
                 "train.lr_scheduler_type=cosine_with_min_lr",
-                "needs one of min_lr and min_lr_rate",
+                "needs exactly one of the arguments min_lr and min_lr_rate",
                 "train.lr_scheduler_kwargs.min_lr_rate=0.1",
             ),
         ),
@@ -316,7 +327,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"precision": "fp32", "model__attn_implementation": "flash_attention_2"},
             (
                 "model.attn_implementation=flash_attention_2",
-                "has no float32 kernel, and precision=fp32",
+                "has no float32 kernel, but precision=fp32 is set",
                 "precision=bf16, or model.attn_implementation=sdpa",
             ),
         ),
@@ -348,7 +359,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
                 {"lora__extra": {"init_lora_weights": init}},
                 (
                     f"lora.extra.init_lora_weights={init}",
-                    "needs a preprocessing pass, without which PEFT silently starts from nothing",
+                    "needs a preprocessing pass that sft does not run; PEFT would not warn",
                     "lora.extra.init_lora_weights=true",
                 ),
             )
@@ -362,7 +373,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
                 },
                 (
                     f"lora.extra.init_lora_weights={init}",
-                    "changes base weights, which quantisation has frozen in another form",
+                    "changes the base weights, which cannot be changed once they are quantised",
                     "quantization=none",
                 ),
             )
@@ -372,17 +383,25 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"lora__extra": {"init_lora_weights": "mica"}, "zero__config": "stage3.json"},
             (
                 "lora.extra.init_lora_weights=mica",
-                "saving under ZeRO-3 drops its frozen adapter tensors",
+                "saving under ZeRO-3 omits the frozen tensors of the adapter",
                 "zero=stage2",
             ),
         ),
         (
             {"lora__use_dora": True, "lora__extra": {"use_qalora": True}},
-            ("lora.use_dora=true", "not together with use_qalora", "lora.use_dora=false"),
+            (
+                "lora.use_dora=true",
+                "cannot be combined with lora.extra.use_qalora",
+                "lora.use_dora=false",
+            ),
         ),
         (
             {"quantization__load_in_4bit": True, "quantization__load_in_8bit": True},
-            ("quantization.load_in_4bit=true", "not together with 8 bit", "quantization=nf4"),
+            (
+                "quantization.load_in_4bit=true",
+                "cannot be combined with quantization.load_in_8bit=true",
+                "quantization=nf4",
+            ),
         ),
         (
             {"quantization__load_in_8bit": True, "lora__enabled": False},
@@ -392,7 +411,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"model__pretrained": False},
             (
                 "model.pretrained=false",
-                "LoRA would train on random weights that are saved nowhere",
+                "the adapter would be trained on random weights that are not saved with it",
                 "lora=none",
             ),
         ),
@@ -400,7 +419,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"lora__extra": {"init_lora_weights": "pissa_niter_16"}},
             (
                 "lora.extra.init_lora_weights=pissa_niter_16",
-                "is random: the adapter would be put on another base when it is loaded",
+                "changes the base weights at random: a loaded adapter gets a different base",
                 "lora.extra.init_lora_weights=pissa",
             ),
         ),
@@ -408,7 +427,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"lora__target_modules": "q_proj("},
             (
                 "lora.target_modules=q_proj(",
-                "is no regular expression: missing ), unterminated subpattern at position 6",
+                "is not a regular expression: missing ), unterminated subpattern at position 6",
                 "lora.target_modules=all-linear",
             ),
         ),
@@ -416,15 +435,15 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"template__prompts": ['{"q": "{prompt}"}']},
             (
                 """template None: '{"q": "{prompt}"}'""",
-                'has no column name between its braces: "q"',
-                "write {{ and }} for braces that are text",
+                'the text between braces is not a column name: "q"',
+                "write {{ and }} for braces that are part of the text",
             ),
         ),
         (
             {"dataset__packing": "wrapped"},
             (
                 "dataset.packing=wrapped",
-                "would cut prompts from their answers; it is for plain text",
+                "would separate prompts from their answers; it is for plain text only",
                 "dataset.packing=bfd",
             ),
         ),
@@ -432,7 +451,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"dataset__order": "random"},
             (
                 "dataset.order='random'",
-                "only documents that are joined have an order (the trainer shuffles)",
+                "needs dataset.packing=wrapped or boundary; else the trainer shuffles samples",
                 "dataset.order=given",
             ),
         ),
@@ -453,13 +472,13 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"dataset__stop_above": {"duplicates": 2}},
             (
                 "dataset.stop_above.duplicates=2",
-                "must be a share from 0 to 1",
+                "must be a fraction from 0 to 1",
                 "dataset.stop_above.duplicates=1",
             ),
         ),
         (
             {"dataset__mix": {"a": {"path": "b.jsonl"}}},
-            ("dataset.path, dataset.mix", "give one of them", "dataset.path=null"),
+            ("dataset.path, dataset.mix", "only one of the two may be set", "dataset.path=null"),
         ),
         (
             {"dataset__path": None, "dataset__mix": {"a": {"wieght": 2}}},
@@ -473,7 +492,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"dataset__path": None, "dataset__mix": {"a": {"path": "b", "wieght": 2}}},
             (
                 "dataset.mix.a.wieght=2",
-                "a source has columns, path, split, subset, weight",
+                "the keys of a source are columns, path, split, subset, weight",
                 "did you mean weight?",
             ),
         ),
@@ -491,13 +510,13 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
         ),
         (
             {"output_dir": ""},
-            ("output_dir=", "is empty", "output_dir=DIR, or leave it out"),
+            ("output_dir=", "must not be empty", "output_dir=DIR, or leave it out"),
         ),
         (
             {"quantization__load_in_4bit": True, "precision": "fp16"},
             (
                 "precision=fp16",
-                "the adapter of a quantised model is kept in bf16",
+                "a quantised model cannot be trained in fp16: its adapter is stored in bf16",
                 "precision=bf16",
             ),
         ),
@@ -554,7 +573,7 @@ def test_the_global_batch_must_fit_the_number_of_ranks(
     expected = (
         f"train.global_batch_size={global_batch}",
         f"must be a multiple of per_device_train_batch_size x ranks = {micro} x {world_size}",
-        f"train.global_batch_size={nearest}, or another train.per_device_train_batch_size",
+        f"train.global_batch_size={nearest}, or change train.per_device_train_batch_size",
     )
     assert found(**settings) == ([expected] if nearest else [])
 
@@ -605,34 +624,34 @@ def test_every_problem_of_every_section_comes_at_once() -> None:
         (
             "train",
             "warmup_ratio",
-            "warmup_ratio is not a name of this version",
+            "the installed version has no setting warmup_ratio",
             "train.warmup_steps=0.03 (below 1 it is a share of all steps)",
         ),
         (
             "train",
             "max_seq_length",
-            "max_seq_length is not a name of this version",
+            "the installed version has no setting max_seq_length",
             "dataset.max_length=1024",
         ),
         (
             "train",
             "adam_betta2",
-            "the installed library has no setting adam_betta2",
+            "the installed version has no setting adam_betta2",
             "did you mean adam_beta2?",
         ),
         (
             "lora",
             "init_lora_weight",
-            "the installed library has no setting init_lora_weight",
+            "the installed version has no setting init_lora_weight",
             "did you mean init_lora_weights?",
         ),
         (
             "quantization",
             "bnb_4bit_compute_type",
-            "the installed library has no setting bnb_4bit_compute_type",
+            "the installed version has no setting bnb_4bit_compute_type",
             "did you mean bnb_4bit_compute_dtype?",
         ),
-        ("train", "zzz", "the installed library has no setting zzz", "remove it"),
+        ("train", "zzz", "the installed version has no setting zzz", "remove it"),
     ],
 )
 def test_extra_is_checked(section: str, key: str, rule: str, fix: str) -> None:

@@ -85,7 +85,9 @@ def test_every_choice_is_of_a_setting_and_is_what_json_holds() -> None:
     record = json.loads(json.dumps(chosen.record()))
     assert record.keys() <= settings
     assert record["zero.config"]["value"] == "stage3.json"
-    assert record["zero.config"]["reason"].startswith("as set; sized to the model, in elements: ")
+    assert record["zero.config"]["reason"].startswith(
+        "as set; sizes in elements, chosen for the model: "
+    )
     section = chosen.ds_config and chosen.ds_config["zero_optimization"]
     assert section and "auto" not in (
         section["stage3_prefetch_bucket_size"],

@@ -209,11 +209,11 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "setting", "rule"),
     [
-        (b"- a\n", "x.yaml", "holds no settings: it must be a mapping"),
-        (b"text\n", "x.yaml", "holds no settings: it must be a mapping"),
-        (b"", "x.yaml", "holds no settings: it must be a mapping"),
-        (b"a: [\n", "x.yaml:2", "is no YAML: expected the node content"),
-        (b"seed: 1\nseed: 2\n", "x.yaml:2", "is no YAML: found duplicate key seed"),
+        (b"- a\n", "x.yaml", "has no settings: it must be a mapping"),
+        (b"text\n", "x.yaml", "has no settings: it must be a mapping"),
+        (b"", "x.yaml", "has no settings: it must be a mapping"),
+        (b"a: [\n", "x.yaml:2", "is not valid YAML: expected the node content"),
+        (b"seed: 1\nseed: 2\n", "x.yaml:2", "is not valid YAML: found duplicate key seed"),
         (b"\xff\xfe", "x.yaml", "cannot be read: 'utf-8' codec can't decode"),
         (b"seed: ${nope}\n", "x.yaml:1: seed", "Interpolation key 'nope' not found"),
         (b"lora: 8\n", "x.yaml:1: lora=8", "lora has no option 8"),
@@ -235,14 +235,14 @@ def test_an_options_yaml_and_a_second_file_are_refused(folder: Path) -> None:
     option = str(CONF_DIR / "model" / "opt-125m.yaml")
     assert one_refused(option) == (
         option,
-        "is an option of the group model, and no settings file",
+        "is an option of the group model, not a settings file",
         "model=opt-125m",
     )
     for name in "ab":
         Path(f"{name}.yaml").write_text("seed: 1\n")
     assert one_refused("a.yaml", "b.yaml") == (
         "b.yaml",
-        "a.yaml is given already, and a command takes one settings file",
+        "a command takes one settings file, and a.yaml is given already",
         "put all settings into one file",
     )
 
@@ -302,14 +302,16 @@ def test_lists_and_mappings_hold_any_text() -> None:
     assert config.lora.rank_pattern == {"^x.y$": 3}
     assert config.output_dir == "tiny_42"
     assert merge.compose(["adapter=[ä, b c]", "output=o"]).adapter == ["ä", "b c"]
-    with pytest.raises(ConfigError, match=r"adapter=a,b\n    several values are given\n"):
+    with pytest.raises(
+        ConfigError, match=r"adapter=a,b\n    takes one value, but several are given\n"
+    ):
         merge.compose(["adapter=a,b", "output=o"])
     assert train.compose([r"template.system=Pay \${x}"]).template.system == "Pay ${x}"
     assert one_refused("template.system=Pay ${x}")[2] == compose.LITERAL
     assert one_refused("template.system=Pay ${")[2] == compose.LITERAL
     assert merge.compose(["adapter=[a${x}]", "output=o"]).adapter == ["a${x}"]
-    assert one_refused("dataset.columns={a: [")[1].startswith("cannot be read: its brackets")
-    assert one_refused("precision=bf16,fp32")[1] == "several values are a sweep"
+    assert one_refused("dataset.columns={a: [")[1].startswith("cannot be parsed: its brackets")
+    assert one_refused("precision=bf16,fp32")[1] == "several values need a sweep (-m)"
 
 
 # Sweeps
@@ -348,9 +350,9 @@ def test_a_sweep_refuses_what_no_trial_can_be_given(folder: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         Path(name).write_text('{"prompt": "a", "completion": "b"}\n')
     for word, rule in (
-        ("lora.r=interval(1,2)", "interval() names no values to try"),
-        ("lora.rank_pattern={^a: 2}", "Hydra's grammar cannot write this"),
-        ("dataset=a.jsonl,b.jsonl", "a sweep over files needs their option"),
+        ("lora.r=interval(1,2)", "interval() does not list the values to try"),
+        ("lora.rank_pattern={^a: 2}", "this value cannot be passed to a sweep's trials"),
+        ("dataset=a.jsonl,b.jsonl", "a sweep over files needs dataset=OPTION"),
     ):
         problems = train.read([word], sweep=True)[1]
         assert problems[0].rule.startswith(rule)
@@ -504,7 +506,7 @@ def test_help_shows_one_section(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     text = helptext.help_text(train, ["--help", "lora"])
     assert text.startswith("lora=OPTION\n    all-linear  LoRA on every linear layer except the LM")
-    assert "    lora.r=8\n        rank; higher" in text
+    assert "    lora.r=8\n        rank; a higher" in text
     assert "train." not in text
     assert helptext.help_text(train, ["resume", "--help"]).startswith("Settings of resume")
     with pytest.raises(ConfigError, match="fix: did you mean dataset"):

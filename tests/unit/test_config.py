@@ -224,7 +224,7 @@ def test_every_recipe_opens_with_command_arithmetic_and_expectation(name: str) -
 def test_the_grid_sweeps_the_micro_batch_at_one_global_batch(tmp_path: Path) -> None:
     setting, rule, fix = one_refused("experiment=opt-125m_wikitext_grid")
     assert setting == "train.per_device_train_batch_size=2,4,8,16"
-    assert rule == "this config is a sweep"
+    assert rule == "this config defines a sweep"
     assert fix == "add -m, or train.per_device_train_batch_size=2"
 
     done = run(
@@ -419,12 +419,12 @@ def test_a_users_yaml_that_would_be_shadowed_or_is_broken_is_refused(tmp_path: P
     ours, users = CONF_DIR / "lora" / "attention.yaml", tmp_path / "lora" / "attention.yaml"
     assert shadowed.setting == f"--config-dir {tmp_path}"
     assert shadowed.rule == f"{ours} would be used instead of your {users}"
-    assert shadowed.fix == "rename it, such as lora/my-attention.yaml"
+    assert shadowed.fix == "rename it, for example to lora/my-attention.yaml"
     assert primary.rule == f"{CONF_DIR / 'train.yaml'} would be used instead of your " + str(
         tmp_path / "train.yaml"
     )
     assert broken.rule.startswith(f"{tmp_path / 'zero' / 'mine.yaml'}: while parsing")
-    assert broken.fix == "mend the YAML file"
+    assert broken.fix == "correct the YAML file"
 
 
 def test_a_config_dir_must_exist(tmp_path: Path) -> None:
@@ -450,17 +450,22 @@ def test_a_config_dir_must_exist(tmp_path: Path) -> None:
         ("train=null", "train=null", "train has no option null; it has default, demo", "did"),
         ("lora={r: 4}", "lora={'r': 4}", "lora has no option {'r': 4}; it has ", "choose one"),
         ("~lora.r", "~lora.r", "a setting cannot be deleted", "remove it from the command"),
-        ("lora.r=2,4", "lora.r=2,4", "several values are a sweep", "add -m"),
+        ("lora.r=2,4", "lora.r=2,4", "several values need a sweep (-m)", "add -m"),
         (
             "lora.target_modules=a,b",
             "lora.target_modules=a,b",
-            "several values are a sweep",
+            "several values need a sweep (-m)",
             "add -m, or lora.target_modules=[a,b]",
         ),
-        ("model=gpt2,tiny", "model=gpt2,tiny", "several values are a sweep", "add -m, or choose"),
+        (
+            "model=gpt2,tiny",
+            "model=gpt2,tiny",
+            "several values need a sweep (-m)",
+            "add -m, or choose",
+        ),
         ("lora.r", "lora.r", "has no value", "lora.r=VALUE"),
-        ("lora.rr", "lora.rr", "is not a setting, nor a settings file", "write each setting as"),
-        ("model.name=???", "model.name=???", "must be given", "model.name=VALUE"),
+        ("lora.rr", "lora.rr", "is neither a setting nor a settings file", "write each setting as"),
+        ("model.name=???", "model.name=???", "a value must be given", "model.name=VALUE"),
         (
             "model.name=${nope}",
             "model.name",
@@ -487,7 +492,7 @@ def test_an_override_that_cannot_be_composed(
 def test_an_empty_dict_that_empties_nothing_is_refused() -> None:
     assert one_refused("dataset=tiny-shakespeare", "dataset.columns={}") == (
         "dataset.columns={}",
-        "is merged over {'text': 'Text'}, and empties nothing",
+        "is merged with {'text': 'Text'} and does not remove any of it",
         "choose another option of the group dataset",
     )
     assert main.compose(["dataset.columns={}"]).dataset.columns == {}
@@ -528,14 +533,21 @@ def test_values_of_the_wrong_type_are_all_named() -> None:
         ),
         ("train.extra=5", "must be of type dict[str, Any]", "train.extra={}"),
         # The chat template keeps its default, which has nothing to train.
-        ("template.completions=[]", "nothing would be trained", "template=completion"),
+        (
+            "template.completions=[]",
+            "a template needs completions, the texts that are trained",
+            "template=completion",
+        ),
     }
 
 
 def test_a_group_given_a_value_in_a_yaml_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "experiment" / "mine.yaml", "# @package _global_\nlora: 8\n")
     (problem,) = refused("experiment=mine", config_dir=tmp_path)
-    assert problem.rule.startswith("In 'experiment/mine'") or problem.rule == "lora is a group"
+    assert (
+        problem.rule.startswith("In 'experiment/mine'")
+        or problem.rule == "lora is a section of settings"
+    )
 
 
 def test_all_problems_come_in_one_message() -> None:
@@ -592,7 +604,8 @@ def test_help_exits_0_without_torch() -> None:
     assert done.stdout.startswith("sft train: ")
     assert "\nzero=OPTION\n    none " in done.stdout
     assert (
-        "    lora.r=8\n        rank; higher learns more and takes more memory (must" in done.stdout
+        "    lora.r=8\n        rank; a higher rank learns more and takes more memory (must"
+        in done.stdout
     )
     assert "Traceback" not in done.stderr
     assert set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE)) & HEAVY == set()
@@ -694,11 +707,20 @@ def test_cfg_prints_the_composed_config(capsys) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["-m", "--cfg", "job"], "--cfg\n    a sweep has a config for each trial\n"),
-        (["--config-name", "x"], "--config-name x\n    is not supported\n"),
-        (["--config-path", "x"], "--config-path x\n    is not supported\n"),
-        (["--cfg", "job", "--package", "lora"], "--package lora\n    is not supported\n"),
-        (["--experimental-rerun", "x"], "--experimental-rerun x\n    is not supported\n"),
+        (
+            ["-m", "--cfg", "job"],
+            "--cfg\n    cannot print a sweep: each trial has its own config\n",
+        ),
+        (["--config-name", "x"], "--config-name x\n    this option of Hydra is not supported\n"),
+        (["--config-path", "x"], "--config-path x\n    this option of Hydra is not supported\n"),
+        (
+            ["--cfg", "job", "--package", "lora"],
+            "--package lora\n    this option of Hydra is not supported\n",
+        ),
+        (
+            ["--experimental-rerun", "x"],
+            "--experimental-rerun x\n    this option of Hydra is not supported\n",
+        ),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(argv: list[str], message: str, capsys) -> None:
@@ -745,4 +767,4 @@ def test_an_interrupt_exits_130(capsys) -> None:
 
     with pytest.raises(SystemExit, match="130"):
         dataclasses.replace(main, run=interrupted)([])
-    assert capsys.readouterr().err == "error: interrupted; the same command again resumes\n"
+    assert capsys.readouterr().err == "error: interrupted; the same command resumes the run\n"

@@ -239,7 +239,7 @@ def test_overlong_rows_are_counted_or_stop(tokenizer: PreTrainedTokenizerBase) -
     assert (cut.samples, cut.dropped, cut.truncated, cut.longest) == (2, 1, 1, 8)
     assert (cut.checks["nothing_trained"], cut.checks["answer_cut"]) == (1, 1)
     with pytest.raises(
-        DataError, match=r"1 documents \(33.3%\) have nothing trained.*\n.*stop_above.nothing"
+        DataError, match=r"1 documents \(33.3%\) have no trained token.*\n.*stop_above.nothing"
     ):
         build(rows, made, max_length=8, overlong="truncate")
     with pytest.raises(DataError, match="the train data has no trained token: 1 rows"):

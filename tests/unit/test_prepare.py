@@ -244,7 +244,7 @@ def test_what_never_stops_and_what_is_not_trained_stops_the_run(tmp_path: Path) 
     ):
         made(path, endless)
     labels = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}, {"input_ids": [1, 2, 3]}]
-    with pytest.raises(DataError, match=r"1 documents \(50.0%\) have nothing trained"):
+    with pytest.raises(DataError, match=r"1 documents \(50.0%\) have no trained token"):
         made(write(tmp_path / "ids.jsonl", labels))
     path = write(tmp_path / "bos.jsonl", [{"prompt": "<|user|><|user|>x", "completion": "y"}])
     tokenizer = AutoTokenizer.from_pretrained(TINY)

@@ -112,7 +112,7 @@ def test_a_broken_json_is_refused(tmp_path: Path, text: str, rule: str) -> None:
     (problem,) = found(str(file))
     assert problem.setting == f"zero.config={file}"
     assert problem.rule.startswith(rule)
-    assert problem.fix == f"mend {file}"
+    assert problem.fix == f"correct {file}"
 
 
 def users_json(tmp_path: Path, **changes: Any) -> str:
@@ -133,7 +133,7 @@ def users_json(tmp_path: Path, **changes: Any) -> str:
         (
             {"zero_optimisation": {"stage": 3}},
             "mine.json: zero_optimisation={'stage': 3}",
-            "zero_optimisation is not a key known here",
+            "sft knows no DeepSpeed key zero_optimisation",
             "did you mean zero_optimization?",
         ),
         (
@@ -145,7 +145,7 @@ def users_json(tmp_path: Path, **changes: Any) -> str:
         (
             {"bf16": True},
             "mine.json: bf16=True",
-            "must be an object",
+            "must be a JSON object",
             "bf16.KEY=VALUE",
         ),
         (
@@ -157,37 +157,37 @@ def users_json(tmp_path: Path, **changes: Any) -> str:
         (
             {"train_batch_size": 64},
             "mine.json: train_batch_size=64",
-            'must be "auto": train.global_batch_size decides it',
+            'must be "auto": train.global_batch_size sets it',
             "train.global_batch_size=...",
         ),
         (
             {"gradient_clipping": None},
             "mine.json: no gradient_clipping",
-            "DeepSpeed would take its own default, not train.max_grad_norm",
+            "DeepSpeed would use its own default instead of train.max_grad_norm",
             'add "gradient_clipping": "auto"',
         ),
         (
             {"gradient_accumulation_steps": None},
             "mine.json: no gradient_accumulation_steps",
-            "DeepSpeed would take its own default, not train.global_batch_size",
+            "DeepSpeed would use its own default instead of train.global_batch_size",
             'add "gradient_accumulation_steps": "auto"',
         ),
         (
             {"bf16": {"immediate_grad_update": True}},
             "mine.json: no bf16.enabled",
-            "DeepSpeed would take its own default, not precision",
+            "DeepSpeed would use its own default instead of precision",
             'add "enabled": "auto"',
         ),
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
             "mine.json: optimizer={'type': 'AdamW', 'params': {'lr': 0.0001}}",
-            "the optimizer is chosen in one place, and a JSON's would replace it",
+            "an optimizer in the JSON would replace train.optim",
             "train.optim=adamw_torch",
         ),
         (
             {"scheduler": {"type": "WarmupLR"}},
             "mine.json: scheduler={'type': 'WarmupLR'}",
-            "a scheduler in the JSON silently replaces train.lr_scheduler_type",
+            "a scheduler in the JSON would silently replace train.lr_scheduler_type",
             "train.lr_scheduler_type=cosine",
         ),
         (
@@ -199,13 +199,13 @@ def users_json(tmp_path: Path, **changes: Any) -> str:
         (
             {"autotuning": {"enabled": True}},
             "mine.json: autotuning={'enabled': True}",
-            "the batch is set by train.global_batch_size",
+            "autotuning would change the batch, which train.global_batch_size sets",
             "remove the key",
         ),
         (
             {"zero_optimization": None},
             "mine.json: zero_optimization",
-            "needs a stage of 1, 2 or 3",
+            "stage must be 1, 2 or 3",
             "zero=stage2",
         ),
     ],
@@ -238,7 +238,7 @@ def test_a_users_json_without_an_fp16_section_is_fine(tmp_path: Path) -> None:
         (
             {"offload_optimizer": "cpu"},
             "zero.overrides.zero_optimization.offload_optimizer=cpu",
-            "must be an object",
+            "must be a JSON object",
             "zero_optimization.offload_optimizer.KEY=VALUE",
         ),
         (
@@ -250,55 +250,55 @@ def test_a_users_json_without_an_fp16_section_is_fine(tmp_path: Path) -> None:
         (
             {"overlap_comm": {"a": 1}},
             "zero.overrides.zero_optimization.overlap_comm.a=1",
-            "zero_optimization.overlap_comm takes no nested keys",
+            "zero_optimization.overlap_comm has no nested keys",
             "remove the key",
         ),
         (
             {"cpu_offload": True},
             "zero.overrides.zero_optimization.cpu_offload=True",
-            "is an old name",
+            "the key is deprecated",
             "zero=stage2_offload",
         ),
         (
             {"stage3_gather_fp16_weights_on_model_save": True},
             "zero.overrides.zero_optimization.stage3_gather_fp16_weights_on_model_save=True",
-            "is an old name",
-            "rename it stage3_gather_16bit_weights_on_model_save",
+            "the key is deprecated",
+            "rename it to stage3_gather_16bit_weights_on_model_save",
         ),
         (
             {"zenflow": {"topk_ratio": 0.1}},
             "zero.overrides.zero_optimization.zenflow={'topk_ratio': 0.1}",
-            "its losses are not those of the stage without it",
+            "ZenFlow changes the losses of the stage",
             "remove the key",
         ),
         (
             {"stage": 4},
             "stage2.json: zero_optimization",
-            "needs a stage of 1, 2 or 3",
+            "stage must be 1, 2 or 3",
             "zero=stage2",
         ),
         (
             {"offload_param": {"device": "cpu"}},
             "stage2.json: offload_param",
-            "needs stage 3",
+            "needs ZeRO stage 3",
             "zero=stage3_offload",
         ),
         (
             {"offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}},
             "stage2.json: offload_optimizer",
-            "what is on NVMe cannot be put into a checkpoint that goes on elsewhere",
-            "zero=stage3_offload, which keeps it in CPU memory",
+            "a checkpoint of sft cannot include optimizer state on NVMe",
+            "zero=stage3_offload, which stores it in CPU memory",
         ),
         (
             {"stage": 3, "offload_param": {"device": "nvme"}},
             "stage2.json: offload_param",
-            "device nvme needs a folder",
+            "device nvme needs nvme_path",
             "nvme_path: /DIR",
         ),
         (
             {"stage": 0},
             "stage2.json: zero_optimization",
-            "needs a stage of 1, 2 or 3",
+            "stage must be 1, 2 or 3",
             "zero=stage2",
         ),
     ],
@@ -311,7 +311,7 @@ def test_an_unknown_top_level_key_is_refused_once() -> None:
     assert found(overrides={"mystery": {"a": {"b": 1}}}) == [
         Problem(
             "zero.overrides.mystery={'a': {'b': 1}}",
-            "mystery is not a key known here",
+            "sft knows no DeepSpeed key mystery",
             "remove it",
         )
     ]
@@ -323,7 +323,7 @@ def test_offloading_must_not_replace_the_optimizer(optim: str) -> None:
     assert found("stage2_offload.json", force, optim) == [
         Problem(
             f"train.optim={optim}",
-            "stage2_offload.json offloads the optimizer, which replaces it by DeepSpeedCPUAdam",
+            "stage2_offload.json offloads the optimizer, so DeepSpeed would use DeepSpeedCPUAdam",
             "+zero.overrides.zero_force_ds_cpu_optimizer=false",
         )
     ]
@@ -338,7 +338,7 @@ def test_full_fine_tuning_under_stage_3_must_gather_its_weights() -> None:
     assert found("stage3.json", off, trains_base=True) == [
         Problem(
             f"stage3.json: {key}=False",
-            "full fine-tuning under stage 3 cannot save its weights without it",
+            "must be true: lora=none under ZeRO stage 3 gathers the weights to save them",
             f"zero.overrides.zero_optimization.{key}=true",
         )
     ]
@@ -350,9 +350,9 @@ def test_all_problems_of_a_json_come_at_once() -> None:
     rules = [problem.rule for problem in found(overrides=overrides)]
     assert rules == [
         "zero_optimization has no key b",
-        "the optimizer is chosen in one place, and a JSON's would replace it",
-        "a is not a key known here",
-        "needs a stage of 1, 2 or 3",
+        "an optimizer in the JSON would replace train.optim",
+        "sft knows no DeepSpeed key a",
+        "stage must be 1, 2 or 3",
     ]
 
 
