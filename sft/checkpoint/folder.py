@@ -172,7 +172,7 @@ def choose(output_dir: Path, named: str | None) -> tuple[Path | None, list[tuple
             return path, passed_over
     if passed_over:
         raise CheckpointError(
-            f"every checkpoint in {output_dir} is incomplete or damaged:\n"
+            f"no checkpoint in {output_dir} is complete and undamaged:\n"
             + "\n".join(f"    {path.name}: {why}" for path, why in passed_over)
             + "\n    fix: restore the files, or use overwrite=true to start again from step 0"
         )

@@ -66,7 +66,7 @@ def test_the_newest_whole_one_is_chosen(tmp_path: Path, name: str, harm, why: st
         checkpoint.choose(tmp_path, "checkpoint-10")
     assert checkpoint.choose(tmp_path, str(older)) == (older, [])
     harm(older / name)
-    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is incomplete"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is complete"):
         checkpoint.choose(tmp_path, None)
 
 
