@@ -1,4 +1,4 @@
-"""Proof, on a user's own settings, that a run which is cut off and resumed is the same run."""
+"""Proof, with a user's own settings, that an interrupted and resumed run is the same run."""
 
 from __future__ import annotations
 
@@ -26,47 +26,43 @@ from sft.files import hash_of, read_records, write_text
 from sft.sweep.trial import environment as outside_of_ranks
 from sft.sweep.trial import signals_as_interrupt
 
-# What the proof itself decides.
+# Settings that the proof decides itself: the user's values are not passed to the runs.
 OWN = {
     *("steps", "ranks", "output_dir", "overwrite", "resume.checkpoint", "resume.allow"),
     *("train.max_steps", "train.save_strategy", "train.save_steps", "train.logging_steps"),
     "train.save_total_limit",
     *("dataset.max_rows", "dataset.max_eval_rows"),
 }
-EPOCH = 3  # optimizer steps that an epoch takes at most, where the user limits no rows
+EPOCH = 3  # optimizer steps of an epoch, at most, unless dataset.max_rows is set
 ROWS = ("rows", "eval_rows")
 FOLDER_OPTIONS = ("--config-dir", "-cd")
-LONGEST = 50  # steps of an epoch, above which the proof does not train one
+LONGEST = 50  # optimizer steps; an epoch that is longer is not trained to its end
 
 logger = logging.getLogger("sft")
 
 
 @dataclass
 class ProveConfig(Config):
-    """A run's settings, and how far to train for the proof."""
+    """A run's settings, and the number of steps and ranks of the proof."""
 
     steps: int | None = setting(
-        None,
-        "number of optimizer steps; null: two epochs of a few rows, and one step more",
-        at_least(2),
+        None, "number of optimizer steps; null: two epochs of few rows, plus one step", at_least(2)
     )
     ranks: int | None = setting(
-        None,
-        "number of processes, as torchrun --nproc_per_node; null: first one, then two",
-        at_least(1),
+        None, "number of ranks, one process each; null: first one rank, then two", at_least(1)
     )
 
 
 def check_prove(config: ProveConfig) -> list[Problem]:
-    """Find what is wrong with the settings alone."""
+    """Check the settings, without the model or the data."""
     problems, train = check(config), config.train
     each = train.per_device_train_batch_size * (config.ranks or 1)
     if not problems and train.global_batch_size % each:
         problems.append(
             Problem(
                 f"ranks={config.ranks}",
-                f"train.global_batch_size={train.global_batch_size} is no multiple of "
-                f"{train.per_device_train_batch_size} a rank x {config.ranks} ranks",
+                f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+                f"{train.per_device_train_batch_size} per rank x {config.ranks} ranks",
                 f"train.global_batch_size={each}",
             )
         )
@@ -74,23 +70,24 @@ def check_prove(config: ProveConfig) -> list[Problem]:
 
 
 def prove(config: ProveConfig) -> dict[str, Any]:
-    """Show on one and on two ranks that these settings resume exactly.
+    """Prove on one rank and on two that a run with these settings resumes exactly.
 
-    The run is stopped in the middle of a later epoch: the first epoch alone does not show whether
-    the order of the rows survives.
+    The run is stopped in the middle of a later epoch: stopping in the first epoch would not show
+    whether a resumed run restores the order of the rows.
 
     Returns:
-        What was compared, for each number of ranks; what ``--json`` prints.
+        What was compared, for each number of ranks. ``--json`` prints it.
 
     Raises:
-        RunError: A run failed, or a resumed run differs from the straight one.
+        RunError: A run failed, or a resumed run differs from the uninterrupted one.
     """
     epoch = _few_rows(config)
     stop, steps = _where(config.steps, epoch)
     if stop < epoch or stop % epoch == 0:
         logger.info(
-            "warning: step %s is not in the middle of a later epoch: an epoch has %s steps; "
-            "dataset.max_rows=ROWS makes it shorter, steps=STEPS the proof longer",
+            "warning: step %s, after which the run is stopped, is not in the middle of a later "
+            "epoch: an epoch has %s steps; set a smaller dataset.max_rows for a shorter epoch, or "
+            "a larger steps for a longer proof",
             stop,
             epoch,
         )
@@ -100,7 +97,11 @@ def prove(config: ProveConfig) -> dict[str, Any]:
 
 
 def _few_rows(config: ProveConfig) -> int:
-    """Limit the rows, unless the user does, so that an epoch has few steps; give how many."""
+    """Limit the rows so that an epoch has few steps, unless dataset.max_rows is set.
+
+    Returns:
+        The optimizer steps of an epoch.
+    """
     fill_names(config)
     environment.prepare()
 
@@ -113,7 +114,7 @@ def _few_rows(config: ProveConfig) -> int:
     tokenizer = model.load_tokenizer(config.model)
     chosen = artefact.template_of(dataset.path) or config.template
     template = Template(chosen, tokenizer, dataset.format)
-    config.train.max_steps = config.steps or 3 * EPOCH  # a streamed source is read as far
+    config.train.max_steps = config.steps or 3 * EPOCH  # limits what is read with streaming=true
     if dataset.max_eval_rows is None:
         dataset.max_eval_rows = EPOCH * batch
     given, samples = dataset.max_rows, -1
@@ -131,7 +132,7 @@ def _few_rows(config: ProveConfig) -> int:
 
 
 def _where(steps: int | None, epoch: int) -> tuple[int, int]:
-    """Choose the step to stop after, and the last one."""
+    """Choose the step after which the run is stopped, and the last step."""
     if steps is None:
         steps = 2 * epoch + 1 if 1 < epoch <= LONGEST else 4
     later = [step for step in range(epoch + 1, steps) if step % epoch]
@@ -149,10 +150,10 @@ def _one_and_two(config: ProveConfig) -> list[int]:
 
 
 def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> dict[str, Any]:
-    """Train some steps straight, then go on from one of them in a new process, and compare.
+    """Train without interruption, then resume from a middle step in a new process, and compare.
 
-    All that a killed process leaves is its files. So the finished run is cut back to what a kill
-    after that step would have left, and the same command is given again.
+    A killed process leaves nothing but its files. So the finished run is reduced to the files that
+    a kill after that step would have left, and the same command is run again.
     """
     with tempfile.TemporaryDirectory(prefix="sft-prove-") as work:
         run = Path(work) / "run"
@@ -164,20 +165,21 @@ def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> dict[str, 
         command += ["train.save_strategy=steps", f"train.save_steps={stop}"]
         command += ["train.logging_steps=1", f"train.save_total_limit={steps}"]
         command += [f"dataset.max_{name}={getattr(config.dataset, f'max_{name}')}" for name in ROWS]
-        logger.info("training %s steps straight on %s", steps, _counted(ranks))
+        logger.info("training %s steps without interruption on %s", steps, _counted(ranks))
         straight = _outcome(command, run)
         cut_back(run, stop)
-        logger.info("going on from step %s in a new process", stop)
+        logger.info("resuming after step %s in a new process", stop)
         resumed = _outcome(command, run)
     if found := differences(straight, resumed):
         raise RunError(
-            f"on {_counted(ranks)} the resumed run differs from the straight one:\n"
+            f"on {_counted(ranks)} the resumed run differs from the uninterrupted one:\n"
             + "\n".join(f"    {line}" for line in found[:10])
-            + "\n    fix: please report this, with the settings; until then, do not resume them"
+            + "\n    fix: please report this with the settings; do not resume runs with these "
+            "settings until it is solved"
         )
     logger.info(
-        "the same, bit for bit, on %s: losses, rates, gradient norms and evaluations of steps "
-        "%s to %s, and %s",
+        "the resumed run is the same, bit for bit, on %s: losses, learning rates, gradient norms "
+        "and evaluations of steps %s to %s, and %s",
         _counted(ranks),
         stop + 1,
         steps,
@@ -187,7 +189,7 @@ def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> dict[str, 
 
 
 def _given() -> list[str]:
-    """Give the command's own words, a settings file's as well, that training takes too."""
+    """List the words of this command, and of its settings file, that sft.train takes too."""
     words = [word for word in sys.argv[1:] if word != "--json"]
     folder = next((after for word, after in pairwise(words) if word in FOLDER_OPTIONS), None)
     options = [
@@ -204,39 +206,39 @@ def _counted(ranks: int) -> str:
 
 
 def _outcome(command: list[str], run: Path) -> dict[str, Any]:
-    """Train, and read what came of it."""
-    with signals_as_interrupt():  # else a signal would leave the run behind
+    """Train, and read the result."""
+    with signals_as_interrupt():  # otherwise a signal would end the proof and not its run
         result = subprocess.run(
             command, env=outside_of_ranks(), capture_output=True, text=True, check=False
         )
     if result.returncode:
         said = result.stderr.partition("error: ")[2] or result.stderr
-        raise RunError(f"the run that was to be resumed failed: {said.strip()}")
+        raise RunError(f"a training run of the proof failed: {said.strip()}")
     return outcome(run)
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Read what a run logged, clocks left out, and hash the weights that it saved."""
+    """Read what a run logged, without times, and hash the weights that it saved."""
     logged = [
         {key: value for key, value in record.items() if "seconds" not in key}
         for record in read_records(run / "metrics.jsonl")
-        if "train_runtime" not in record  # the summary of one process
+        if "train_runtime" not in record  # the Trainer's summary, which covers one process only
     ]
     saved = [path for kind in ("adapter", "model") for path in (run / kind).glob("*.safetensors")]
     return {"logged": logged, "files": {path.name: hash_of(path) for path in saved}}
 
 
 def differences(straight: dict[str, Any], resumed: dict[str, Any]) -> list[str]:
-    """List in what two outcomes differ, a line each."""
+    """List the differences between two outcomes, one line each."""
     found = [
-        f"step {one['step']}: {key} {one[key]} straight, {other.get(key)} resumed"
+        f"step {one['step']}: {key} {one[key]} without interruption, {other.get(key)} resumed"
         for one, other in zip(straight["logged"], resumed["logged"], strict=False)
         for key in one
         if one[key] != other.get(key)
     ]
     if len(straight["logged"]) != len(resumed["logged"]):
         counts = len(straight["logged"]), len(resumed["logged"])
-        found.append(f"{counts[0]} lines logged straight, {counts[1]} resumed")
+        found.append(f"{counts[0]} lines logged without interruption, {counts[1]} resumed")
     files = straight["files"]
     return found + [
         f"{name} differs" for name in files if files[name] != resumed["files"].get(name)
@@ -244,7 +246,7 @@ def differences(straight: dict[str, Any], resumed: dict[str, Any]) -> list[str]:
 
 
 def cut_back(run: Path, step: int) -> None:
-    """Leave what a kill right after a checkpoint leaves.
+    """Reduce a finished run to the files that a kill right after a checkpoint would have left.
 
     Raises:
         CheckpointError: There is no checkpoint of this step.
@@ -265,7 +267,7 @@ main = Command(
     run=prove,
     check=check_prove,
     config_name="train",
-    summary="show that these settings resume exactly",
+    summary="prove that a run with these settings resumes exactly",
     examples=(
         "python -m sft.prove model=opt-125m dataset=alpaca",
         "python -m sft.prove model=opt-125m dataset=alpaca zero=stage2 ranks=4",

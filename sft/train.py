@@ -1,4 +1,4 @@
-"""One run, top to bottom: config, choices, model, data, trainer, train, save."""
+"""One run, from top to bottom: config, choices, model, data, trainer, training, saving."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ logger = logging.getLogger("sft")
 
 
 def train(config: Config) -> dict[str, Any] | None:
-    """Train one run, and merge its adapter where that is asked for.
+    """Train one run, and merge its adapter if ``train.merge`` is set.
 
     Returns:
-        On rank 0, the run's folder and what its run.json says at the end; what ``--json`` prints.
+        On rank 0, the run's folder and the result in its run.json, which ``--json`` prints; None on
+        other ranks.
 
     Raises:
-        SftError: With what is wrong and how to mend it.
+        SftError: The run is refused or has failed; the message includes a fix.
     """
     folder = fit(config)
     if os.environ.get("RANK", "0") != "0":
@@ -47,13 +48,13 @@ def train(config: Config) -> dict[str, Any] | None:
 
 
 def fit(config: Config) -> Path:
-    """Train, evaluate and save one run; refuses before any weight loads.
+    """Train, evaluate and save one run. What can be refused is refused before any weight loads.
 
     Returns:
         The run's folder.
 
     Raises:
-        SftError: With what is wrong and how to mend it.
+        SftError: The run is refused or has failed; the message includes a fix.
     """
     from sft.data import artefact
     from sft.run.run import Run
@@ -69,7 +70,7 @@ def fit(config: Config) -> Path:
 
 
 def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
-    """Do what ``fit`` does once the libraries may be imported."""
+    """Do the part of ``fit`` that imports torch and the other libraries."""
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.fast import half
@@ -91,8 +92,8 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     logger.info("%s", "\n".join(chosen.lines()))
     half.widen_products(model.dtype_of(precision.value), precision.products)
 
-    # In this order: a model loaded after SFTConfig is partitioned by ZeRO-3 as it loads, and on a
-    # CPU only if the process group exists by then.
+    # Create SFTConfig before the model loads: only then does ZeRO-3 partition the weights while
+    # they load. On a CPU the process group must exist by then too.
     args = build.sft_config(config, chosen)
     with _ending(run):
         resume.require_same_checkpoint(run.dir, resume_from)
@@ -108,10 +109,10 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
 
 @contextlib.contextmanager
 def _ending(run: Run) -> Iterator[None]:
-    """Record why a run ended early, and release its process group and folder in any case.
+    """Record why a run ended early; end its process group and release its folder in any case.
 
     Raises:
-        RunError: A different rank died.
+        RunError: Another rank died.
     """
     try:
         yield
@@ -121,8 +122,9 @@ def _ending(run: Run) -> Iterator[None]:
             run.end(status, f"{type(error).__name__}: {error}")
         if environment.lost_a_rank(error):
             raise RunError(
-                "contact with another rank was lost: it died, or its machine did\n"
-                "    fix: see what the other ranks say; the same command again resumes"
+                "contact with another rank was lost: the rank or its machine died\n"
+                "    fix: read the errors of the other ranks, then give the same command again to "
+                "resume"
             ) from error
         raise
     finally:
@@ -131,18 +133,18 @@ def _ending(run: Run) -> Iterator[None]:
 
 
 def merge(folder: Path) -> None:
-    """Merge in a process of its own, with all the memory; other ranks have ended, and none waits.
+    """Merge in a separate process, after training has freed its memory; no other rank waits for it.
 
     Raises:
-        MergeError: It failed, and has said why; the run itself is finished.
+        MergeError: The merge failed and has reported why. The run itself is finished.
     """
     from sft.sweep.trial import environment as outside_of_ranks
 
     command = [sys.executable, "-m", "sft.merge", f"run={folder}"]
     if subprocess.run(command, env=outside_of_ranks(), check=False).returncode:
         raise MergeError(
-            f"{folder} is trained, its adapter was not merged\n    fix: see what was said above, "
-            f"then: python -m sft.merge run={folder}"
+            f"the run {folder} is finished, but its adapter could not be merged\n"
+            f"    fix: correct the error above, then: python -m sft.merge run={folder}"
         )
 
 
@@ -154,7 +156,7 @@ def start(
     resume_from: Any,
     signals: Signals,
 ) -> None:
-    """Take the folder, begin the logs, and arrange what comes before the first step."""
+    """Claim the run's folder, open the logs, and add the checks that run before the first step."""
     from sft.fast import proof
     from sft.merge import probes
     from sft.training.guard import Guard
@@ -203,7 +205,7 @@ def start(
 
 
 def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, float]:
-    """Answer held-out prompts and log how many are exactly right."""
+    """Generate answers to held-out prompts, and log the share that is exactly right."""
     from sft.inference.answers import exact_match
 
     samples = trainer.eval_dataset.select(range(min(count, len(trainer.eval_dataset))))
@@ -222,7 +224,7 @@ def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, 
 def finish_training(
     trainer: Trainer, config: Config, stop_id: int | None, resume_from: Any
 ) -> dict[str, Any]:
-    """Train to the end; give the last evaluation and the share of exact answers."""
+    """Train to the last step; return the last evaluation and the share of exact answers."""
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     state = trainer.state
     assert state.global_step >= state.max_steps
@@ -241,7 +243,7 @@ def finish_training(
 
 
 def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:
-    """Write the adapter, or the model where all of it was trained, and the finished flag last."""
+    """Write the adapter, or without LoRA the model, and then mark the run as finished."""
     from sft.inference.card import card_of, write_card
     from sft.ranks import gather
 

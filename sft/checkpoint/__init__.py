@@ -1,1 +1,1 @@
-"""Checkpoints that are complete or absent, and hold all that the next step depends on."""
+"""Checkpoints that are complete or absent, and contain everything that the next step needs."""

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: complete under their name or absent, and which one a run goes on from.
+"""Checkpoint folders: written completely or not at all, verified, and chosen for a resume.
 
-What one holds is in ``checkpoint.state``. This module imports no torch: a run that must not go on
-is refused before anything heavy is loaded.
+``checkpoint.state`` has their content. This module does not import torch, so that a run that cannot
+be resumed is refused before a large library loads.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from sft.files import hash_of, to_disk, write_text
 TRAINER_STATE = "trainer_state.json"  # the name that the Trainer reads
 MANIFEST = "manifest.json"  # written last: names, sizes and hashes of all other files
 PARTIAL = ".partial"  # the suffix of a folder that is being written, or being deleted
-ASIDE = ".set_aside"  # of what came after a checkpoint that the user went back to
+ASIDE = ".set_aside"  # the suffix of checkpoints newer than the one that the user went back to
 
 
 def path_of(output_dir: str | Path, step: int) -> Path:
-    """Name the checkpoint of a step."""
+    """Return the path of the checkpoint of a step."""
     return Path(output_dir) / f"checkpoint-{step}"
 
 
 def step_of(path: Path) -> int:
-    """Read the step from a checkpoint's name; -1 where it is no checkpoint's."""
+    """Return the step in a checkpoint's name; -1 if it is not the name of a checkpoint."""
     number = path.name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() else -1
 
 
 def begin(final: Path) -> Path:
-    """Make the folder to write into."""
+    """Make the folder that is written to before it gets its final name."""
     partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # a killed run may have left one
     partial.mkdir(parents=True)
     return partial
 
 
 def finish(partial: Path, final: Path, facts: dict[str, Any] | None = None) -> None:
-    """Let a folder that was written appear under its final name, once all of it is on the disk.
+    """Rename a written folder to its final name after all of it has reached the disk.
 
     Args:
-        partial: What ``begin`` made.
-        final: The name; a folder of an earlier time is replaced.
-        facts: Kept in a manifest beside the files' sizes and hashes; None: no manifest.
+        partial: The folder that ``begin`` made.
+        final: The final path; a folder that exists there is replaced.
+        facts: Stored in a manifest with the sizes and hashes of the files; None: no manifest.
     """
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     for path in files:
@@ -69,12 +69,12 @@ def write_trainer_state(partial: Path, state: Any) -> None:
 
 
 def abandon(final: Path) -> None:
-    """Remove what was written of a folder that cannot be finished."""
+    """Delete the partly written folder of a save that failed."""
     shutil.rmtree(final.with_name(final.name + PARTIAL), ignore_errors=True)
 
 
 def delete(path: Path) -> None:
-    """Remove a checkpoint; a kill midway leaves nothing under its name."""
+    """Rename a checkpoint, then delete it: a kill leaves no incomplete one under its name."""
     doomed = path.with_name(path.name + PARTIAL + "-old")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -82,7 +82,10 @@ def delete(path: Path) -> None:
 
 
 def rotate(output_dir: Path, keep: int, best: str | None) -> None:
-    """Keep the newest checkpoints and the best one; at most ``keep`` in all."""
+    """Delete all but the best and the newest checkpoints, so that ``keep`` remain.
+
+    The best and the newest one are never deleted.
+    """
     paths = checkpoints(output_dir)
     spared = {Path(best).name} if best else set()
     others = [path for path in paths if path.name not in spared]
@@ -101,13 +104,13 @@ def manifest(path: Path) -> dict[str, Any]:
     """Read a manifest.
 
     Raises:
-        CheckpointError: There is none, or it is damaged.
+        CheckpointError: The manifest is missing or damaged.
     """
     try:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         assert isinstance(content["files"], dict)
     except FileNotFoundError:
-        raise CheckpointError(f"has no {MANIFEST}: it is not complete") from None
+        raise CheckpointError(f"{MANIFEST} is missing, so the folder is not complete") from None
     except (ValueError, KeyError, TypeError, AssertionError):
         raise CheckpointError(f"{MANIFEST} is damaged") from None
     assert isinstance(content, dict)
@@ -115,10 +118,10 @@ def manifest(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> None:
-    """Hold every file against the manifest.
+    """Compare the size and hash of every file with the manifest.
 
     Raises:
-        CheckpointError: With the first thing that is wrong.
+        CheckpointError: A file is missing or damaged; the message names the first one.
     """
     for name, said in manifest(path)["files"].items():
         file = path / name
@@ -129,18 +132,18 @@ def verify(path: Path) -> None:
                 f"{name} has {file.stat().st_size:,} bytes, not {said['bytes']:,}"
             )
         if hash_of(file) != said["xxh3"]:
-            raise CheckpointError(f"{name} is damaged: its hash is another")
+            raise CheckpointError(f"{name} is damaged: its hash is not the manifest's")
 
 
 def choose(output_dir: Path, named: str | None) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Find the checkpoint to go on from, and those that were passed over, with the reason.
+    """Choose the checkpoint to resume from, and list the ones that are skipped, with the reason.
 
     Args:
         output_dir: The run's folder.
-        named: The one that the user asks for; None: the newest that is complete.
+        named: The value of ``resume.checkpoint``; None: the newest complete checkpoint.
 
     Raises:
-        CheckpointError: The named one is missing or damaged, or all there are are damaged.
+        CheckpointError: The named checkpoint is missing or damaged, or all checkpoints are damaged.
     """
     if named is not None:
         path = output_dir / Path(named).name
@@ -148,14 +151,15 @@ def choose(output_dir: Path, named: str | None) -> tuple[Path | None, list[tuple
         if step_of(path) < 0 or not path.is_dir():
             raise CheckpointError(
                 f"resume.checkpoint={named}: {output_dir} has {there}\n"
-                "    fix: name one of these, or leave it out for the newest"
+                "    fix: name one of these, or leave out resume.checkpoint to use the newest"
             )
         try:
             verify(path)
         except CheckpointError as error:
             raise CheckpointError(
                 f"resume.checkpoint={named}: {error}\n"
-                f"    fix: name another ({there}), or leave it out for the newest that is complete"
+                f"    fix: name a different one ({there}), or leave out resume.checkpoint to use "
+                "the newest complete one"
             ) from None
         return path, []
     passed_over = []
@@ -168,15 +172,15 @@ def choose(output_dir: Path, named: str | None) -> tuple[Path | None, list[tuple
             return path, passed_over
     if passed_over:
         raise CheckpointError(
-            f"no checkpoint in {output_dir} is whole:\n"
+            f"no checkpoint in {output_dir} is complete and undamaged:\n"
             + "\n".join(f"    {path.name}: {why}" for path, why in passed_over)
-            + "\n    fix: put the files back, or overwrite=true to start anew"
+            + "\n    fix: restore the files, or use overwrite=true to start again from step 0"
         )
     return None, []
 
 
 def tidy(output_dir: Path, resumed: Path | None) -> None:
-    """Remove what a kill left half written, and set aside what came after the one resumed."""
+    """Delete partly written checkpoints, and rename those that are newer than the resumed one."""
     for path in output_dir.glob(f"checkpoint-*{PARTIAL}*"):
         shutil.rmtree(path, ignore_errors=True)
     if resumed is not None:

@@ -73,7 +73,7 @@ class Optimizer:
         }
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return what the optimizer itself changes in its groups, as schedule-free ones do."""
+        """Return the group values that the optimizer itself changes, as schedule-free ones do."""
         given = {"params", "lr", "weight_decay"}
         return [
             plain(
@@ -98,8 +98,8 @@ class Optimizer:
     def link(self) -> None:
         """Make DeepSpeed map each parameter to its part of the state again.
 
-        Under stages 1 and 2 DeepSpeed does this once, after the first of several groups has made
-        its step, and so misses the state of the other groups.
+        Under stages 1 and 2 DeepSpeed does this once, after the step of the first parameter group,
+        when the other groups have no state yet.
         """
         if hasattr(self.zero, "_lazy_init_hp_params_optimizer_state"):
             self.zero._hp_optimizer_states_linked = False
@@ -109,14 +109,14 @@ class Optimizer:
         """Return which of the three kinds the state is.
 
         Raises:
-            CheckpointError: It holds something that is neither a tensor nor a number.
+            CheckpointError: The state contains a value that is neither a tensor nor a number.
         """
         for entry in self.entries().values():
             for key, value in entry.items():
                 if not isinstance(value, (torch.Tensor, int, float)):
                     raise CheckpointError(
-                        f"this optimizer keeps a {type(value).__name__} ({key}), which a "
-                        "checkpoint cannot hold\n    fix: train.optim=adamw_torch_fused"
+                        f"this optimizer's state contains a {type(value).__name__} ({key}), which "
+                        "a checkpoint cannot store\n    fix: train.optim=adamw_torch_fused"
                     )
         owners = dict(enumerate(self.flat)) if self.zero is not None else self.parameters
         sizes = {str(name): owner.numel() for name, owner in owners.items()}
@@ -132,7 +132,7 @@ class Optimizer:
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Keep the values that JSON can hold. A schedule's functions come from the settings."""
+    """Return the values that JSON can represent; a schedule's functions come from the settings."""
     simple = (bool, int, float, str, type(None))
     return {
         key: value

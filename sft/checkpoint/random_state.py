@@ -1,4 +1,4 @@
-"""The states of every rank's random generators, as a checkpoint keeps them."""
+"""The states of all ranks' random generators in a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def random_streams() -> dict[str, torch.Tensor]:
 
 
 def restore_random_streams(folder: Path, seed: int) -> None:
-    """Restore this rank's generators; seed them afresh if the number of ranks has changed."""
+    """Restore this rank's generators, or seed new ones if the number of ranks has changed."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     with safe_open(folder / RANDOM, "pt") as file:

@@ -1,4 +1,4 @@
-"""What rank 0 writes for all ranks: a folder that is complete, or an error on every rank."""
+"""Rank 0 writes a folder for all ranks: it is complete, or every rank raises the error."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sft.ranks import gather
 class RankZero:
     """Runs tasks on rank 0 only, and raises their error on all ranks when the block ends.
 
-    Between these tasks the ranks work together: if rank 0 left at once, the other ranks would wait
-    for it for ever.
+    Between the tasks all ranks take part in collective operations: if rank 0 raised its error at
+    once, the other ranks would wait for it in the next operation.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,7 +27,7 @@ class RankZero:
         self.error: Exception | None = None
 
     def do(self, task: Callable[..., Any], *args: Any) -> Any:
-        """Run a task on rank 0, unless a task before it failed."""
+        """Run a task on rank 0, unless an earlier task has failed."""
         if not self.here or self.error is not None:
             return None
         try:
@@ -53,5 +53,6 @@ class RankZero:
         there = f"the newest checkpoint is {before}" if before else "there is no other checkpoint"
         raise CheckpointError(
             f"{self.path} cannot be saved: {reason}\n    {there}\n"
-            "    fix: free some space, or mend what it says; the same command then resumes"
+            "    fix: free disk space or correct this cause, then give the same command again to "
+            "resume"
         ) from self.error

@@ -1,4 +1,4 @@
-"""Saves a checkpoint: the weights, and what makes the next step exactly the same step."""
+"""Saves a checkpoint: the weights, and all other state that an exact resume needs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def save(
     """Save a checkpoint, and delete old ones. All ranks must call it.
 
     Args:
-        path: The checkpoint's folder, which appears once it is complete.
+        path: The checkpoint's folder; it gets this name when it is complete.
         write_weights: Writes the weights into a folder.
-        live: The objects whose state is kept.
+        live: The objects whose state is saved.
         counts: What this rank has counted since the last logged line.
         trainer_state: The Trainer's own state; its best checkpoint is not deleted.
         facts: Facts for the manifest: step, ranks and ZeRO stage.
@@ -33,7 +33,7 @@ def save(
 
     Raises:
         CheckpointError: The checkpoint cannot be written. It is raised on all ranks, and the
-            checkpoint before is untouched.
+            previous checkpoint is untouched.
     """
     with RankZero(path) as main:
         partial = main.do(checkpoint.begin, path)

@@ -1,7 +1,7 @@
-"""Parameters that ZeRO-3 has split among the ranks: the only file that reads DeepSpeed's marks.
+"""Parameters that ZeRO-3 has split among the ranks. Only this file reads their ds_* attributes.
 
 DeepSpeed replaces the data of such a parameter by an empty tensor and adds ``ds_id``, ``ds_shape``
-(the shape of the whole) and ``ds_tensor`` (this rank's share, flat and padded).
+(the full shape) and ``ds_tensor`` (this rank's share, flat and padded).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def shape_of(parameter: Any) -> torch.Size:
 
 
 def share_of(parameter: Any) -> torch.Tensor:
-    """Return what this rank holds of a parameter: all of it, or its flat and padded share."""
+    """Return the data of a parameter on this rank: all of it, or its flat and padded share."""
     share: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
     return share
 

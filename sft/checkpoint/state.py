@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the weights, so that the next step is exactly the same step.
+"""The state that a checkpoint stores beside the weights, so that a run resumes exactly.
 
 The optimizer's state is saved unsharded, by the parameters' names, for any number of ranks and any
 ZeRO stage. Nothing is pickled: tensors are in safetensors files, the rest in JSON.
@@ -33,7 +33,7 @@ VALUE = "parameter"  # the key of the trained parameters themselves, in full pre
 
 @dataclass
 class Live:
-    """The objects of a running training whose state a checkpoint keeps.
+    """The objects of a running training whose state a checkpoint stores.
 
     Attributes:
         optimizer: The optimizer and the parameters it updates.
@@ -72,7 +72,7 @@ def kept(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
         for key, value in entry.items():
             if torch.as_tensor(value).ndim:
                 yield f"{key}/{name}", safe_get_full_optimizer_state(parameter, key)
-            else:  # such as Adam's count of steps, which is the same for all parameters
+            else:  # for example Adam's step count, which is the same for all parameters
                 yield f"{key}/{name}", torch.as_tensor(value)
 
 
@@ -92,7 +92,7 @@ def progress(live: Live, counts: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     """Collect from all ranks the state that belongs to no parameter. All ranks must call it.
 
     Args:
-        live: The objects whose state is kept.
+        live: The objects whose state is saved.
         counts: What this rank has counted since the last logged line, as JSON values.
 
     Returns:
@@ -130,7 +130,7 @@ def restore(live: Live, folder: Path) -> list[dict[str, Any]]:
         What each rank had counted; the trainer continues from it when training begins.
 
     Raises:
-        CheckpointError: The checkpoint holds other parameters than are trained now.
+        CheckpointError: The checkpoint's parameters are not those that are trained now.
     """
     record = json.loads((folder / STATE).read_text(encoding="utf-8"))
     optimizer, reader = live.optimizer, Reader(folder)
@@ -144,7 +144,12 @@ def restore(live: Live, folder: Path) -> list[dict[str, Any]]:
             for group, saved in zip(optimizer.torch.param_groups, record["groups"], strict=False):
                 group.update(saved)
         else:
-            logger.info("the state of the optimizer begins anew: %s made it, not %s", made, now)
+            logger.info(
+                "the optimizer starts without its saved state, because train.optim has changed "
+                "from %s to %s",
+                made,
+                now,
+            )
     _restore_schedule(live, record["schedule"])
     if record["scaler"] and live.scaler is not None:
         live.scaler.load_state_dict(record["scaler"])
@@ -160,15 +165,15 @@ def _restore_parameters(optimizer: Optimizer, reader: Reader, folder: Path) -> N
     if saved != optimizer.parameters.keys():
         different = sorted(saved ^ optimizer.parameters.keys())
         raise CheckpointError(
-            f"{folder} holds other parameters than are trained now: {', '.join(different[:3])}"
-            f"{', ...' if len(different) > 3 else ''}\n    fix: run_name=NAME for a run of its own"
+            f"{folder} and this run train different parameters: {', '.join(different[:3])}"
+            f"{', ...' if len(different) > 3 else ''}\n    fix: run_name=NAME for a new run"
         )
     for name, parameter in optimizer.parameters.items():
         value = reader[f"{VALUE}/{name}"]
         if value.shape != sharded.shape_of(parameter):
             raise CheckpointError(
-                f"{folder} holds {name} in another shape, {tuple(value.shape)}\n"
-                "    fix: run_name=NAME for a run of its own"
+                f"{folder} has {name} with the shape {tuple(value.shape)}, this run with a "
+                "different one\n    fix: run_name=NAME for a new run"
             )
         sharded.fill(parameter, value)
         if optimizer.zero is not None:
@@ -227,7 +232,7 @@ def _restore_optimizer(optimizer: Optimizer, reader: Reader) -> None:
 
 
 def _restore_rank(optimizer: Optimizer, reader: Reader) -> None:
-    """Restore this rank's state; ``resume.changed`` has refused another number of ranks."""
+    """Restore this rank's state; ``resume.changed`` refuses a different number of ranks."""
     prefix = f"rank{dist.get_rank()}/"
     for index, flat in enumerate(optimizer.flat):
         saved = {}

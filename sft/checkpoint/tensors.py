@@ -1,4 +1,4 @@
-"""Many tensors in numbered safetensors files: written in parts, read one at a time."""
+"""Many tensors in numbered safetensors files: a file is written when full, a tensor read alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Writer:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
-        """Copy one more tensor; write a file once there are enough."""
+        """Copy a tensor to the CPU; write a file when its size reaches SHARD_BYTES."""
         tensor = tensor.detach().to("cpu", copy=True).contiguous()
         self.tensors[key] = tensor
         self.bytes += tensor.nbytes

@@ -1,1 +1,1 @@
-"""What auto decides, and how much memory a step needs."""
+"""The decisions for settings that are ``auto``, and an estimate of a step's memory."""

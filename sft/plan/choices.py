@@ -1,4 +1,4 @@
-"""What ``auto`` decides in a run: each value, its reason, and the setting that changes it."""
+"""The decisions for settings that are ``auto``: each has a setting, a value and a reason."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
     from sft.data.prepared import Prepared
 
-WIDTH = 100  # columns of the printed block where the output is no terminal
+WIDTH = 100  # columns of the printed block if the output is not a terminal
 LONGEST_VALUE = 20  # columns; a longer value moves only its own reason to the right
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a run is built with, decided before any weight loads.
+    """The decisions that a run is built with, made before any weight loads.
 
     Attributes:
         precision: fp32, bf16 or fp16, and how bf16 products are computed on a CPU.
         zero: The DeepSpeed JSON; None without ZeRO.
-        packing: What a sample is.
+        packing: How documents are packed into samples.
         attention: The attention kernel; None for the architecture's own.
         padding_free: Whether a micro-batch is joined into one row.
         frozen_linear: How linear layers that are not trained are computed.
@@ -85,8 +85,8 @@ class Choices:
         """Format one line for each choice: setting, value and reason, in columns.
 
         Args:
-            width: Columns of the output, beyond which a reason goes on below itself; None: those
-                of the terminal.
+            width: Columns of the output; a longer reason is wrapped into its column. None: the
+                width of the terminal.
         """
         width = width or shutil.get_terminal_size((WIDTH, 24)).columns
         settings = max(len(each.setting) for each in self)
@@ -111,7 +111,7 @@ def choose_precision(
 ) -> Precision:
     """Choose the precision of all ranks on rank 0, which may measure its CPU.
 
-    It needs no data, and refuses a wrong setting before hours of tokenising.
+    It needs no data, so that a precision that cannot be used is refused before hours of tokenising.
 
     Args:
         config: The run's config.
@@ -131,13 +131,13 @@ def choose_precision(
 def decide(
     config: Config, architecture: PreTrainedModel, precision: Precision, prepared: Prepared
 ) -> Choices:
-    """Decide everything that the settings leave to ``auto``; ranks of a run agree.
+    """Decide everything that the settings leave to ``auto``, with the same result on all ranks.
 
     Args:
         config: The run's config.
         architecture: The model on the meta device.
         precision: See ``choose_precision``.
-        prepared: The data, whose longest sample decides the memory of a step.
+        prepared: The data; the length of its longest sample decides the memory of a step.
 
     Raises:
         ConfigError: A value that is set cannot be used with this model, data or machine.
@@ -177,26 +177,28 @@ def decide(
 
 
 def _with_masters(config: Config, precision: Precision) -> Precision:
-    """Say where the weights have a precision of their own."""
+    """Extend the reason if the trained weights are float32 while the run's precision is not."""
     if precision.value == "fp32" or not model.needs_masters(config):
         return precision
-    reason = f"{precision.reason}; the trained weights themselves are float32"
+    reason = f"{precision.reason}; the trained weights are stored in float32"
     return dataclasses.replace(precision, reason=reason)
 
 
 def _packing(config: Config) -> Choice:
-    """Choose ``dataset.packing``; data that was prepared before has its own."""
+    """Choose ``dataset.packing``; prepared data keeps the packing that it was prepared with."""
     meta = artefact.meta_of(config.dataset.path)
     if meta is None:
         return packing_of(config.dataset, config.template.kind)
-    return Choice("dataset.packing", meta["settings"]["packing"], "dataset.path was prepared so")
+    return Choice(
+        "dataset.packing", meta["settings"]["packing"], "dataset.path was prepared with it"
+    )
 
 
 def _adapters(config: Config, by_peft: str) -> Choice:
-    """Say how the adapters are computed, which has no setting of its own."""
+    """Describe how the adapters are computed; no setting decides that."""
     if not config.lora.enabled:
         return Choice("lora.enabled", False, AS_SET)
-    how = f"computed by PEFT: {by_peft}" if by_peft else "computed in fewer passes than by PEFT"
+    how = f"computed by PEFT: {by_peft}" if by_peft else "computed in fewer passes than PEFT's"
     if not by_peft and (config.quantization.load_in_4bit or config.quantization.load_in_8bit):
         how = "computed by PEFT on quantised layers, in fewer passes on others"
     return Choice("lora.enabled", True, f"{AS_SET}; {how}")
@@ -212,9 +214,10 @@ def _evaluation(config: Config, prepared: Prepared) -> Choice:
 
 
 def _same_on_all_ranks(config: Config, own: Choice) -> Choice:
-    """Recompute on every rank if one of them has too little memory.
+    """Turn gradient checkpointing on for every rank if one of them has too little memory.
 
-    Under ZeRO stage 3, ranks that pass the layers in different orders would wait forever.
+    Under ZeRO stage 3 the ranks gather each layer together: ranks that compute the layers in
+    different orders would wait for each other forever.
     """
     if own.reason == AS_SET:
         return own
@@ -222,6 +225,6 @@ def _same_on_all_ranks(config: Config, own: Choice) -> Choice:
     found = exchange([own.value, own.reason], timeout)
     for rank, (recomputes, reason) in enumerate(found):
         if recomputes and not own.value:
-            reason = f"rank {rank} has too little memory, and all do the same: {reason}"
+            reason = f"rank {rank} has too little memory, and all ranks must do the same: {reason}"
             return Choice(own.setting, True, reason)
     return own

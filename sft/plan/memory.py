@@ -1,4 +1,4 @@
-"""An estimate of the memory of a step, to decide whether activations must be recomputed."""
+"""An estimate of a step's memory, to choose ``train.gradient_checkpointing``."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ if TYPE_CHECKING:
 
     from sft.config.settings import Config
 
-MARGIN = 1.3  # covers what is not counted: buffers, fragmentation, the optimizer of an adapter
+MARGIN = 1.3  # for memory that is not counted: buffers, fragmentation, an adapter's optimizer
 
 
 def activation_bytes(config: Any, tokens: int, itemsize: int, scored: int = 0) -> int:
-    """Estimate the bytes of activations that all layers keep for the backward pass.
+    """Estimate the bytes of activations that all layers store for the backward pass.
 
     Per token and layer: inputs and outputs of two norms, two residuals, the query, keys and values,
-    the attention's output (with heads of a size of their own), and four of the MLP's width (two
-    where it has no gate, so that this is the most). Attention keeps scores only where it is eager.
-    After Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, without dropout masks.
+    the attention's output (whose heads may have a size of their own), and four tensors of the MLP's
+    width; an MLP without a gate stores only two, so this is an upper bound. Only eager attention
+    stores its scores. After Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, without
+    dropout masks.
 
     Args:
         config: The model's text config.
         tokens: Tokens in a forward pass.
         itemsize: Bytes of a number.
-        scored: Tokens that each token has a kept attention score for; 0: scores are not kept.
+        scored: Attention scores that are stored per token and head; 0 if they are not stored.
     """
     width = config.hidden_size
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -44,7 +45,7 @@ def activation_bytes(config: Any, tokens: int, itemsize: int, scored: int = 0) -
 def state_bytes(config: Config, parameters: int, itemsize: int, stage: int) -> int:
     """Estimate the bytes of weights, gradients and optimizer state on one rank.
 
-    Those of an adapter are small beside the base model's weights and are not counted.
+    An adapter's are small compared with the base model's weights and are not counted.
 
     Args:
         config: The run's config.
@@ -83,7 +84,7 @@ def choose_checkpointing(
         longest: Tokens of the longest sample.
         itemsize: Bytes of a number in the run's precision.
         stage: The ZeRO stage.
-        keeps_scores: Whether attention keeps every score for the backward pass.
+        keeps_scores: Whether attention stores its scores for the backward pass.
         taken: Bytes of the free memory that packed layers will take.
     """
     asked = config.train.gradient_checkpointing
@@ -95,7 +96,7 @@ def choose_checkpointing(
     state = state_bytes(config, architecture.num_parameters(), itemsize, stage)
     room = available() - taken
     recomputes = MARGIN * (kept + state) > room
-    fit = f"and {MARGIN - 1:.0%} to spare do not fit" if recomputes else "fit"
+    fit = f"plus a margin of {MARGIN - 1:.0%} do not fit" if recomputes else "fit"
     reason = (
         f"{_size(kept)} of activations and {_size(state)} of weights and optimizer state {fit} "
         f"into {_size(room)} free"

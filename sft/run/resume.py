@@ -1,4 +1,4 @@
-"""Whether a run may go on: the same settings, the same base model and the same data."""
+"""Checks of a resume: the same base model and data, and ranks that the checkpoint allows."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from sft.files import digest
 if TYPE_CHECKING:
     from sft.data.prepared import Prepared
 
-# A run may always be resumed with a different value of these, and the difference is logged. How
-# bf16 products are computed on a CPU depends on the processor, and only the order of sums changes.
+# Entries of the identity that may differ when a run is resumed; the difference is logged. How bf16
+# products are computed on a CPU depends on the processor, and changes only the order of sums.
 NOTED = ("products",)
 
 
 def restarted(environ: Mapping[str, str] = os.environ) -> bool:
-    """Say whether torchrun or Slurm started the same command anew, after it had failed."""
+    """Return whether torchrun or Slurm has restarted this command after a failure."""
     names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     return any(environ.get(name, "0") not in ("", "0") for name in names)
 
 
 def changed(path: Path, ranks: int, stage: int) -> str:
-    """Say how a checkpoint goes on elsewhere than where it was made.
+    """Describe how ranks or ZeRO stage differ from those of a checkpoint; empty if they do not.
 
     Raises:
-        CheckpointError: Its optimizer's state cannot.
+        CheckpointError: The optimizer's state cannot be restored on these ranks and this stage.
     """
     made = checkpoint.manifest(path)
     there = f"{made['ranks']} ranks under ZeRO stage {made['stage']}"
@@ -43,18 +43,20 @@ def changed(path: Path, ranks: int, stage: int) -> str:
     }[made["kind"]]
     if stuck:
         raise CheckpointError(
-            f"{path} was made by {there}, and this optimizer's state is kept {made['kind']}: it "
-            f"cannot go on on {here}\n    fix: the same ranks and zero=..., or output_dir=ANOTHER"
+            f"{path} was made by {there}, and this optimizer's state is saved {made['kind']}: it "
+            f"cannot be restored on {here}\n"
+            "    fix: use the same number of ranks and the same zero=, or run_name=NAME for a new "
+            "run"
         )
     return "" if same else f" (made by {there}; now {here})"
 
 
 def require_same_checkpoint(folder: Path, checkpoint: Path | None) -> None:
-    """Compare what all ranks resume from; the process group must exist.
+    """Check that all ranks resume from the same checkpoint; the process group must exist.
 
     Args:
-        folder: The run's.
-        checkpoint: What this rank resumes from; None: nothing.
+        folder: The run's folder.
+        checkpoint: The checkpoint that this rank resumes from; None for a new run.
 
     Raises:
         RunError: The ranks found different checkpoints.
@@ -64,7 +66,7 @@ def require_same_checkpoint(folder: Path, checkpoint: Path | None) -> None:
     if len(set(gather(checkpoint))) > 1:
         raise RunError(
             f"not all ranks see the same checkpoints in {folder}\n"
-            "    fix: output_dir=FOLDER on a file system that all nodes share"
+            "    fix: output_dir=FOLDER, on a file system that all nodes share"
         )
 
 
@@ -72,7 +74,7 @@ def base_identity(model: ModelConfig) -> str:
     """Identify a base model: by its commit on the hub, or a hash of its config and weights.
 
     Raises:
-        ModelError: It is not there or cannot be reached.
+        ModelError: The model is missing or cannot be reached.
     """
     from sft.model.base import commit_of
 
@@ -84,7 +86,7 @@ def base_identity(model: ModelConfig) -> str:
 
 
 def identity(model: ModelConfig, prepared: Prepared) -> dict[str, str]:
-    """Identify what is trained, and on what, by content.
+    """Identify the base model and the data by their content.
 
     Returns:
         ``base``: see ``base_identity``; ``data``: a hash of the samples as they were tokenised.

@@ -1,4 +1,4 @@
-"""A run's folder: claimed once, never trained over, and honest about how far the run came."""
+"""A run's folder: used by one process at a time, resumed or refused, with the status of the run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ logger = logging.getLogger("sft")
 
 
 class Run:
-    """The folder of one run, as rank 0 writes it and every rank reads it."""
+    """The folder of one run: rank 0 writes it, every rank reads it."""
 
     def __init__(self, config: Config) -> None:
         assert config.output_dir is not None
@@ -60,23 +60,26 @@ class Run:
         self.resumed: Path | None = None
         self._accepted: list[str] = []
         self._record: dict[str, Any] = {}
-        self._found: str | None = None  # the folder's run.json as it was when all was decided
+        self._found: str | None = None  # run.json as resume_point() read it
         self._lock: IO[str] | None = None  # held until release(); the kernel frees it if we die
         self._log: logging.Handler | None = None
 
     def resume_point(self) -> Path | None:
-        """Decide, reading only, whether to start, to go on, or to refuse.
+        """Decide whether to start, resume or refuse the run, without writing anything.
 
         Raises:
-            RunError: The run is finished, was made with other settings, or the folder is taken.
-            CheckpointError: The checkpoint that was named cannot be used, or none can.
+            RunError: The run is finished or has different settings, or the folder cannot be used.
+            CheckpointError: The checkpoint that is named, or every checkpoint, cannot be used.
         """
-        # Of a command that was restarted, the first start went back; this one goes on.
+        # resume.checkpoint applies to the first start only; after a restart, continue from the
+        # newest checkpoint.
         named = None if resume.restarted() else self.config.resume.checkpoint
         self._found = self._read()
         there = next(path for path in (self.dir, *self.dir.absolute().parents) if path.exists())
         if not os.access(there, os.W_OK):
-            raise RunError(f"{self.dir} cannot be written to\n    fix: output_dir=DIR")
+            raise RunError(
+                f"{self.dir} cannot be written to\n    fix: output_dir=FOLDER that you may write to"
+            )
         if self.dir.exists() and not self.dir.is_dir():
             raise RunError(f"{self.dir} is a file\n    fix: output_dir=FOLDER")
         if not self.dir.exists() or {path.name for path in self.dir.iterdir()} <= {LOCK}:
@@ -89,7 +92,7 @@ class Run:
         config_file = self.dir / "config.yaml"
         if not config_file.is_file():
             raise RunError(
-                f"{self.dir} holds files that are not a run's\n    fix: output_dir=ANOTHER_FOLDER"
+                f"{self.dir} holds files that are not a run's\n    fix: output_dir=NEW_FOLDER"
             )
         self._refuse_if_taken()
         if self.config.overwrite and not resume.restarted():
@@ -98,17 +101,17 @@ class Run:
         before = OmegaConf.to_container(OmegaConf.load(config_file))
         allowed = set(self.config.resume.allow)
         differences = compare.differences(before, dataclasses.asdict(self.config))
-        self._accept(f"{self.dir} holds a run with other settings", differences, allowed)
+        self._accept(f"{self.dir} holds a run with different settings", differences, allowed)
         if self.record().get("status") == "finished":
             raise RunError(
-                f"{self.dir} is finished\n"
-                "    fix: run_name=NAME for another run, or overwrite=true to replace it"
+                f"the run in {self.dir} is finished\n"
+                "    fix: run_name=NAME for a new run, or overwrite=true to replace this one"
             )
         found, passed_over = checkpoint.choose(self.dir, named)
         for path, why in passed_over:
-            logger.info("passed over %s: %s", path, why)
+            logger.info("%s is not used: %s", path, why)
         if found is None:
-            logger.info("starting again from step 0: %s has no checkpoint", self.dir)
+            logger.info("starting again from step 0, because %s has no checkpoint", self.dir)
         else:
             stage = zero.stage(zero.read(self.config.zero))
             logger.info("resuming from %s%s", found, resume.changed(found, world_size(), stage))
@@ -122,10 +125,10 @@ class Run:
     def identify(self, choices: Choices, prepared: Prepared) -> None:
         """Compare base model, data and precision with those of the run that is resumed.
 
-        Both are kept for ``run.json``. Rank 0 does it for all.
+        The choices and the identity will be written to ``run.json``. Only rank 0 does this.
 
         Raises:
-            RunError: One of them has changed under the same settings.
+            RunError: One of them has changed although the settings are the same.
         """
         if os.environ.get("RANK", "0") != "0":
             return
@@ -147,22 +150,22 @@ class Run:
         )
 
     def _accept(self, what: str, differences: dict[str, str], allowed: set[str]) -> None:
-        """Note the differences that were allowed; refuse the others."""
+        """Record the differences that are allowed, and refuse the others."""
         refused = [line for key, line in differences.items() if key not in allowed]
         if refused:
             names = ",".join(key for key in differences if key not in allowed)
             raise RunError(
                 f"{what}:\n"
                 + "\n".join(f"    {line}" for line in refused)
-                + "\n    fix: run_name=NAME for a run beside it, or overwrite=true to replace it, "
-                f"or 'resume.allow=[{names}]' to go on all the same"
+                + "\n    fix: run_name=NAME for a new run, or overwrite=true to replace this one, "
+                f"or 'resume.allow=[{names}]' to resume nevertheless"
             )
         for line in differences.values():
-            logger.info("going on with a difference that was allowed: %s", line)
+            logger.info("resuming with a difference that is allowed: %s", line)
         self._accepted += differences.values()
 
     def record(self) -> dict[str, Any]:
-        """Read ``run.json``: how far the run came, and with what; empty where there is none."""
+        """Read ``run.json``, the status of the run and its facts; empty if there is none."""
         content = json.loads(self._read() or "{}")
         assert isinstance(content, dict)
         return content
@@ -181,13 +184,16 @@ class Run:
                 raise self._taken() from None
 
     def _taken(self) -> RunError:
-        return RunError(f"another process trains in {self.dir}\n    fix: run_name=NAME, or wait")
+        return RunError(
+            f"another process trains in {self.dir}\n"
+            "    fix: run_name=NAME for a new run, or wait until that process ends"
+        )
 
     def claim(self) -> None:
-        """Make the folder this run's; on rank 0, once everything that can refuse has passed.
+        """Lock the folder, and write the settings and the status; on rank 0, after all checks.
 
         Raises:
-            RunError: Another process trains in it, or it cannot be written to.
+            RunError: Another process trains in the folder, or it cannot be written to.
         """
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -196,7 +202,7 @@ class Run:
             if self._read() != self._found:
                 raise RunError(
                     f"another process has trained in {self.dir} meanwhile\n"
-                    "    fix: the same command again, which sees what is there now"
+                    "    fix: give the same command again, which reads the new state of the folder"
                 )
             before = {} if self.config.overwrite else self.record()
             if self.config.overwrite:
@@ -229,7 +235,7 @@ class Run:
             raise self._taken() from None
         except OSError as error:
             raise RunError(
-                f"{self.dir} cannot be used: {error}\n    fix: mend that, or output_dir=DIR"
+                f"{self.dir} cannot be used: {error}\n    fix: correct that, or output_dir=FOLDER"
             ) from error
 
     def _empty(self) -> None:
@@ -240,26 +246,26 @@ class Run:
                 path.unlink()
 
     def keep_audit(self, prepared: Path) -> None:
-        """Keep what was said of the data beside the run, which outlives the cache."""
+        """Copy the audit of the data into the folder, because the cache may be deleted."""
         for source, name in (
             (prepared / "data.json", "data.json"),
-            (prepared / "meta.json", "data.json"),  # of an artefact
+            (prepared / "meta.json", "data.json"),  # its name in a folder of prepared data
             (prepared / "dropped.jsonl", "dropped.jsonl"),
         ):
             if source.is_file():
                 write_text(self.dir / name, source.read_text(encoding="utf-8"))
 
     def finish(self, final: dict[str, Any], **facts: Any) -> None:
-        """Write ``"status": "finished"``, the flag that everything is in place."""
+        """Write ``"status": "finished"``, which says that all files of the run are complete."""
         self._record |= {"status": "finished", "seconds": round(time.time() - self.began, 1)}
         self._record |= {"final": final, **facts}
         self._write()
 
     def end(self, status: str, reason: str) -> None:
-        """Keep why the run ended early, ``failed`` or ``stopped``; it can be resumed."""
+        """Record that the run ``failed`` or was ``stopped``, and why; it can be resumed."""
         if self._record:
             self._record |= {"status": status, "reason": reason}
-            with contextlib.suppress(OSError):  # a full disk, which is the reason already
+            with contextlib.suppress(OSError):  # a full disk; the error in progress says so
                 self._write()
 
     def log_to_file(self, rank: int) -> None:
@@ -267,7 +273,7 @@ class Run:
         self._log = logging.FileHandler(self.dir / f"rank{rank}.log", encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(self._log)
-        if logger.level == logging.NOTSET:  # in a notebook, where no command has set it
+        if logger.level == logging.NOTSET:  # in a notebook, where no command has set the level
             logger.setLevel(logging.INFO)
 
     def release(self) -> None:
@@ -298,7 +304,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Name the toolkit's commit, where it is a clone."""
+    """Return sft's commit; None if sft does not run from a git clone."""
     if not (HOME_DIR / ".git").exists():
         return None
     result = subprocess.run(
@@ -311,7 +317,7 @@ def git_commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Say what the run had: processors, memory (GiB) and GPUs."""
+    """List the machine's processors, memory (GiB) and GPUs."""
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

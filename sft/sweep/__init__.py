@@ -1,1 +1,1 @@
-"""Sweeps: trials that run in processes of their own, and their table."""
+"""Sweeps: each trial runs in separate processes, and a table compares the trials."""

@@ -1,7 +1,7 @@
-"""One trial of a sweep: a fresh torchrun that is watched, stopped, and read when it has ended.
+"""One trial of a sweep: a new torchrun, how it is interrupted, and the result that it left.
 
-One process cannot train twice: DeepSpeed's state leaks from one trial into the next, and a rank
-that fails leaves the others in a collective that pairs with the next trial's.
+Trials do not share a process: DeepSpeed's global state would leak from one trial into the next, and
+when a rank fails, the other ranks wait in a collective that the next trial's would match.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from sft.config.settings import Config, fill_names
 
 logger = logging.getLogger("sft")
 
-# Seconds for an interrupted trial to end by itself; torchrun kills its ranks after 30 of them.
+# Seconds in which an interrupted trial must end by itself; torchrun kills its ranks after 30.
 GRACE = 40
-# What torchrun sets for its ranks or reads for itself (PET_*).
+# Environment variables that torchrun sets for its ranks, or reads itself (PET_*).
 TORCHRUN_VARIABLE = re.compile(
     r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
     r"|(TORCHELASTIC|PET)_.*|TORCH_NCCL_ASYNC_ERROR_HANDLING|SFT_ERROR_FILE"
 )
-# Where a trial's own output ends and torchrun's account of its failure begins.
+# The line at which a trial's own output ends and torchrun's report of the failure begins.
 TORCHRUN_EPILOGUE = re.compile(r"^E\d{4} .*\] failed \(exitcode: (-?\d+)\)", re.MULTILINE)
 TORCHRUN_LINE = re.compile(r"[IWE]\d{4} .*torch/")
 
 
 @dataclass
 class Trial:
-    """One run of a sweep; what it holds from ``overrides`` on goes into sweep.json.
+    """One run of a sweep. All fields but ``command`` and ``config`` are written to sweep.json.
 
     Attributes:
         command: Starts the trial.
         config: The composed settings, not yet checked.
-        overrides: What sets it apart from the other trials, such as ``lora.r=4``.
+        overrides: The settings that differ between the trials, such as ``lora.r=4``.
         output_dir: The run's folder.
         log: The file that its output is appended to.
         status: ``not started``, ``finished`` or ``failed``.
         message: Why it failed, or that it was finished before this sweep.
-        final: The results in its run.json.
+        final: The final results in its run.json.
         seconds: Wall-clock time it took; None if it did not run.
     """
 
@@ -67,10 +67,10 @@ class Trial:
     seconds: float | None = None
 
     def __str__(self) -> str:
-        return " ".join(self.overrides) or "(nothing swept)"
+        return " ".join(self.overrides) or "(no setting is swept)"
 
     def train(self) -> None:
-        """Train in a fresh process and take over what came of it.
+        """Train in a new process and read the result from its files.
 
         Raises:
             KeyboardInterrupt: The user interrupted; the trial's processes have ended.
@@ -100,18 +100,22 @@ class Trial:
             self.message = error_file.read_text(encoding="utf-8").strip()
             error_file.unlink()
         elif exit_code == 0:
-            self.message = f"ended, but {self.output_dir}/run.json does not say that it finished"
+            self.message = f"exit code 0, but {self.output_dir}/run.json has no status finished"
         else:
             self.message = _last_words(log, begin, exit_code)
 
     def take_over(self) -> bool:
-        """Take the results of an earlier run of the same settings, if it finished."""
+        """Use the results of an earlier finished run with the same settings.
+
+        Returns:
+            Whether there is such a run.
+        """
         record = self._record()
         if record.get("status") != "finished" or self.config.get("overwrite"):
             return False
         saved = OmegaConf.to_container(OmegaConf.load(Path(self.output_dir) / "config.yaml"))
         if _settings(saved) != _settings(self.config):
-            return False  # the trial itself refuses, and says what differs
+            return False  # the trial itself is refused, with the list of differences
         self.status, self.message, self.final = "finished", "finished before", record["final"]
         self.seconds = record.get("seconds")
         return True
@@ -124,16 +128,16 @@ class Trial:
 
 
 def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Copy the environment without what an outer torchrun left in it."""
+    """Copy the environment without the variables of an outer torchrun."""
     return {key: value for key, value in environ.items() if not TORCHRUN_VARIABLE.fullmatch(key)}
 
 
 @contextlib.contextmanager
 def signals_as_interrupt() -> Iterator[None]:
-    """Let a scheduler's signal or a closed terminal's end a trial as Ctrl-C does."""
+    """Treat SIGTERM (a scheduler) and SIGHUP (a closed terminal) as Ctrl-C."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in handlers.items():
-        if handler is signal.SIG_DFL:  # an ignored one stays so: that is how nohup works
+        if handler is signal.SIG_DFL:  # an ignored signal must stay ignored, as nohup needs
             signal.signal(number, signal.default_int_handler)
     try:
         yield
@@ -149,8 +153,8 @@ def _call(command: list[str], output: IO[bytes], environ: dict[str, str]) -> int
         stdout=output,
         stderr=subprocess.STDOUT,
         env=environ,
-        # Of its own, or the terminal's Ctrl-C would reach torchrun beside ours and cut short its
-        # waiting for the ranks.
+        # In our session, the terminal's Ctrl-C would reach torchrun in addition to our SIGINT, and
+        # the second one would end its wait for the ranks.
         start_new_session=True,
     )
     try:
@@ -161,9 +165,9 @@ def _call(command: list[str], output: IO[bytes], environ: dict[str, str]) -> int
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End a trial's processes; a second Ctrl-C does not hurry it, for ranks would stay behind."""
+    """End a trial's processes. A second Ctrl-C is ignored: it would leave ranks running."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logger.info("interrupted: ending this trial, within %s seconds", GRACE)
+    logger.info("interrupted: this trial is stopped, which takes up to %s seconds", GRACE)
     try:
         os.killpg(child.pid, signal.SIGINT)
         child.wait(GRACE)
@@ -177,7 +181,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def _settings(values: Any) -> dict[str, Any] | None:
-    """Type and name settings as a run does, and keep those that change what is trained."""
+    """Return the settings that affect training, converted as a run does; None if invalid."""
     try:
         typed = OmegaConf.merge(OmegaConf.structured(Config), values)
     except OmegaConfBaseException:
@@ -188,7 +192,7 @@ def _settings(values: Any) -> dict[str, Any] | None:
 
 
 def _last_words(log: Path, begin: int, exit_code: int) -> str:
-    """Find the last line that a trial itself wrote, before torchrun's account of its end."""
+    """Report the exit code and the last line of the trial's own output."""
     with log.open("rb") as file:
         file.seek(begin)
         text = file.read().decode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Trials, each in a torchrun of its own, and the table that sums them up."""
+"""The trials of a sweep, one torchrun after the other, and the table that compares them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def sweep_name(overrides: Sequence[str]) -> str:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    # What is swept comes first, because a long name loses its end.
+    # Swept settings come first, because a long name is cut at its end.
     parsed.sort(key=lambda override: not override.is_sweep_override())
     return file_name("+".join(str(item.input_line).lstrip("+") for item in parsed), limit=60)
 
 
 def file_name(text: str, limit: int = 100) -> str:
-    """Make a name that any file system takes; a hash stands for what had to go."""
+    """Make a name that every file system accepts; a hash replaces the characters removed."""
     name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", text).strip("-.")
     if name == text and 0 < len(name) <= limit:
         return name
@@ -41,7 +41,7 @@ def file_name(text: str, limit: int = 100) -> str:
 
 
 def ranks(asked: int | None, environ: Mapping[str, str] = os.environ) -> int:
-    """Decide how many ranks a trial has: as asked, or as many as torchrun started here, or 1."""
+    """Return the ranks of a trial: ``asked``, or as many as torchrun started here, or 1."""
     return int(environ.get("LOCAL_WORLD_SIZE", "1")) if asked is None else asked
 
 
@@ -53,7 +53,7 @@ def plan(
     nproc_per_node: int,
     config_dirs: Sequence[str],
 ) -> list[Trial]:
-    """Give each trial its command, its folder and its log.
+    """Build the trials with their commands, folders and log files.
 
     Args:
         jobs: Each trial's overrides, as Hydra's sweeper expanded them.
@@ -99,14 +99,14 @@ def plan(
 
 
 def run(trials: Sequence[Trial], sweep_dir: Path) -> int:
-    """Train one trial after the other, and sum them up.
+    """Train one trial after the other, and print their table.
 
     Returns:
         The exit code: 0, 1 if a trial failed, 130 if the user interrupted.
     """
     exit_code = 0
     sweep_dir.mkdir(parents=True, exist_ok=True)
-    logger.info("%d trials; each one's output goes to %s/TRIAL.log", len(trials), sweep_dir)
+    logger.info("%d trials; the output of each is in %s/TRIAL.log", len(trials), sweep_dir)
     try:
         with signals_as_interrupt():
             for number, trial in enumerate(trials, 1):
@@ -134,12 +134,12 @@ def _train(trial: Trial, title: str) -> None:
 
 
 def _save(trials: Sequence[Trial], sweep_dir: Path) -> None:
-    """Write sweep.json; a reader, or a sweep that is killed now, finds it complete."""
+    """Write sweep.json atomically: it is complete whenever it is read or the sweep is killed."""
     write_text(sweep_dir / "sweep.json", json.dumps(records(trials), indent=2) + "\n")
 
 
 def records(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Give what sweep.json and ``--json`` say of each trial."""
+    """Return the records of all trials, for sweep.json and ``--json``."""
     return [
         {key: value for key, value in vars(trial).items() if key not in ("command", "config")}
         for trial in trials
@@ -175,9 +175,9 @@ def _show(trials: Sequence[Trial], sweep_dir: Path) -> None:
         if accuracy:
             cells.append("" if share is None else f"{share:.1%}")
         cells += [_duration(trial), ", ".join(filter(None, ["best" * (index == best), note]))]
-        # As Text, because [q_proj] would be read as a mark-up tag.
+        # rich would read [q_proj] in a plain string as a mark-up tag.
         table.add_row(*map(Text, cells), style="bold" if index == best else None)
-    # A pipe has no width, and rich would fold the overrides at 80 columns.
+    # For a pipe, which has no width, rich would fold the overrides at 80 columns.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     logger.info("summary: %s/sweep.json", sweep_dir)
 
@@ -193,7 +193,7 @@ def _loss(trial: Trial) -> str:
 
 
 def _duration(trial: Trial) -> str:
-    """Write seconds as a person would: 4.2 s, 12 min, 3.5 h."""
+    """Format seconds with a fitting unit: 4.2 s, 12 min, 3.5 h."""
     seconds = trial.seconds
     if seconds is None:
         return ""

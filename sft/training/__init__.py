@@ -1,1 +1,1 @@
-"""The trainer, and what a run is put together from."""
+"""The trainer and the functions that build it."""

@@ -1,4 +1,4 @@
-"""The parts that a run is put together from: collator, TRL's arguments, trainer."""
+"""Builds the parts of a run: collator, TRL's arguments, trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def make_collator(config: Config, choices: Choices, tokenizer: Any) -> Collator:
-    """Make what joins or pads samples into a batch."""
+    """Build the collator, which joins or pads samples into a batch."""
     from sft.data.collator import Collator
     from sft.fast import attention
 
@@ -37,7 +37,7 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
     """Map the train section onto TRL's class by name, and start the process group.
 
     Raises:
-        ConfigError: A combination that only TRL or Transformers knows to be wrong.
+        ConfigError: TRL or Transformers refuses a combination of settings.
     """
     import torch
     from transformers.utils import is_torch_tf32_available
@@ -69,10 +69,11 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
             disable_tqdm=True,
             **{
                 "ddp_find_unused_parameters": False,
-                # Which checkpoint is the best, so that it is kept.
+                # Decides which checkpoint is the best: that one is never deleted.
                 **({"metric_for_best_model": "eval_loss"} if choices.evaluates else {}),
                 "logging_nan_inf_filter": False,  # a NaN must show in the logged loss
-                # Together: a batch is copied to the GPU while the one before is computed.
+                # With non_blocking below: a batch is copied to the GPU while the previous one is
+                # computed.
                 "dataloader_pin_memory": torch.cuda.is_available(),
                 "accelerator_config": {"non_blocking": torch.cuda.is_available()},
                 # With bf16 or fp16 the remaining float32 products may use TF32. With
@@ -84,7 +85,7 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            [Problem("train", str(error).strip().splitlines()[0], "correct the setting it names")]
+            [Problem("train", str(error).strip().splitlines()[0], "correct the setting named here")]
         ) from error
     if choices.ds_config is not None:
         _start_deepspeed(choices.stage)
@@ -98,8 +99,8 @@ def _start_deepspeed(stage: int) -> None:
 
     from sft.fast import zero3
 
-    # Of all ops, DeepSpeed would look for one that shares memory in inference, and compile it for
-    # a minute on a new machine.
+    # init_distributed would look up its shared-memory op for inference in this table, and compile
+    # it for a minute on a new machine.
     deepspeed.ops.__compatible_ops__ = {}
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend)
@@ -116,7 +117,7 @@ def make_trainer(
     tokenizer: Any,
     lora: Any,
 ) -> Trainer:
-    """Put the adapter on the base model, both into the trainer, and compute them as chosen."""
+    """Build the trainer with the base model and the adapter, and install the chosen fast layers."""
     from sft.fast import linear
     from sft.fast import lora as fast_lora
     from sft.training.trainer import Trainer
@@ -132,7 +133,7 @@ def make_trainer(
     )
     if args.deepspeed is None and not getattr(base, "is_quantized", False):
         # PEFT keeps LoRA in float32, and modules_to_save in the base's precision, in which AdamW
-        # would lose small updates. DeepSpeed has float32 masters of its own.
+        # would lose small updates. DeepSpeed keeps its own float32 copies.
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

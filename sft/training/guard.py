@@ -1,4 +1,4 @@
-"""Checks after every step, on all ranks at once: signals, and a loss or gradient gone wrong."""
+"""Checks after every step on all ranks: signals, and a loss or gradient that is not usable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sft.training.signals import INTERRUPTED, STOPPED, Signals
 logger = logging.getLogger("sft")
 
 RECENT = 20  # steps over which the loss is averaged; a jump is measured against the average
-SKIPS = 10  # steps skipped in a row, after which the weights must be at fault and the run stops
+SKIPS = 10  # the run stops after this many skipped steps in a row: the weights must be damaged
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Step:
 
 
 class Guard(TrainerCallback):  # type: ignore[misc]
-    """Stops on a signal once the step is saved, and on a loss that is not finite or has jumped.
+    """Stops a run on a signal once the step is saved, and on a loss that is not finite or jumps.
 
     The trainer reports the loss of each micro-batch and the step's gradient norm. The ranks add up
     their figures in one small all-reduce a step. On a GPU the sums are read one step later, so that
@@ -100,8 +100,8 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         if step is not None and self._look(step):
             self.settle()
             control.should_save = control.should_training_stop = True
-            # An evaluation that is due is done when the run is resumed. Only the evaluation after
-            # the last step is kept: it stops the run itself, before training ends and is logged.
+            # An evaluation that is due is repeated when the run is resumed. Only the one after the
+            # last step still starts: it stops the run itself, before the end of training is logged.
             control.should_evaluate &= state.global_step >= state.max_steps
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -116,7 +116,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         return bool(flag.item())
 
     def kept(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the recent losses, and how many steps were skipped."""
+        """Return what a checkpoint stores: recent losses and the number of skipped steps."""
         return {"recent": list(self.recent), "skipped": self.skipped}
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         name = "another rank's signal" if received is None else signal.Signals(received).name
         where = f"after step {step}, which is saved" if step else "before the first step"
         raise Stopped(
-            f"stopped by {name} {where}; the same command again resumes",
+            f"stopped by {name} {where}; give the same command again to resume",
             INTERRUPTED if received == signal.SIGINT else STOPPED,
         )
 
@@ -166,7 +166,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
                 self._fail(f"{SKIPS} steps in a row were skipped", step)
         elif not finite:
             self._fail(
-                self._where(step, loss, norm), step, ", or train.on_nan=skip to go on without it"
+                self._where(step, loss, norm), step, ", or train.on_nan=skip to skip such updates"
             )
         else:
             self._skips_in_a_row = 0
@@ -202,11 +202,12 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         good = next(iter(checkpoint.checkpoints(folder)), None)
         there = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise RunError(
-            f"{what}; {there}\n    fix: look at these rows; a smaller train.learning_rate{else_}"
+            f"{what}; {there}\n"
+            f"    fix: check the rows of this step; use a smaller train.learning_rate{else_}"
         )
 
 
 def listed(rows: Sequence[int], most: int = 20) -> str:
-    """List row numbers, not all where they are many."""
+    """Format row numbers as a list; of more than ``most``, only the first are named."""
     more = f" and {len(rows) - most} more" if len(rows) > most else ""
     return ", ".join(map(str, rows[:most])) + more

@@ -1,4 +1,4 @@
-"""Sums and counts between two logged lines. A checkpoint keeps them, so that both stay exact."""
+"""Sums and counts since the last logged line; a checkpoint stores them for an exact resume."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunningMetrics:
         self.tokens = saved["tokens"]
 
     def see(self, inputs: dict[str, Any]) -> None:
-        """Count a micro-batch."""
+        """Count the tokens of a micro-batch."""
         mask = inputs.get("attention_mask")
         self.tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with checkpoints after which the next step is exactly the same step.
+"""TRL's SFTTrainer with checkpoints from which a run resumes exactly.
 
 Only this file touches the private attributes in which the Trainer and TRL sum and count what is
 logged next.
@@ -64,7 +64,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     def _kept_counts(self) -> dict[str, Any]:
         """Return what this rank has summed and counted since the last logged line, as JSON values.
 
-        ``resume_counts`` goes on from it.
+        ``resume_counts`` restores it.
         """
         assert self.guard is not None
         return {
@@ -94,7 +94,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     def evaluate_if_due(self) -> None:
         """Evaluate if the run ended between saving a step and evaluating it."""
         step, epoch = self.state.global_step, self.state.epoch or 0.0
-        last = step >= self.state.max_steps  # after which the Trainer evaluates in any case
+        last = step >= self.state.max_steps  # the Trainer always evaluates after the last step
         due = {
             "steps": (last or step % self.state.eval_steps == 0) and step >= self.args.eval_delay,
             "epoch": (last or float(epoch).is_integer()) and epoch >= self.args.eval_delay,
@@ -107,7 +107,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         """Save a checkpoint unless this step has one, and stop if a signal asked for that.
 
         Raises:
-            CheckpointError: The checkpoint cannot be written; the one before is untouched.
+            CheckpointError: The checkpoint cannot be written; the previous one is untouched.
             Stopped: A signal asked the run to stop.
         """
         step, args = self.state.global_step, self.args
@@ -147,7 +147,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         """Write the trained weights and the tokenizer into a folder that is complete or absent.
 
         Raises:
-            CheckpointError: They cannot be written, or are not what was trained.
+            CheckpointError: The files cannot be written, or do not hold what was trained.
         """
         with RankZero(folder) as main:
             partial = main.do(checkpoint.begin, folder)
@@ -161,7 +161,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         main.do(weights.write, model, tokenizer, folder, found, updated)
 
     def _live(self) -> state.Live:
-        """Return what a checkpoint keeps beside the weights and the counts."""
+        """Return the objects whose state a checkpoint stores beside the weights and the counts."""
         return state.Live(
             Optimizer(self.optimizer, self.bare_model),
             self.lr_scheduler,

@@ -38,7 +38,8 @@ class Signals:
         _watch_forks()
         Signals.entered += 1
         for number in WATCHED:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as shells do for background jobs
+            # Shells make background jobs ignore SIGINT; that must stay so.
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -62,10 +63,10 @@ class Signals:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None and process.rank() == 0:
-            hint = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+            hint = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
             name = signal.Signals(number).name
             # os.write, because the signal may have interrupted logging, which holds a lock.
-            line = f"{name}: saving at the end of this step{hint}\n"
+            line = f"{name}: the run stops after it has saved this step{hint}\n"
             with contextlib.suppress(OSError):  # the terminal may be closed
                 os.write(sys.stderr.fileno(), line.encode())
         self.received = number
@@ -87,7 +88,7 @@ def _leave_group() -> None:
 
 
 def end_with_rank(init: Callable[[int], object], worker: int) -> None:
-    """Start a loader worker that is killed when its rank dies, or it would keep the run's lock."""
+    """Start a loader worker that dies with its rank; otherwise it would hold the run's lock."""
     _die_with_parent(signal.SIGKILL)
     init(worker)
 

@@ -1,4 +1,4 @@
-"""What is printed before training: data, the batch's arithmetic, trained share, a sample."""
+"""Prints a summary before training: data, arithmetic of the batch, trained share, a sample."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer
     for line in audit.lines(prepared.parts):
         logger.info("%s", line)
     logger.info(
-        "batch: %s per rank x %s ranks x %s accumulation = %s sequences a step; %s samples = "
-        "%s steps an epoch; %s steps in all, about %s tokens",
+        "batch: %s per rank x %s ranks x %s accumulation = %s sequences per step; %s samples = "
+        "%s steps per epoch; %s steps in total, about %s tokens",
         micro,
         args.world_size,
         accumulation,
@@ -48,17 +48,17 @@ def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer
     )
     if config.quantization.load_in_8bit:
         logger.info(
-            "quantization int8: bitsandbytes rounds the inputs of linear layers too, to float16 "
-            "(above 65,504 they overflow), then to 8 bits"
+            "quantization.load_in_8bit: bitsandbytes also rounds the inputs of linear layers, "
+            "first to float16 (values above 65,504 overflow), then to 8 bits"
         )
     sample = marked(prepared.train.dataset[0], tokenizer)
     if len(sample) > 2000:
         sample = f"{sample[:1000]} [...] {sample[-1000:]}"
-    logger.info("first sample, trained between the brackets:\n%s", sample)
+    logger.info("first sample; the tokens between the brackets are trained:\n%s", sample)
 
 
 def planned_steps(args: SFTConfig, samples: int) -> tuple[int, int]:
-    """Count optimizer steps, in an epoch and in all, as the Trainer does."""
+    """Count the optimizer steps of an epoch and of the run, as the Trainer does."""
     forwards = math.ceil(samples / (args.per_device_train_batch_size * args.world_size))
     per_epoch = math.ceil(forwards / args.gradient_accumulation_steps)
     return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(
@@ -67,7 +67,7 @@ def planned_steps(args: SFTConfig, samples: int) -> tuple[int, int]:
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
-    """Count trained and all parameters, those that ZeRO-3 or 4-bit storage hides too."""
+    """Count trained and all parameters, by their full shapes under ZeRO-3 and in 4 bits too."""
     trained = total = 0
     for parameter in model.parameters():
         count = sharded.shape_of(parameter).numel()

@@ -1,4 +1,4 @@
-"""The trainer: TRL's, with our head, an exact evaluation and a data order that fits any ranks."""
+"""TRL's trainer with our LM head, exact evaluation, and a data order for any number of ranks."""
 
 from __future__ import annotations
 
@@ -181,23 +181,23 @@ class Trainer(ResumableTrainer):
             sampler_fn=order,
             is_training=True,
         )
-        inner = loader.base_dataloader  # which Accelerate wraps
-        # The loader draws the workers' seeds from this generator when an epoch begins. From the
-        # global one, which dropout uses too, a resumed run would draw once more.
+        inner = loader.base_dataloader  # Accelerate wraps this one
+        # The loader draws the workers' seeds from this generator when an epoch begins. If it used
+        # the global one, as dropout does, a resumed run would draw from that one time too many.
         inner.generator = torch.Generator().manual_seed(self.args.seed)
         inner.worker_init_fn = functools.partial(end_with_rank, inner.worker_init_fn)
         return loader
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
-        """Set the epoch's order; train no step when the checkpoint is that of the last step.
+        """Set the epoch's order; train no step if the checkpoint is that of the last step.
 
-        The Trainer and Accelerate hand the epoch on from wrapper to wrapper, and the wrapper that
-        skips the batches before a checkpoint does not reach the sampler of several ranks: the rest
-        of the epoch would be read in the first epoch's order.
+        The Trainer and Accelerate pass the epoch number through the wrappers of the loader. On
+        several ranks, the wrapper that skips the batches before a checkpoint does not pass it to
+        the sampler, which would read the rest of the epoch in the first epoch's order.
         """
         self._order.set_epoch(epoch)
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(epoch=epoch, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write no model card: run.json and config.yaml say more."""
+        """Write no model card: run.json and config.yaml contain more."""

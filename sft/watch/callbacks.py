@@ -1,4 +1,4 @@
-"""Callbacks that watch a run: log lines, the metrics file, and the check that ranks agree."""
+"""Callbacks of a run: log lines, the metrics file, and the check that ranks stay equal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Lines(ProgressCallback):  # type: ignore[misc]
             self.current_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         if self.training_bar is not None:
             super().on_step_end(args, state, control)
 
@@ -91,7 +91,7 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
             except OSError as error:
                 raise RunError(
                     f"{self.path} cannot be written: {error}\n"
-                    "    fix: free some space; the same command again resumes"
+                    "    fix: free disk space, then give the same command again to resume"
                 ) from error
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -113,8 +113,8 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
 class RanksAgree(TrainerCallback):  # type: ignore[misc]
     """Compares the trained parameters of all ranks bit by bit after each of the first two steps.
 
-    Ranks whose gradients are no longer synchronised still show normal losses. Two steps, because
-    with a warm-up the first step has learning rate 0 and changes nothing.
+    Ranks whose gradients are no longer synchronised still show normal losses. Two steps are
+    compared, because with a warm-up the first step has learning rate 0 and changes nothing.
     """
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class RanksAgree(TrainerCallback):  # type: ignore[misc]
             raise RunError(
                 f"after step {state.global_step} the trained parameters of ranks {different} "
                 "differ from rank 0's: gradients are not synchronised\n"
-                "    fix: the same versions, files and settings on every node"
+                "    fix: use the same versions, files and settings on every node"
             )
 
 
@@ -156,7 +156,7 @@ class BeforeTraining(TrainerCallback):  # type: ignore[misc]
 
 
 def watch(trainer: Any, metrics: Path) -> None:
-    """Replace the printing of a transformers.Trainer by ours, and add the checks."""
+    """Replace the Trainer's printing callbacks by ours, and add the check of the ranks."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     for callback in (Lines(), MetricsFile(metrics), RanksAgree()):

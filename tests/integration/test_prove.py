@@ -82,14 +82,14 @@ def test_the_proof_can_fail(
     monkeypatch.setattr(prove, "cut_back", dishonest)
     command = [*saving, "ranks=1"]
     monkeypatch.setattr(sys, "argv", ["prove", *command])
-    with pytest.raises(RunError, match=r"(?s)differs from the straight one:.*step 5: loss"):
+    with pytest.raises(RunError, match=r"(?s)differs from the uninterrupted one:.*step 5: loss"):
         prove.prove(prove.main.compose(command))
 
 
 def test_what_cannot_be_proven_is_refused(tmp_path: Path, saving: list[str]) -> None:
-    with pytest.raises(ConfigError, match="no multiple of 2 a rank x 3 ranks"):
+    with pytest.raises(ConfigError, match="not a multiple of 2 per rank x 3 ranks"):
         prove.main.compose([*saving, "ranks=3"])
-    with pytest.raises(CheckpointError, match=r"no manifest.json"):
+    with pytest.raises(CheckpointError, match=r"manifest.json is missing"):
         prove.cut_back(tmp_path, 3)  # a run would begin anew, and of course end alike
 
 

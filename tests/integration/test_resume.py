@@ -117,10 +117,10 @@ def test_a_signal_saves_and_stops(
     assert child.returncode == code
     [saved] = run.glob("checkpoint-*")
     step = int(saved.name.split("-")[1])
-    assert f"{name}: saving at the end of this step" in errors
+    assert f"{name}: the run stops after it has saved this step" in errors
     assert errors.endswith(
         f"error: stopped by {name} after step {step}, which is saved; "
-        "the same command again resumes\n"
+        "give the same command again to resume\n"
     )
     assert max(losses(run)) == step
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"

@@ -62,7 +62,7 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(
         if line.startswith("step  6/16"):
             child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    # What is not whole is passed over.
+    # An incomplete checkpoint is skipped.
     broken = tmp_path / "killed" / "checkpoint-8"
     broken.mkdir(exist_ok=True)
     (broken / "adapter_model.safetensors").write_bytes(b"half")
@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(
 
     again = run_sft("train", *common, "output_dir=killed", cwd=tmp_path)
 
-    assert "passed over killed/checkpoint-8: has no manifest.json" in again.stdout
+    assert "killed/checkpoint-8 is not used: manifest.json is missing" in again.stdout
     assert "resuming from killed/checkpoint-4" in again.stdout
     assert again.stderr == ""
     resumed, never_killed = (

@@ -66,7 +66,7 @@ def test_the_newest_whole_one_is_chosen(tmp_path: Path, name: str, harm, why: st
         checkpoint.choose(tmp_path, "checkpoint-10")
     assert checkpoint.choose(tmp_path, str(older)) == (older, [])
     harm(older / name)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is complete"):
         checkpoint.choose(tmp_path, None)
 
 
@@ -121,7 +121,8 @@ def test_state_that_cannot_go_elsewhere_is_refused(
 ) -> None:
     path = make(tmp_path, 2, kind=kind)
     if said is None:
-        with pytest.raises(CheckpointError, match=f"kept {kind}: it cannot go on on {ranks} ranks"):
+        refusal = f"saved {kind}: it cannot be restored on {ranks} ranks"
+        with pytest.raises(CheckpointError, match=refusal):
             resume.changed(path, ranks, stage)
     else:
         assert said in resume.changed(path, ranks, stage)

@@ -103,7 +103,12 @@ def test_every_choice_is_of_a_setting_and_is_what_json_holds() -> None:
     [
         (["precision=fp32"], "precision", "fp32", "as set"),
         (["precision=bf16"], "precision", "bf16", "computed in float32 and rounded"),
-        (["precision=bf16", "lora=none"], "precision", "bf16", "weights themselves are float32"),
+        (
+            ["precision=bf16", "lora=none"],
+            "precision",
+            "bf16",
+            "trained weights are stored in float32",
+        ),
         (["dataset.packing=bfd"], "dataset.packing", "bfd", "as set"),
         (["model.attn_implementation=sdpa"], "model.attn_implementation", "sdpa", "as set"),
         (["model.attn_implementation=sdpa"], "train.padding_free", False, "cannot separate"),
@@ -176,4 +181,4 @@ def test_prepared_data_has_its_own_packing(tmp_path: Path) -> None:
     )
     config.dataset = again
     found = choices._packing(config)
-    assert (found.value, found.reason) == ("bfd", "dataset.path was prepared so")
+    assert (found.value, found.reason) == ("bfd", "dataset.path was prepared with it")

@@ -82,7 +82,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path) -> None:
     assert steps.guard.asked()
     for received, code in ((signal.SIGTERM, STOPPED), (signal.SIGINT, INTERRUPTED)):
         steps.signals.received = received
-        with pytest.raises(Stopped, match="after step 2, which is saved; the same") as stopped:
+        with pytest.raises(Stopped, match="after step 2, which is saved; give the same") as stopped:
             steps.guard.stop(2)
         assert stopped.value.exit_code == code
     with pytest.raises(Stopped, match="stopped by SIGINT before the first step"):

@@ -102,6 +102,6 @@ def test_what_does_not_fit_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "of weights and optimizer state fit into" in choice().reason
     monkeypatch.setattr(memory, "available", lambda: round(1.29 * needed))
     assert chosen()
-    assert "state and 30% to spare do not fit into" in choice().reason
+    assert "state plus a margin of 30% do not fit into" in choice().reason
     config.train.gradient_checkpointing = False
     assert choice() == Choice("train.gradient_checkpointing", False, "as set")

@@ -206,7 +206,7 @@ def test_exit_code_0_is_not_enough(tmp_path: Path) -> None:
     item = fake(tmp_path, "a", "print('early')")
     item.train()
     assert item.status == "failed"
-    assert item.message == f"ended, but {tmp_path}/a/run.json does not say that it finished"
+    assert item.message == f"exit code 0, but {tmp_path}/a/run.json has no status finished"
 
 
 @pytest.mark.parametrize(
