@@ -172,7 +172,7 @@ def _setting(key: str, field: dataclasses.Field[Any], value: Any) -> list[str]:
 
 
 def _entry(name: str, text: str, width: int) -> list[str]:
-    """Return lines with a name and, beside it, its meaning."""
+    """Return the lines of a name and its meaning, in two columns."""
     first, *rest = _wrapped(text, 4 + width) or [""]
     start = f"    {name:<{width}}"
     if len(start.rstrip()) + 2 > 4 + width:

@@ -165,7 +165,7 @@ def _set(composed: Any, given: list[Override], schema: Any) -> Iterator[Problem]
             yield Problem(
                 f"{item.key}={{}}",
                 f"is merged with {below} and does not remove any of it",
-                f"choose another option of the group {item.key.split('.')[0]}",
+                f"choose a different option of the group {item.key.split('.')[0]}",
             )
         try:
             OmegaConf.update(composed, item.key, item.value, merge=True, force_add=True)

@@ -62,7 +62,7 @@ TRAIN_OWNED = _examples("decides", "train.") | {
             "shuffle_dataset",
             "truncation_mode",
         ),
-        "use template=... and dataset=..., which decide what is trained",
+        "template=... and dataset=..., which decide what is trained",
     ),
 }
 LORA_OWNED = _examples("decides", "lora.") | {
@@ -99,7 +99,7 @@ def extra_problems(config: Config) -> Iterator[Problem]:
             if key in own_fields:
                 yield Problem(written, "has a setting of its own", f"{name}.{key}={value}")
             elif key in owned:
-                yield Problem(written, "is decided by another setting", owned[key])
+                yield Problem(written, "is set by sft itself", owned[key])
             elif key in RENAMED and key not in legal():
                 yield Problem(written, f"the installed version has no setting {key}", RENAMED[key])
             elif key not in legal():

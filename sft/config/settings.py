@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from sft.config.rules import AS_SET, Choice, above, at_least, one_of, setting, share, within
 
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
-# A wheel has conf/, ds_config/ and assets/ inside the package; a clone has them beside it.
+# A wheel has conf/, ds_config/ and assets/ inside the package; a clone has them next to it.
 HOME_DIR = PACKAGE_DIR if (PACKAGE_DIR / "conf").is_dir() else PACKAGE_DIR.parent
 CONF_DIR = HOME_DIR / "conf"
 DS_CONFIG_DIR = HOME_DIR / "ds_config"
@@ -40,7 +40,7 @@ CHECKS = {
     "answer_cut": "have an answer that is cut off at dataset.max_length",
     "double_bos": "begin with two BOS tokens",
     "control_tokens": "contain the text of a control token",
-    "duplicates": "are exact copies of another document",
+    "duplicates": "are exact copies of an earlier document",
     "eval_in_train": "are held out and also trained on",
 }
 
@@ -188,7 +188,7 @@ class DatasetConfig:
     sample: float = setting(1.0, "fraction of the samples to train on, evenly spaced", share())
     max_bad_fraction: float = setting(
         0.0,
-        "fraction of rows that may fail to fit the format or template; above it, the run stops",
+        "largest fraction of rows that may not match the format or template; else the run stops",
         within(0, 1),
         in_data_key=False,
     )

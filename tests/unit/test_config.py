@@ -493,7 +493,7 @@ def test_an_empty_dict_that_empties_nothing_is_refused() -> None:
     assert one_refused("dataset=tiny-shakespeare", "dataset.columns={}") == (
         "dataset.columns={}",
         "is merged with {'text': 'Text'} and does not remove any of it",
-        "choose another option of the group dataset",
+        "choose a different option of the group dataset",
     )
     assert main.compose(["dataset.columns={}"]).dataset.columns == {}
 
