@@ -225,7 +225,10 @@ def finish_training(
     trainer: Trainer, config: Config, stop_id: int | None, resume_from: Any
 ) -> dict[str, Any]:
     """Train to the last step; return the last evaluation and the share of exact answers."""
-    trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    try:
+        trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    finally:
+        trainer.end_workers()
     state = trainer.state
     assert state.global_step >= state.max_steps
     losses = [log["loss"] for log in state.log_history if "loss" in log]

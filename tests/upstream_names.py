@@ -37,6 +37,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "accelerate.state": ("AcceleratorState", "GradientState"),
     "accelerate.state:AcceleratorState": ("_reset_state(reset_partial_state)",),
     "accelerate.state:GradientState": ("_reset_state()",),
+    "torch.utils.data:DataLoader": ("_iterator",),
     "torch.optim.lr_scheduler:LambdaLR": ("_last_lr", "_step_count", "base_lrs", "lr_lambdas"),
     # The files that sft.config.upstream reads setting names from.
     "trl.trainer.base_config": ("_BaseConfig",),

@@ -24,6 +24,7 @@ class Trainer(ResumableTrainer):
 
     control: Any
     lm_head = "trl"
+    _loader: Any = None  # of the training samples, without what Accelerate wraps around it
 
     def use_head(self, kind: str) -> None:
         """Compute the loss with this head: ``chunked``, ``trl`` or ``plain``."""
@@ -181,12 +182,21 @@ class Trainer(ResumableTrainer):
             sampler_fn=order,
             is_training=True,
         )
-        inner = loader.base_dataloader  # Accelerate wraps this one
+        inner = self._loader = loader.base_dataloader  # Accelerate wraps this one
         # The loader draws the workers' seeds from this generator when an epoch begins. If it used
         # the global one, as dropout does, a resumed run would draw from that one time too many.
         inner.generator = torch.Generator().manual_seed(self.args.seed)
         inner.worker_init_fn = functools.partial(end_with_rank, inner.worker_init_fn)
         return loader
+
+    def end_workers(self) -> None:
+        """End persistent loader workers.
+
+        Python's garbage collector would first close the queues that tell them to end; PyTorch then
+        waits 5 seconds for each worker before it kills them.
+        """
+        if self._loader is not None:
+            self._loader._iterator = None
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         """Set the epoch's order; train no step if the checkpoint is that of the last step.

@@ -131,7 +131,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, common: list[str]) -> None
             ["template=alpaca"],
             1,
             [
-                "rows.jsonl:1: the template alpaca",
+                "rows.jsonl:1: template=alpaca",
                 "cannot render a completion",
                 "needs the columns output",
                 "prompt, completion",

@@ -73,7 +73,7 @@ def test_a_name_of_another_tool_leads_to_the_setting() -> None:
         for name, fix in fixes.items():
             if "=" in fix and not fix.startswith(("train.extra.", "template=", "remove it")):
                 setting = fix.partition("=")[0]
-                assert setting in {*settings, "zero", "CUDA_VISIBLE_DEVICES"}, name
+                assert setting in {*settings, "zero", "CUDA_VISIBLE_DEVICES", "HF_HOME"}, name
     assert names.RENAMED["lora_rank"] == "lora.r=8"
     assert names.RENAMED["cutoff_len"] == "dataset.max_length=1024"
     assert names.RENAMED["deepspeed"] == names.TRAIN_OWNED["fsdp"] == "zero=stage2"
