@@ -34,7 +34,8 @@ def lines(node: Any, prefix: str = "") -> Iterator[str]:
     for name, field, value in plain:
         rule = field.metadata.get("rule")
         text = field.metadata["help"] + (f"; {rule.text}" if rule else "")
-        yield f"| `{written(prefix + name, value)}` | {cell(text)} |"
+        setting = written(prefix + name, value).replace("\n", "\\n")
+        yield f"| `{setting}` | {cell(text)} |"
     for name, _, value in fields_of(node):
         if dataclasses.is_dataclass(value):
             yield from lines(value, f"{prefix}{name}.")
