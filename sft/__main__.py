@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
+from sft import process
 from sft.cli.commands import COMMANDS, command
 
 
@@ -22,7 +22,7 @@ def main() -> None:
         from sft.cli.completion import complete
 
         complete(*rest)
-    elif os.environ.get("RANK", "0") == "0":
+    elif process.rank() == 0:
         _without_command(name, rest)
     else:
         sys.exit(2)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import environment
+from sft import environment, process
 from sft.cli.command import Command
 from sft.config.checks import check
 from sft.config.settings import Config, fill_names, streamed_samples
@@ -39,7 +38,7 @@ def train(config: Config) -> dict[str, Any] | None:
         SftError: The run is refused or has failed; the message includes a fix.
     """
     folder = fit(config)
-    if os.environ.get("RANK", "0") != "0":
+    if process.rank() != 0:
         return None
     if config.train.merge:
         merge(folder)
@@ -117,7 +116,7 @@ def _ending(run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if os.environ.get("RANK", "0") == "0":
+        if process.rank() == 0:
             status = "stopped" if isinstance(error, Stopped) else "failed"
             run.end(status, f"{type(error).__name__}: {error}")
         if environment.lost_a_rank(error):

@@ -18,7 +18,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from omegaconf import OmegaConf
 
-from sft import __version__
+from sft import __version__, process
 from sft.cli.options import parse
 from sft.config import compose
 from sft.config.overrides import Override, Reader, located
@@ -62,7 +62,7 @@ class Command(Generic[C]):
                 result = self._dispatch(argv)
         except Stopped as stopped:
             # All ranks stop for the same reason, so only rank 0 reports it.
-            _end(stopped.exit_code, str(stopped), as_json, speaks=_is_first())
+            _end(stopped.exit_code, str(stopped), as_json, speaks=process.rank() == 0)
         except SftError as error:
             _end(error.exit_code, str(error), as_json)
         except KeyboardInterrupt:
@@ -144,7 +144,7 @@ class Command(Generic[C]):
         """
         if self.config_name is None:
             raise ConfigError([Problem("-m", "only sft train can run a sweep", "leave out -m")])
-        if not _is_first():
+        if process.rank() != 0:
             return
         given, problems = self.read(args.overrides, args.config_dir, sweep=True)
         try:
@@ -155,10 +155,6 @@ class Command(Generic[C]):
             raise ConfigError(problems)
         options = ["-m"] + (["--config-dir", args.config_dir] if args.config_dir else [])
         _hand_to_hydra(self, options + forced)
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _end(
@@ -179,8 +175,8 @@ def report_error(message: str, details: str = "") -> None:
     ranks other than 0 wait until rank 0 has reported the error. A rank that is still alive then has
     failed alone and reports its own error.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    rank = process.rank()
+    if rank != 0:
         time.sleep(5)
         message = f"rank {rank}: {message}"
     sys.stderr.write(f"{details}error: {message}\n")
@@ -194,7 +190,7 @@ def report_error(message: str, details: str = "") -> None:
 
 
 def _print_once(text: str) -> None:
-    if _is_first():
+    if process.rank() == 0:
         sys.stdout.write(text)
         sys.stdout.flush()
 
@@ -219,7 +215,7 @@ def start_logging() -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers.clear()
-    if _is_first():
+    if process.rank() == 0:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)

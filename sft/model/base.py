@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft import process
 from sft.config.rules import AS_SET, Choice
 from sft.config.settings import Config, ModelConfig, QuantizationConfig
 from sft.errors import ConfigError, ModelError, Problem
@@ -367,11 +368,9 @@ def load_frozen(
 
 def _device_map() -> dict[str, Any]:
     """Map the whole model to this rank's device; bitsandbytes cannot move it later."""
-    import os
-
     import torch
 
-    return {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
+    return {"": process.local_rank() if torch.cuda.is_available() else "cpu"}
 
 
 def keep_training_layout(model: PreTrainedModel) -> None:

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from sft import process
 from sft.checkpoint import folder as checkpoint
 from sft.config import compare, zero
 from sft.config.settings import HOME_DIR, Config
@@ -130,7 +131,7 @@ class Run:
         Raises:
             RunError: One of them has changed although the settings are the same.
         """
-        if os.environ.get("RANK", "0") != "0":
+        if process.rank() != 0:
             return
         self.choices = choices.record()
         self.identity = resume.identity(self.config.model, prepared)
@@ -175,7 +176,7 @@ class Run:
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def _refuse_if_taken(self) -> None:
-        if os.environ.get("RANK", "0") != "0" or not (self.dir / LOCK).is_file():
+        if process.rank() != 0 or not (self.dir / LOCK).is_file():
             return
         with (self.dir / LOCK).open() as lock:
             try:

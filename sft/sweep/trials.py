@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sft import process
 from sft.errors import ConfigError, Problem
 from sft.files import write_text
 from sft.sweep.trial import Trial, signals_as_interrupt
@@ -42,7 +43,7 @@ def file_name(text: str, limit: int = 100) -> str:
 
 def ranks(asked: int | None, environ: Mapping[str, str] = os.environ) -> int:
     """Return the ranks of a trial: ``asked``, or as many as torchrun started here, or 1."""
-    return int(environ.get("LOCAL_WORLD_SIZE", "1")) if asked is None else asked
+    return process.local_world_size(environ) if asked is None else asked
 
 
 def plan(
