@@ -327,7 +327,7 @@ def once(stage: str, ranks: int, folder: Path, straight: Path) -> Iterator[Resul
 
 def merging(stage: str, folder: Path, straight: Path) -> Result:
     """Kill a merge after it has written its weights, and merge again."""
-    words = [sys.executable, str(HERE / "inject.py"), "SIGKILL:sft.merge.carry.write:after:1:0"]
+    words = [sys.executable, str(HERE / "inject.py"), "SIGKILL:sft.merge.metadata.write:after:1:0"]
     words += ["sft.merge", f"run={straight}"]
     killed = call(words, folder / "cache").returncode != 0
     absent = not (straight / "merged").exists()

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -19,9 +19,6 @@ from sft.data.readers import SHOWN, BadRow, Row
 from sft.data.template import Empty, Segment, Template
 from sft.data.text_encoder import Encoder, Stretch
 from sft.errors import DataError
-
-if TYPE_CHECKING:
-    pass
 
 IGNORE_INDEX = -100
 

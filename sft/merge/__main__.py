@@ -119,7 +119,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         import torch
 
         from sft.checkpoint import folder as checkpoint
-        from sft.merge import carry
+        from sft.merge import metadata
         from sft.merge.verify import verify, verify_against_training
         from sft.merge.write import write
 
@@ -135,7 +135,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
                 write(prepared.layout, partial, torch.device(config.device), tick)
             if index := prepared.layout.index():
                 write_text(partial / "model.safetensors.index.json", index)
-            carry.write(prepared, dtype, partial)
+            metadata.write(prepared, dtype, partial)
             report["seconds_merging"] = round(time.perf_counter() - began, 2)
             until_written.close()
             if config.verify:

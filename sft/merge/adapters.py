@@ -40,7 +40,7 @@ RESTARTING = ("pissa", "olora")  # these subtract the adapter's initial product 
 _NOTHING = torch.zeros(())
 
 
-def hollow(architecture: PreTrainedModel) -> PreTrainedModel:
+def with_placeholders(architecture: PreTrainedModel) -> PreTrainedModel:
     """Replace meta weights by CPU tensors that expand one shared scalar: real shapes, no memory."""
     architecture.tie_weights()
     # Keeps the original parameters alive: the keys are their id(), which Python would reuse.
@@ -53,8 +53,8 @@ def hollow(architecture: PreTrainedModel) -> PreTrainedModel:
     return architecture
 
 
-def is_hollow(tensor: torch.Tensor) -> bool:
-    """Return whether a weight still is the placeholder of ``hollow``: nothing was loaded."""
+def is_placeholder(tensor: torch.Tensor) -> bool:
+    """Return whether a weight is still a placeholder, because nothing was loaded for it."""
     return tensor.data_ptr() == _NOTHING.data_ptr() or (
         tensor.untyped_storage().nbytes() < tensor.nbytes
     )
@@ -239,7 +239,7 @@ def changes(
                     _claim(used, values)
                     change(f"{place}.weight").tokens = (rows, values.detach().float())
     for name, parameter in inner.named_parameters(remove_duplicate=False):
-        if is_hollow(parameter) or id(parameter) in used:
+        if is_placeholder(parameter) or id(parameter) in used:
             continue
         if any(part in name for part in (".lora_", ".modules_to_save.", ".token_adapter.")):
             raise MergeError(f"{name} of the adapter is of a kind that cannot be merged")
@@ -262,7 +262,7 @@ def _claim(used: set[int], *tensors: torch.Tensor) -> None:
 
 
 def _replace(change: Change, name: str, parameter: torch.Tensor, used: set[int]) -> None:
-    if is_hollow(parameter):
+    if is_placeholder(parameter):
         raise MergeError(f"the adapter has no tensor for {name}\n    fix: train or copy it again")
     if change.replaced is not None and not change.replaced.equal(parameter.detach()):
         raise MergeError(

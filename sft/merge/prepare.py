@@ -229,7 +229,9 @@ def prepare(
     names = _stored_names(architecture)
     resized = _resize(architecture, sources)
     starts = [config.init_lora_weights for config in sources.configs]
-    model = adapters.attach(adapters.hollow(architecture), sources.adapters, sources.configs)
+    model = adapters.attach(
+        adapters.with_placeholders(architecture), sources.adapters, sources.configs
+    )
     changes = adapters.changes(model, sources.weights, starts, base.partners)
     wholes: dict[str, Whole] = {}
     if dequantized:

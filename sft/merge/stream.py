@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
-from sft.merge.adapters import base_name, is_hollow
+from sft.merge.adapters import base_name, is_placeholder
 from sft.merge.base_files import Base, Piece, Stored
 from sft.merge.layout import Whole
 
@@ -81,7 +81,7 @@ def streamed(model: Any, weights: Weights) -> Iterator[Any]:
 
     Args:
         model: A model or PEFT model whose base weights are placeholders
-            (``sft.merge.adapters.hollow``).
+            (``sft.merge.adapters.with_placeholders``).
         weights: Reads the base's weights.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -119,7 +119,7 @@ def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 def _fill_and_empty(path: str, module: nn.Module, weights: Weights, deep: bool) -> None:
     def lacking() -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in module.named_parameters(path, recurse=deep):
-            if is_hollow(parameter):
+            if is_placeholder(parameter):
                 yield base_name(name), parameter
 
     held = [(name, parameter, parameter.data) for name, parameter in lacking()]

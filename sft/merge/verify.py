@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sft.config.settings import ModelConfig, QuantizationConfig
 from sft.data.row_encoder import IGNORE_INDEX
 from sft.merge import adapters as adapters
-from sft.merge import carry, probes
+from sft.merge import metadata, probes
 from sft.merge.base_files import Base, shards
 from sft.merge.probes import Probes
 from sft.merge.stream import Weights, streamed
@@ -47,7 +47,7 @@ def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, An
     Raises:
         MergeError: The written tokenizer or config differs, or a file cannot be read.
     """
-    carry.check(prepared, folder)
+    metadata.check(prepared, folder)
     tokenizer = prepared.tokenizer
     rows = prepared.model.get_input_embeddings().weight.shape[0]
     samples = probes.load(prepared.sources.adapters[0], min(len(tokenizer), rows))
@@ -91,7 +91,7 @@ def _greedy(model: Any, prepared: Prepared, samples: Probes, resident: bool) -> 
     from sft.inference.answers import continuations, stop_ids
 
     tokenizer = prepared.tokenizer
-    stop_id = carry.stop_id(prepared)
+    stop_id = metadata.stop_id(prepared)
     length = GREEDY_TOKENS if resident else GREEDY_TOKENS_STREAMED
     prompts = samples.prompts[:GREEDY_PROMPTS]
     ids = continuations(model, tokenizer, prompts, length, model.device, stop_id)
@@ -231,7 +231,7 @@ def _written(folder: Path, resident: bool) -> Iterator[Any]:
     else:
         architecture = load_architecture(here, buffers=True)
         base = Base.read(shards(here), architecture)
-        with streamed(adapters.hollow(architecture).eval(), Weights(base, {})) as model:
+        with streamed(adapters.with_placeholders(architecture).eval(), Weights(base, {})) as model:
             yield model
 
 

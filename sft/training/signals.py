@@ -101,8 +101,6 @@ def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
 
 def _die_with_parent(number: int) -> None:
     """Ask Linux to send this process a signal when its parent dies."""
-    if sys.platform != "linux":
-        return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # the parent died before the call

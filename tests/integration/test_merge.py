@@ -322,7 +322,7 @@ def test_deepspeed_shards_are_no_adapter(run: Path, tmp_path: Path) -> None:
 def test_a_killed_merge_leaves_nothing_that_looks_finished(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     inject = [sys.executable, str(ROOT / "benchmarks" / "inject.py")]
-    for place in ("sft.merge.write.write:before", "sft.merge.carry.write:after"):
+    for place in ("sft.merge.write.write:before", "sft.merge.metadata.write:after"):
         killed = subprocess.run(
             [*inject, f"SIGKILL:{place}:1:0", "sft.merge", f"run={run}", f"output={out}"],
             capture_output=True,
