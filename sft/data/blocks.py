@@ -10,8 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.data import packing, sources
-from sft.data.parts import Part
 from sft.data.row_encoder import IGNORE_INDEX, ROLES
+from sft.data.splits import Split
 from sft.data.store import Store
 
 BLOCKS = 1000  # per Arrow record batch
@@ -34,10 +34,10 @@ def weighted(
     return plan.take([np.arange(plan.first[i], plan.first[i + 1]) for i in order.tolist()])
 
 
-def write_blocks(path: Path, store: Store, plan: packing.Plan, part: Part) -> None:
+def write_blocks(path: Path, store: Store, plan: packing.Plan, split: Split) -> None:
     """Write the blocks to an Arrow file, and count their tokens."""
-    counts, config = part.counts, part.config
-    packed = part.isolated and bool((np.diff(plan.first) > 1).any())
+    counts, config = split.counts, split.config
+    packed = split.isolated and bool((np.diff(plan.first) > 1).any())
     kinds = dict.fromkeys(("input_ids", "labels", "rows"), pa.list_(pa.int32()))
     if packed:
         kinds["seq_lengths"] = pa.list_(pa.int32())
@@ -58,7 +58,7 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, part: Part) -> No
             edges = np.concatenate([firsts, [len(ids)]])[offsets]
             labels = np.where(marks & 1, ids, IGNORE_INDEX).astype(np.int32)
             # Nothing precedes the first token of a document, so nothing can predict it.
-            labels[firsts if part.isolated else edges[:-1]] = IGNORE_INDEX
+            labels[firsts if split.isolated else edges[:-1]] = IGNORE_INDEX
             # Row numbers count from 1 in reading order; an error about a batch names them.
             rows = (store.documents["row"][plan.document[pieces]] + 1).astype(np.int32)
             columns = [_lists(ids, edges), _lists(labels, edges), _lists(rows, offsets)]
@@ -77,7 +77,7 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, part: Part) -> No
         for role, pair in zip(ROLES, roles.reshape(-1, 2), strict=True)
         if pair.sum()
     }
-    if packed or (part.text and config.packing != "none"):
+    if packed or (split.text and config.packing != "none"):
         counts.efficiency = counts.tokens / max(1, counts.samples * config.max_length)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from sft.data.preview import Sample, Stretch, Token, documents_of, figures_of, tokens_of, visible
+from sft.data.preview import Sample, Span, Token, documents_of, figures_of, tokens_of, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,8 +35,8 @@ def page(
     for number, sample in enumerate(samples, 1):
         documents, heading = documents_of(sample, tokenizer)
         strip = "".join(
-            f'<i{" class=on" * stretch.trained} style="flex:{len(stretch.ids)}"></i>'
-            for stretch in itertools.chain(*documents)
+            f'<i{" class=on" * span.trained} style="flex:{len(span.ids)}"></i>'
+            for span in itertools.chain(*documents)
         )
         body += f'<article class="card">\n<h2>Sample {number} <small>{heading}</small></h2>\n'
         body += f'<div class="strip" aria-hidden="true">{strip}</div>\n'
@@ -44,17 +44,17 @@ def page(
             if "seq_lengths" in sample:
                 name = f"document {position} of {len(documents)}"
                 body += f'<h3 class="rule">{name} <small>{figures_of(document)}</small></h3>\n'
-            body += f'<pre class="text">{"".join(map(_stretch_html, document))}</pre>\n'
+            body += f'<pre class="text">{"".join(map(_span_html, document))}</pre>\n'
             tokens = "".join(map(_token_html, tokens_of(document, tokenizer)))
             body += f'<pre class="tokens">{tokens}</pre>\n'
         body += "</article>\n"
     return PAGE.substitute(title=escape(visible(title)), body=body)
 
 
-def _stretch_html(stretch: Stretch) -> str:
+def _span_html(span: Span) -> str:
     # Escapes are styled: the data may hold the same letters as ordinary text.
-    text = visible(escape(stretch.text), '<span class="esc">{}</span>')
-    return f"<mark>{text}</mark>" if stretch.trained else text
+    text = visible(escape(span.text), '<span class="esc">{}</span>')
+    return f"<mark>{text}</mark>" if span.trained else text
 
 
 def _token_html(token: Token) -> str:

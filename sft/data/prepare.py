@@ -19,8 +19,8 @@ from sft.config.settings import PACKAGE_DIR, DatasetConfig, packing_of
 from sft.data import artefact, sources
 from sft.data.audit import Counts, gate
 from sft.data.blocks import weighted, write_blocks
-from sft.data.parts import Part, held_out
 from sft.data.prepared import Prepared, Samples, tokenizer_hash
+from sft.data.splits import Split, held_out
 from sft.data.store import Dropped, encoded
 from sft.data.template import Template
 from sft.files import cache_dir, write_text
@@ -160,14 +160,14 @@ def _make(
         for name, mask in (("train", ~is_held_out), ("eval", is_held_out)):
             if name == "eval" and not (mask.any() or any(s.held_out for s in given)):
                 continue
-            part = Part(name, store, np.flatnonzero(mask), config, template, dropped)
-            part.count_read([s for s in given if s.held_out == (name == "eval")])
-            plan = part.planned(seed)
+            split = Split(name, store, np.flatnonzero(mask), config, template, dropped)
+            split.count_read([s for s in given if s.held_out == (name == "eval")])
+            plan = split.planned(seed)
             if name == "train" and config.mix and not config.streaming:
                 plan = weighted(plan, store, given, seed)
-            write_blocks(folder / f"{name}.arrow", store, plan, part)
-            part.require_something()
-            parts[name] = part.counts
+            write_blocks(folder / f"{name}.arrow", store, plan, split)
+            split.require_something()
+            parts[name] = split.counts
     if "eval" in parts:
         train = np.unique(store.documents["hash"][~is_held_out])
         shared = np.isin(store.documents["hash"][is_held_out], train)

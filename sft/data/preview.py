@@ -26,7 +26,7 @@ BYTES = {chr(byte): byte for byte in _PRINTABLE}
 BYTES |= {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
 
 
-class Stretch(NamedTuple):
+class Span(NamedTuple):
     """A span of neighbouring tokens of one document: all are trained, or none is."""
 
     trained: bool
@@ -46,8 +46,8 @@ class Token(NamedTuple):
 
 def marked(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
     """Decode a sample, with its trained spans between ⟦ and ⟧."""
-    stretches = _stretches(sample["input_ids"], sample["labels"], tokenizer)
-    return "".join(f"⟦{text}⟧" if trained else text for trained, *_, text in stretches)
+    spans = _spans(sample["input_ids"], sample["labels"], tokenizer)
+    return "".join(f"⟦{text}⟧" if trained else text for trained, *_, text in spans)
 
 
 def show(
@@ -114,7 +114,7 @@ def visible(text: str, around: str = "{}") -> str:
 
 def documents_of(
     sample: Sample, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[Stretch]], str]:
+) -> tuple[list[list[Span]], str]:
     """Split a sample into its documents (one unless it is packed), and these into spans.
 
     Returns:
@@ -123,7 +123,7 @@ def documents_of(
     input_ids, labels = sample["input_ids"], sample["labels"]
     ends = list(itertools.accumulate(sample.get("seq_lengths", [len(input_ids)])))
     documents = [
-        list(_stretches(input_ids[start:end], labels[start:end], tokenizer))
+        list(_spans(input_ids[start:end], labels[start:end], tokenizer))
         for start, end in itertools.pairwise([0, *ends])
     ]
     heading = figures_of(itertools.chain(*documents))
@@ -132,14 +132,14 @@ def documents_of(
     return documents, heading
 
 
-def _stretches(
+def _spans(
     input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Stretch]:
+) -> Iterator[Span]:
     pairs = zip(input_ids, labels, strict=True)
     before: list[int] = []
     for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
         ids = [token for token, _ in group]
-        yield Stretch(trained, ids, before, _decode(ids, before, tokenizer))
+        yield Span(trained, ids, before, _decode(ids, before, tokenizer))
         before = ids[-1:]
 
 
@@ -151,7 +151,7 @@ def _decode(ids: list[int], before: list[int], tokenizer: PreTrainedTokenizerBas
     return str(whole[len(head) :] if cut else tokenizer.decode(ids))
 
 
-def tokens_of(document: list[Stretch], tokenizer: PreTrainedTokenizerBase) -> Iterator[Token]:
+def tokens_of(document: list[Span], tokenizer: PreTrainedTokenizerBase) -> Iterator[Token]:
     """Yield the tokens of a document."""
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     for trained, ids, before, _ in document:
@@ -191,10 +191,10 @@ def _rows(tokens: Iterable[Token], width: int, colored: bool) -> list[Text]:
     return lines
 
 
-def figures_of(stretches: Iterable[Stretch]) -> str:
+def figures_of(spans: Iterable[Span]) -> str:
     """Return the number of tokens, and of trained tokens, as text."""
     tokens = trained = 0
-    for stretch in stretches:
-        tokens += len(stretch.ids)
-        trained += len(stretch.ids) * stretch.trained
+    for span in spans:
+        tokens += len(span.ids)
+        trained += len(span.ids) * span.trained
     return f"{tokens:,} tokens, {trained:,} trained ({100 * trained / tokens:.0f} %)"

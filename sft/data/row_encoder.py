@@ -13,11 +13,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sft.data.chat import SEAM
 from sft.data.formats import normalise, recognise
 from sft.data.readers import SHOWN, BadRow, Row
-from sft.data.template import Empty, Segment, Template
-from sft.data.text_encoder import Encoder, Stretch
+from sft.data.segment import TOKEN_BREAK, Segment
+from sft.data.template import Empty, Template
+from sft.data.text_encoder import Encoder, TokenSpan
 from sft.errors import DataError
 
 IGNORE_INDEX = -100
@@ -83,7 +83,7 @@ class RowEncoder:
         """Encode a batch."""
         rendered: list[list[Segment]] = []
         owners: list[tuple[int, bool, bool]] = []  # row, control, unrolled
-        ready: list[tuple[tuple[int, bool, bool], list[Stretch]]] = []
+        ready: list[tuple[tuple[int, bool, bool], list[TokenSpan]]] = []
         bad: list[BadRow] = []
         empty: list[BadRow] = []
         for index, row in enumerate(rows):
@@ -121,22 +121,22 @@ class RowEncoder:
         return format == "tokenized" or (format == "auto" and ready)
 
     def _holds_control(self, samples: list[list[Segment]]) -> bool:
-        """Return whether a row's text holds a control token, which SEAM marks in a chat."""
+        """Return whether a row's text holds a control token, which TOKEN_BREAK marks in a chat."""
         if self.template.chat is not None:
-            return any(SEAM in segment.text for segments in samples for segment in segments)
+            return any(TOKEN_BREAK in segment.text for segments in samples for segment in segments)
         text = "".join(segment.text for segments in samples for segment in segments)
         return any(name in text for name in self.control)
 
     def _joined(
-        self, samples: Sequence[tuple[tuple[int, bool, bool], list[Stretch]]]
+        self, samples: Sequence[tuple[tuple[int, bool, bool], list[TokenSpan]]]
     ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[Any]]:
         """Concatenate documents, and make the record of each."""
-        stretches = [stretch for _, sample in samples for stretch in sample]
-        sizes = np.fromiter((len(ids) for ids, _, _ in stretches), np.int64, len(stretches))
-        flat = itertools.chain.from_iterable(ids for ids, _, _ in stretches)
+        spans = [span for _, sample in samples for span in sample]
+        sizes = np.fromiter((len(ids) for ids, _, _ in spans), np.int64, len(spans))
+        flat = itertools.chain.from_iterable(ids for ids, _, _ in spans)
         ids = np.fromiter(flat, np.int32, int(sizes.sum()))
-        kinds = (MARKS[role, trained] for _, trained, role in stretches)
-        marks = np.repeat(np.fromiter(kinds, np.uint8, len(stretches)), sizes)
+        kinds = (MARKS[role, trained] for _, trained, role in spans)
+        marks = np.repeat(np.fromiter(kinds, np.uint8, len(spans)), sizes)
 
         documents = np.zeros(len(samples), DOCUMENT)
         if not samples:
@@ -184,7 +184,7 @@ def _require_whole_characters(samples: list[list[Segment]]) -> None:
             raise DataError(f"the text holds {half}, which is half of a surrogate pair") from None
 
 
-def _tokenized(values: dict[str, Any]) -> list[Stretch]:
+def _tokenized(values: dict[str, Any]) -> list[TokenSpan]:
     """Return a row's ids and labels unchanged; without labels every token is trained."""
     normalise(values, "tokenized")
     ids, labels = values["input_ids"], values.get("labels")
@@ -200,12 +200,12 @@ def _tokenized(values: dict[str, Any]) -> list[Stretch]:
             f"label {labels[wrong[0]]} at {wrong[0]} is neither {IGNORE_INDEX} nor the token "
             "there: give labels unshifted"
         )
-    stretches: list[Stretch] = []
+    spans: list[TokenSpan] = []
     pairs = zip(ids, labels, strict=True)
     for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
         role = "completion" if trained else "prompt"
-        stretches.append(([token for token, _ in group], trained, role))
-    return stretches
+        spans.append(([token for token, _ in group], trained, role))
+    return spans
 
 
 def sanitized(text: str) -> str:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sft.config.settings import TemplateConfig, columns_of
-from sft.data.chat import Chat, require_no_seam
+from sft.data.chat import Chat
 from sft.data.formats import normalise
+from sft.data.segment import Segment, require_no_break
 from sft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class Segment(NamedTuple):
-    """A part of a sample's text: whether it is trained, and its role."""
-
-    text: str
-    trained: bool
-    role: str = "prompt"
 
 
 class Empty(DataError):
@@ -70,8 +63,7 @@ class Template:
         row = normalise(row, self.format)
         if self.chat is not None:
             messages = self._messages(row)
-            cut = self.chat.samples(messages, row.get("tools"))
-            return [[Segment(*piece) for piece in pieces] for pieces in cut]
+            return self.chat.samples(messages, row.get("tools"))
         if "messages" in row:
             raise DataError(
                 f"the row is a conversation, which template={self.config.name} cannot render\n"
@@ -143,7 +135,7 @@ class Template:
                 f"template={self.config.name} cannot render a {what} of this row: it needs the "
                 f"columns {needed}; the row fills {given or 'none'}\n    fix: {fix}"
             )
-        require_no_seam(text)
+        require_no_break(text)
         return text
 
     def _messages(self, row: dict[str, Any]) -> list[dict[str, Any]]:

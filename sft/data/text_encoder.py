@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sft.data.bpe import BytePairs
-from sft.data.chat import SEAM
-from sft.data.template import Segment
+from sft.data.segment import TOKEN_BREAK, Segment
 from sft.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-Stretch = tuple[list[int], bool, str]  # ids, trained, role
+TokenSpan = tuple[list[int], bool, str]  # ids, trained, role
 
 
 class Encoder:
@@ -70,12 +69,12 @@ class Encoder:
         return ids if ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids + ids
 
     def _parts(self, texts: Sequence[str], first: Sequence[bool]) -> list[list[int]]:
-        """Encode segments, split at SEAM; ``first`` is true for those that begin a text."""
-        if not any(SEAM in text for text in texts):
+        """Encode segments, split at TOKEN_BREAK; ``first`` is true for those that begin a text."""
+        if not any(TOKEN_BREAK in text for text in texts):
             return self._led(texts, first)
         flat, starts, owners = [], [], []
         for index, (text, begins) in enumerate(zip(texts, first, strict=True)):
-            for number, part in enumerate(text.split(SEAM)):
+            for number, part in enumerate(text.split(TOKEN_BREAK)):
                 flat.append(part)
                 starts.append(begins and number == 0)
                 owners.append(index)
@@ -103,7 +102,7 @@ class Encoder:
 
     def samples(
         self, rows: Sequence[list[Segment]], bos: bool, eos_id: int | None
-    ) -> list[list[Stretch]]:
+    ) -> list[list[TokenSpan]]:
         """Return (ids, trained, role) for each segment of each row.
 
         Args:
@@ -116,14 +115,14 @@ class Encoder:
         encoded = iter(self._parts(texts, first))
         result = []
         for row in rows:
-            stretches = [(next(encoded), segment.trained, segment.role) for segment in row]
+            spans = [(next(encoded), segment.trained, segment.role) for segment in row]
             if bos:
-                ids, trained, role = stretches[0]
+                ids, trained, role = spans[0]
                 head = self._with_bos(ids)[: len(self.bos_ids)] if self.bos_ids else []
                 if ids[: len(head)] != head:
-                    stretches.insert(0, (head, False, role))
-            last, trained, role = stretches[-1]
+                    spans.insert(0, (head, False, role))
+            last, trained, role = spans[-1]
             if eos_id is not None and last[-1:] != [eos_id]:
-                stretches[-1] = ([*last, eos_id], trained, role)
-            result.append(stretches)
+                spans[-1] = ([*last, eos_id], trained, role)
+            result.append(spans)
         return result

@@ -8,9 +8,10 @@ from support import SHARED, TINY
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.config.settings import TemplateConfig
-from sft.data.chat import SEAM, named_template
+from sft.data.chat_template import named_template
 from sft.data.readers import Row
 from sft.data.row_encoder import RowEncoder
+from sft.data.segment import TOKEN_BREAK
 from sft.data.template import Template
 from sft.errors import DataError
 from sft.train import main
@@ -219,7 +220,7 @@ def test_what_data_writes_begins_no_turn() -> None:
         Template(TemplateConfig(prompts=["{prompt}"], completions=["c"]), template.tokenizer),
     ):
         with pytest.raises(DataError, match="private-use character"):
-            kind.render({"prompt": SEAM, "completion": "z"})
+            kind.render({"prompt": TOKEN_BREAK, "completion": "z"})
 
 
 def test_named_templates(tmp_path: Any) -> None:

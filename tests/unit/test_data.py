@@ -14,7 +14,8 @@ from sft.data.prepare import prepare
 from sft.data.prepared import Samples
 from sft.data.preview import marked
 from sft.data.row_encoder import IGNORE_INDEX
-from sft.data.template import Segment, Template
+from sft.data.segment import Segment
+from sft.data.template import Template
 from sft.data.text_encoder import Encoder
 from sft.errors import DataError
 from sft.train import main

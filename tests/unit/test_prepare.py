@@ -16,7 +16,7 @@ from support import SHARED, TINY
 from transformers import AutoTokenizer
 
 from sft.config.settings import DatasetConfig, TemplateConfig
-from sft.data import artefact, bpe, prepare, store
+from sft.data import artefact, bpe, prepare, workers
 from sft.data.audit import describe_lengths
 from sft.data.template import Template
 from sft.errors import DataError
@@ -139,7 +139,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path: Path, own_ca
 
 
 def test_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "BATCH_ROWS", 50)
+    monkeypatch.setattr(workers, "BATCH_ROWS", 50)
     path = write(tmp_path / "rows.jsonl", [pair(n) for n in range(900)] + ["{"])
     alone = made(path, num_proc=1, max_bad_fraction=0.1)
     monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path / "other"))
@@ -198,7 +198,7 @@ def test_much_data_is_encoded_by_tiktoken_with_the_same_ids(
     monkeypatch.setattr(bpe.BytePairs, "encode", lambda *a: used.append(1) or encode(*a))
     for batch, cache in ((300, "a"), (50, "b")):
         monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path / cache))
-        monkeypatch.setattr(store, "BATCH_ROWS", batch)
+        monkeypatch.setattr(workers, "BATCH_ROWS", batch)
         config = DatasetConfig(path=path, overlong="truncate", num_proc=1)
         found.append(prepare.prepare(config, template, 0).train.dataset[:])
         assert bool(used) is (batch == 50)

@@ -9,7 +9,7 @@ from support import TINY
 from transformers import AutoTokenizer
 
 from sft.config.settings import Config, DatasetConfig, TemplateConfig, TrainConfig, streamed_samples
-from sft.data import locations, store
+from sft.data import locations, workers
 from sft.data.prepare import prepare
 from sft.data.prepared import Prepared
 from sft.data.template import Template
@@ -23,7 +23,7 @@ ROWS = 50  # in each file
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(store, "BATCH_ROWS", 10)
+    monkeypatch.setattr(workers, "BATCH_ROWS", 10)
     return shards(tmp_path / "data", 20)
 
 

@@ -1,4 +1,4 @@
-"""Filter, cut, pack and count the documents of one part, train or eval."""
+"""Filter, cut, pack and count the documents of one split, train or eval."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def held_out(
     return np.isin(documents["row"], chosen)
 
 
-class Part:
+class Split:
     """The documents of train or eval, and their plan of samples."""
 
     def __init__(
@@ -214,7 +214,7 @@ class Part:
         )
 
     def require_something(self) -> None:
-        """Refuse a part without trained tokens."""
+        """Refuse a split without trained tokens."""
         c = self.counts
         if c.trained_tokens == 0:
             raise DataError(
