@@ -37,6 +37,7 @@ FORMAT_NAMES = (
 CHECKS = {
     "nothing_trained": "have no trained token, and are left out",
     "never_stops": "train no token that ends the answer",
+    "prompt_differs": "have an answer that begins differently from the generation prompt",
     "answer_cut": "have an answer that is cut off at dataset.max_length",
     "double_bos": "begin with two BOS tokens",
     "control_tokens": "contain the text of a control token",
@@ -203,6 +204,7 @@ class DatasetConfig:
         {
             "nothing_trained": 0.0,
             "never_stops": 0.0,
+            "prompt_differs": 0.0,
             "answer_cut": 0.0,
             "control_tokens": 0.0,
             "duplicates": 0.01,
@@ -263,6 +265,23 @@ class TemplateConfig:
     )
     append_eos: bool = setting(
         True, "true: append the EOS token to each completion or document (not with kind=chat)"
+    )
+    kwargs: dict[str, Any] = setting(
+        {},
+        "with kind=chat: values of the chat template's own switches, such as "
+        "{enable_thinking: false}",
+    )
+    date: str | None = setting(
+        None,
+        "with kind=chat: the day that a chat template with a date writes, as YYYY-MM-DD; null: the "
+        "day of the run's first start",
+    )
+    bos: str | None = setting(
+        None,
+        "which BOS begins a sample. tokenizer: what the tokenizer puts before a document, unless "
+        "the text begins with it; template: only what the template writes; null: template for "
+        "kind=chat, else tokenizer",
+        one_of("tokenizer", "template"),
     )
 
 

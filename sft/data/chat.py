@@ -4,41 +4,66 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from typing import TYPE_CHECKING
+import json
+from functools import cached_property
+from typing import Any
 
-from sft.data.chat_template import ChatTemplate, Message, Tools
-from sft.data.segment import Segment
+from sft.data.chat_parts import Parts
+from sft.data.chat_template import THOUGHT, ChatTemplate, Message, Tools, shared_prefix
+from sft.data.end_of_turn import AFTER, End, end_of_turn
+from sft.data.segment import Sample, Segment
 from sft.errors import DataError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+Span = tuple[int, int]  # first character, and the one after the last
 
 
 class Chat:
-    """One tokenizer's chat template.
+    """Cuts rendered conversations into what is trained and what is not.
 
     The trained part of an answer is what the model has to generate: from the end of the generation
-    prompt up to the token that ends the turn. If the template has ``{% generation %}`` markers,
-    they decide instead.
+    prompt up to the token that ends the turn. If the template has ``{% generation %}`` marks, only
+    what they mark of it is trained.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, train_on: str
-    ) -> None:
-        self.template = ChatTemplate(tokenizer, chat_template)
+    def __init__(self, template: ChatTemplate, train_on: str) -> None:
+        self.template = template
         self.train_on = train_on
+        self.parts = Parts(template)
+        self._headers: dict[Any, int] = {}
 
     def prompt(self, messages: list[Message], tools: Tools) -> str:
         """Return the text that generation starts from."""
-        return self.template.rendered(self.template.guarded(messages), tools, generation=True)[0]
+        messages, tools = self.template.guarded(messages), self.template.guarded_value(tools)
+        return self.template.rendered(messages, tools, generation=True).text
 
-    def end_of_turn(self) -> str:
-        """Return the trained text of a short answer, which ends like every assistant turn."""
-        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
-        return next(segment.text for segment in self._cut(turn, None, [1]) if segment.trained)
+    @cached_property
+    def end(self) -> End:
+        """The token that ends an answer."""
+        return end_of_turn(self.template, calls=False)
 
-    def samples(self, messages: list[Message], tools: Tools) -> list[list[Segment]]:
+    @cached_property
+    def end_of_call(self) -> End:
+        """The token that ends an answer that calls a tool."""
+        return end_of_turn(self.template, calls=True)
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """The ids of the tokens at which generation stops."""
+        tokens = [self.end.token]
+        try:
+            tokens.append(self.end_of_call.token)
+        except DataError:  # the template has no tool calls
+            pass
+        tokenizer = self.template.tokenizer
+        return sorted({int(tokenizer.convert_tokens_to_ids(token)) for token in tokens})
+
+    def samples(self, messages: list[Message], tools: Tools, by_turn: bool = False) -> list[Sample]:
         """Render a conversation and split it into trained and untrained segments.
+
+        Args:
+            messages: The conversation, in OpenAI's form.
+            tools: The tools that it may call.
+            by_turn: Make a sample of each trained turn, even if the template needs none.
 
         Returns:
             One sample. If the template renders a turn differently once others follow, as templates
@@ -57,112 +82,205 @@ class Chat:
             raise DataError(
                 "no message is trained: each answer that template.train_on selects has train: false"
             )
-        messages = self.template.guarded(messages)
+        messages = [{k: v for k, v in message.items() if k != "train"} for message in messages]
+        messages, tools = self.template.guarded(messages), self.template.guarded_value(tools)
         if self.train_on == "all":
-            text = self.template.rendered(messages, tools, generation=False)[0]
-            return [[Segment(text, True, "all")]]
-        try:
-            return [self._cut(messages, tools, turns)]
-        except _RewrittenError:
-            return [self._cut(messages[: index + 1], tools, [index]) for index in turns]
+            return [self._whole(messages, tools)]
+        if not by_turn:
+            try:
+                return [self._cut(messages, tools, turns)]
+            except _RewrittenError:
+                pass
+        return [self._cut(messages[: index + 1], tools, [index]) for index in turns]
 
-    def _cut(self, messages: list[Message], tools: Tools, turns: list[int]) -> list[Segment]:
+    def _whole(self, messages: list[Message], tools: Tools) -> Sample:
+        """Train the whole text."""
+        text = self.template.rendered(messages, tools, generation=False).text
+        self.parts.require(messages, tools, list(range(len(messages))))
+        require_texts(text, messages, tools)
+        end = self._end_of(messages[-1])
+        return Sample([Segment(text if end.written else text + end.token, True, "all")])
+
+    def _end_of(self, message: Message) -> End:
+        return self.end_of_call if message.get("tool_calls") else self.end
+
+    def _cut(self, messages: list[Message], tools: Tools, turns: list[int]) -> Sample:
         whole, marks = self.template.rendered(messages, tools, generation=False)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if marks and len(marks) != len(answers):
-            raise DataError(
-                f"the chat template marks {len(marks)} spans as generated, but the conversation "
-                f"has {len(answers)} answers\n    fix: a different template.chat_template"
-            )
-        spans: list[tuple[int, int]] = []
+        spans: list[Span] = []
+        differs = False
         for index in turns:
             last = index == len(messages) - 1
-            prompt = self.template.rendered(messages[:index], tools, generation=True)[0]
-            until = (
-                whole if last else self.template.rendered(messages[: index + 1], tools, False)[0]
-            )
-            if not (whole.startswith(prompt) and whole.startswith(until)):
-                if last:
-                    raise DataError(
-                        "the chat template does not render the answer after its own generation "
-                        "prompt, so the trained text cannot be determined\n    fix: a different "
-                        "template.chat_template, or answers that include their reasoning"
-                    )
-                raise _RewrittenError
-            if marks:
-                span = marks[answers.index(index)]
-            else:
-                answer = until[len(prompt) :]
-                span = (len(prompt), len(prompt) + len(self.template.up_to_end_of_turn(answer)))
-            self._check_answer(messages[index], whole[slice(*span)])
-            spans.append(span)
-        return self._segments(whole, messages, tools, spans)
-
-    def _check_answer(self, message: Message, text: str) -> None:
-        """Refuse a template whose output lacks a part of the answer."""
-        reasoning = str(message.get("reasoning_content") or "").strip()
-        calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
-        content = "" if "</think>" in message["content"] else message["content"].strip()
-        for what, part in (
-            ("reasoning_content", reasoning),
-            ("content", content),
-            *(("tool_calls", name) for name in calls),
-        ):
-            if part not in text:
+            until = whole
+            if not last:
+                until = self.template.rendered(messages[: index + 1], tools, generation=False).text
+            end = self._end_of(messages[index])
+            if not end.written:  # the token begins the next message
+                until += end.token
+                whole = until if last else whole
+            begin, alike = self._begin(whole, messages, tools, index)
+            differs |= not alike
+            stop = until.rfind(end.token, begin) + len(end.token)
+            if stop < len(end.token):
                 raise DataError(
-                    f"the chat template does not write the {what} of an answer\n"
-                    "    fix: a template.chat_template that writes it, or remove it from the data"
+                    f"the chat template does not end this answer with {end.token}, as it ends "
+                    "others\n    fix: a different template.chat_template"
                 )
+            if whole[:stop] != until[:stop]:
+                raise _RewrittenError
+            for text in texts_of(messages[index]):
+                if text not in whole[begin:stop]:
+                    raise DataError(
+                        f"the chat template does not write all of message {index + 1}, the "
+                        "assistant message\n    fix: a different template.chat_template, or "
+                        "remove it from the data"
+                    )
+            spans += self._trained(begin, stop, marks)
+        self.parts.require(messages, tools, turns)
+        require_texts(whole, messages, tools)
+        sample = self._segments(whole, messages, spans)
+        sample.prompt_differs = differs
+        return sample
 
-    def _segments(
-        self, whole: str, messages: list[Message], tools: Tools, spans: list[tuple[int, int]]
-    ) -> list[Segment]:
+    def _begin(
+        self, whole: str, messages: list[Message], tools: Tools, index: int
+    ) -> tuple[int, bool]:
+        """Return where an answer begins, and whether the generation prompt ends there."""
+        if index == 0:
+            return self._first_begin(whole), True
+        prompt = self.template.rendered(messages[:index], tools, generation=True).text
+        if whole.startswith(prompt):
+            return len(prompt), True
+        before = self.template.rendered(messages[:index], tools, generation=False).text
+        if not whole.startswith(before):
+            if index < len(messages) - 1:
+                raise _RewrittenError
+            raise DataError(
+                "the chat template renders the messages before an answer differently once the "
+                "answer follows, so the trained text cannot be determined\n"
+                "    fix: a different template.chat_template"
+            )
+        # The generation prompt goes on differently, for example with "<think>", which an answer
+        # without reasoning lacks. The answer begins where both part, whatever its own text is.
+        return len(before) + self._header(messages, tools, index), False
+
+    def _first_begin(self, whole: str) -> int:
+        """Return where the answer that begins a conversation begins: nothing is asked before it."""
+        user: list[Message] = [{"role": "user", "content": AFTER}]
+        asked, prompt = (
+            self.template.rendered(user, None, generation).text.rpartition(AFTER)[2]
+            for generation in (False, True)
+        )
+        tokens = [found.end() for found in self.template.control.finditer(prompt)]
+        common = len(shared_prefix(asked, prompt))
+        header = prompt[max((end for end in tokens if end <= common), default=0) :].lstrip()
+        # The end of the generation prompt may differ from the answer; see _header.
+        ends = [found.end() for found in self.template.control.finditer(header)]
+        for end in [len(header), *reversed(ends)] if header else ():
+            if (at := whole.find(header[:end])) >= 0:
+                return at + end
+        raise DataError(
+            "the chat template does not show where an answer that begins a conversation begins\n"
+            "    fix: a user message before it"
+        )
+
+    def _header(self, messages: list[Message], tools: Tools, index: int) -> int:
+        """Return how many characters of an answer its generation prompt has, for any content."""
+        key = self.parts.shape(messages[: index + 1], tools, [index])
+        if key not in self._headers:
+            made, tools, _ = self.parts.marked(messages[: index + 1], tools)
+            texts = [
+                self.template.rendered(made[:index], tools, generation=True).text,
+                self.template.rendered(made, tools, generation=False).text,
+            ]
+            before = self.template.rendered(made[:index], tools, generation=False).text
+            self._headers[key] = len(shared_prefix(*texts)) - len(before)
+        return self._headers[key]
+
+    def _trained(self, begin: int, stop: int, marks: list[Span]) -> list[Span]:
+        """Return the span of an answer, or what the template marks of it."""
+        if not self.template.marks_answers:
+            return [(begin, stop)]
+        marked = [(max(begin, low), min(stop, high)) for low, high in marks]
+        spans: list[Span] = []
+        for low, high in sorted(span for span in marked if span[0] < span[1]):
+            if spans and spans[-1][1] == low:  # one answer, marked in two steps
+                low = spans.pop()[0]
+            spans.append((low, high))
+        if not spans:
+            raise DataError(
+                "the chat template marks no part of an answer as generated\n"
+                "    fix: a different template.chat_template"
+            )
+        return spans
+
+    def _segments(self, whole: str, messages: list[Message], spans: list[Span]) -> Sample:
         """Split a text at the trained spans, and where a control token begins a message.
 
         No token extends over the beginning of a control token, so these splits change no token.
-
-        Raises:
-            DataError: The text lacks a message or the tools.
         """
-        if tools and tools[0]["function"]["name"] not in whole:
-            raise DataError(
-                "the chat template does not write the tools\n"
-                "    fix: a template.chat_template that writes them, or remove them from the data"
-            )
         owners, position = [(0, str(messages[0]["role"]))], 0
         for index, message in enumerate(messages):
-            role, content = str(message["role"]), message["content"].strip()
+            role = str(message["role"])
+            content = texts_of(message)[-1] if texts_of(message) else ""
             at = whole.find(content, position)
             if role == "assistant" and index + 1 < len(messages):
                 # The template may have dropped this answer, and a later one may have its text.
-                then = messages[index + 1]["content"].strip()
+                then = (texts_of(messages[index + 1]) or [""])[0]
                 at = at if whole.find(then, at + len(content)) >= 0 else -1
-            if at < 0 and role in ("system", "user"):
-                raise DataError(
-                    f"the chat template leaves out message {index + 1}, the {role} message\n"
-                    "    fix: a different template.chat_template, or remove it from the data"
-                )
-            if at < 0:  # the template has changed an answer or a tool's message
+            if at < 0:  # the template has changed the message, or writes it elsewhere
                 at, content = position, ""
             if index:
-                gap = (
-                    list(self.template.specials.finditer(whole, position, at))
-                    if self.template.specials
-                    else []
-                )
+                gap = list(self.template.control.finditer(whole, position, at))
                 if len(gap) > 1:  # the end of one message and the beginning of the next
                     owners.append((gap[1].start(), role))
                 elif role != "assistant":  # no safe split: all of it belongs to the later message
                     owners[-1] = (owners[-1][0], role)
             position = at + len(content)
+        owners = [owner for owner in owners if not any(a < owner[0] < b for a, b in spans)]
         starts = [start for start, _ in owners]
         edges = sorted({0, len(whole), *starts, *(edge for span in spans for edge in span)})
-        segments: list[Segment] = []
+        sample = Sample()
         for begin, end in itertools.pairwise(edges):
             trained = any(span[0] <= begin < span[1] for span in spans)
             role = "assistant" if trained else owners[bisect.bisect_right(starts, begin) - 1][1]
-            segments.append(Segment(whole[begin:end], trained, role))
-        return segments
+            sample.append(Segment(whole[begin:end], trained, role))
+        return sample
+
+
+def texts_of(message: Message) -> list[str]:
+    """Return the texts of a message's content: the reasoning in it, and the rest."""
+    content = message["content"]
+    thought = THOUGHT.fullmatch(content) if message["role"] == "assistant" else None
+    texts = [thought[2], thought[4]] if thought else [content]
+    return [text.strip() for text in texts if text.strip()]
+
+
+def require_texts(whole: str, messages: list[Message], tools: Tools) -> None:
+    """Refuse a text that lacks a message or a tool: a template may drop some of them only.
+
+    Raises:
+        DataError: The template leaves out a message, or a tool.
+    """
+    position = 0
+    for number, message in enumerate(messages, 1):
+        role = message["role"]
+        for text in texts_of(message) if role != "assistant" else ():
+            start = 0 if role == "system" else position
+            found = [whole.find(form, start) for form in {text, json.dumps(text)[1:-1]}]
+            found += [whole.find(json.dumps(text, ensure_ascii=False)[1:-1], start)]
+            at = max(found)
+            if at < 0:
+                raise DataError(
+                    f"the chat template leaves out message {number}, the {role} message\n"
+                    "    fix: a different template.chat_template, or remove it from the data"
+                )
+            position = max(position, min(place for place in found if place >= 0))
+    for tool in tools or ():
+        if tool["function"]["name"] not in whole:
+            raise DataError(
+                "the chat template does not write the tools\n"
+                "    fix: a template.chat_template that writes them, or remove them from the data"
+            )
 
 
 class _RewrittenError(Exception):

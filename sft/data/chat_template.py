@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft.data.segment import TOKEN_BREAK, require_no_break
 from sft.errors import DataError
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
+
+# Reasoning that an answer holds within its content, as the models that write it do.
+THOUGHT = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 def named_template(name: str) -> str:
@@ -44,13 +50,38 @@ def named_template(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-class ChatTemplate:
-    """One tokenizer's chat template and control tokens."""
+def shared_prefix(first: str, second: str) -> str:
+    """Return the characters with which both texts begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return first[: next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+
+class Rendered(NamedTuple):
+    """A rendered conversation, and the spans that ``{% generation %}`` marks, if any."""
+
+    text: str
+    marks: list[tuple[int, int]]
+
+
+class ChatTemplate:
+    """One tokenizer's chat template, its control tokens, and the form of message that it reads.
+
+    Args:
+        tokenizer: The tokenizer; it gets the chat template, and is saved with the adapter.
+        chat_template: See ``named_template``; None: the tokenizer's own.
+        kwargs: Values for the template's own switches, such as ``enable_thinking``.
+        date: The day that a template with ``strftime_now`` writes, as YYYY-MM-DD.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
+        kwargs: dict[str, Any] | None = None,
+        date: str | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         if chat_template is not None:
-            # Set it on the tokenizer, which is saved with the adapter.
             tokenizer.chat_template = named_template(chat_template)
         if not tokenizer.chat_template:
             raise DataError(
@@ -58,68 +89,179 @@ class ChatTemplate:
                 "    fix: template=plain-chat, template=completion or template=alpaca, or an "
                 "instruction-tuned model"
             )
+        self.kwargs = dict(kwargs or {})
+        self.date = datetime.date.fromisoformat(date) if date else None
+        self._require_known_kwargs()
+
+    def _require_known_kwargs(self) -> None:
+        for name in self.kwargs:
+            if name in RESERVED or not re.search(rf"\b{re.escape(name)}\b", self.source(None)):
+                raise DataError(
+                    f"template.kwargs.{name}: the chat template reads no variable {name}\n"
+                    f"    fix: '~template.kwargs.{name}', or a template.chat_template that reads it"
+                )
+
+    def source(self, tools: Tools) -> str:
+        """Return the Jinja text; some tokenizers have a second one for conversations with tools."""
+        return str(self.tokenizer.get_chat_template(None, tools))
 
     @cached_property
-    def specials(self) -> re.Pattern[str] | None:
-        """Match any special token; None if the tokenizer has none."""
-        tokens = self.tokenizer.added_tokens_decoder.values()
+    def marks_answers(self) -> bool:
+        """Whether the template marks what is trained with ``{% generation %}``."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.source(None)) is not None
+
+    @cached_property
+    def control(self) -> re.Pattern[str]:
+        """Match a control token: a special token, or an added token that the template writes."""
+        source = self.source(None)
+        names = [
+            token.content
+            for token in self.tokenizer.added_tokens_decoder.values()
+            # Some tokenizers have runs of spaces and HTML tags as added tokens, which are text.
+            if token.special or (token.content.strip() and token.content in source)
+        ]
         # Longest first, so that no token matches as the beginning of a longer one.
-        names = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names))) if names else None
+        names.sort(key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def guarded(self, messages: list[Message]) -> list[Message]:
-        """Insert TOKEN_BREAK into control tokens that the data holds as text."""
-        specials = self.specials
+        """Insert TOKEN_BREAK into the control tokens that messages hold as text.
 
-        def guard(value: Any) -> Any:
-            if not isinstance(value, str):
-                return value
+        The tags around the reasoning at the beginning of an answer stay whole: templates look for
+        them, and the model writes them.
+        """
+        guarded = []
+        for message in messages:
+            made: Message = self.guarded_value(message)
+            content = message["content"]
+            if message["role"] == "assistant" and (thought := THOUGHT.fullmatch(content)):
+                begin, reasoning, end, answer = thought.groups()
+                parts = (begin, self.guarded_value(reasoning), end, self.guarded_value(answer))
+                made["content"] = "".join(parts)
+            guarded.append(made)
+        return guarded
+
+    def guarded_value(self, value: Any) -> Any:
+        """Insert TOKEN_BREAK into the control tokens in a value's texts, keys included."""
+        if isinstance(value, str):
             require_no_break(value)
-            if specials is None:
-                return value
-            return specials.sub(lambda found: found[0][0] + TOKEN_BREAK + found[0][1:], value)
-
-        return [
-            {
-                key: guard(value) if key in ("content", "reasoning_content") else value
-                for key, value in message.items()
-                if key != "train"
+            return self.control.sub(lambda found: found[0][0] + TOKEN_BREAK + found[0][1:], value)
+        if isinstance(value, dict):
+            return {
+                self.guarded_value(key): self.guarded_value(item) for key, item in value.items()
             }
-            for message in messages
-        ]
+        if isinstance(value, list):
+            return [self.guarded_value(item) for item in value]
+        return value
 
-    def rendered(
-        self, messages: list[Message], tools: Tools, generation: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the rendered text and the spans that ``{% generation %}`` marks, if any."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def rendered(self, messages: list[Message], tools: Tools, generation: bool) -> Rendered:
+        """Render a conversation, with or without the prompt that generation starts from.
 
-        template = self.tokenizer.get_chat_template(None, tools)
-        marked = not generation and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        Raises:
+            DataError: The template refuses the conversation.
+        """
+        return self._rendered(self._adapted(messages), tools, generation)
+
+    def _rendered(self, messages: list[Message], tools: Tools, generation: bool) -> Rendered:
+        from transformers.utils import chat_template_utils
+
+        source = self.source(tools)
+        marked = self.marks_answers and not generation
+        if self.date is not None:
+            compiled = chat_template_utils._compile_jinja_template(source)
+            compiled.globals["strftime_now"] = self.date.strftime
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = chat_template_utils.render_jinja_template(
                 conversations=[messages],
                 tools=tools,
-                chat_template=template,
+                chat_template=source,
                 add_generation_prompt=generation,
                 return_assistant_tokens_mask=marked,
-                **self.tokenizer.special_tokens_map,
+                **{**self.tokenizer.special_tokens_map, **self.kwargs},
             )
         except Exception as error:  # the template is arbitrary Jinja: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error
-        return str(texts[0]), [tuple(span) for span in spans[0]] if marked else []
+        # A template may have JSON written in ASCII, which escapes the character.
+        text = str(texts[0]).replace(json.dumps(TOKEN_BREAK)[1:-1], TOKEN_BREAK)
+        return Rendered(text, [(begin, end) for begin, end in spans[0]] if marked else [])
 
-    def up_to_end_of_turn(self, text: str) -> str:
-        """Remove what follows the token that ends the turn, such as newlines or a second EOS."""
-        specials = self.specials
-        end = None
-        if specials is not None:
-            pattern = specials.pattern
-            end = re.fullmatch(rf"(.*?(?:{pattern}))(?:\s|{pattern})*", text, re.DOTALL)
-        if end is None:
-            raise DataError(
-                "the chat template ends an assistant turn with no special token, so the model "
-                "would never learn to stop\n    fix: template=completion, or a different "
-                "template.chat_template"
-            )
-        return end[1]
+    def _adapted(self, messages: list[Message]) -> list[Message]:
+        """Give contents, reasoning and arguments the form that the template reads."""
+        if self._reads_reasoning:
+            messages = [_with_reasoning(message) for message in messages]
+        if self._reads_parts:
+            messages = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                if message["content"]
+                else message
+                for message in messages
+            ]
+        if any(message.get("tool_calls") for message in messages) and self._prints_arguments:
+            messages = [
+                {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+                if message.get("tool_calls")
+                else message
+                for message in messages
+            ]
+        return messages
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether a content must be a list of parts, as templates of image models read it."""
+
+        def writes(content: Any) -> bool:
+            try:
+                text = self._rendered([{"role": "user", "content": content}], None, False).text
+            except DataError:
+                return False
+            return "Zq0" in text
+
+        return not writes("Zq0") and writes([{"type": "text", "text": "Zq0"}])
+
+    @cached_property
+    def _reads_reasoning(self) -> bool:
+        """Whether the template writes the reasoning that a message holds beside its content."""
+        answer: Message = {"role": "assistant", "content": "Zq0", "reasoning_content": "Zq1"}
+        user: Message = {"role": "user", "content": "?"}
+        try:
+            text = self._rendered([user, answer], None, False).text
+        except DataError:
+            return False
+        return "Zq1" in text
+
+    @cached_property
+    def _prints_arguments(self) -> bool:
+        """Whether the arguments of a call must be JSON text, because the template prints them."""
+
+        def writes(arguments: Any) -> bool:
+            function = {"name": "Zq0", "arguments": arguments}
+            call = {"type": "function", "id": "Zq0Zq0Zq0", "function": function}
+            messages = [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
+            tool = {"type": "function", "function": {"name": "Zq0", "description": "?"}}
+            tool["function"]["parameters"] = {"type": "object", "properties": {}}  # type: ignore[index]
+            try:
+                text = self._rendered(messages, [tool], False).text
+            except DataError:
+                return False
+            # Python's text of a dict is not what a model should learn to write.
+            return "Zq1" in text and "Zq2" in text and "{'Zq1'" not in text
+
+        return not writes({"Zq1": "Zq2"}) and writes('{"Zq1": "Zq2"}')
+
+
+def _with_reasoning(message: Message) -> Message:
+    """Move the reasoning at the beginning of an answer's content out of it."""
+    if message["role"] != "assistant" or message.get("reasoning_content"):
+        return message
+    thought = THOUGHT.fullmatch(message["content"])
+    if thought is None or not thought[2].strip():
+        return message
+    return {**message, "content": thought[4].strip(), "reasoning_content": thought[2].strip()}
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sft.data.formats import normalise, recognise
 from sft.data.readers import SHOWN, BadRow, Row
-from sft.data.segment import TOKEN_BREAK, Segment
+from sft.data.segment import TOKEN_BREAK, Sample
 from sft.data.template import Empty, Template
 from sft.data.text_encoder import Encoder, TokenSpan
 from sft.errors import DataError
@@ -32,7 +32,7 @@ DOCUMENT = np.dtype(
         ("length", np.int64),  # tokens
         ("trained", np.int64),  # trained tokens
         ("last", np.int64),  # position of the last trained token; -1: none
-        ("last_id", np.int32),  # id of that token
+        ("never_stops", np.bool_),  # a trained answer lacks the token that ends it
         ("hash", np.uint64),  # of its token ids
         ("row", np.int64),  # number of its row, in reading order
         ("line", np.int64),  # line of its file in which that row begins
@@ -41,8 +41,18 @@ DOCUMENT = np.dtype(
         ("control", np.bool_),  # its text holds a control token
         ("double_bos", np.bool_),
         ("unrolled", np.bool_),  # its row became several documents
+        ("prompt_differs", np.bool_),  # an answer does not begin after the generation prompt
     ]
 )
+
+
+class Owner(NamedTuple):
+    """What a document has of its row; the names are those of DOCUMENT's fields."""
+
+    row: int
+    control: bool = False
+    unrolled: bool = False
+    prompt_differs: bool = False
 
 
 @dataclass
@@ -74,16 +84,16 @@ class RowEncoder:
         chat = template.config.kind == "chat"
         ends = template.config.append_eos and not chat
         self.eos_id = template.tokenizer.eos_token_id if ends else None
-        # A chat template writes BOS itself; rows of plain text are joined without BOS between them.
-        self.bos = template.config.kind == "completion"
+        # Nothing ends a plain text for generation.
+        self.stop_ids = template.stop_ids if template.config.kind != "text" else []
         tokens = template.tokenizer.added_tokens_decoder.values()
         self.control = tuple(token.content for token in tokens if token.special)
 
     def __call__(self, rows: Sequence[Row | BadRow]) -> Encoded:
         """Encode a batch."""
-        rendered: list[list[Segment]] = []
-        owners: list[tuple[int, bool, bool]] = []  # row, control, unrolled
-        ready: list[tuple[tuple[int, bool, bool], list[TokenSpan]]] = []
+        rendered: list[Sample] = []
+        owners: list[Owner] = []
+        ready: list[tuple[Owner, list[TokenSpan]]] = []
         bad: list[BadRow] = []
         empty: list[BadRow] = []
         for index, row in enumerate(rows):
@@ -92,7 +102,7 @@ class RowEncoder:
                 continue
             try:
                 if self._is_tokenized(row.values):
-                    ready.append(((index, False, False), _tokenized(row.values)))
+                    ready.append((Owner(index), _tokenized(row.values)))
                     continue
                 samples = self.template.render(self._clean(row.values))
                 _require_whole_characters(samples)
@@ -102,13 +112,37 @@ class RowEncoder:
                 bad.append(BadRow(row.file, row.line, _reason(error), _shown(row.values)))
             else:
                 rendered += samples
-                owner = (index, self._holds_control(samples), len(samples) > 1)
-                owners += [owner] * len(samples)
-        encoded = self.encoder.samples(rendered, self.bos, self.eos_id) if rendered else []
-        both = sorted([*zip(owners, encoded, strict=True), *ready], key=lambda item: item[0][0])
+                owners += self._owners(index, samples)
+        both = [*self._encoded(rows, rendered, owners), *ready]
+        both.sort(key=lambda item: item[0].row)
         ids, marks, documents = self._joined(both)
-        documents["line"] = [rows[index].line for (index, _, _), _ in both]
+        documents["line"] = [rows[owner.row].line for owner, _ in both]
         return Encoded(ids, marks, documents, bad, empty)
+
+    def _owners(self, index: int, samples: list[Sample]) -> list[Owner]:
+        control = self._holds_control(samples)
+        return [
+            Owner(index, control, len(samples) > 1, sample.prompt_differs) for sample in samples
+        ]
+
+    def _encoded(
+        self, rows: Sequence[Row | BadRow], rendered: list[Sample], owners: list[Owner]
+    ) -> Iterator[tuple[Owner, list[TokenSpan]]]:
+        """Yield the spans of samples; render a row by turn if one sample would merge two turns."""
+        if not rendered:
+            return
+        encoded = self.encoder.samples(rendered, self.template.adds_bos, self.eos_id)
+        for owner, spans in zip(owners, encoded, strict=True):
+            if spans is not None:
+                yield owner, spans
+                continue
+            row = rows[owner.row]
+            assert isinstance(row, Row)
+            samples = self.template.render(self._clean(row.values), by_turn=True)
+            turns = self.encoder.samples(samples, self.template.adds_bos, self.eos_id)
+            for turn, spans in zip(self._owners(owner.row, samples), turns, strict=True):
+                assert spans is not None  # nothing follows the answer of a sample with one turn
+                yield turn, spans
 
     def _clean(self, values: dict[str, Any]) -> dict[str, Any]:
         if not self.sanitize:
@@ -120,7 +154,7 @@ class RowEncoder:
         ready = "input_ids" in values and recognise(values) == "tokenized"
         return format == "tokenized" or (format == "auto" and ready)
 
-    def _holds_control(self, samples: list[list[Segment]]) -> bool:
+    def _holds_control(self, samples: list[Sample]) -> bool:
         """Return whether a row's text holds a control token, which TOKEN_BREAK marks in a chat."""
         if self.template.chat is not None:
             return any(TOKEN_BREAK in segment.text for segments in samples for segment in segments)
@@ -128,7 +162,7 @@ class RowEncoder:
         return any(name in text for name in self.control)
 
     def _joined(
-        self, samples: Sequence[tuple[tuple[int, bool, bool], list[TokenSpan]]]
+        self, samples: Sequence[tuple[Owner, list[TokenSpan]]]
     ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[Any]]:
         """Concatenate documents, and make the record of each."""
         spans = [span for _, sample in samples for span in sample]
@@ -149,20 +183,37 @@ class RowEncoder:
         documents["trained"] = np.add.reduceat(trained, begins, dtype=np.int64)
         places = np.where(trained, np.arange(len(ids)), -1)
         last = np.maximum.reduceat(places, begins)
-        documents["last_id"] = np.where(last >= 0, ids[last], -1)
+        if self.template.config.kind != "text":
+            documents["never_stops"] = self._never_stops(ids, marks, begins)
         documents["last"] = np.where(last >= 0, last - begins, -1)
         ends = (begins + documents["length"]).tolist()
         pairs = zip(begins.tolist(), ends, strict=True)
         documents["hash"] = [xxhash.xxh3_64_intdigest(ids[a:b].tobytes()) for a, b in pairs]
-        documents["row"], documents["control"], documents["unrolled"] = zip(
-            *(owner for owner, _ in samples), strict=True
-        )
+        for name, values in zip(
+            Owner._fields, zip(*(o for o, _ in samples), strict=True), strict=True
+        ):
+            documents[name] = values
         if len(self.encoder.bos_ids) == 1 and len(ids) > 1:
             after = ids[np.minimum(begins + 1, len(ids) - 1)]
             bos = self.encoder.bos_ids[0]
             both = (ids[begins] == bos) & (after == bos) & (documents["length"] > 1)
             documents["double_bos"] = both
         return ids, marks, documents
+
+    def _never_stops(
+        self, ids: NDArray[np.int32], marks: NDArray[np.uint8], begins: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Return for each document whether one of its trained spans lacks its last token.
+
+        Of a document that is trained as a whole, an end of turn may stand anywhere.
+        """
+        stops = np.isin(ids, self.stop_ids)
+        trained = (marks & 1).astype(bool)
+        following = np.append(trained[1:], False)
+        following[begins[1:] - 1] = False
+        missing = np.logical_or.reduceat(trained & ~following & ~stops, begins)
+        whole = marks[begins] == MARKS["all", 1]
+        return np.where(whole, ~np.logical_or.reduceat(stops, begins), missing)
 
 
 def _reason(error: Exception) -> str:
@@ -174,7 +225,7 @@ def _shown(values: dict[str, Any]) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _require_whole_characters(samples: list[list[Segment]]) -> None:
+def _require_whole_characters(samples: list[Sample]) -> None:
     """Refuse a lone surrogate, which JSON can write but UTF-8 cannot."""
     for segment in (segment for segments in samples for segment in segments):
         try:

@@ -19,6 +19,16 @@ class Segment(NamedTuple):
     role: str = "prompt"
 
 
+class Sample(list[Segment]):
+    """The segments of one sample.
+
+    Attributes:
+        prompt_differs: Whether an answer begins differently from the template's generation prompt.
+    """
+
+    prompt_differs = False
+
+
 def require_no_break(text: str) -> None:
     """Refuse text that holds the character TOKEN_BREAK.
 

@@ -73,13 +73,10 @@ class Split:
         counts.checks = dict.fromkeys(CHECKS, 0) | {
             "control_tokens": int(found["control"].sum()),
             "double_bos": int(found["double_bos"].sum()),
+            "never_stops": int(found["never_stops"].sum()),
+            "prompt_differs": int(found["prompt_differs"].sum()),
             "duplicates": len(found) - len(np.unique(found["hash"])),
         }
-        if not self.text:
-            # Generation stops at EOS or at the token that ends an assistant's turn.
-            stops = [self.template.tokenizer.eos_token_id, self.template.stop_id()]
-            ends = np.isin(found["last_id"], [stop for stop in stops if stop is not None])
-            counts.checks["never_stops"] = int((~ends & (found["trained"] > 0)).sum())
 
     def planned(self, seed: int) -> packing.Plan:
         """Plan which documents go into which block."""

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from sft.config.settings import TemplateConfig, columns_of
 from sft.data.chat import Chat
+from sft.data.chat_template import ChatTemplate
 from sft.data.formats import normalise
-from sft.data.segment import Segment, require_no_break
+from sft.data.segment import Sample, Segment, require_no_break
 from sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,14 +45,13 @@ class Template:
             "completion": "completion",
             "text": "all",
         }.get(config.kind)
-        self.chat = (
-            Chat(tokenizer, config.chat_template, str(self.train_on))
-            if config.kind == "chat"
-            else None
-        )
+        self.chat: Chat | None = None
+        if config.kind == "chat":
+            given = ChatTemplate(tokenizer, config.chat_template, config.kwargs, config.date)
+            self.chat = Chat(given, str(self.train_on))
 
-    def render(self, row: dict[str, Any]) -> list[list[Segment]]:
-        """Return the samples of a row, each as segments.
+    def render(self, row: dict[str, Any], by_turn: bool = False) -> list[Sample]:
+        """Return the samples of a row.
 
         A row gives one sample. If a chat template rewrites the history of a conversation, each
         trained turn is a sample of its own, in the context in which it would be generated.
@@ -63,7 +63,7 @@ class Template:
         row = normalise(row, self.format)
         if self.chat is not None:
             messages = self._messages(row)
-            return self.chat.samples(messages, row.get("tools"))
+            return self.chat.samples(messages, row.get("tools"), by_turn)
         if "messages" in row:
             raise DataError(
                 f"the row is a conversation, which template={self.config.name} cannot render\n"
@@ -71,10 +71,11 @@ class Template:
             )
         completion = self._completion(row)
         if self.config.kind == "text":
-            return [[Segment(completion, True, "text")]]
+            return [Sample([Segment(completion, True, "text")])]
         prompt = self._filled(self.config.prompts, row, "prompt")
         trains_prompt = self.train_on == "all"
-        return [[Segment(prompt, trains_prompt), Segment(completion, True, "completion")]]
+        answer = Segment(completion, True, "completion")
+        return [Sample([Segment(prompt, trains_prompt), answer])]
 
     def render_prompt(self, row: dict[str, Any]) -> str:
         """Return the text that generation starts from: everything before the last answer.
@@ -96,14 +97,19 @@ class Template:
             messages = messages[:-1]
         return self.chat.prompt(messages, row.get("tools"))
 
-    def stop_id(self) -> int | None:
-        """Return the token that ends an assistant's turn, which may differ from EOS."""
-        if self.chat is None:
-            return None
-        ids: list[int] = self.tokenizer(self.chat.end_of_turn(), add_special_tokens=False)[
-            "input_ids"
-        ]
-        return ids[-1]
+    @property
+    def adds_bos(self) -> bool:
+        """Whether samples and prompts begin with what the tokenizer puts before a document."""
+        if self.config.bos is not None:
+            return self.config.bos == "tokenizer"
+        return self.chat is None
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer: those of the chat template, or EOS."""
+        if self.chat is not None:
+            return self.chat.stop_ids
+        return [self.tokenizer.eos_token_id] if self.config.append_eos else []
 
     def prompt_row(self, prompt: str) -> dict[str, Any]:
         """Return a row that holds only a prompt, for the first variant with a single column."""

@@ -78,8 +78,10 @@ def test_published_renderings(vector: dict[str, Any]) -> None:
         return
     text, trained = joined(template, row)
     assert text == vector["expected"]
-    if "assistant_text" in vector:  # the template's own {% generation %} marks are kept
-        assert trained == vector["assistant_text"]
+    if "assistant_text" in vector:
+        # The template's own {% generation %} marks are kept, without the newlines around an answer:
+        # the generation prompt has the first, and nothing generates the last.
+        assert trained == [text.strip("\n") for text in vector["assistant_text"]]
     else:
         answers = [m["content"] for m in messages if m["role"] == "assistant" and m["content"]]
         found = [text for text in trained if "<tool_call>" not in text]
@@ -140,11 +142,17 @@ def test_what_a_template_leaves_out_is_refused() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         (
             {"messages": [{"role": "system", "content": "S"}, *turn]},
-            "leaves out message 1, the sys",
+            "not write the content of message 1, system",
         ),
-        ({"messages": turn, "tools": [{"name": "look"}]}, "does not write the tools"),
-        ({"messages": [*turn[:1], {**turn[1], "tool_calls": [call]}]}, "not write the tool_calls"),
-        ({"messages": [*turn[:1], {**turn[1], "reasoning": "R"}]}, "not write the reasoning_cont"),
+        ({"messages": turn, "tools": [{"name": "look"}]}, "not write the name of a tool"),
+        (
+            {"messages": [*turn[:1], {**turn[1], "tool_calls": [call]}]},
+            "not write the tool calls of an answer",
+        ),
+        (
+            {"messages": [*turn[:1], {**turn[1], "reasoning": "R"}]},
+            "not write the reasoning of message 2, the assistant",
+        ),
     ]
     template = chat(bare)
     assert joined(template, {"messages": turn})[1] == ["A<|im_end|>"]
@@ -213,7 +221,7 @@ def test_what_data_writes_begins_no_turn() -> None:
     assert ids.count(eot) == 2  # the template's own, one a turn
     assert template.tokenizer.decode(ids).count("<|eot_id|>") == 3
     assert done.documents["control"].tolist() == [True]
-    prompt = encoder.encoder.prompt(template.render_prompt(row), rendered=True)
+    prompt = encoder.encoder.prompt(template.render_prompt(row), bos=False)
     assert ids[: len(prompt)] == prompt
     for kind in (
         template,

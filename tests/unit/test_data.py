@@ -91,8 +91,8 @@ def test_only_the_token_that_ends_the_turn_is_trained(tokenizer: PreTrainedToken
     assert marked(sample, tokenizer).endswith(f"⟦{answer}<|end|>⟧\n<|endoftext|>")
     # What the data writes is text, and begins no turn.
     assert tokenizer.convert_tokens_to_ids("<|system|>") not in sample["input_ids"]
-    assert made.stop_id() == tokenizer.convert_tokens_to_ids("<|end|>")
-    assert template(tokenizer, "completion").stop_id() is None
+    assert made.stop_ids == [tokenizer.convert_tokens_to_ids("<|end|>")]
+    assert template(tokenizer, "completion").stop_ids == [tokenizer.eos_token_id]
 
 
 def test_columns_are_renamed_all_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -285,7 +285,7 @@ def test_bos_comes_once_and_no_space_into_the_seam() -> None:
     tokens = tokenizer.convert_ids_to_tokens(sample["input_ids"])
     assert tokens == ["<s>", "\u2581a", "b", "</s>"]
     assert sample["labels"] == [-100, -100, *sample["input_ids"][2:]]
-    prompt = Encoder(tokenizer).prompt("a", rendered=False)
+    prompt = Encoder(tokenizer).prompt("a", bos=True)
     assert prompt == sample["input_ids"][:2]
 
 

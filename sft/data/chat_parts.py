@@ -1,0 +1,175 @@
+"""Check once for each shape of conversation that a chat template writes every part of it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from sft.data.chat_template import THOUGHT, ChatTemplate, Message, Tools
+from sft.errors import DataError
+
+ANYWHERE = -1  # the place of the system message and the tools: templates differ in it
+
+
+class Part(NamedTuple):
+    """A part of a conversation: the number of its message, what it is, and its unique text."""
+
+    message: int
+    what: str
+    text: str
+
+
+class Parts:
+    """Plants a unique text in each part of a conversation, and looks for all of them in order.
+
+    What a template drops does not depend on the words of a row, but on its shape: which messages
+    follow each other, and which parts each has. So a shape is checked once.
+    """
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self._lost: dict[Any, str | None] = {}
+
+    def shape(self, messages: list[Message], tools: Tools, turns: list[int]) -> Any:
+        """Return what identifies the shape of a conversation."""
+        described = tuple(
+            (
+                message["role"],
+                bool(message["content"].strip()),
+                _thinks(message),
+                bool(message.get("reasoning_content")),
+                len(message.get("tool_calls") or ()),
+                bool(message.get("name")),
+                bool(message.get("tool_call_id")),
+            )
+            for message in messages
+        )
+        return described, tuple(map(_features, tools or ())), tuple(turns)
+
+    def require(self, messages: list[Message], tools: Tools, turns: list[int]) -> None:
+        """Refuse a conversation of which the template leaves out a part.
+
+        The reasoning of an answer that is not trained may be left out: the template does so in
+        generation, too. So may an earlier answer that it writes when it is the last.
+
+        Raises:
+            DataError: A part is lost. The message says which.
+        """
+        key = self.shape(messages, tools, turns)
+        if key not in self._lost:
+            self._lost[key] = self._first_lost(messages, tools, turns)
+        lost = self._lost[key]
+        if lost is not None:
+            raise DataError(
+                f"the chat template does not write {lost}\n"
+                "    fix: a template.chat_template that writes it, or remove it from the data"
+            )
+
+    def _first_lost(self, messages: list[Message], tools: Tools, turns: list[int]) -> str | None:
+        made, tools, parts = self.marked(messages, tools)
+        whole = self.template.rendered(made, tools, generation=False).text
+        lost = list(_missing(whole, parts))
+        for part in lost:
+            if part.message == ANYWHERE:
+                return part.what
+            role = messages[part.message]["role"]
+            if role != "assistant" or part.message in turns:
+                return f"{part.what} of message {part.message + 1}, the {role} message"
+            if part.what == "the reasoning":
+                continue
+            until = self.template.rendered(made[: part.message + 1], tools, generation=False).text
+            if part.text not in until:
+                return f"{part.what} of message {part.message + 1}, the {role} message"
+        return None
+
+    def marked(
+        self, messages: list[Message], tools: Tools
+    ) -> tuple[list[Message], Tools, list[Part]]:
+        """Copy a conversation, with a unique text in the place of each part."""
+        numbers = itertools.count(1000)
+        parts: list[Part] = []
+
+        def mark(message: int, what: str) -> str:
+            parts.append(Part(message, what, f"Zq{next(numbers)}wK"))
+            return parts[-1].text
+
+        made_tools = [_tool(tool, mark) for tool in tools] if tools else None
+        names = [tool["function"]["name"] for tool in made_tools or ()] or [None]
+        made = []
+        for index, message in enumerate(messages):
+            copied = copy.deepcopy(message)
+            if message.get("reasoning_content"):
+                copied["reasoning_content"] = mark(index, "the reasoning")
+            if _thinks(message):
+                thought = THOUGHT.fullmatch(message["content"])
+                assert thought is not None
+                copied["content"] = f"<think>\n{mark(index, 'the reasoning')}\n</think>\n\n"
+                if thought[4].strip():
+                    copied["content"] += mark(index, "the content")
+            elif message["role"] == "system":
+                copied["content"] = mark(ANYWHERE, f"the content of message {index + 1}, system")
+            elif message["content"].strip():
+                copied["content"] = mark(index, "the content")
+            for call in copied.get("tool_calls") or ():
+                called = names[0] or mark(index, "the name of a call")
+                if names[0]:
+                    parts.append(Part(index, "the name of a call", called))
+                arguments = {mark(index, "an argument"): mark(index, "an argument")}
+                call["function"] = {"name": called, "arguments": arguments}
+            made.append(copied)
+        return made, made_tools, parts
+
+
+def _tool(tool: dict[str, Any], mark: Any) -> dict[str, Any]:
+    """Copy a tool with unique texts for its name, description and parameters."""
+    function = tool["function"]
+    made: dict[str, Any] = {"name": mark(ANYWHERE, "the name of a tool")}
+    if function.get("description"):
+        made["description"] = mark(ANYWHERE, "the description of a tool")
+    schema = function.get("parameters")
+    if isinstance(schema, dict):
+        made["parameters"] = {"type": "object", "properties": {}}
+        for value in (schema.get("properties") or {}).values():
+            name = mark(ANYWHERE, "a parameter of a tool")
+            parameter: dict[str, Any] = {"type": "string"}
+            if isinstance(value, dict) and value.get("description"):
+                parameter["description"] = mark(ANYWHERE, "the description of a parameter")
+            made["parameters"]["properties"][name] = parameter
+        made["parameters"]["required"] = list(made["parameters"]["properties"])
+    return {"type": "function", "function": made}
+
+
+def _features(tool: dict[str, Any]) -> Any:
+    """Return which parts a tool has."""
+    function = tool["function"]
+    schema = function.get("parameters")
+    values = (schema.get("properties") or {}).values() if isinstance(schema, dict) else ()
+    described = tuple(isinstance(v, dict) and bool(v.get("description")) for v in values)
+    return bool(function.get("description")), isinstance(schema, dict), described
+
+
+def _thinks(message: Message) -> bool:
+    """Return whether an answer's content begins with reasoning between tags."""
+    if message["role"] != "assistant":
+        return False
+    thought = THOUGHT.fullmatch(message["content"])
+    return thought is not None and bool(thought[2].strip())
+
+
+def _missing(whole: str, parts: list[Part]) -> Iterator[Part]:
+    """Yield the parts that a text lacks, or has before a part of an earlier message.
+
+    Tools and the system message may stand anywhere before the answers.
+    """
+    start = end = 0
+    message = -1
+    for part in parts:
+        if part.message != message:
+            message, start = part.message, end
+        at = whole.find(part.text, 0 if part.message == ANYWHERE else start)
+        if at < 0:
+            yield part
+        elif part.message != ANYWHERE:
+            end = max(end, at + len(part.text))
