@@ -78,8 +78,10 @@ def end_of_turn(template: ChatTemplate, calls: bool) -> End:
     if plain is None or plain.written:
         adjacent = re.compile(f"(?:{template.control.pattern})+")
         for text in (both, last):
-            if found := adjacent.search(text):
-                return End(template.control.findall(found[0])[-1], True)
+            # A call holds control tokens of its own, so that its end is the last of them.
+            if found := adjacent.findall(text):
+                run = found[-1 if calls else 0]
+                return End(template.control.findall(run)[-1], True)
     following_tokens = template.control.findall(within[len(both) :])
     if not following_tokens:
         raise DataError(
