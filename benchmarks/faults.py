@@ -29,7 +29,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sft.checkpoint import folder as checkpoint
+from sft.checkpoint import folders
 from sft.errors import CheckpointError
 
 HERE = Path(__file__).resolve().parent
@@ -67,7 +67,7 @@ class Fault:
 
 
 def newest(run: Path) -> Path:
-    return checkpoint.checkpoints(run)[0]
+    return folders.checkpoints(run)[0]
 
 
 def truncate(run: Path) -> None:
@@ -101,7 +101,7 @@ FAULTS = [
         "SIGKILL:sft.training.guard.Guard.on_step_end:before:5:0",
     ),
     Fault("all ranks killed in step 7", LAST),
-    Fault("killed as a save begins", "SIGKILL:sft.checkpoint.folder.begin:after:2:0"),
+    Fault("killed as a save begins", "SIGKILL:sft.checkpoint.folders.begin:after:2:0"),
     Fault("killed as the adapter is written", "SIGKILL:sft.checkpoint.weights.write:before:2:0"),
     Fault(
         "killed before the optimizer's state",
@@ -111,9 +111,9 @@ FAULTS = [
         "killed after the optimizer's state",
         "SIGKILL:sft.checkpoint.tensors.Writer.flush:after:2:0",
     ),
-    Fault("killed before the manifest", "SIGKILL:sft.checkpoint.folder.finish:before:2:0"),
-    Fault("killed after the manifest", "SIGKILL:sft.checkpoint.folder.write_text:after:2:0"),
-    Fault("killed as an old one is deleted", "SIGKILL:sft.checkpoint.folder.delete:before:1:0"),
+    Fault("killed before the manifest", "SIGKILL:sft.checkpoint.folders.finish:before:2:0"),
+    Fault("killed after the manifest", "SIGKILL:sft.checkpoint.folders.write_text:after:2:0"),
+    Fault("killed as an old one is deleted", "SIGKILL:sft.checkpoint.folders.delete:before:1:0"),
     Fault("other rank killed in a save", "SIGKILL:sft.checkpoint.state.progress:before:2:1"),
     Fault("killed as the run's end is written", "SIGKILL:sft.checkpoint.weights.write:after:5:0"),
     Fault("SIGTERM to all ranks", "SIGTERM:sft.training.guard.Guard.on_step_end:before:5:all"),
@@ -172,9 +172,9 @@ def outcome(run: Path) -> tuple[list[dict[str, object]], dict[str, bytes]]:
 def broken(run: Path) -> list[str]:
     """List the checkpoints that have their final name but are incomplete."""
     found = []
-    for path in checkpoint.checkpoints(run):
+    for path in folders.checkpoints(run):
         try:
-            checkpoint.verify(path)
+            folders.verify(path)
         except CheckpointError:
             found.append(path.name)
     return found
@@ -315,7 +315,7 @@ def once(stage: str, ranks: int, folder: Path, straight: Path) -> Iterator[Resul
 
     run = folder / "bad"
     call(command(stage, ranks, run, LAST), cache)
-    for path in checkpoint.checkpoints(run):
+    for path in folders.checkpoints(run):
         (path / "state.json").unlink()
     refused = call(command(stage, ranks, run), cache)
     clear = refused.returncode != 0 and "no checkpoint in" in refused.stderr

@@ -31,7 +31,7 @@ def only(given: argparse.Namespace) -> None:
     """Train in this process, save in both ways, and write the measurements to a file."""
     import transformers
 
-    from sft.checkpoint import folder as checkpoint
+    from sft.checkpoint import folders
     from sft.training.trainer import Trainer
 
     ours = Trainer._save_checkpoint
@@ -43,7 +43,7 @@ def only(given: argparse.Namespace) -> None:
             for name in found:
                 self.args.output_dir = f"{given.output}/{name}"
                 self._saved = None
-                folder = checkpoint.path_of(self.args.output_dir, self.state.global_step)
+                folder = folders.path_of(self.args.output_dir, self.state.global_step)
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.parent.mkdir(exist_ok=True)
                 os.sync()
@@ -57,7 +57,7 @@ def only(given: argparse.Namespace) -> None:
                 found[name].append([returned, time.perf_counter() - begin])
         self.args.output_dir, self.args.save_total_limit = output, limit
         sizes = {
-            name: size(checkpoint.path_of(f"{given.output}/{name}", self.state.global_step))
+            name: size(folders.path_of(f"{given.output}/{name}", self.state.global_step))
             for name in found
         }
         Path(given.output, "result.json").write_text(json.dumps([found, sizes]))

@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load
 
-from sft.checkpoint import folder as checkpoint
+from sft.checkpoint import folders
 
 SETTINGS = [
     *("dataset.max_rows=48", "dataset.max_eval_rows=16", "dataset.exact_match=0"),
@@ -223,7 +223,7 @@ def damaged(start: Start, chance: random.Random) -> str:
     """Kill all processes, and damage the newest of several checkpoints, or the log."""
     send([psutil.Process(start.child.pid), *start.processes()], signal.SIGKILL)
     start.ends()
-    if finished(start.run) or len(checkpoint.checkpoints(start.run)) < 2:
+    if finished(start.run) or len(folders.checkpoints(start.run)) < 2:
         return "SIGKILL of everything"
     files = sorted(path for path in newest(start.run).iterdir() if path.is_file())
     harms: dict[str, Callable[[Path], object]] = {

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from sft import process
+
 logger = logging.getLogger("sft")
 
 # Logger: the message of it that is hidden. All other warnings of these libraries are shown.
@@ -50,7 +52,7 @@ def prepare(distributed: bool = False) -> None:
 
     # Without a process group, the Trainer would use all GPUs from one process (DataParallel), which
     # TRL refuses. With it, one process is one rank on one GPU on such a machine too.
-    alone = "RANK" not in os.environ
+    alone = not process.launched()
     if alone and (distributed or torch.cuda.device_count() > 1):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -151,12 +153,12 @@ def rejoin() -> None:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts == "0" or dist.is_initialized():
+    restarts = process.restarts()
+    if not restarts or dist.is_initialized():
         return
     store, rank, ranks = next(rendezvous("env://"))
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(process.local_rank())
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         store=PrefixStore(f"restart{restarts}", store),

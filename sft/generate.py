@@ -15,6 +15,7 @@ from sft.config.rules import above, at_least, rule_problems, setting
 from sft.config.settings import ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import DataError, ModelError, Problem
 from sft.inference.card import ADAPTER_SETTINGS
+from sft.run import record
 
 if TYPE_CHECKING:
     from sft.data.template import Template
@@ -114,15 +115,14 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 def _folder(config: GenerateConfig) -> Path:
     """Find the folder that holds the adapter or the model."""
     if config.run is not None:
-        for name in ("adapter", "model"):
-            if (Path(config.run) / name).is_dir():
-                return Path(config.run) / name
+        if weights := record.weights(config.run):
+            return weights
         raise ModelError(
             f"{config.run} holds no adapter and no model\n    fix: run=FOLDER of a finished run"
         )
     if config.adapter is not None:
         if not (Path(config.adapter) / ADAPTER_SETTINGS).is_file():
-            inside = (Path(config.adapter) / "adapter").is_dir()
+            inside = (Path(config.adapter) / record.ADAPTER).is_dir()
             fix = f"run={config.adapter}" if inside else "adapter=FOLDER, or model=FOLDER"
             raise ModelError(f"there is no adapter in {config.adapter}\n    fix: {fix}")
         return Path(config.adapter)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -14,17 +11,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sft import environment
-from sft.checkpoint import folder as checkpoint
+from sft import child, environment
 from sft.cli.command import Command
 from sft.config.checks import check
 from sft.config.overrides import expanded
 from sft.config.rules import at_least, setting
 from sft.config.settings import Config, fill_names, streamed_samples
 from sft.errors import Problem, RunError
-from sft.files import hash_of, read_records, write_text
-from sft.sweep.trial import environment as outside_of_ranks
-from sft.sweep.trial import signals_as_interrupt
+from sft.run.outcome import cut_back, differences, outcome
 
 # Settings that the proof decides itself: the user's values are not passed to the runs.
 OWN = {
@@ -108,10 +102,10 @@ def _few_rows(config: ProveConfig) -> int:
     from sft.data import artefact
     from sft.data.prepare import prepare
     from sft.data.template import Template
-    from sft.model import base as model
+    from sft.model.base import load_tokenizer
 
     dataset, batch = config.dataset, config.train.global_batch_size
-    tokenizer = model.load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     chosen = artefact.template_of(dataset.path) or config.template
     template = Template(chosen, tokenizer, dataset.format)
     config.train.max_steps = config.steps or 3 * EPOCH  # limits what is read with streaming=true
@@ -157,11 +151,8 @@ def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> dict[str, 
     """
     with tempfile.TemporaryDirectory(prefix="sft-prove-") as work:
         run = Path(work) / "run"
-        command = [sys.executable, "-m"]
-        if ranks > 1:
-            command += ["torch.distributed.run", "--standalone"]
-            command += ["--nproc_per_node", str(ranks), "-m"]
-        command += ["sft.train", *_given(), f"output_dir={run}", f"train.max_steps={steps}"]
+        command = child.command("sft.train", ranks if ranks > 1 else None)
+        command += [*_given(), f"output_dir={run}", f"train.max_steps={steps}"]
         command += ["train.save_strategy=steps", f"train.save_steps={stop}"]
         command += ["train.logging_steps=1", f"train.save_total_limit={steps}"]
         command += [f"dataset.max_{name}={getattr(config.dataset, f'max_{name}')}" for name in ROWS]
@@ -207,58 +198,10 @@ def _counted(ranks: int) -> str:
 
 def _outcome(command: list[str], run: Path) -> dict[str, Any]:
     """Train, and read the result."""
-    with signals_as_interrupt():  # otherwise a signal would end the proof and not its run
-        result = subprocess.run(
-            command, env=outside_of_ranks(), capture_output=True, text=True, check=False
-        )
-    if result.returncode:
-        said = result.stderr.partition("error: ")[2] or result.stderr
-        raise RunError(f"a training run of the proof failed: {said.strip()}")
+    ended = child.run(command, log=run.with_name("log"))
+    if ended.exit_code:
+        raise RunError(f"a training run of the proof failed: {ended.message}")
     return outcome(run)
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    """Read what a run logged, without times, and hash the weights that it saved."""
-    logged = [
-        {key: value for key, value in record.items() if "seconds" not in key}
-        for record in read_records(run / "metrics.jsonl")
-        if "train_runtime" not in record  # the Trainer's summary, which covers one process only
-    ]
-    saved = [path for kind in ("adapter", "model") for path in (run / kind).glob("*.safetensors")]
-    return {"logged": logged, "files": {path.name: hash_of(path) for path in saved}}
-
-
-def differences(straight: dict[str, Any], resumed: dict[str, Any]) -> list[str]:
-    """List the differences between two outcomes, one line each."""
-    found = [
-        f"step {one['step']}: {key} {one[key]} without interruption, {other.get(key)} resumed"
-        for one, other in zip(straight["logged"], resumed["logged"], strict=False)
-        for key in one
-        if one[key] != other.get(key)
-    ]
-    if len(straight["logged"]) != len(resumed["logged"]):
-        counts = len(straight["logged"]), len(resumed["logged"])
-        found.append(f"{counts[0]} lines logged without interruption, {counts[1]} resumed")
-    files = straight["files"]
-    return found + [
-        f"{name} differs" for name in files if files[name] != resumed["files"].get(name)
-    ]
-
-
-def cut_back(run: Path, step: int) -> None:
-    """Reduce a finished run to the files that a kill right after a checkpoint would have left.
-
-    Raises:
-        CheckpointError: There is no checkpoint of this step.
-    """
-    checkpoint.verify(checkpoint.path_of(run, step))
-    for path in checkpoint.checkpoints(run):
-        if checkpoint.step_of(path) > step:
-            shutil.rmtree(path)
-    for kind in ("adapter", "model"):
-        shutil.rmtree(run / kind, ignore_errors=True)
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    write_text(run / "run.json", json.dumps({**record, "status": "running"}))
 
 
 main = Command(

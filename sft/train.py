@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import environment, process
+from sft import child, environment, process
 from sft.cli.command import Command
 from sft.config.checks import check
 from sft.config.settings import Config, fill_names, streamed_samples
 from sft.errors import MergeError, RunError, Stopped
+from sft.run import record
 from sft.training.signals import Signals, end_with_launcher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from sft.data.prepared import Prepared
     from sft.run.run import Run
@@ -42,8 +40,8 @@ def train(config: Config) -> dict[str, Any] | None:
         return None
     if config.train.merge:
         merge(folder)
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return {"run": str(folder), **{key: record[key] for key in ("status", "seconds", "final")}}
+    found = record.read(folder)
+    return {"run": str(folder), **{key: found[key] for key in ("status", "seconds", "final")}}
 
 
 def fit(config: Config) -> Path:
@@ -74,35 +72,36 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     from sft.data.template import Template
     from sft.fast import half
     from sft.model import adapter
-    from sft.model import base as model
+    from sft.model.base import check_fits, dtype_of, load_architecture, load_base, load_tokenizer
     from sft.plan import choices
     from sft.run import resume
-    from sft.training import build, summary
+    from sft.training import build, loop, summary
 
-    tokenizer = model.load_tokenizer(config.model)
-    architecture = model.load_architecture(config.model)
+    tokenizer = load_tokenizer(config.model)
+    architecture = load_architecture(config.model)
     precision = choices.choose_precision(config, architecture, run.begun_identity())
     lora = adapter.lora_config(config, architecture)
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
-    model.check_fits(architecture, tokenizer, prepared.parts.values())
+    check_fits(architecture, tokenizer, prepared.parts.values())
     chosen = choices.decide(config, architecture, precision, prepared)
     run.identify(chosen, prepared)
     logger.info("%s", "\n".join(chosen.lines()))
-    half.widen_products(model.dtype_of(precision.value), precision.products)
+    half.widen_products(dtype_of(precision.value), precision.products)
 
     # Create SFTConfig before the model loads: only then does ZeRO-3 partition the weights while
     # they load. On a CPU the process group must exist by then too.
     args = build.sft_config(config, chosen)
     with _ending(run):
         resume.require_same_checkpoint(run.dir, resume_from)
-        base = model.load_base(config, architecture.config, precision.value, chosen.attention.value)
+        base = load_base(config, architecture.config, precision.value, chosen.attention.value)
         collator = build.make_collator(config, chosen, tokenizer)
         trainer = build.make_trainer(base, args, chosen, prepared, collator, tokenizer, lora)
         summary.describe_run(config, trainer, prepared, tokenizer)
         with Signals() as signals:
-            start(run, trainer, prepared, template.stop_id(), resume_from, signals)
-            final = finish_training(trainer, config, template.stop_id(), resume_from)
+            claim(run, trainer, prepared)
+            loop.add_checks(trainer, config, prepared, template.stop_id(), resume_from, signals)
+            final = loop.train(trainer, config, template.stop_id(), resume_from)
             save(run, trainer, config, final)
 
 
@@ -123,7 +122,7 @@ def _ending(run: Run) -> Iterator[None]:
             raise RunError(
                 "contact with another rank was lost: the rank or its machine died\n"
                 "    fix: read the errors of the other ranks, then give the same command again to "
-                "resume"
+                "resume the run"
             ) from error
         raise
     finally:
@@ -137,28 +136,16 @@ def merge(folder: Path) -> None:
     Raises:
         MergeError: The merge failed and has reported why. The run itself is finished.
     """
-    from sft.sweep.trial import environment as outside_of_ranks
-
-    command = [sys.executable, "-m", "sft.merge", f"run={folder}"]
-    if subprocess.run(command, env=outside_of_ranks(), check=False).returncode:
+    if child.run([*child.command("sft.merge"), f"run={folder}"]).exit_code:
         raise MergeError(
             f"the run {folder} is finished, but its adapter could not be merged\n"
             f"    fix: correct the error above, then: python -m sft.merge run={folder}"
         )
 
 
-def start(
-    run: Run,
-    trainer: Trainer,
-    prepared: Prepared,
-    stop_id: int | None,
-    resume_from: Any,
-    signals: Signals,
-) -> None:
-    """Claim the run's folder, open the logs, and add the checks that run before the first step."""
-    from sft.fast import proof
+def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
+    """Claim the run's folder, now that nothing can be refused any more, and open the logs."""
     from sft.merge import probes
-    from sft.training.guard import Guard
     from sft.watch import callbacks
 
     if trainer.args.process_index == 0:
@@ -167,81 +154,7 @@ def start(
         probes.keep(prepared, run.dir / probes.FILE)
     trainer.accelerator.wait_for_everyone()
     run.log_to_file(trainer.args.process_index)
-    callbacks.watch(trainer, run.dir / "metrics.jsonl")
-    settings = run.config.train
-    trainer.guard = Guard(
-        trainer.args, signals, trainer.rows_of, settings.max_loss_jump, settings.on_nan
-    )
-    trainer.add_callback(trainer.guard)
-    trainer.args.eval_on_start &= resume_from is None
-
-    def before_training(action: Callable[[], object], on_resume: bool = True) -> None:
-        trainer.add_callback(callbacks.BeforeTraining(action, on_resume))
-
-    device, vocabulary = trainer.args.device, len(trainer.processing_class)
-
-    def check_head() -> None:
-        precision = trainer.accelerator.mixed_precision
-        if not proof.head_agrees(trainer.model_wrapped, device, vocabulary, precision):
-            trainer.use_head("plain")
-
-    before_training(trainer.resume_counts)
-    if trainer.lm_head != "plain":
-        before_training(check_head)
-    packed = "seq_lengths" in prepared.train.dataset.column_names
-    if packed or trainer.data_collator.padding_free:
-        may_pad = settings.padding_free == "auto" and not packed
-        before_training(
-            lambda: proof.prove_isolation(
-                trainer.model_wrapped, trainer.data_collator, device, vocabulary, may_pad
-            )
-        )
-    count = run.config.dataset.exact_match
-    if count:
-        before_training(lambda: log_answers(trainer, count, stop_id), on_resume=False)
-    if resume_from is not None and trainer.eval_dataset is not None:
-        before_training(trainer.evaluate_if_due)
-
-
-def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, float]:
-    """Generate answers to held-out prompts, and log the share that is exactly right."""
-    from sft.inference.answers import exact_match
-
-    samples = trainer.eval_dataset.select(range(min(count, len(trainer.eval_dataset))))
-    metrics = exact_match(
-        trainer.bare_model,
-        trainer.processing_class,
-        samples,
-        trainer.args.per_device_eval_batch_size,
-        trainer.args.device,
-        stop_id,
-    )
-    trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, metrics)
-    return metrics
-
-
-def finish_training(
-    trainer: Trainer, config: Config, stop_id: int | None, resume_from: Any
-) -> dict[str, Any]:
-    """Train to the last step; return the last evaluation and the share of exact answers."""
-    try:
-        trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
-    finally:
-        trainer.end_workers()
-    state = trainer.state
-    assert state.global_step >= state.max_steps
-    losses = [log["loss"] for log in state.log_history if "loss" in log]
-    final: dict[str, Any] = {"steps": state.global_step, "loss": losses[-1] if losses else None}
-    if trainer.guard and trainer.guard.skipped:
-        final["skipped_steps"] = trainer.guard.skipped
-    if trainer.eval_dataset is not None:
-        evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
-        done = evaluated and evaluated[-1]["step"] == trainer.state.global_step
-        last = evaluated[-1] if done else trainer.evaluate()
-        final |= {key: last[key] for key in ("eval_loss", "eval_perplexity")}
-    if config.dataset.exact_match:
-        final |= log_answers(trainer, config.dataset.exact_match, stop_id)
-    return final
+    callbacks.watch(trainer, run.dir / record.METRICS)
 
 
 def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:
@@ -249,7 +162,7 @@ def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> N
     from sft.inference.card import card_of, write_card
     from sft.ranks import gather
 
-    kind = "adapter" if config.lora.enabled else "model"
+    kind = record.ADAPTER if config.lora.enabled else record.MODEL
     folder = run.dir / kind
     trainer.write_model(folder)
     memory = gather(trainer.held_bytes())

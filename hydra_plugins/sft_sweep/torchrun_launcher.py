@@ -61,7 +61,7 @@ class TorchrunLauncher(Launcher):  # type: ignore[misc]
         """
         from sft.cli.command import report_error, start_logging, sweep_result
         from sft.errors import SftError
-        from sft.sweep import trials as sweep
+        from sft.sweep import trials
 
         start_logging()
         hydra = self.config.hydra
@@ -71,22 +71,22 @@ class TorchrunLauncher(Launcher):  # type: ignore[misc]
         returns = [self._job_return(job, initial_job_idx + i) for i, job in enumerate(jobs)]
         sources = hydra.runtime.config_sources
         try:
-            trials = sweep.plan(
+            planned = trials.plan(
                 jobs,
                 [OmegaConf.to_container(item.cfg, resolve=True) for item in returns],
                 list(hydra.overrides.task),
                 sweep_dir,
-                sweep.ranks(self.nproc_per_node),
+                trials.ranks(self.nproc_per_node),
                 [source.path for source in sources if source.provider == "command-line"],
             )
         except SftError as error:
             report_error(str(error))
             raise SystemExit(error.exit_code) from None
-        exit_code = sweep.run(trials, sweep_dir)
-        sweep_result.update(sweep=str(sweep_dir), trials=sweep.records(trials))
+        exit_code = trials.run(planned, sweep_dir)
+        sweep_result.update(sweep=str(sweep_dir), trials=trials.records(planned))
         if exit_code:
             raise SystemExit(exit_code)
-        for item, trial in zip(returns, trials, strict=True):
+        for item, trial in zip(returns, planned, strict=True):
             item.status, item.working_dir = JobStatus.COMPLETED, trial.output_dir
             item.return_value = trial.final.get("eval_loss")
         return returns

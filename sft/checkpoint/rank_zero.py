@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from sft.checkpoint import folder as checkpoint
+from sft.checkpoint import folders
 from sft.errors import CheckpointError
 from sft.ranks import gather
 
@@ -46,13 +46,16 @@ class RankZero:
         if reason is None:
             return
         if self.here:
-            checkpoint.abandon(self.path)
+            folders.abandon(self.path)
             if not isinstance(self.error, (OSError, SafetensorError, CheckpointError)):
                 raise self.error  # type: ignore[misc]
-        before = next(iter(checkpoint.checkpoints(self.path.parent)), None)
+        before = next(iter(folders.checkpoints(self.path.parent)), None)
         there = f"the newest checkpoint is {before}" if before else "there is no other checkpoint"
+        cause, _, fix = reason.partition("\n    fix: ")
+        fix = fix or (
+            "free disk space or correct this cause, then give the same command again to resume "
+            "the run"
+        )
         raise CheckpointError(
-            f"{self.path} cannot be saved: {reason}\n    {there}\n"
-            "    fix: free disk space or correct this cause, then give the same command again to "
-            "resume"
+            f"{self.path} cannot be saved: {cause}\n    {there}\n    fix: {fix}"
         ) from self.error

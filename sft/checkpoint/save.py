@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sft.checkpoint import folder as checkpoint
-from sft.checkpoint import state, tensors
+from sft.checkpoint import folders, state, tensors
 from sft.checkpoint.rank_zero import RankZero
 
 
@@ -36,7 +35,7 @@ def save(
             previous checkpoint is untouched.
     """
     with RankZero(path) as main:
-        partial = main.do(checkpoint.begin, path)
+        partial = main.do(folders.begin, path)
         write_weights(main, partial)
         writer = main.do(tensors.Writer, partial)
         for key, tensor in state.kept(live.optimizer):
@@ -44,6 +43,6 @@ def save(
         main.do(tensors.Writer.flush, writer)
         record, streams = state.progress(live, counts)
         main.do(state.write_progress, partial, record, streams)
-        main.do(checkpoint.write_trainer_state, partial, trainer_state)
-        main.do(checkpoint.finish, partial, path, {**facts, "kind": record["kind"]})
-        main.do(checkpoint.rotate, path.parent, keep, trainer_state.best_model_checkpoint)
+        main.do(folders.write_trainer_state, partial, trainer_state)
+        main.do(folders.finish, partial, path, {**facts, "kind": record["kind"]})
+        main.do(folders.rotate, path.parent, keep, trainer_state.best_model_checkpoint)

@@ -10,9 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 OPTIMIZER = "optimizer-{:05d}.safetensors"
-SHARD_BYTES = (
-    4 << 30
-)  # a file is written at this size, so that memory never holds a second copy of the state
+# A file is written at this size, so that memory never holds a second copy of the state.
+SHARD_BYTES = 4 << 30
 
 
 class Writer:

@@ -13,6 +13,13 @@ from safetensors import safe_open
 from sft.checkpoint import sharded
 from sft.errors import CheckpointError
 
+# What check() finds wrong: how to correct it. The other faults are those of the disk.
+FIXES = {
+    "all zero after training began": "leave these modules, which get no gradient, out of "
+    "lora.target_modules",
+    "not finite": "use a smaller train.learning_rate, or train.on_nan=skip",
+}
+
 
 def gathered(
     model: Any, whole_model: Callable[[], dict[str, torch.Tensor] | None]
@@ -108,8 +115,11 @@ def check(folder: Path, live: dict[str, Any], adapter: bool, updated: bool) -> N
             f"    {len(names)} {what}: {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}"
             for what, names in wrong.items()
         ]
+        disk = "check the disk, then give the same command again to resume the run"
         raise CheckpointError(
-            "the weights that were saved are not those that are trained:\n" + "\n".join(lines)
+            "the weights that were saved are not those that are trained:\n"
+            + "\n".join(lines)
+            + f"\n    fix: {next((FIXES[what] for what in FIXES if what in wrong), disk)}"
         )
 
 

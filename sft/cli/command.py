@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -13,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from omegaconf import OmegaConf
@@ -66,8 +64,8 @@ class Command(Generic[C]):
         except SftError as error:
             _end(error.exit_code, str(error), as_json)
         except KeyboardInterrupt:
-            resumes = "; the same command resumes the run" if self.name == "train" else ""
-            _end(130, f"interrupted{resumes}", as_json)
+            fix = "; give the same command again to resume the run" if self.name == "train" else ""
+            _end(130, f"interrupted{fix}", as_json)
         except SystemExit:  # from a sweep, which has printed its table
             if as_json and sweep_result:
                 _print_once(to_json(sweep_result) + "\n")
@@ -181,12 +179,7 @@ def report_error(message: str, details: str = "") -> None:
         message = f"rank {rank}: {message}"
     sys.stderr.write(f"{details}error: {message}\n")
     sys.stderr.flush()
-    if torchrun_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"timestamp": str(int(time.time()))}
-        report = {"message": {"message": message, "extraInfo": extra}}
-        Path(torchrun_file).write_text(json.dumps(report), encoding="utf-8")
-    if sweep_file := os.environ.get("SFT_ERROR_FILE"):
-        Path(sweep_file).write_text(message, encoding="utf-8")
+    process.report_failure(message)
 
 
 def _print_once(text: str) -> None:

@@ -118,7 +118,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         environment.prepare()
         import torch
 
-        from sft.checkpoint import folder as checkpoint
+        from sft.checkpoint import folders
         from sft.merge import metadata
         from sft.merge.verify import verify, verify_against_training
         from sft.merge.write import write
@@ -151,7 +151,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             write_text(partial / REPORT, to_json(report, indent=2) + "\n")
             if report["passed"] is False:
                 _refuse(partial, output, report)
-            checkpoint.finish(partial, output)
+            folders.finish(partial, output)
     _tell(output, report)
     if config.push_to_hub is not None:
         _push(output, config.push_to_hub)
@@ -263,9 +263,9 @@ def _claimed(output: Path) -> Iterator[Path]:
 
     The folder is removed after an error. After a kill it remains, and the next merge removes it.
     """
-    from sft.checkpoint import folder as checkpoint
+    from sft.checkpoint import folders
 
-    partial = output.with_name(output.name + checkpoint.PARTIAL)
+    partial = output.with_name(output.name + folders.PARTIAL)
     if partial.exists():
         names = [path.name for path in partial.iterdir()]
         if names and not any(name.startswith(REPORT) for name in names):
@@ -273,12 +273,12 @@ def _claimed(output: Path) -> Iterator[Path]:
         with _locked(partial):
             pass
     try:
-        partial = checkpoint.begin(output)
+        partial = folders.begin(output)
         with _locked(partial):
             try:
                 yield partial
             except BaseException:
-                checkpoint.abandon(output)
+                folders.abandon(output)
                 raise
     except OSError as error:
         if error.errno not in DISK:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.checkpoint import folder as checkpoint
+from sft.checkpoint import folders
 from sft.config.settings import ModelConfig
 from sft.errors import CheckpointError, RunError
 from sft.files import digest
@@ -20,19 +18,13 @@ if TYPE_CHECKING:
 NOTED = ("products",)
 
 
-def restarted(environ: Mapping[str, str] = os.environ) -> bool:
-    """Return whether torchrun or Slurm has restarted this command after a failure."""
-    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(environ.get(name, "0") not in ("", "0") for name in names)
-
-
 def changed(path: Path, ranks: int, stage: int) -> str:
     """Describe how ranks or ZeRO stage differ from those of a checkpoint; empty if they do not.
 
     Raises:
         CheckpointError: The optimizer's state cannot be restored on these ranks and this stage.
     """
-    made = checkpoint.manifest(path)
+    made = folders.manifest(path)
     there = f"{made['ranks']} ranks under ZeRO stage {made['stage']}"
     here = f"{ranks} ranks under stage {stage}"
     same = (made["ranks"], made["stage"]) == (ranks, stage)

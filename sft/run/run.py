@@ -4,46 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import json
 import logging
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from sft import process
-from sft.checkpoint import folder as checkpoint
+from sft.checkpoint import folders
 from sft.config import compare, zero
-from sft.config.settings import HOME_DIR, Config
+from sft.config.settings import Config
 from sft.errors import RunError
-from sft.files import to_json, write_text
-from sft.process import world_size
-from sft.run import resume
+from sft.files import write_text
+from sft.run import record, resume
+from sft.run.lock import LOCK, Lock
+from sft.run.provenance import provenance
 
 if TYPE_CHECKING:
     from sft.data.prepared import Prepared
     from sft.plan.choices import Choices
-
-LIBRARIES = (
-    "sft",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "datasets",
-    "bitsandbytes",
-)
-LOCK = "lock"
 
 logger = logging.getLogger("sft")
 
@@ -62,7 +45,7 @@ class Run:
         self._accepted: list[str] = []
         self._record: dict[str, Any] = {}
         self._found: str | None = None  # run.json as resume_point() read it
-        self._lock: IO[str] | None = None  # held until release(); the kernel frees it if we die
+        self._lock = Lock(self.dir)
         self._log: logging.Handler | None = None
 
     def resume_point(self) -> Path | None:
@@ -74,8 +57,8 @@ class Run:
         """
         # resume.checkpoint applies to the first start only; after a restart, continue from the
         # newest checkpoint.
-        named = None if resume.restarted() else self.config.resume.checkpoint
-        self._found = self._read()
+        named = None if process.restarted() else self.config.resume.checkpoint
+        self._found = record.text(self.dir)
         there = next(path for path in (self.dir, *self.dir.absolute().parents) if path.exists())
         if not os.access(there, os.W_OK):
             raise RunError(
@@ -90,38 +73,38 @@ class Run:
                     "    fix: output_dir=FOLDER of the run"
                 )
             return None
-        config_file = self.dir / "config.yaml"
-        if not config_file.is_file():
+        if not (self.dir / record.SETTINGS).is_file():
             raise RunError(
                 f"{self.dir} holds files that are not a run's\n    fix: output_dir=NEW_FOLDER"
             )
-        self._refuse_if_taken()
-        if self.config.overwrite and not resume.restarted():
+        if process.rank() == 0:
+            self._lock.refuse_if_taken()
+        if self.config.overwrite and not process.restarted():
             return None
         self.config.overwrite = False
-        before = OmegaConf.to_container(OmegaConf.load(config_file))
         allowed = set(self.config.resume.allow)
-        differences = compare.differences(before, dataclasses.asdict(self.config))
+        before, now = record.settings(self.dir), dataclasses.asdict(self.config)
+        differences = compare.differences(before, now)
         self._accept(f"{self.dir} holds a run with different settings", differences, allowed)
-        if self.record().get("status") == "finished":
+        if record.read(self.dir).get("status") == "finished":
             raise RunError(
                 f"the run in {self.dir} is finished\n"
                 "    fix: run_name=NAME for a new run, or overwrite=true to replace this one"
             )
-        found, passed_over = checkpoint.choose(self.dir, named)
+        found, passed_over = folders.choose(self.dir, named)
         for path, why in passed_over:
             logger.info("%s is not used: %s", path, why)
         if found is None:
             logger.info("starting again from step 0, because %s has no checkpoint", self.dir)
         else:
-            stage = zero.stage(zero.read(self.config.zero))
-            logger.info("resuming from %s%s", found, resume.changed(found, world_size(), stage))
+            ranks, stage = process.world_size(), zero.stage(zero.read(self.config.zero))
+            logger.info("resuming from %s%s", found, resume.changed(found, ranks, stage))
         self.resumed = found
         return found
 
     def begun_identity(self) -> dict[str, str]:
         """Return the identity of the run that is resumed; empty for a new run."""
-        return {} if self.config.overwrite else self.record().get("identity", {})
+        return {} if self.config.overwrite else record.read(self.dir).get("identity", {})
 
     def identify(self, choices: Choices, prepared: Prepared) -> None:
         """Compare base model, data and precision with those of the run that is resumed.
@@ -136,9 +119,9 @@ class Run:
         self.choices = choices.record()
         self.identity = resume.identity(self.config.model, prepared)
         self.identity |= choices.precision.identity()
-        if self.config.overwrite or not (self.dir / "config.yaml").is_file():
+        if self.config.overwrite or not (self.dir / record.SETTINGS).is_file():
             return
-        before = self.record().get("identity", {})
+        before = record.read(self.dir).get("identity", {})
         changed = {
             what: f"{what}: {before[what]} there, {now} here"
             for what, now in self.identity.items()
@@ -165,31 +148,6 @@ class Run:
             logger.info("resuming with a difference that is allowed: %s", line)
         self._accepted += differences.values()
 
-    def record(self) -> dict[str, Any]:
-        """Read ``run.json``, the status of the run and its facts; empty if there is none."""
-        content = json.loads(self._read() or "{}")
-        assert isinstance(content, dict)
-        return content
-
-    def _read(self) -> str | None:
-        file = self.dir / "run.json"
-        return file.read_text(encoding="utf-8") if file.is_file() else None
-
-    def _refuse_if_taken(self) -> None:
-        if process.rank() != 0 or not (self.dir / LOCK).is_file():
-            return
-        with (self.dir / LOCK).open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise self._taken() from None
-
-    def _taken(self) -> RunError:
-        return RunError(
-            f"another process trains in {self.dir}\n"
-            "    fix: run_name=NAME for a new run, or wait until that process ends"
-        )
-
     def claim(self) -> None:
         """Lock the folder, and write the settings and the status; on rank 0, after all checks.
 
@@ -198,42 +156,37 @@ class Run:
         """
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.dir / LOCK).open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._read() != self._found:
+            self._lock.take()
+            if record.text(self.dir) != self._found:
                 raise RunError(
                     f"another process has trained in {self.dir} meanwhile\n"
                     "    fix: give the same command again, which reads the new state of the folder"
                 )
-            before = {} if self.config.overwrite else self.record()
+            before = {} if self.config.overwrite else record.read(self.dir)
             if self.config.overwrite:
                 self._empty()
-            checkpoint.tidy(self.dir, self.resumed)
+            folders.tidy(self.dir, self.resumed)
             self._record = {
                 "status": "running",
                 "command": " ".join(sys.orig_argv),
-                "ranks": world_size(),
+                "ranks": process.world_size(),
                 "identity": self.identity,
                 "choices": self.choices,
-                "versions": versions(),
-                "git": git_commit(),
-                "hardware": hardware(),
+                **provenance(),
                 "resumed": before.get("resumed", []),
             }
             if self.resumed is not None:
                 self._record["resumed"].append(
                     {
                         "from": self.resumed.name,
-                        "ranks": world_size(),
+                        "ranks": process.world_size(),
                         "zero": self.config.zero.config,
                         "allowed": self._accepted,
                     }
                 )
             settings = OmegaConf.to_yaml(OmegaConf.structured(self.config))
-            write_text(self.dir / "config.yaml", settings)
+            write_text(self.dir / record.SETTINGS, settings)
             self._write()
-        except BlockingIOError:
-            raise self._taken() from None
         except OSError as error:
             raise RunError(
                 f"{self.dir} cannot be used: {error}\n    fix: correct that, or output_dir=FOLDER"
@@ -249,12 +202,12 @@ class Run:
     def keep_audit(self, prepared: Path) -> None:
         """Copy the audit of the data into the folder, because the cache may be deleted."""
         for source, name in (
-            (prepared / "data.json", "data.json"),
-            (prepared / "meta.json", "data.json"),  # its name in a folder of prepared data
-            (prepared / "dropped.jsonl", "dropped.jsonl"),
+            ("data.json", record.AUDIT),
+            ("meta.json", record.AUDIT),  # its name in a folder of prepared data
+            ("dropped.jsonl", record.DROPPED),
         ):
-            if source.is_file():
-                write_text(self.dir / name, source.read_text(encoding="utf-8"))
+            if (prepared / source).is_file():
+                write_text(self.dir / name, (prepared / source).read_text(encoding="utf-8"))
 
     def finish(self, final: dict[str, Any], **facts: Any) -> None:
         """Write ``"status": "finished"``, which says that all files of the run are complete."""
@@ -283,44 +236,7 @@ class Run:
             logger.removeHandler(self._log)
             self._log.close()
             self._log = None
-        if self._lock is not None:
-            # Unlock before closing: forked workers share the open file, and would keep the lock.
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def _write(self) -> None:
-        write_text(self.dir / "run.json", to_json(self._record, indent=2) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """List the installed versions that decide what a run computes."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
-def git_commit() -> str | None:
-    """Return sft's commit; None if sft does not run from a git clone."""
-    if not (HOME_DIR / ".git").exists():
-        return None
-    result = subprocess.run(
-        ["git", "-C", str(HOME_DIR), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stdout.strip() or None
-
-
-def hardware() -> dict[str, Any]:
-    """List the machine's processors, memory (GiB) and GPUs."""
-    import torch
-
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpus": os.cpu_count(), "memory_gib": round(memory, 1), "gpus": gpus}
+        record.write(self.dir, self._record)

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft import process
+from sft import child, process
 from sft.errors import ConfigError, Problem
 from sft.files import write_text
-from sft.sweep.trial import Trial, signals_as_interrupt
+from sft.sweep.trial import Trial
 
 logger = logging.getLogger("sft")
 
@@ -82,16 +82,15 @@ def plan(
         problems.append(Problem(f"output_dir={folder}", rule, f"hydra.sweep.dir={folder}"))
     if problems:
         raise ConfigError(problems)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc_per_node", str(nproc_per_node), "-m", "sft.train"]
+    train = child.command("sft.train", nproc_per_node)
     for config_dir in config_dirs:
-        torchrun += ["--config-dir", config_dir]
+        train += ["--config-dir", config_dir]
     trials = []
     for job, config in zip(jobs, configs, strict=True):
         plain = [override.lstrip("+") for override in job]
         swept = [override for override in plain if override.split("=", 1)[0] not in fixed]
         path = str(sweep_dir / (file_name(",".join(swept)) if swept else "trial"))
-        command = [*torchrun, *job]
+        command = [*train, *job]
         if config["output_dir"] is None:
             command.append(f"output_dir={QuotedString(path, Quote.single).with_quotes()}")
         output_dir = config["output_dir"] or path
@@ -109,7 +108,7 @@ def run(trials: Sequence[Trial], sweep_dir: Path) -> int:
     sweep_dir.mkdir(parents=True, exist_ok=True)
     logger.info("%d trials; the output of each is in %s/TRIAL.log", len(trials), sweep_dir)
     try:
-        with signals_as_interrupt():
+        with child.signals_as_interrupt():
             for number, trial in enumerate(trials, 1):
                 _train(trial, f"trial {number}/{len(trials)}  {trial}")
                 _save(trials, sweep_dir)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 
-from sft.checkpoint import folder as checkpoint
+from sft.checkpoint import folders
 from sft.errors import RunError, Stopped
 from sft.ranks import gather
 from sft.training.signals import INTERRUPTED, STOPPED, Signals
@@ -143,7 +143,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         name = "another rank's signal" if received is None else signal.Signals(received).name
         where = f"after step {step}, which is saved" if step else "before the first step"
         raise Stopped(
-            f"stopped by {name} {where}; give the same command again to resume",
+            f"stopped by {name} {where}; give the same command again to resume the run",
             INTERRUPTED if received == signal.SIGINT else STOPPED,
         )
 
@@ -199,7 +199,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
 
     def _fail(self, what: str, step: Step, else_: str = "") -> None:
         folder = Path(self.args.output_dir)
-        good = next(iter(checkpoint.checkpoints(folder)), None)
+        good = next(iter(folders.checkpoints(folder)), None)
         there = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise RunError(
             f"{what}; {there}\n"

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
-from sft.checkpoint import folder as checkpoint
-from sft.checkpoint import random_state as streams
-from sft.checkpoint import sharded, state, weights
+from sft.checkpoint import folders, sharded, state, weights
 from sft.checkpoint.optimizer import Optimizer
+from sft.checkpoint.random_state import restore_random_streams
 from sft.checkpoint.rank_zero import RankZero
+from sft.checkpoint.restore import restore
 from sft.checkpoint.save import save
 from sft.config import zero
-from sft.training import metrics as counts
 from sft.training.guard import Guard
+from sft.training.metrics import RunningMetrics, share_of
 
 
 class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
@@ -37,7 +37,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.counts = counts.RunningMetrics()
+        self.running_metrics = RunningMetrics()
 
     @property
     def bare_model(self) -> Any:
@@ -52,7 +52,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averages since the last logged line."""
         if "loss" in logs:
-            found = self.counts.flush(self._total_train_tokens)
+            found = self.running_metrics.flush(self._total_train_tokens)
             if found:
                 self._total_train_tokens = found["num_tokens"]
             self._metrics["train"] |= {name: [value] for name, value in found.items()}
@@ -70,7 +70,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         return {
             "loss": self._tr_loss.item(),
             "logged_at": self._globalstep_last_logged,
-            **self.counts.kept(),
+            **self.running_metrics.kept(),
             "all_tokens": self._total_train_tokens,
             "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
             **self.guard.kept(),
@@ -82,12 +82,12 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             return
         # The restored state has the logging and saving intervals of the command that saved it.
         self.state.compute_steps(self.args, self.state.max_steps)
-        own = counts.share_of(self._saved_counts, self.args.process_index, self.args.world_size)
+        own = share_of(self._saved_counts, self.args.process_index, self.args.world_size)
         self._tr_loss = torch.tensor(own["loss"], device=self.args.device)
         self._globalstep_last_logged = own["logged_at"]
         self._total_train_tokens = own["all_tokens"]
         self._metrics["train"].update(own["metrics"])
-        self.counts.restore(own, self.args.device)
+        self.running_metrics.restore(own, self.args.device)
         if self.guard is not None:
             self.guard.restore(own)
 
@@ -114,10 +114,10 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         assert self.guard is not None
         self.guard.settle()
         if self._saved != step:
-            path = checkpoint.path_of(args.output_dir, step)
+            path = folders.path_of(args.output_dir, step)
             best = self.state.best_global_step
-            if best and (best == step or checkpoint.path_of(args.output_dir, best).is_dir()):
-                self.state.best_model_checkpoint = str(checkpoint.path_of(args.output_dir, best))
+            if best and (best == step or folders.path_of(args.output_dir, best).is_dir()):
+                self.state.best_model_checkpoint = str(folders.path_of(args.output_dir, best))
             self.store_flos()
             save(
                 path,
@@ -150,9 +150,9 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             CheckpointError: The files cannot be written, or do not hold what was trained.
         """
         with RankZero(folder) as main:
-            partial = main.do(checkpoint.begin, folder)
+            partial = main.do(folders.begin, folder)
             self._write_weights(main, partial)
-            main.do(checkpoint.finish, partial, folder)
+            main.do(folders.finish, partial, folder)
 
     def _write_weights(self, main: RankZero, folder: Path) -> None:
         model = self.bare_model
@@ -183,8 +183,8 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         if self.skips_nan and hasattr(self.optimizer.optimizer, "check_grad_overflow"):
             self.optimizer.optimizer.check_grad_overflow = True
         if resume_from_checkpoint is not None:
-            self._saved_counts = state.restore(self._live(), Path(resume_from_checkpoint))
-            self._saved = checkpoint.step_of(Path(resume_from_checkpoint))
+            self._saved_counts = restore(self._live(), Path(resume_from_checkpoint))
+            self._saved = folders.step_of(Path(resume_from_checkpoint))
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -192,4 +192,4 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            streams.restore_random_streams(Path(checkpoint), self.args.seed)
+            restore_random_streams(Path(checkpoint), self.args.seed)

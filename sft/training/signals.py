@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 from sft import process
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the run
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: give the same command again to resume the run
 INTERRUPTED = 130  # what shells report after Ctrl-C
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -89,19 +87,11 @@ def _leave_group() -> None:
 
 def end_with_rank(init: Callable[[int], object], worker: int) -> None:
     """Start a loader worker that dies with its rank; otherwise it would hold the run's lock."""
-    _die_with_parent(signal.SIGKILL)
+    process.end_with_parent(signal.SIGKILL)
     init(worker)
 
 
-def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
+def end_with_launcher() -> None:
     """Send this rank SIGTERM, so that it saves and ends, if its torchrun dies."""
-    if "TORCHELASTIC_RUN_ID" in environ:
-        _die_with_parent(signal.SIGTERM)
-
-
-def _die_with_parent(number: int) -> None:
-    """Ask Linux to send this process a signal when its parent dies."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # the parent died before the call
-        signal.raise_signal(number)
+    if process.from_torchrun():
+        process.end_with_parent(signal.SIGTERM)

@@ -48,7 +48,7 @@ class Trainer(ResumableTrainer):
         """
         if self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.counts.see(inputs)
+        self.running_metrics.see(inputs)
         step = self.state.global_step + 1
         logs = step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
         output = model(
@@ -59,7 +59,7 @@ class Trainer(ResumableTrainer):
             head_metrics=logs,
         )
         if logs:
-            self.counts.add(output)
+            self.running_metrics.add(output)
         if num_items_in_batch is None:
             return output.loss / output.label_mask.sum().clamp(min=1)
         # The tokens of every rank are counted, and DDP takes the mean of the ranks' gradients.

@@ -91,7 +91,7 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
             except OSError as error:
                 raise RunError(
                     f"{self.path} cannot be written: {error}\n"
-                    "    fix: free disk space, then give the same command again to resume"
+                    "    fix: free disk space, then give the same command again to resume the run"
                 ) from error
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from warm import run_warm
 
 from sft import prove
-from sft.checkpoint import folder as checkpoint
+from sft.checkpoint import folders
 from sft.errors import CheckpointError, ConfigError, RunError
 
 pytestmark = pytest.mark.usefixtures("warm_ranks")
@@ -70,14 +70,14 @@ def test_the_proof_can_fail(
 
     def dishonest(run: Path, step: int) -> None:
         honest(run, step)
-        path = checkpoint.path_of(run, step)
+        path = folders.path_of(run, step)
         file = path / "optimizer-00001.safetensors"
         tensors = load_file(file)
         name = next(key for key in tensors if key.startswith("exp_avg/") and "lora_B" in key)
         save_file({**tensors, name: tensors[name] * 1.001}, file)
-        listed = checkpoint.manifest(path)
-        listed["files"][file.name]["xxh3"] = checkpoint.hash_of(file)
-        (path / checkpoint.MANIFEST).write_text(json.dumps(listed))
+        listed = folders.manifest(path)
+        listed["files"][file.name]["xxh3"] = folders.hash_of(file)
+        (path / folders.MANIFEST).write_text(json.dumps(listed))
 
     monkeypatch.setattr(prove, "cut_back", dishonest)
     command = [*saving, "ranks=1"]

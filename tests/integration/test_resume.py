@@ -120,7 +120,7 @@ def test_a_signal_saves_and_stops(
     assert f"{name}: the run stops after it has saved this step" in errors
     assert errors.endswith(
         f"error: stopped by {name} after step {step}, which is saved; "
-        "give the same command again to resume\n"
+        "give the same command again to resume the run\n"
     )
     assert max(losses(run)) == step
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
@@ -137,7 +137,7 @@ def test_ranks_save_when_torchrun_is_stopped_and_when_it_is_killed(
     tmp_path: Path, saving: list[str]
 ) -> None:
     """With loader workers, which are in a rank's process group: torchrun signals that."""
-    from sft.checkpoint import folder as checkpoint
+    from sft.checkpoint import folders
 
     gone = ("train.max_steps", "train.save_s")
     command = [item for item in saving if not item.startswith(gone)]
@@ -161,8 +161,8 @@ def test_ranks_save_when_torchrun_is_stopped_and_when_it_is_killed(
         psutil.wait_procs(ranks, timeout=30)
         assert child.returncode == code  # torchrun's own, whatever the ranks exit with
         before, step = step, max(losses(run))
-        saved = checkpoint.checkpoints(run)[0]
-        assert checkpoint.step_of(saved) == step > before
+        saved = folders.checkpoints(run)[0]
+        assert folders.step_of(saved) == step > before
         assert f"stopped by SIGTERM after step {step}, which is saved" in errors
         assert json.loads((run / "run.json").read_text())["status"] == "stopped"
 
@@ -515,7 +515,7 @@ def test_a_loss_that_jumps_stops_the_run(tmp_path: Path, saving: list[str], llam
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, saving: list[str]) -> None:
     """On a file system that is filled before the second checkpoint."""
-    from sft.checkpoint import folder as checkpoint
+    from sft.checkpoint import folders
     from sft.errors import CheckpointError
 
     disk = tmp_path / "disk"
@@ -526,10 +526,10 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, saving: list[str]) -> None:
     try:
         with pytest.raises(CheckpointError, match=r"cannot be saved: .*No space left") as full:
             train(*saving, f"output_dir={disk / 'run'}")
-        left = checkpoint.checkpoints(disk / "run")[0]
+        left = folders.checkpoints(disk / "run")[0]
         assert f"the newest checkpoint is {left}" in str(full.value)
         del full  # whose frames hold the run, and the run its lock
-        checkpoint.verify(left)
+        folders.verify(left)
         assert not list((disk / "run").glob("*.partial*"))
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
         train(*saving, f"output_dir={disk / 'run'}")

@@ -6,41 +6,42 @@ from pathlib import Path
 
 import pytest
 
-from sft.checkpoint import folder as checkpoint
+from sft import process
+from sft.checkpoint import folders
 from sft.config import compare
-from sft.errors import CheckpointError
-from sft.run import resume
+from sft.errors import CheckpointError, RunError
+from sft.run import record, resume
 
 
 def make(run: Path, step: int, **facts: object) -> Path:
-    final = checkpoint.path_of(run, step)
-    partial = checkpoint.begin(final)
+    final = folders.path_of(run, step)
+    partial = folders.begin(final)
     (partial / "a.bin").write_bytes(bytes(1000))
     (partial / "b.json").write_text("{}")
     told = {"step": step, "ranks": 2, "stage": 1, "kind": "elementwise", **facts}
-    checkpoint.finish(partial, final, told)
+    folders.finish(partial, final, told)
     return final
 
 
 def test_a_folder_has_its_name_only_once_it_is_complete(tmp_path: Path) -> None:
-    final = checkpoint.path_of(tmp_path, 4)
-    partial = checkpoint.begin(final)
+    final = folders.path_of(tmp_path, 4)
+    partial = folders.begin(final)
     (partial / "a.bin").write_bytes(b"half")
-    assert not final.exists() and checkpoint.checkpoints(tmp_path) == []
-    checkpoint.finish(partial, final, {"step": 4})
+    assert not final.exists() and folders.checkpoints(tmp_path) == []
+    folders.finish(partial, final, {"step": 4})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4"]
-    checkpoint.verify(final)
-    listed = json.loads((final / checkpoint.MANIFEST).read_text())["files"]
+    folders.verify(final)
+    listed = json.loads((final / folders.MANIFEST).read_text())["files"]
     assert listed == {"a.bin": {"bytes": 4, "xxh3": listed["a.bin"]["xxh3"]}}
 
 
 def test_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     make(tmp_path, 4)
-    final = checkpoint.path_of(tmp_path, 4)
-    partial = checkpoint.begin(final)
+    final = folders.path_of(tmp_path, 4)
+    partial = folders.begin(final)
     (partial / "new").touch()
-    checkpoint.finish(partial, final, {})
-    assert sorted(path.name for path in final.iterdir()) == [checkpoint.MANIFEST, "new"]
+    folders.finish(partial, final, {})
+    assert sorted(path.name for path in final.iterdir()) == [folders.MANIFEST, "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
@@ -50,31 +51,31 @@ def test_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
         ("a.bin", lambda file: os.truncate(file, 999), "a.bin has 999 bytes, not 1,000"),
         ("a.bin", lambda file: file.write_bytes(bytes(999) + b"\1"), "a.bin is damaged"),
         ("b.json", lambda file: file.unlink(), "b.json is missing"),
-        (checkpoint.MANIFEST, lambda file: file.unlink(), "is not complete"),
-        (checkpoint.MANIFEST, lambda file: os.truncate(file, 30), "is damaged"),
+        (folders.MANIFEST, lambda file: file.unlink(), "is not complete"),
+        (folders.MANIFEST, lambda file: os.truncate(file, 30), "is damaged"),
     ],
 )
 def test_the_newest_whole_one_is_chosen(tmp_path: Path, name: str, harm, why: str) -> None:
     older, newer = make(tmp_path, 9), make(tmp_path, 10)  # by number, not by name
-    assert checkpoint.choose(tmp_path, None) == (newer, [])
+    assert folders.choose(tmp_path, None) == (newer, [])
     harm(newer / name)
-    found, passed_over = checkpoint.choose(tmp_path, None)
+    found, passed_over = folders.choose(tmp_path, None)
     assert found == older
     [(path, reason)] = passed_over
     assert path == newer and why in reason
     with pytest.raises(CheckpointError, match=r"resume.checkpoint=checkpoint-10: .*" + why):
-        checkpoint.choose(tmp_path, "checkpoint-10")
-    assert checkpoint.choose(tmp_path, str(older)) == (older, [])
+        folders.choose(tmp_path, "checkpoint-10")
+    assert folders.choose(tmp_path, str(older)) == (older, [])
     harm(older / name)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is complete"):
-        checkpoint.choose(tmp_path, None)
+        folders.choose(tmp_path, None)
 
 
 def test_one_that_is_named_must_be_there(tmp_path: Path) -> None:
     make(tmp_path, 2)
     with pytest.raises(CheckpointError, match="has checkpoint-2\n    fix: name one of these"):
-        checkpoint.choose(tmp_path, "checkpoint-3")
-    assert checkpoint.choose(tmp_path / "nothing", None) == (None, [])
+        folders.choose(tmp_path, "checkpoint-3")
+    assert folders.choose(tmp_path / "nothing", None) == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -92,17 +93,17 @@ def test_the_best_and_the_newest_are_kept(
 ) -> None:
     for step in (10, 20, 30, 40):
         make(tmp_path, step)
-    checkpoint.rotate(tmp_path, keep, best and str(checkpoint.path_of(tmp_path, best)))
-    assert {checkpoint.step_of(path) for path in tmp_path.iterdir()} == left
+    folders.rotate(tmp_path, keep, best and str(folders.path_of(tmp_path, best)))
+    assert {folders.step_of(path) for path in tmp_path.iterdir()} == left
 
 
 def test_what_a_kill_left_is_removed_and_what_came_later_set_aside(tmp_path: Path) -> None:
     old, new = make(tmp_path, 2), make(tmp_path, 4)
-    checkpoint.begin(checkpoint.path_of(tmp_path, 6))
+    folders.begin(folders.path_of(tmp_path, 6))
     (tmp_path / "checkpoint-1.partial-old").mkdir()
-    checkpoint.tidy(tmp_path, old)
+    folders.tidy(tmp_path, old)
     assert {path.name for path in tmp_path.iterdir()} == {old.name, f"{new.name}.set_aside"}
-    assert checkpoint.choose(tmp_path, None) == (old, [])
+    assert folders.choose(tmp_path, None) == (old, [])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,18 @@ def test_only_what_changes_training_is_a_difference() -> None:
 
 
 def test_a_restarted_command_is_known() -> None:
-    assert not resume.restarted({})
-    assert not resume.restarted({"TORCHELASTIC_RESTART_COUNT": "0"})
-    assert resume.restarted({"TORCHELASTIC_RESTART_COUNT": "1"})
-    assert resume.restarted({"SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"})
+    assert not process.restarted({})
+    assert not process.restarted({"TORCHELASTIC_RESTART_COUNT": "0"})
+    assert process.restarted({"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert process.restarted({"SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("run.json", '{"status": "fin'), ("run.json", "[]"), ("config.yaml", "a: [")]
+)
+def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, name: str, text: str) -> None:
+    assert record.read(tmp_path) == {}
+    (tmp_path / name).write_text(text)
+    read = record.read if name == record.RECORD else record.settings
+    with pytest.raises(RunError, match=rf"{name} is damaged\n    fix: restore the file, or over"):
+        read(tmp_path)

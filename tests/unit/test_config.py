@@ -767,4 +767,5 @@ def test_an_interrupt_exits_130(capsys) -> None:
 
     with pytest.raises(SystemExit, match="130"):
         dataclasses.replace(main, run=interrupted)([])
-    assert capsys.readouterr().err == "error: interrupted; the same command resumes the run\n"
+    said = "error: interrupted; give the same command again to resume the run\n"
+    assert capsys.readouterr().err == said

@@ -17,10 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
+from sft import child
 from sft.cli.command import start_logging
 from sft.config.settings import CONF_DIR, Config, fill_names
 from sft.errors import ConfigError
-from sft.sweep import trial
 from sft.sweep import trials as sweep
 from sft.sweep.trial import Trial
 
@@ -104,7 +104,7 @@ def test_a_trial_does_not_inherit_torchrun() -> None:
     left += " TORCH_NCCL_ASYNC_ERROR_HANDLING PET_NNODES SFT_ERROR_FILE"
     kept = ["PATH", "CUDA_VISIBLE_DEVICES", "TORCH_NCCL_BLOCKING_WAIT", "SLURM_JOB_ID", "ROLE"]
     given = dict.fromkeys([*left.split(), *kept], "1")
-    assert list(trial.environment(given)) == kept
+    assert list(child.environment(given)) == kept
 
 
 def test_ranks_are_as_asked_or_as_torchrun_has_them() -> None:
@@ -297,6 +297,7 @@ def test_exact_match_has_a_column_where_there_is_one(
 
 INTERRUPTED = """
 import pathlib, signal, sys
+from sft import child
 from sft.cli.command import start_logging
 from sft.sweep import trials as sweep
 from sft.sweep.trial import Trial
@@ -338,24 +339,37 @@ def test_an_interrupt_ends_the_trial_and_the_sweep(tmp_path: Path, number: int) 
     assert not (tmp_path / "2.pid").exists()
 
 
+def test_a_command_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """Also when that is killed, and the driver of a sweep cannot stop its trial."""
+    code = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid()))"
+    words = [sys.executable, "-c", f"{code}; time.sleep(600)"]
+    starts = f"from sft import child; child.run({words})"
+    parent = subprocess.Popen([sys.executable, "-c", starts], cwd=tmp_path)
+    pid_file = tmp_path / "pid"
+    wait_until(lambda: pid_file.is_file() and pid_file.read_text() != "")
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not alive(int(pid_file.read_text())))
+
+
 def test_a_trial_that_ignores_the_interrupt_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "GRACE", 0.2)
+    monkeypatch.setattr(child, "GRACE", 0.2)
     code = "import signal, time; signal.signal(2, signal.SIG_IGN); print(1, flush=True)"
     command = [sys.executable, "-c", f"{code}; time.sleep(600)"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
-    assert child.stdout is not None
-    child.stdout.readline()
-    trial._stop(child)
-    child.stdout.close()
-    assert child.returncode == -signal.SIGKILL
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    assert started.stdout is not None
+    started.stdout.readline()
+    child._stop(started)
+    started.stdout.close()
+    assert started.returncode == -signal.SIGKILL
 
 
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with trial.signals_as_interrupt():
+        with child.signals_as_interrupt():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -398,7 +412,7 @@ def no_torch(tmp_path: Path) -> dict[str, str]:
         (tmp_path / "fake" / name).mkdir(parents=True)
         (tmp_path / "fake" / name / "__init__.py").touch()
     (tmp_path / "fake/torch/distributed/run.py").write_text(TORCHRUN)
-    return trial.environment() | {"PYTHONPATH": str(tmp_path / "fake")}
+    return child.environment() | {"PYTHONPATH": str(tmp_path / "fake")}
 
 
 def sft_train(

@@ -106,33 +106,59 @@ def manifest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The manifest is missing or damaged.
     """
-    try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        assert isinstance(content["files"], dict)
-    except FileNotFoundError:
-        raise CheckpointError(f"{MANIFEST} is missing, so the folder is not complete") from None
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise CheckpointError(f"{MANIFEST} is damaged") from None
-    assert isinstance(content, dict)
+    content = _manifest(path)
+    if isinstance(content, str):
+        raise _unusable(path, content)
     return content
 
 
-def verify(path: Path) -> None:
+def _manifest(path: Path) -> dict[str, Any] | str:
+    """Read a manifest; a text says why it cannot be read."""
+    try:
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        assert isinstance(content, dict) and isinstance(content["files"], dict)
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing, so the folder is not complete"
+    except (ValueError, KeyError, AssertionError):
+        return f"{MANIFEST} is damaged"
+    return content
+
+
+def damage(path: Path) -> str | None:
     """Compare the size and hash of every file with the manifest.
 
-    Raises:
-        CheckpointError: A file is missing or damaged; the message names the first one.
+    Returns:
+        The first file that is missing or damaged, and how; None: the checkpoint is complete.
     """
-    for name, said in manifest(path)["files"].items():
+    content = _manifest(path)
+    if isinstance(content, str):
+        return content
+    for name, said in content["files"].items():
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"{name} is missing")
+            return f"{name} is missing"
         if file.stat().st_size != said["bytes"]:
-            raise CheckpointError(
-                f"{name} has {file.stat().st_size:,} bytes, not {said['bytes']:,}"
-            )
+            return f"{name} has {file.stat().st_size:,} bytes, not {said['bytes']:,}"
         if hash_of(file) != said["xxh3"]:
-            raise CheckpointError(f"{name} is damaged: its hash is not the manifest's")
+            return f"{name} is damaged: its hash is not the manifest's"
+    return None
+
+
+def verify(path: Path) -> None:
+    """Require that a checkpoint is complete and undamaged.
+
+    Raises:
+        CheckpointError: It is not; the message names the first file that is wrong.
+    """
+    if reason := damage(path):
+        raise _unusable(path, reason)
+
+
+def _unusable(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be used: {reason}\n"
+        "    fix: restore the file, or delete this checkpoint to use the one before it"
+    )
 
 
 def choose(output_dir: Path, named: str | None) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -153,23 +179,19 @@ def choose(output_dir: Path, named: str | None) -> tuple[Path | None, list[tuple
                 f"resume.checkpoint={named}: {output_dir} has {there}\n"
                 "    fix: name one of these, or leave out resume.checkpoint to use the newest"
             )
-        try:
-            verify(path)
-        except CheckpointError as error:
+        if reason := damage(path):
             raise CheckpointError(
-                f"resume.checkpoint={named}: {error}\n"
+                f"resume.checkpoint={named}: {reason}\n"
                 f"    fix: name a different one ({there}), or leave out resume.checkpoint to use "
                 "the newest complete one"
-            ) from None
+            )
         return path, []
-    passed_over = []
+    passed_over: list[tuple[Path, str]] = []
     for path in checkpoints(output_dir):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            passed_over.append((path, str(error)))
-        else:
+        reason = damage(path)
+        if reason is None:
             return path, passed_over
+        passed_over.append((path, reason))
     if passed_over:
         raise CheckpointError(
             f"no checkpoint in {output_dir} is complete and undamaged:\n"

@@ -1,0 +1,71 @@
+"""The files of a run's folder: their names, and what they say of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sft.errors import RunError
+from sft.files import to_json, write_text
+
+RECORD = "run.json"  # the status of the run and its facts
+SETTINGS = "config.yaml"  # the composed settings
+METRICS = "metrics.jsonl"  # what was logged, one JSON object a line
+AUDIT = "data.json"  # how rows became samples
+DROPPED = "dropped.jsonl"  # the rows that were left out
+ADAPTER, MODEL = "adapter", "model"  # the folders of the trained weights; a run has one of them
+
+
+def text(folder: str | Path) -> str | None:
+    """Read ``run.json`` as text; None if there is none."""
+    file = Path(folder) / RECORD
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def read(folder: str | Path) -> dict[str, Any]:
+    """Read ``run.json``; empty if there is none.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    try:
+        content = json.loads(text(folder) or "{}")
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise _damaged(Path(folder) / RECORD)
+    return content
+
+
+def _damaged(file: Path) -> RunError:
+    return RunError(
+        f"{file} is damaged\n    fix: restore the file, or overwrite=true to replace the run"
+    )
+
+
+def write(folder: Path, content: dict[str, Any]) -> None:
+    """Write ``run.json``."""
+    write_text(folder / RECORD, to_json(content, indent=2) + "\n")
+
+
+def settings(folder: str | Path) -> Any:
+    """Read the settings with which the run was started last.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+
+    file = Path(folder) / SETTINGS
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, yaml.YAMLError):
+        raise _damaged(file) from None
+
+
+def weights(folder: str | Path) -> Path | None:
+    """Return the folder of the trained adapter or model; None if the run has written neither."""
+    paths = (Path(folder) / name for name in (ADAPTER, MODEL))
+    return next((path for path in paths if path.is_dir()), None)

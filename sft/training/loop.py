@@ -1,0 +1,102 @@
+"""Trains to the last step: the checks before the first one, the evaluations, and the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.fast import proof
+from sft.inference.answers import exact_match
+from sft.training.guard import Guard
+from sft.training.signals import Signals
+from sft.watch import callbacks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sft.config.settings import Config
+    from sft.data.prepared import Prepared
+    from sft.training.trainer import Trainer
+
+
+def add_checks(
+    trainer: Trainer,
+    config: Config,
+    prepared: Prepared,
+    stop_id: int | None,
+    resume_from: Path | None,
+    signals: Signals,
+) -> None:
+    """Add the guard, and what must be checked or evaluated before the first step."""
+    settings = config.train
+    trainer.guard = Guard(
+        trainer.args, signals, trainer.rows_of, settings.max_loss_jump, settings.on_nan
+    )
+    trainer.add_callback(trainer.guard)
+    trainer.args.eval_on_start &= resume_from is None
+
+    def before_training(action: Callable[[], object], on_resume: bool = True) -> None:
+        trainer.add_callback(callbacks.BeforeTraining(action, on_resume))
+
+    device, vocabulary = trainer.args.device, len(trainer.processing_class)
+
+    def check_head() -> None:
+        precision = trainer.accelerator.mixed_precision
+        if not proof.head_agrees(trainer.model_wrapped, device, vocabulary, precision):
+            trainer.use_head("plain")
+
+    before_training(trainer.resume_counts)
+    if trainer.lm_head != "plain":
+        before_training(check_head)
+    packed = "seq_lengths" in prepared.train.dataset.column_names
+    if packed or trainer.data_collator.padding_free:
+        may_pad = settings.padding_free == "auto" and not packed
+        before_training(
+            lambda: proof.prove_isolation(
+                trainer.model_wrapped, trainer.data_collator, device, vocabulary, may_pad
+            )
+        )
+    count = config.dataset.exact_match
+    if count:
+        before_training(lambda: log_answers(trainer, count, stop_id), on_resume=False)
+    if resume_from is not None and trainer.eval_dataset is not None:
+        before_training(trainer.evaluate_if_due)
+
+
+def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, float]:
+    """Generate answers to held-out prompts, and log the share that is exactly right."""
+    samples = trainer.eval_dataset.select(range(min(count, len(trainer.eval_dataset))))
+    metrics = exact_match(
+        trainer.bare_model,
+        trainer.processing_class,
+        samples,
+        trainer.args.per_device_eval_batch_size,
+        trainer.args.device,
+        stop_id,
+    )
+    trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, metrics)
+    return metrics
+
+
+def train(
+    trainer: Trainer, config: Config, stop_id: int | None, resume_from: Path | None
+) -> dict[str, Any]:
+    """Train to the last step; return the last evaluation and the share of exact answers."""
+    try:
+        trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    finally:
+        trainer.end_workers()
+    state = trainer.state
+    assert state.global_step >= state.max_steps
+    losses = [log["loss"] for log in state.log_history if "loss" in log]
+    final: dict[str, Any] = {"steps": state.global_step, "loss": losses[-1] if losses else None}
+    if trainer.guard and trainer.guard.skipped:
+        final["skipped_steps"] = trainer.guard.skipped
+    if trainer.eval_dataset is not None:
+        evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
+        done = evaluated and evaluated[-1]["step"] == trainer.state.global_step
+        last = evaluated[-1] if done else trainer.evaluate()
+        final |= {key: last[key] for key in ("eval_loss", "eval_perplexity")}
+    if config.dataset.exact_match:
+        final |= log_answers(trainer, config.dataset.exact_match, stop_id)
+    return final
