@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from sft.checkpoint import folder as checkpoint
 from sft.errors import CheckpointError
+from sft.files import abandon_folder
 from sft.ranks import gather
 
 
@@ -46,7 +47,7 @@ class RankZero:
         if reason is None:
             return
         if self.here:
-            checkpoint.abandon(self.path)
+            abandon_folder(self.path)
             if not isinstance(self.error, (OSError, SafetensorError, CheckpointError)):
                 raise self.error  # type: ignore[misc]
         before = next(iter(checkpoint.checkpoints(self.path.parent)), None)

@@ -9,6 +9,7 @@ from typing import Any
 from sft.checkpoint import folder as checkpoint
 from sft.checkpoint import state, tensors
 from sft.checkpoint.rank_zero import RankZero
+from sft.files import begin_folder
 
 
 def save(
@@ -36,7 +37,7 @@ def save(
             previous checkpoint is untouched.
     """
     with RankZero(path) as main:
-        partial = main.do(checkpoint.begin, path)
+        partial = main.do(begin_folder, path)
         write_weights(main, partial)
         writer = main.do(tensors.Writer, partial)
         for key, tensor in state.kept(live.optimizer):

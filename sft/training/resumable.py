@@ -19,6 +19,7 @@ from sft.checkpoint.optimizer import Optimizer
 from sft.checkpoint.rank_zero import RankZero
 from sft.checkpoint.save import save
 from sft.config import zero
+from sft.files import begin_folder, finish_folder
 from sft.training import metrics as counts
 from sft.training.guard import Guard
 
@@ -150,9 +151,9 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             CheckpointError: The files cannot be written, or do not hold what was trained.
         """
         with RankZero(folder) as main:
-            partial = main.do(checkpoint.begin, folder)
+            partial = main.do(begin_folder, folder)
             self._write_weights(main, partial)
-            main.do(checkpoint.finish, partial, folder)
+            main.do(finish_folder, partial, folder)
 
     def _write_weights(self, main: RankZero, folder: Path) -> None:
         model = self.bare_model

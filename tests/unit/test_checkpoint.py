@@ -9,12 +9,13 @@ import pytest
 from sft.checkpoint import folder as checkpoint
 from sft.config import compare
 from sft.errors import CheckpointError
+from sft.files import begin_folder
 from sft.run import resume
 
 
 def make(run: Path, step: int, **facts: object) -> Path:
     final = checkpoint.path_of(run, step)
-    partial = checkpoint.begin(final)
+    partial = begin_folder(final)
     (partial / "a.bin").write_bytes(bytes(1000))
     (partial / "b.json").write_text("{}")
     told = {"step": step, "ranks": 2, "stage": 1, "kind": "elementwise", **facts}
@@ -24,7 +25,7 @@ def make(run: Path, step: int, **facts: object) -> Path:
 
 def test_a_folder_has_its_name_only_once_it_is_complete(tmp_path: Path) -> None:
     final = checkpoint.path_of(tmp_path, 4)
-    partial = checkpoint.begin(final)
+    partial = begin_folder(final)
     (partial / "a.bin").write_bytes(b"half")
     assert not final.exists() and checkpoint.checkpoints(tmp_path) == []
     checkpoint.finish(partial, final, {"step": 4})
@@ -37,7 +38,7 @@ def test_a_folder_has_its_name_only_once_it_is_complete(tmp_path: Path) -> None:
 def test_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     make(tmp_path, 4)
     final = checkpoint.path_of(tmp_path, 4)
-    partial = checkpoint.begin(final)
+    partial = begin_folder(final)
     (partial / "new").touch()
     checkpoint.finish(partial, final, {})
     assert sorted(path.name for path in final.iterdir()) == [checkpoint.MANIFEST, "new"]
@@ -98,7 +99,7 @@ def test_the_best_and_the_newest_are_kept(
 
 def test_what_a_kill_left_is_removed_and_what_came_later_set_aside(tmp_path: Path) -> None:
     old, new = make(tmp_path, 2), make(tmp_path, 4)
-    checkpoint.begin(checkpoint.path_of(tmp_path, 6))
+    begin_folder(checkpoint.path_of(tmp_path, 6))
     (tmp_path / "checkpoint-1.partial-old").mkdir()
     checkpoint.tidy(tmp_path, old)
     assert {path.name for path in tmp_path.iterdir()} == {old.name, f"{new.name}.set_aside"}
