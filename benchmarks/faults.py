@@ -101,7 +101,7 @@ FAULTS = [
         "SIGKILL:sft.training.guard.Guard.on_step_end:before:5:0",
     ),
     Fault("all ranks killed in step 7", LAST),
-    Fault("killed as a save begins", "SIGKILL:sft.checkpoint.folders.begin:after:2:0"),
+    Fault("killed as a save begins", "SIGKILL:sft.checkpoint.save.begin_folder:after:2:0"),
     Fault("killed as the adapter is written", "SIGKILL:sft.checkpoint.weights.write:before:2:0"),
     Fault(
         "killed before the optimizer's state",
@@ -113,7 +113,9 @@ FAULTS = [
     ),
     Fault("killed before the manifest", "SIGKILL:sft.checkpoint.folders.finish:before:2:0"),
     Fault("killed after the manifest", "SIGKILL:sft.checkpoint.folders.write_text:after:2:0"),
-    Fault("killed as an old one is deleted", "SIGKILL:sft.checkpoint.folders.delete:before:1:0"),
+    Fault(
+        "killed as an old one is deleted", "SIGKILL:sft.checkpoint.folders.delete_folder:before:1:0"
+    ),
     Fault("other rank killed in a save", "SIGKILL:sft.checkpoint.state.progress:before:2:1"),
     Fault("killed as the run's end is written", "SIGKILL:sft.checkpoint.weights.write:after:5:0"),
     Fault("SIGTERM to all ranks", "SIGTERM:sft.training.guard.Guard.on_step_end:before:5:all"),

@@ -1,4 +1,7 @@
-"""Write files that are complete or absent, identify files by content, and locate the cache."""
+"""Write files and folders that are complete or absent, identify files by content, locate the cache.
+
+A new folder is written under its name plus ``.partial`` and renamed when all of it is on the disk.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+PARTIAL = ".partial"  # the suffix of a folder that is being written, or being deleted
 FRESH = 2.0  # seconds; a file that is younger may change again without a new time stamp
 
 
@@ -40,6 +45,67 @@ def to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield the folder to write to; it gets its final name, or is deleted after an error.
+
+    After a kill it remains under the name of ``partial_of``, and the next writer deletes its files.
+    """
+    partial = begin_folder(final)
+    try:
+        yield partial
+        finish_folder(partial, final)
+    except BaseException:
+        abandon_folder(final)
+        raise
+
+
+def partial_of(final: Path) -> Path:
+    """Return the path of a folder while it is written."""
+    return final.with_name(final.name + PARTIAL)
+
+
+def begin_folder(final: Path) -> Path:
+    """Make the folder that is written to before it gets its final name; empty it if it exists."""
+    partial = partial_of(final)
+    partial.mkdir(parents=True, exist_ok=True)
+    for left in partial.iterdir():  # by a killed process
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+    return partial
+
+
+def finish_folder(partial: Path, final: Path) -> None:
+    """Rename a written folder to its final name after all of it has reached the disk.
+
+    Args:
+        partial: The folder that ``begin_folder`` made.
+        final: The final path; a folder that exists there is replaced.
+    """
+    for path in partial.rglob("*"):
+        to_disk(path)
+    to_disk(partial)
+    if final.exists():
+        delete_folder(final)
+    partial.rename(final)
+    to_disk(final.parent)
+
+
+def abandon_folder(final: Path) -> None:
+    """Delete what was written of a folder that will not be finished."""
+    shutil.rmtree(partial_of(final), ignore_errors=True)
+
+
+def delete_folder(path: Path) -> None:
+    """Rename a folder, then delete it: a kill leaves no incomplete one under its name."""
+    doomed = path.with_name(f"{path.name}{PARTIAL}-old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def to_json(record: dict[str, Any], indent: int | None = None) -> str:

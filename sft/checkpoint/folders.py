@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import CheckpointError
-from sft.files import hash_of, to_disk, write_text
+from sft.files import PARTIAL, delete_folder, finish_folder, hash_of, write_text
 
 TRAINER_STATE = "trainer_state.json"  # the name that the Trainer reads
 MANIFEST = "manifest.json"  # written last: names, sizes and hashes of all other files
-PARTIAL = ".partial"  # the suffix of a folder that is being written, or being deleted
 ASIDE = ".set_aside"  # the suffix of checkpoints newer than the one that the user went back to
 
 
@@ -31,54 +30,26 @@ def step_of(path: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def begin(final: Path) -> Path:
-    """Make the folder that is written to before it gets its final name."""
-    partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)  # a killed run may have left one
-    partial.mkdir(parents=True)
-    return partial
-
-
-def finish(partial: Path, final: Path, facts: dict[str, Any] | None = None) -> None:
-    """Rename a written folder to its final name after all of it has reached the disk.
+def finish(partial: Path, final: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest, and rename the folder to its final name.
 
     Args:
-        partial: The folder that ``begin`` made.
-        final: The final path; a folder that exists there is replaced.
-        facts: Stored in a manifest with the sizes and hashes of the files; None: no manifest.
+        partial: The folder that ``begin_folder`` made.
+        final: The checkpoint's path; a folder that exists there is replaced.
+        facts: Stored in the manifest with the sizes and hashes of the files.
     """
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    for path in files:
-        to_disk(path)
-    if facts is not None:
-        listed = {
-            str(path.relative_to(partial)): {"bytes": path.stat().st_size, "xxh3": hash_of(path)}
-            for path in files
-        }
-        write_text(partial / MANIFEST, json.dumps({**facts, "files": listed}, indent=2) + "\n")
-    to_disk(partial)
-    if final.exists():
-        delete(final)
-    partial.rename(final)
-    to_disk(final.parent)
+    listed = {
+        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "xxh3": hash_of(path)}
+        for path in sorted(partial.rglob("*"))
+        if path.is_file()
+    }
+    write_text(partial / MANIFEST, json.dumps({**facts, "files": listed}, indent=2) + "\n")
+    finish_folder(partial, final)
 
 
 def write_trainer_state(partial: Path, state: Any) -> None:
     """Write the Trainer's own state: steps, epochs, everything logged."""
     state.save_to_json(str(partial / TRAINER_STATE))
-
-
-def abandon(final: Path) -> None:
-    """Delete the partly written folder of a save that failed."""
-    shutil.rmtree(final.with_name(final.name + PARTIAL), ignore_errors=True)
-
-
-def delete(path: Path) -> None:
-    """Rename a checkpoint, then delete it: a kill leaves no incomplete one under its name."""
-    doomed = path.with_name(path.name + PARTIAL + "-old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def rotate(output_dir: Path, keep: int, best: str | None) -> None:
@@ -91,7 +62,7 @@ def rotate(output_dir: Path, keep: int, best: str | None) -> None:
     others = [path for path in paths if path.name not in spared]
     room = keep - (len(paths) - len(others))
     for path in others[max(room, 1) :]:
-        delete(path)
+        delete_folder(path)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from sft.checkpoint import folders
 from sft.errors import CheckpointError
+from sft.files import abandon_folder
 from sft.ranks import gather
 
 
@@ -46,7 +47,7 @@ class RankZero:
         if reason is None:
             return
         if self.here:
-            folders.abandon(self.path)
+            abandon_folder(self.path)
             if not isinstance(self.error, (OSError, SafetensorError, CheckpointError)):
                 raise self.error  # type: ignore[misc]
         before = next(iter(folders.checkpoints(self.path.parent)), None)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sft.checkpoint import folders, state, tensors
 from sft.checkpoint.rank_zero import RankZero
+from sft.files import begin_folder
 
 
 def save(
@@ -35,7 +36,7 @@ def save(
             previous checkpoint is untouched.
     """
     with RankZero(path) as main:
-        partial = main.do(folders.begin, path)
+        partial = main.do(begin_folder, path)
         write_weights(main, partial)
         writer = main.do(tensors.Writer, partial)
         for key, tensor in state.kept(live.optimizer):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,61 @@ def write(
     check(folder, live, isinstance(model, PeftModel), updated)
 
 
+@dataclass
+class Contents:
+    """What weight files hold.
+
+    Attributes:
+        shapes: The shape of each tensor, by name.
+        wrong: The names of the tensors that no model can have, by what is wrong with them.
+        zero: The LoRA B that are all zero, as they are before training.
+        trained: The LoRA B that are not.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    wrong: dict[str, list[str]] = field(default_factory=dict)
+    zero: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
+
+
+def inspect(
+    paths: Iterable[Path],
+    compare: Callable[[str, torch.Tensor], str | None] = lambda name, tensor: None,
+) -> Contents:
+    """Read every tensor of weight files once, and list those that are empty or not finite.
+
+    Under ZeRO-3, users got 40-byte files after days of training (TRL #4416, PEFT #2892).
+
+    Args:
+        paths: The safetensors files.
+        compare: Says what else is wrong with a tensor, by its name; None: nothing is.
+
+    Raises:
+        SafetensorError: A file is damaged.
+    """
+    found = Contents()
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                found.shapes[name] = tuple(tensor.shape)
+                if what := _fault(tensor) or compare(name, tensor):
+                    found.wrong.setdefault(what, []).append(name)
+                if tensor.numel() and ("lora_B" in name or "lora_embedding_B" in name):
+                    (found.trained if tensor.any() else found.zero).append(name)
+    return found
+
+
+def _fault(tensor: torch.Tensor) -> str | None:
+    if not tensor.numel():
+        return "empty"
+    if tensor.is_floating_point():
+        low, high = torch.aminmax(tensor)  # one pass; NaN if the tensor holds one
+        if not (low.isfinite() and high.isfinite()):
+            return "not finite"
+    return None
+
+
 def check(folder: Path, live: dict[str, Any], adapter: bool, updated: bool) -> None:
     """Compare the tensors in a folder with those in memory.
 
@@ -84,32 +140,21 @@ def check(folder: Path, live: dict[str, Any], adapter: bool, updated: bool) -> N
     Raises:
         CheckpointError: With the first tensors that are wrong, and what is wrong with them.
     """
-    wrong: dict[str, list[str]] = {}
-    seen, untrained, trained = set(), [], 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                tensor = file.get_tensor(name)
-                seen.add(name)
-                expected = live.get(name)
-                if not tensor.numel():
-                    wrong.setdefault("empty", []).append(name)
-                elif tensor.is_floating_point() and not tensor.isfinite().all():
-                    wrong.setdefault("not finite", []).append(name)
-                elif expected is not None and not _same(tensor, expected):
-                    wrong.setdefault("not the model's", []).append(name)
-                elif expected is None and adapter:
-                    wrong.setdefault("unknown to the model", []).append(name)
-                if "lora_B" in name or "lora_embedding_B" in name:
-                    is_zero = not tensor.any()
-                    untrained += [name] * is_zero
-                    trained += not is_zero
-    if adapter and live.keys() - seen:
-        wrong["missing"] = sorted(live.keys() - seen)
-    if not seen:
+
+    def compare(name: str, tensor: torch.Tensor) -> str | None:
+        expected = live.get(name)
+        if expected is None:
+            return "unknown to the model" if adapter else None
+        return None if _same(tensor, expected) else "not the model's"
+
+    found = inspect(sorted(folder.glob("*.safetensors")), compare)
+    wrong = found.wrong
+    if adapter and live.keys() - found.shapes.keys():
+        wrong["missing"] = sorted(live.keys() - found.shapes.keys())
+    if not found.shapes:
         wrong["missing"] = ["every tensor"]
-    if untrained and (updated or trained):
-        wrong["all zero after training began"] = untrained
+    if found.zero and (updated or found.trained):
+        wrong["all zero after training began"] = found.zero
     if wrong:
         lines = [
             f"    {len(names)} {what}: {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}"

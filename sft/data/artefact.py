@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.config.settings import DatasetConfig, TemplateConfig
 from sft.errors import DataError
-from sft.files import write_text
+from sft.files import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,16 +44,13 @@ def save(prepared: Prepared, folder: Path) -> None:
 
     if folder.exists():
         raise DataError(f"output={folder}: the folder exists\n    fix: output=FOLDER")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     sets = {"train": prepared.train.dataset}
     if prepared.eval is not None:
         sets["eval"] = prepared.eval.dataset
-    DatasetDict(sets).save_to_disk(str(partial))
-    shutil.copyfile(prepared.folder / "dropped.jsonl", partial / "dropped.jsonl")
-    meta = (prepared.folder / "data.json").read_text(encoding="utf-8")
-    write_text(partial / META, meta)
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        DatasetDict(sets).save_to_disk(str(partial))
+        shutil.copyfile(prepared.folder / "dropped.jsonl", partial / "dropped.jsonl")
+        shutil.copyfile(prepared.folder / "data.json", partial / META)
 
 
 def load(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from sft import environment
 from sft.config.rules import named
 from sft.config.settings import PACKAGE_DIR, DatasetConfig, packing_of
 from sft.data import artefact, sources
@@ -23,7 +21,7 @@ from sft.data.prepared import Prepared, Samples, tokenizer_hash
 from sft.data.splits import Split, held_out
 from sft.data.store import Dropped, encoded
 from sft.data.template import Template
-from sft.files import cache_dir, write_text
+from sft.files import cache_dir, new_folder, write_text
 
 logger = logging.getLogger("sft")
 
@@ -54,7 +52,7 @@ def prepare(
     if prepared is None:
         packing = packing_of(config, template.config.kind).value
         packed = dataclasses.replace(config, packing=packing)
-        with _heap_frozen():
+        with environment.heap_frozen(collect_new=True):
             prepared = _cached(packed, template, seed, samples)
         if samples and prepared.train.counts.samples < samples:
             logger.info(
@@ -70,23 +68,6 @@ def prepare(
     return prepared
 
 
-@contextlib.contextmanager
-def _heap_frozen() -> Iterator[None]:
-    """Exclude the objects that exist already from garbage collection.
-
-    The imported libraries hold about a million of them. A full collection takes 0.1 s to find that
-    none is garbage, reading a tokenizer's JSON triggers several, and in forked workers each also
-    copies the memory that was shared with this process.
-    """
-    frozen_before = gc.get_freeze_count()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if not frozen_before:  # gc.unfreeze would release what the caller has frozen, too
-            gc.unfreeze()
-
-
 def _cached(config: DatasetConfig, template: Template, seed: int, samples: int | None) -> Prepared:
     from filelock import FileLock
 
@@ -98,16 +79,8 @@ def _cached(config: DatasetConfig, template: Template, seed: int, samples: int |
         lock = FileLock(f"{folder}.lock")  # the kernel releases it when its owner dies
         with lock:
             if not (folder / "data.json").is_file():
-                partial = folder.with_name(f"{key}.partial")
-                shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.mkdir()
-                try:
+                with new_folder(folder) as partial:
                     _make(config, template, seed, samples, partial, tokenizer)
-                except BaseException:
-                    shutil.rmtree(partial, ignore_errors=True)
-                    raise
-                partial.rename(folder)
     from datasets import Dataset
 
     audit = json.loads((folder / "data.json").read_text(encoding="utf-8"))

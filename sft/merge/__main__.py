@@ -8,12 +8,8 @@ dequantised base (``quantized_base``), because training computed with those weig
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import gc
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,19 +20,16 @@ from sft import environment
 from sft.cli.command import Command
 from sft.config.rules import one_of, rule_problems, setting
 from sft.errors import MergeError, Problem
-from sft.files import to_json, write_text
+from sft.files import write_text
+from sft.merge import claim
+from sft.merge.report import log_report, write_report
 
 if TYPE_CHECKING:
     import torch
 
-    from sft.merge.prepare import Prepared
+    from sft.merge.prepare import PreparedMerge
 
 logger = logging.getLogger("sft")
-
-REPORT = "merge_report.json"
-FAILED = ".failed"  # suffix of a merged model that failed the verification
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-SPARE = 64 << 20  # bytes for the files beside the weights
 
 
 @dataclass
@@ -112,13 +105,12 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         MergeError: A file is missing, the output exists, or the verification fails.
     """
     adapters, output = _places(config)
-    _check_output(output, config.overwrite)
+    claim.check_output(output, config.overwrite)
     with contextlib.ExitStack() as until_written:
-        until_written.enter_context(_collector_off())
+        until_written.enter_context(environment.heap_frozen(collect_new=False))
         environment.prepare()
         import torch
 
-        from sft.checkpoint import folders
         from sft.merge import metadata
         from sft.merge.verify import verify, verify_against_training
         from sft.merge.write import write
@@ -128,9 +120,9 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             raise MergeError("device=cuda: there is no GPU\n    fix: device=cpu")
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         prepared, report = _prepare(config, adapters, dtype)
-        _check_space(prepared.layout.size, output)
-        with _claimed(output) as partial:
-            write_text(partial / REPORT, to_json(report, indent=2) + "\n")  # until verified
+        claim.check_space(prepared.layout.size, output)
+        with claim.claimed(output) as partial:
+            write_report(partial, report)  # until verified
             with _progress(prepared.layout.size) as tick:
                 write(prepared.layout, partial, torch.device(config.device), tick)
             if index := prepared.layout.index():
@@ -148,11 +140,10 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             else:
                 report |= {"passed": None, "reason": "verify=false"}
             report["seconds"] = round(time.perf_counter() - began, 2)
-            write_text(partial / REPORT, to_json(report, indent=2) + "\n")
+            write_report(partial, report)
             if report["passed"] is False:
                 _refuse(partial, output, report)
-            folders.finish(partial, output)
-    _tell(output, report)
+    log_report(output, report)
     if config.push_to_hub is not None:
         _push(output, config.push_to_hub)
     return {"output": str(output), **report}
@@ -160,7 +151,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
 
 def _prepare(
     config: MergeConfig, adapters: list[Path], dtype: torch.dtype | None
-) -> tuple[Prepared, dict[str, Any]]:
+) -> tuple[PreparedMerge, dict[str, Any]]:
     """Plan the merge, and start the report.
 
     An adapter's tensors are small, and OpenMP would synchronise its threads at each of them; so
@@ -168,20 +159,19 @@ def _prepare(
     """
     import torch
 
-    from sft.merge import prepare as plan
+    from sft.merge.prepare import prepare
+    from sft.merge.sources import check_base, find
 
     size = None if config.max_shard_size is None else _bytes(config.max_shard_size)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        sources = plan.find(adapters, config.weights or [1.0] * len(adapters), config.base)
-        compared = (
-            plan.check_base(sources) if config.check_base else "not compared: check_base=false"
-        )
+        sources = find(adapters, config.weights or [1.0] * len(adapters), config.base)
+        compared = check_base(sources) if config.check_base else "not compared: check_base=false"
         quantization = sources.quantization
         is_quantized = quantization.load_in_4bit or quantization.load_in_8bit
         dequantized = is_quantized and config.quantized_base == "dequantized"
-        prepared = plan.prepare(sources, dequantized, dtype, size)
+        prepared = prepare(sources, dequantized, dtype, size)
     finally:
         torch.set_num_threads(threads)
     return prepared, {
@@ -196,27 +186,9 @@ def _prepare(
     }
 
 
-@contextlib.contextmanager
-def _collector_off() -> Iterator[None]:
-    """Turn off Python's garbage collector.
-
-    While libraries are imported and the architecture is built, it scans all of their objects many
-    times and finds nothing to free, which takes a second.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _refuse(partial: Path, output: Path, report: dict[str, Any]) -> NoReturn:
     """Rename a merged model that failed the verification, and raise MergeError."""
-    failed = output.with_name(output.name + FAILED)
-    shutil.rmtree(failed, ignore_errors=True)
-    partial.rename(failed)
+    failed = claim.set_aside(partial, output)
     exact = report["dtype"] == "float32"
     fix = "please report this, with the folder's report" if exact else "dtype=float32"
     raise MergeError(
@@ -236,72 +208,6 @@ def _places(config: MergeConfig) -> tuple[list[Path], Path]:
     return [run / "adapter"], Path(config.output or run / "merged")
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    """Check that the output folder is new, or is a merged model that may be replaced."""
-    if output.exists() and not overwrite:
-        raise MergeError(
-            f"{output} exists\n    fix: overwrite=true to replace it, or output=ANOTHER"
-        )
-    for folder in (output, output.with_name(output.name + FAILED)):
-        if folder.exists() and not (folder / REPORT).is_file():
-            raise MergeError(f"{folder} exists without merge_report.json\n    fix: output=ANOTHER")
-
-
-def _check_space(size: int, output: Path) -> None:
-    there = next(path for path in output.absolute().parents if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < size + SPARE:
-        raise MergeError(
-            f"the merged model needs {size / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB free"
-            "\n    fix: output=FOLDER on another disk, or dtype=bfloat16"
-        )
-
-
-@contextlib.contextmanager
-def _claimed(output: Path) -> Iterator[Path]:
-    """Create and lock the partial folder, so that a second merge to the same output is refused.
-
-    The folder is removed after an error. After a kill it remains, and the next merge removes it.
-    """
-    from sft.checkpoint import folders
-
-    partial = output.with_name(output.name + folders.PARTIAL)
-    if partial.exists():
-        names = [path.name for path in partial.iterdir()]
-        if names and not any(name.startswith(REPORT) for name in names):
-            raise MergeError(f"{partial} exists without merge_report.json\n    fix: output=ANOTHER")
-        with _locked(partial):
-            pass
-    try:
-        partial = folders.begin(output)
-        with _locked(partial):
-            try:
-                yield partial
-            except BaseException:
-                folders.abandon(output)
-                raise
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        raise MergeError(
-            f"{output} cannot be written: {error}\n    fix: solve that, or output=ANOTHER"
-        ) from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder; the kernel releases the lock when the process ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        message = f"another merge is writing {folder}\n    fix: wait, or output=ANOTHER"
-        raise MergeError(message) from None
-    finally:
-        os.close(handle)
-
-
 @contextlib.contextmanager
 def _progress(size: int) -> Iterator[Callable[[int], object]]:
     from tqdm import tqdm
@@ -309,36 +215,6 @@ def _progress(size: int) -> Iterator[Callable[[int], object]]:
     look: dict[str, Any] = {"unit": "B", "unit_scale": True, "desc": "merging", "leave": False}
     with tqdm(total=size, disable=None, **look) as bar:  # None: only in a terminal
         yield bar.update
-
-
-def _tell(output: Path, report: dict[str, Any]) -> None:
-    """Log the result."""
-    if report["passed"] is None:
-        logger.info("merged into %s (%s); verify=false: not verified", output, report["dtype"])
-        return
-    effect = report["adapter_effect"]
-    texts = report["greedy_texts"]
-    logger.info("merged into %s (%s, %.1f s)", output, report["dtype"], report["seconds"])
-    logger.info(
-        "verified on %s: logits differ from base + adapter by at most %.2g (allowed %.2g; the "
-        "adapter changes them by up to %.2g); the top token is the same at %.1f %% of positions, "
-        "KL is %.2g; %d of %d greedy texts are equal",
-        report["compared_on"],
-        report["max_difference"],
-        report["allowed_difference"],
-        effect["max_difference"],
-        100 * report["top1_agreement"],
-        report["kl"],
-        texts["equal"],
-        texts["of"],
-    )
-    losses = report["eval_loss"]
-    if losses["merged"] is not None:
-        logger.info(
-            "loss on the trained tokens of these samples: base + adapter %.6f, merged %.6f",
-            losses["base_and_adapter"],
-            losses["merged"],
-        )
 
 
 def _push(folder: Path, repository: str) -> None:

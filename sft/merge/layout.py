@@ -10,14 +10,15 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from sft.errors import MergeError
-from sft.merge.base_files import FLOATS, NAMES, SINGLE, Base, Piece, Stored
+from sft.merge.base_files import Base, Piece
 from sft.merge.change import Change
+from sft.merge.stored import FLOATS, NAMES, SINGLE, Stored
 
 Whole = Callable[[torch.Tensor], torch.Tensor]  # a function of a whole base matrix
 
 
 @dataclass
-class Part:
+class OutputPart:
     """Some rows of an output, and their change.
 
     Attributes:
@@ -51,7 +52,7 @@ class Output:
     stored: Stored
     shape: tuple[int, ...]
     dtype: str
-    parts: list[Part]
+    parts: list[OutputPart]
     whole: Whole | None = None
 
     @property
@@ -170,16 +171,16 @@ def plan(
             changes |= {name: changed[0] for name in group if group[0] in changes}
         else:
             apart += [group]
-    writer = _Writer(base, changes, wholes, dtype)
+    planner = _OutputPlanner(base, changes, wholes, dtype)
     files = [
-        File(path.name, [writer.output(tensor.name, tensor, None) for tensor in tensors])
+        File(path.name, [planner.output(tensor.name, tensor, None) for tensor in tensors])
         for path, tensors in base.files.items()
     ]
     for name in (name for group in apart for name in group if name not in held):
         partner = next(filter(None, map(base.stored, base.partners(name))))
-        files[-1].outputs.append(writer.output(name_of(name), partner, name))
+        files[-1].outputs.append(planner.output(name_of(name), partner, name))
     kept = {name for group in base.tied if group not in apart for name in group}
-    if lost := sorted(changes.keys() - writer.written - kept):
+    if lost := sorted(changes.keys() - planner.written - kept):
         how = base.rearranged.get(lost[0])
         raise MergeError(
             f"{len(lost)} changes cannot be written into the base's files, such as that of "
@@ -197,7 +198,7 @@ def plan(
 
 
 @dataclass
-class _Writer:
+class _OutputPlanner:
     """Plans single tensors, and records which changes will be written."""
 
     base: Base
@@ -228,12 +229,11 @@ class _Writer:
                 if change.replaced is not None and len(pieces) == 1 and piece.start == 0:
                     shape = tuple(change.replaced.shape) if len(stored.shape) < 3 else shape
                     piece = replace(piece, rows=math.prod(shape[:-1]))
-            parts.append(Part(start, start + piece.rows, piece, change))
+            parts.append(OutputPart(start, start + piece.rows, piece, change))
             start += piece.rows
         if not parts:
-            parts.append(Part(0, stored.rows, None, None))
-        whole = self._whole(stored, pieces)
-        return Output(name, stored, shape, dtype, parts, whole)
+            parts.append(OutputPart(0, stored.rows, None, None))
+        return Output(name, stored, shape, dtype, parts, self._whole(stored, pieces))
 
     def _whole(self, stored: Stored, pieces: list[Piece]) -> Whole | None:
         """Return the function that is applied to the whole matrix, if there is one."""

@@ -18,10 +18,10 @@ from sft.inference.card import write_card
 from sft.model.base import loading, source
 
 if TYPE_CHECKING:
-    from sft.merge.prepare import Prepared
+    from sft.merge.prepare import PreparedMerge
 
 
-def write(prepared: Prepared, dtype: torch.dtype | None, folder: Path) -> None:
+def write(prepared: PreparedMerge, dtype: torch.dtype | None, folder: Path) -> None:
     """Write config, generation config, tokenizer, chat template and card.
 
     Args:
@@ -52,7 +52,7 @@ def write(prepared: Prepared, dtype: torch.dtype | None, folder: Path) -> None:
         write_card(folder, whole)
 
 
-def check(prepared: Prepared, folder: Path) -> None:
+def check(prepared: PreparedMerge, folder: Path) -> None:
     """Compare the written tokenizer and config with the ones in memory.
 
     Raises:
@@ -100,7 +100,7 @@ def _carry_code(base: ModelConfig, settings: dict[str, Any], folder: Path) -> No
             settings["auto_map"][kind] = f"{name}--{place}"
 
 
-def _generation(prepared: Prepared) -> Any:
+def _generation(prepared: PreparedMerge) -> Any:
     from transformers import GenerationConfig
 
     where = source(prepared.sources.base)
@@ -116,7 +116,7 @@ def _generation(prepared: Prepared) -> Any:
     return generation
 
 
-def stop_id(prepared: Prepared) -> int | None:
+def stop_id(prepared: PreparedMerge) -> int | None:
     """Return the token that ends an answer in the template of training; None: only EOS does."""
     from sft.data.template import Template
 

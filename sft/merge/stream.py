@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
-from sft.merge.adapters import base_name, is_placeholder
-from sft.merge.base_files import Base, Piece, Stored
+from sft.merge.base_files import Base, Piece
 from sft.merge.layout import Whole
+from sft.merge.placeholders import base_name, is_placeholder
+from sft.merge.stored import Stored
 
 CHUNK = 1 << 24  # numbers of a head that are multiplied at once
 
@@ -81,7 +82,7 @@ def streamed(model: Any, weights: Weights) -> Iterator[Any]:
 
     Args:
         model: A model or PEFT model whose base weights are placeholders
-            (``sft.merge.adapters.with_placeholders``).
+            (``sft.merge.placeholders.with_placeholders``).
         weights: Reads the base's weights.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model

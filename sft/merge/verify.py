@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from sft.config.settings import ModelConfig, QuantizationConfig
 from sft.data.row_encoder import IGNORE_INDEX
-from sft.merge import adapters as adapters
 from sft.merge import metadata, probes
-from sft.merge.base_files import Base, shards
+from sft.merge.compared import base_and_adapter, reference, written
 from sft.merge.probes import Probes
-from sft.merge.stream import Weights, streamed
-from sft.model.base import keep_training_layout, load_architecture, load_frozen
 
 if TYPE_CHECKING:
-    from sft.merge.prepare import Prepared
+    from sft.merge.prepare import PreparedMerge
 
 # Largest logit difference that rounding explains, as a share of the largest logit.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -29,7 +25,7 @@ GREEDY_PROMPTS = 4
 GREEDY_TOKENS, GREEDY_TOKENS_STREAMED = 32, 8  # streamed, each token reads all weights again
 
 
-def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def verify(prepared: PreparedMerge, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Compare base + adapter with the merged model.
 
     Both compute in float32, so that only the weights differ. Base + adapter generates greedy texts.
@@ -53,7 +49,7 @@ def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, An
     samples = probes.load(prepared.sources.adapters[0], min(len(tokenizer), rows))
     chosen = samples.positions(rows)
     resident = prepared.must_be_resident or 4 * prepared.layout.numbers <= RESIDENT
-    with _base_and_adapter(prepared, resident) as model:
+    with base_and_adapter(prepared, resident) as model:
         with model.disable_adapter():
             base = _logits(model, samples, chosen)
         wanted = _logits(model, samples, chosen)
@@ -65,7 +61,7 @@ def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, An
     columns = together.ids.shape[1]
     foretold = greedy.labels != IGNORE_INDEX
     wide = [F.pad(mask, (0, columns - mask.shape[1])) for mask in (chosen, foretold)]
-    with _written(folder, resident) as model:
+    with written(folder, resident) as model:
         logits = _logits(model, together, torch.cat(wide))
     got, said = logits[: len(wanted)], logits[len(wanted) :].argmax(-1)
     right = torch.ones_like(greedy.labels, dtype=torch.bool)
@@ -86,7 +82,9 @@ def verify(prepared: Prepared, folder: Path, dtype: torch.dtype) -> dict[str, An
     return {"passed": reason is None, "reason": reason, **report}
 
 
-def _greedy(model: Any, prepared: Prepared, samples: Probes, resident: bool) -> list[list[int]]:
+def _greedy(
+    model: Any, prepared: PreparedMerge, samples: Probes, resident: bool
+) -> list[list[int]]:
     """Continue the first prompts greedily; an answer includes the token that stopped it."""
     from sft.inference.answers import continuations, stop_ids
 
@@ -103,7 +101,7 @@ def _greedy(model: Any, prepared: Prepared, samples: Probes, resident: bool) -> 
     return answers
 
 
-def verify_against_training(prepared: Prepared, folder: Path) -> dict[str, Any]:
+def verify_against_training(prepared: PreparedMerge, folder: Path) -> dict[str, Any]:
     """Measure how far the merged model is from base + adapter as training computed them.
 
     They differ with quantized_base=original, and with an 8-bit base, whose forward pass also rounds
@@ -112,8 +110,8 @@ def verify_against_training(prepared: Prepared, folder: Path) -> dict[str, Any]:
     rows = prepared.model.get_input_embeddings().weight.shape[0]
     samples = probes.load(prepared.sources.adapters[0], rows)
     chosen = samples.positions(rows)
-    wanted = _logits(_reference(prepared, prepared.sources.quantization), samples, chosen)
-    with _written(folder, resident=True) as model:
+    wanted = _logits(reference(prepared, prepared.sources.quantization), samples, chosen)
+    with written(folder, resident=True) as model:
         got = _logits(model, samples, chosen)
     return _differences(got, wanted)
 
@@ -131,108 +129,6 @@ def _why_not(report: dict[str, Any], finite: bool) -> str | None:
     if report["mean_difference"] > report["adapter_effect"]["mean_difference"] / 2:
         return "rounding removes more than half of the adapter's change"
     return None
-
-
-def _reference(
-    prepared: Prepared, quantization: QuantizationConfig, weights_only: bool = False
-) -> Any:
-    """Load base and adapters as a whole, with Transformers and PEFT only.
-
-    Args:
-        prepared: The merge.
-        quantization: How the base is stored.
-        weights_only: Dequantise the weights, to avoid what the forward pass of quantised layers
-            adds: an 8-bit layer rounds its inputs; a 4-bit layer without gradients does not round
-            its weights to the precision of training.
-    """
-    from peft import PeftModel
-
-    sources = prepared.sources
-    quantized = quantization.load_in_4bit or quantization.load_in_8bit
-    # Quantisation and PiSSA's initialisation start from the weights in the precision of training.
-    derived = quantized or bool(prepared.wholes)
-    base = load_frozen(sources.base, quantization, sources.dtype if derived else torch.float32)
-    if quantized and weights_only:
-        base = base.dequantize(torch.float32).float()
-    elif quantized:
-        _compute_in_float32(base)
-    if weights_only and derived and sources.dtype != sources.stored_dtype:
-        _restore_others(base, prepared)
-    if prepared.resized:
-        base.resize_token_embeddings(prepared.resized, mean_resizing=False)
-    model = PeftModel.from_pretrained(
-        base, str(sources.adapters[0]), adapter_name=adapters.name_of(0)
-    )
-    for index, folder in enumerate(sources.adapters[1:], 1):
-        model.load_adapter(str(folder), adapter_name=adapters.name_of(index))
-    return _weighed(model if quantized else model.float(), prepared)
-
-
-def _weighed(model: Any, prepared: Prepared) -> Any:
-    """Activate all adapters, and multiply the scaling of each by its factor."""
-    from peft.tuners.lora.layer import LoraLayer
-
-    names = [adapters.name_of(index) for index in range(len(prepared.sources.adapters))]
-    if len(names) > 1:
-        model.base_model.set_adapter(names)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name, weight in zip(names, prepared.sources.weights, strict=True):
-                if name in module.scaling:
-                    module.scaling[name] *= weight
-    return model.eval()
-
-
-@torch.no_grad()
-def _restore_others(model: Any, prepared: Prepared) -> None:
-    """Set the weights outside of ``prepared.wholes`` to the values in the base's files.
-
-    The merge reads these from the files, whose precision may be higher than training's.
-    """
-    stored = load_frozen(prepared.sources.base, QuantizationConfig(), torch.float32)
-    values = dict(stored.named_parameters())
-    for name, parameter in model.named_parameters():
-        if name not in prepared.wholes:
-            parameter.data = values[name].data
-
-
-def _compute_in_float32(model: Any) -> None:
-    """Compute everything in float32, and leave the quantised weights unchanged."""
-    import bitsandbytes
-
-    stored = (bitsandbytes.nn.Params4bit, bitsandbytes.nn.Int8Params)
-    for parameter in model.parameters():
-        if not isinstance(parameter, stored):
-            parameter.data = parameter.data.float()
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype = torch.float32
-    keep_training_layout(model)
-
-
-@contextlib.contextmanager
-def _base_and_adapter(prepared: Prepared, resident: bool) -> Iterator[Any]:
-    """Yield base + adapter, loaded as a whole (resident) or read layer by layer."""
-    if resident:
-        stored = prepared.sources.quantization if prepared.dequantized else QuantizationConfig()
-        yield _reference(prepared, stored, weights_only=True)
-    else:
-        model = _weighed(prepared.model, prepared)
-        with streamed(model, Weights(prepared.base, prepared.wholes)):
-            yield model
-
-
-@contextlib.contextmanager
-def _written(folder: Path, resident: bool) -> Iterator[Any]:
-    """Yield the merged model, loaded as a whole (resident) or read layer by layer."""
-    here = ModelConfig(name_or_path=str(folder.resolve()))
-    if resident:
-        yield load_frozen(here, QuantizationConfig(), torch.float32)
-    else:
-        architecture = load_architecture(here, buffers=True)
-        base = Base.read(shards(here), architecture)
-        with streamed(adapters.with_placeholders(architecture).eval(), Weights(base, {})) as model:
-            yield model
 
 
 def _logits(model: Any, samples: Probes, chosen: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from sft.checkpoint.rank_zero import RankZero
 from sft.checkpoint.restore import restore
 from sft.checkpoint.save import save
 from sft.config import zero
+from sft.files import begin_folder, finish_folder
 from sft.training.guard import Guard
 from sft.training.metrics import RunningMetrics, share_of
 
@@ -150,9 +151,9 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             CheckpointError: The files cannot be written, or do not hold what was trained.
         """
         with RankZero(folder) as main:
-            partial = main.do(folders.begin, folder)
+            partial = main.do(begin_folder, folder)
             self._write_weights(main, partial)
-            main.do(folders.finish, partial, folder)
+            main.do(finish_folder, partial, folder)
 
     def _write_weights(self, main: RankZero, folder: Path) -> None:
         model = self.bare_model

@@ -21,6 +21,7 @@ from warm import run_warm
 from sft import train
 from sft.errors import ConfigError, MergeError, ModelError
 from sft.merge import __main__ as merge
+from sft.merge import claim
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -367,7 +368,7 @@ def test_a_full_disk_is_seen_before_and_survived(
 ) -> None:
     with pytest.raises(MergeError, match=r"needs 0.00 GB, and .*disk has 0.00 GB free"):
         merged(f"run={run}", f"output={disk / 'out'}")
-    monkeypatch.setattr(merge, "SPARE", -(1 << 40))  # somebody else takes the room meanwhile
+    monkeypatch.setattr(claim, "SPARE", -(1 << 40))  # somebody else takes the room meanwhile
     with pytest.raises(MergeError, match=r"out cannot be written: .*No space left"):
         merged(f"run={run}", f"output={disk / 'out'}")
     assert list(disk.iterdir()) == []

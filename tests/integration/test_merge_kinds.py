@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from sft.errors import MergeError
 from sft.merge import __main__ as merge
 from sft.merge import verify
+from sft.merge.report import REPORT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, of what these kinds are careful with
 
@@ -114,7 +115,7 @@ def merged(*overrides: str) -> dict[str, Any]:
     """Merge, and give the report."""
     config = merge.main.compose(list(overrides))
     merge.merge(config)
-    report: dict[str, Any] = json.loads((Path(str(config.output)) / merge.REPORT).read_text())
+    report: dict[str, Any] = json.loads((Path(str(config.output)) / REPORT).read_text())
     return report
 
 

@@ -10,12 +10,13 @@ from sft import process
 from sft.checkpoint import folders
 from sft.config import compare
 from sft.errors import CheckpointError, RunError
+from sft.files import begin_folder
 from sft.run import record, resume
 
 
 def make(run: Path, step: int, **facts: object) -> Path:
     final = folders.path_of(run, step)
-    partial = folders.begin(final)
+    partial = begin_folder(final)
     (partial / "a.bin").write_bytes(bytes(1000))
     (partial / "b.json").write_text("{}")
     told = {"step": step, "ranks": 2, "stage": 1, "kind": "elementwise", **facts}
@@ -25,7 +26,7 @@ def make(run: Path, step: int, **facts: object) -> Path:
 
 def test_a_folder_has_its_name_only_once_it_is_complete(tmp_path: Path) -> None:
     final = folders.path_of(tmp_path, 4)
-    partial = folders.begin(final)
+    partial = begin_folder(final)
     (partial / "a.bin").write_bytes(b"half")
     assert not final.exists() and folders.checkpoints(tmp_path) == []
     folders.finish(partial, final, {"step": 4})
@@ -38,7 +39,7 @@ def test_a_folder_has_its_name_only_once_it_is_complete(tmp_path: Path) -> None:
 def test_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     make(tmp_path, 4)
     final = folders.path_of(tmp_path, 4)
-    partial = folders.begin(final)
+    partial = begin_folder(final)
     (partial / "new").touch()
     folders.finish(partial, final, {})
     assert sorted(path.name for path in final.iterdir()) == [folders.MANIFEST, "new"]
@@ -99,7 +100,7 @@ def test_the_best_and_the_newest_are_kept(
 
 def test_what_a_kill_left_is_removed_and_what_came_later_set_aside(tmp_path: Path) -> None:
     old, new = make(tmp_path, 2), make(tmp_path, 4)
-    folders.begin(folders.path_of(tmp_path, 6))
+    begin_folder(folders.path_of(tmp_path, 6))
     (tmp_path / "checkpoint-1.partial-old").mkdir()
     folders.tidy(tmp_path, old)
     assert {path.name for path in tmp_path.iterdir()} == {old.name, f"{new.name}.set_aside"}

@@ -1,5 +1,6 @@
 """Compile locks of the dead are removed; of the libraries' messages, only the known are hidden."""
 
+import gc
 import importlib.metadata
 import logging
 import subprocess
@@ -65,3 +66,14 @@ def test_of_progress_bars_the_loading_of_weights_is_hidden() -> None:
     finally:
         if not before:
             bars.disable_progress_bar()
+
+
+def test_the_collector_is_as_before_after_the_block() -> None:
+    from sft.environment import heap_frozen
+
+    before = gc.isenabled(), gc.get_freeze_count() > 0
+    for collect_new in (True, False):
+        with pytest.raises(KeyError), heap_frozen(collect_new=collect_new):
+            assert gc.isenabled() is collect_new and gc.get_freeze_count() > 10_000
+            raise KeyError
+        assert (gc.isenabled(), gc.get_freeze_count() > 0) == before == (True, False)
