@@ -80,18 +80,17 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     half.widen_products(model.dtype)
     rows = _rows(config, template)
     encoder = Encoder(template.tokenizer)
-    chat = template.config.kind == "chat"
     prompts = [
-        encoder.prompt(row["prompt"], rendered=False)
+        encoder.prompt(row["prompt"], bos=True)
         if config.raw
-        else encoder.prompt(template.render_prompt(row), rendered=chat)
+        else encoder.prompt(template.render_prompt(row), bos=template.adds_bos)
         for row in rows
     ]
     options: dict[str, Any] = {}
     if config.temperature is not None:
         options = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
         options["top_k"] = 0  # Transformers' default samples from 50 tokens only
-    stop_id = None if config.raw else template.stop_id()
+    stop_ids = [] if config.raw else template.stop_ids
     set_seed(config.seed)
     texts: list[str] = []
     for start in range(0, len(prompts), config.batch_size):
@@ -102,7 +101,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
             batch,
             config.max_new_tokens,
             model.device,
-            stop_id,
+            stop_ids,
             **options,
         )
     _write(config, rows, texts)

@@ -100,8 +100,8 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         summary.describe_run(config, trainer, prepared, tokenizer)
         with Signals() as signals:
             claim(run, trainer, prepared)
-            loop.add_checks(trainer, config, prepared, template.stop_id(), resume_from, signals)
-            final = loop.train(trainer, config, template.stop_id(), resume_from)
+            loop.add_checks(trainer, config, prepared, template.stop_ids, resume_from, signals)
+            final = loop.train(trainer, config, template.stop_ids, resume_from)
             save(run, trainer, config, final)
 
 

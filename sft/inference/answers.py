@@ -35,7 +35,7 @@ def continuations(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     device: torch.device,
-    stop_id: int | None = None,
+    stop_ids: Sequence[int] = (),
     **options: Any,
 ) -> torch.Tensor:
     """Continue a batch of encoded prompts.
@@ -46,7 +46,7 @@ def continuations(
         prompts: Token ids, of any lengths; they are padded on the left here.
         max_new_tokens: Limit for each prompt.
         device: Where the model computes; offloaded parameters may be elsewhere.
-        stop_id: A further token that ends an answer, such as a chat template's end of turn.
+        stop_ids: Further tokens that end an answer, such as a chat template's end of turn.
         **options: Further arguments of ``generate``; decoding is greedy unless they change it.
 
     Returns:
@@ -63,7 +63,7 @@ def continuations(
             attention_mask=torch.tensor(mask, device=device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=stop_ids(model.generation_config, tokenizer, stop_id),
+            eos_token_id=all_stop_ids(model.generation_config, tokenizer, stop_ids),
             use_cache=True,
             # The model's generation config may set a penalty, which would change greedy decoding.
             **{"do_sample": False, "repetition_penalty": 1.0, **options},
@@ -72,12 +72,12 @@ def continuations(
     return output[:, width:]
 
 
-def stop_ids(
-    generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
+def all_stop_ids(
+    generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 ) -> list[int]:
-    """List the tokens that end an answer: the tokenizer's EOS, the model's and ``stop_id``."""
+    """List the tokens that end an answer: the tokenizer's EOS, the model's and ``stop_ids``."""
     own = generation.eos_token_id
-    found = [tokenizer.eos_token_id, stop_id, *(own if isinstance(own, list) else [own])]
+    found = [tokenizer.eos_token_id, *stop_ids, *(own if isinstance(own, list) else [own])]
     return sorted({token for token in found if token is not None})
 
 
@@ -87,7 +87,7 @@ def exact_match(
     samples: Dataset,
     batch_size: int,
     device: torch.device,
-    stop_id: int | None,
+    stop_ids: Sequence[int],
 ) -> dict[str, float]:
     """Answer each sample's prompt greedily and compare with its answer, on all ranks together.
 
@@ -100,7 +100,7 @@ def exact_match(
         samples: Held-out samples, one document each.
         batch_size: Prompts per batch on each rank.
         device: Where this rank computes.
-        stop_id: Token that ends an answer, besides EOS.
+        stop_ids: Tokens that end an answer, besides EOS.
 
     Returns:
         ``exact_match`` (share), ``exact_match_rows`` and ``exact_match_seconds``.
@@ -122,7 +122,7 @@ def exact_match(
             [prompts[index] for index in indices or [start]],
             longest,
             device,
-            stop_id,
+            stop_ids,
             synced_gpus=ranks > 1,
         )
         right += sum(

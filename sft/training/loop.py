@@ -23,7 +23,7 @@ def add_checks(
     trainer: Trainer,
     config: Config,
     prepared: Prepared,
-    stop_id: int | None,
+    stop_ids: Sequence[int],
     resume_from: Path | None,
     signals: Signals,
 ) -> None:
@@ -58,12 +58,12 @@ def add_checks(
         )
     count = config.dataset.exact_match
     if count:
-        before_training(lambda: log_answers(trainer, count, stop_id), on_resume=False)
+        before_training(lambda: log_answers(trainer, count, stop_ids), on_resume=False)
     if resume_from is not None and trainer.eval_dataset is not None:
         before_training(trainer.evaluate_if_due)
 
 
-def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, float]:
+def log_answers(trainer: Trainer, count: int, stop_ids: Sequence[int]) -> dict[str, float]:
     """Generate answers to held-out prompts, and log the share that is exactly right."""
     samples = trainer.eval_dataset.select(range(min(count, len(trainer.eval_dataset))))
     metrics = exact_match(
@@ -72,14 +72,14 @@ def log_answers(trainer: Trainer, count: int, stop_id: int | None) -> dict[str, 
         samples,
         trainer.args.per_device_eval_batch_size,
         trainer.args.device,
-        stop_id,
+        stop_ids,
     )
     trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, metrics)
     return metrics
 
 
 def train(
-    trainer: Trainer, config: Config, stop_id: int | None, resume_from: Path | None
+    trainer: Trainer, config: Config, stop_ids: Sequence[int], resume_from: Path | None
 ) -> dict[str, Any]:
     """Train to the last step; return the last evaluation and the share of exact answers."""
     try:
@@ -98,5 +98,5 @@ def train(
         last = evaluated[-1] if done else trainer.evaluate()
         final |= {key: last[key] for key in ("eval_loss", "eval_perplexity")}
     if config.dataset.exact_match:
-        final |= log_answers(trainer, config.dataset.exact_match, stop_id)
+        final |= log_answers(trainer, config.dataset.exact_match, stop_ids)
     return final
