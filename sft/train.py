@@ -72,9 +72,10 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     """Do the part of ``fit`` that imports torch and the other libraries."""
     from sft.data.prepare import prepare
     from sft.data.template import Template
-    from sft.fast import half
+    from sft.fast import cpu_products
     from sft.model import adapter
     from sft.model import base as model
+    from sft.model.precision import dtype_of
     from sft.plan import choices
     from sft.run import resume
     from sft.training import build, summary
@@ -89,7 +90,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     chosen = choices.decide(config, architecture, precision, prepared)
     run.identify(chosen, prepared)
     logger.info("%s", "\n".join(chosen.lines()))
-    half.widen_products(model.dtype_of(precision.value), precision.products)
+    cpu_products.widen_products(dtype_of(precision.value), precision.products)
 
     # Create SFTConfig before the model loads: only then does ZeRO-3 partition the weights while
     # they load. On a CPU the process group must exist by then too.

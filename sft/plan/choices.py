@@ -15,8 +15,8 @@ from sft.config.settings import Config, packing_of
 from sft.data import artefact
 from sft.fast import attention, head, linear
 from sft.fast import lora as fast_lora
-from sft.model import base as model
-from sft.model.base import Precision
+from sft.model import precision as precisions
+from sft.model.precision import Precision, dtype_of, needs_masters
 from sft.plan import memory
 from sft.ranks import TIMEOUT, exchange, from_rank_zero
 
@@ -123,7 +123,7 @@ def choose_precision(
     """
     width = architecture.config.get_text_config().hidden_size
     chosen = from_rank_zero(
-        lambda: dataclasses.asdict(model.choose_precision(config.precision, begun, width))
+        lambda: dataclasses.asdict(precisions.choose(config.precision, begun, width))
     )
     return Precision(**chosen)
 
@@ -153,7 +153,7 @@ def decide(
         config,
         architecture,
         prepared.train.counts.longest,
-        model.dtype_of(name).itemsize,
+        dtype_of(name).itemsize,
         stage,
         keeps_scores=kernel.value == "eager" or not architecture._supports_sdpa,
         taken=linear.extra_bytes(architecture) if frozen.value == "packed" else 0,
@@ -178,7 +178,7 @@ def decide(
 
 def _with_masters(config: Config, precision: Precision) -> Precision:
     """Extend the reason if the trained weights are float32 while the run's precision is not."""
-    if precision.value == "fp32" or not model.needs_masters(config):
+    if precision.value == "fp32" or not needs_masters(config):
         return precision
     reason = f"{precision.reason}; the trained weights are stored in float32"
     return dataclasses.replace(precision, reason=reason)
