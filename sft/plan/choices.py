@@ -13,11 +13,11 @@ from sft.config import zero
 from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
 from sft.data import artefact
-from sft.fast import attention, head, linear
+from sft.fast import head, linear
 from sft.fast import lora as fast_lora
 from sft.model import precision as precisions
 from sft.model.precision import Precision, dtype_of, needs_masters
-from sft.plan import memory
+from sft.plan import kernel, memory
 from sft.ranks import TIMEOUT, exchange, from_rank_zero
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def decide(
     zero_choice, ds_config = zero.choose(config, architecture)
     stage = zero.stage(ds_config)
     packed = "seq_lengths" in prepared.train.dataset.column_names
-    kernel, joined = attention.choose(config, architecture, name, packed)
+    attention, joined = kernel.choose(config, architecture, name, packed)
     frozen = linear.choose(config, architecture, name, stage)
     by_peft = fast_lora.left_to_peft(config, stage)
     recomputes = memory.choose_checkpointing(
@@ -155,14 +155,14 @@ def decide(
         prepared.train.counts.longest,
         dtype_of(name).itemsize,
         stage,
-        keeps_scores=kernel.value == "eager" or not architecture._supports_sdpa,
+        keeps_scores=kernel.keeps_scores(architecture, attention.value),
         taken=linear.extra_bytes(architecture) if frozen.value == "packed" else 0,
     )
     return Choices(
         precision=_with_masters(config, precision),
         zero=zero_choice,
         packing=_packing(config),
-        attention=kernel,
+        attention=attention,
         padding_free=joined,
         frozen_linear=frozen,
         adapters=_adapters(config, by_peft),
