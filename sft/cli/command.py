@@ -22,7 +22,7 @@ from sft import __version__, process
 from sft.cli.options import parse
 from sft.config import compose
 from sft.config.overrides import Override, Reader, located
-from sft.config.settings import CONF_DIR
+from sft.config.places import CONF_DIR
 from sft.errors import ConfigError, Problem, SftError, Stopped
 from sft.files import to_json
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sft.config.groups import groups
+from sft.config.places import CONF_DIR
 from sft.config.rules import fields_of, written
-from sft.config.settings import CONF_DIR, Config
+from sft.config.settings import Config
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
 

@@ -22,8 +22,8 @@ from omegaconf.errors import (
 from sft.config.groups import groups
 from sft.config.names import suggest
 from sft.config.overrides import Override
+from sft.config.places import CONF_DIR
 from sft.config.rules import default_of, written
-from sft.config.settings import CONF_DIR
 from sft.config.settings_file import field_of, holds_text
 from sft.errors import ConfigError, Problem
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from sft.config import upstream
-from sft.config.settings import CONF_DIR
+from sft.config.places import CONF_DIR
 from sft.errors import Problem
 
 # Names that other tools use for an option of ours.

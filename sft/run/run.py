@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from sft import process
 from sft.checkpoint import folder as checkpoint
 from sft.config import compare, zero
-from sft.config.settings import HOME_DIR, Config
+from sft.config.places import HOME_DIR
+from sft.config.settings import Config
 from sft.errors import RunError
 from sft.files import to_json, write_text
 from sft.process import world_size

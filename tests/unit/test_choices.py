@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sft import ranks
+from sft.config.places import DS_CONFIG_DIR
 from sft.config.rules import declared
-from sft.config.settings import DS_CONFIG_DIR, Config, fill_names
+from sft.config.settings import Config, fill_names
 from sft.data import artefact
 from sft.data.prepare import prepare
 from sft.data.prepared import Prepared

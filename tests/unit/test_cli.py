@@ -15,7 +15,8 @@ from sft import __main__ as program
 from sft.cli import completion, helptext
 from sft.config import compose, overrides
 from sft.config import groups as options
-from sft.config.settings import CONF_DIR, Config
+from sft.config.places import CONF_DIR
+from sft.config.settings import Config
 from sft.data.__main__ import main as data
 from sft.errors import ConfigError, Problem
 from sft.generate import main as generate

@@ -14,19 +14,15 @@ import yaml
 
 from sft.config import upstream
 from sft.config.checks import check
-from sft.config.rules import fields_of, named
+from sft.config.places import CONF_DIR
+from sft.config.rules import above, at_least, fields_of, named, one_of, within
 from sft.config.settings import (
-    CONF_DIR,
     Config,
     LoraSection,
     QuantizationConfig,
     TrainConfig,
-    above,
-    at_least,
     fill_names,
-    one_of,
     short_name,
-    within,
 )
 from sft.errors import ConfigError, Problem
 from sft.train import main

@@ -18,7 +18,8 @@ from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
 from sft.cli.command import start_logging
-from sft.config.settings import CONF_DIR, Config, fill_names
+from sft.config.places import CONF_DIR
+from sft.config.settings import Config, fill_names
 from sft.errors import ConfigError
 from sft.sweep import trial
 from sft.sweep import trials as sweep
