@@ -18,7 +18,6 @@ from sft import environment
 from sft.checkpoint import folder as checkpoint
 from sft.cli.command import Command
 from sft.config.checks import check
-from sft.config.overrides import expanded
 from sft.config.rules import at_least, setting
 from sft.config.settings import Config, fill_names, streamed_samples
 from sft.errors import Problem, RunError
@@ -197,7 +196,7 @@ def _given() -> list[str]:
         for before, word in pairwise(["", *words])
         if word in FOLDER_OPTIONS or before in FOLDER_OPTIONS
     ]
-    settings = expanded([word for word in words if word not in options], ProveConfig, folder)
+    settings = main.expanded([word for word in words if word not in options], folder)
     return options + [word for word in settings if word.partition("=")[0].lstrip("+") not in OWN]
 
 

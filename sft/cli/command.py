@@ -23,6 +23,7 @@ from sft.cli.options import parse
 from sft.config import compose
 from sft.config.overrides import Override, Reader, located
 from sft.config.places import CONF_DIR
+from sft.data.rows_option import option_of
 from sft.errors import ConfigError, Problem, SftError, Stopped
 from sft.files import to_json
 
@@ -114,8 +115,12 @@ class Command(Generic[C]):
         self, words: list[str], config_dir: str | None = None, sweep: bool = False
     ) -> tuple[list[Override], list[Problem]]:
         """Parse settings, options and a settings file; also gives what is wrong with them."""
-        reader = Reader(self.schema, config_dir, self.config_name is not None, sweep)
+        reader = Reader(self.schema, config_dir, self.config_name is not None, sweep, option_of)
         return reader.read(words), reader.problems
+
+    def expanded(self, words: list[str], config_dir: str | None = None) -> list[str]:
+        """Return the words with a settings file replaced by one word for each of its entries."""
+        return [item.word() for item in self.read(words, config_dir)[0]]
 
     def compose(self, overrides: list[str], config_dir: str | None = None) -> C:
         """Compose and check a config.
