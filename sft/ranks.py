@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -61,7 +60,7 @@ def exchange(value: Any, timeout: float = TIMEOUT) -> list[Any]:
 
 
 def _alone() -> bool:
-    return "RANK" not in os.environ or process.world_size() == 1
+    return not process.launched() or process.world_size() == 1
 
 
 @contextlib.contextmanager
@@ -72,10 +71,10 @@ def _meeting(whom: str, timeout: float) -> Iterator[tuple[Any, str]]:
     begin with the number of restarts.
     """
     global _store
-    restarts, key = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), str(next(_meetings))
+    key = str(next(_meetings))
     try:
         _store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        yield PrefixStore(f"sft/{restarts}", _store), key
+        yield PrefixStore(f"sft/{process.restarts()}", _store), key
     except (ValueError, dist.DistError) as error:
         raise RunError(
             f"rank {process.rank()} cannot reach {whom}: {str(error).splitlines()[0]}\n"

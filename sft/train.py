@@ -180,23 +180,27 @@ def start(
         trainer.add_callback(callbacks.BeforeTraining(action, on_resume))
 
     device, vocabulary = trainer.args.device, len(trainer.processing_class)
+    packed = "seq_lengths" in prepared.train.dataset.column_names
 
     def check_head() -> None:
         precision = trainer.accelerator.mixed_precision
-        if not proof.head_agrees(trainer.model_wrapped, device, vocabulary, precision):
-            trainer.use_head("plain")
+        if plain := proof.prove_head(trainer.model_wrapped, device, vocabulary, precision):
+            trainer.use_head(plain.value)
+            run.correct(plain)
+
+    def check_isolation() -> None:
+        may_pad = settings.padding_free == "auto" and not packed
+        padded = proof.prove_isolation(
+            trainer.model_wrapped, trainer.data_collator, device, vocabulary, may_pad
+        )
+        if padded:
+            run.correct(padded)
 
     before_training(trainer.resume_counts)
     if trainer.lm_head != "plain":
         before_training(check_head)
-    packed = "seq_lengths" in prepared.train.dataset.column_names
     if packed or trainer.data_collator.padding_free:
-        may_pad = settings.padding_free == "auto" and not packed
-        before_training(
-            lambda: proof.prove_isolation(
-                trainer.model_wrapped, trainer.data_collator, device, vocabulary, may_pad
-            )
-        )
+        before_training(check_isolation)
     count = run.config.dataset.exact_match
     if count:
         before_training(lambda: log_answers(trainer, count, stop_id), on_resume=False)

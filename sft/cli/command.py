@@ -14,11 +14,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from omegaconf import OmegaConf
 
 from sft import __version__, process
+from sft.cli.helptext import Described, help_text
 from sft.cli.options import parse
 from sft.config import compose
 from sft.config.overrides import Override, Reader, located
@@ -31,27 +32,17 @@ C = TypeVar("C")
 sweep_result: dict[str, Any] = {}  # Hydra's launcher fills it, for --json
 
 
-@dataclass(frozen=True)
-class Command(Generic[C]):
+@dataclass(frozen=True, kw_only=True)
+class Command(Described[C]):
     """One command: ``sft <name>``, also ``python -m sft.<name>``.
 
     Attributes:
-        name: The command's name, such as ``train``.
-        schema: The dataclass with every setting.
         run: Runs the command with a checked config; ``--json`` prints what it returns.
         check: Finds the problems of a config whose keys and types are right.
-        config_name: The primary YAML in conf/, for commands that compose the groups.
-        summary: A line for the list of commands and ``--help``.
-        examples: Commands that ``--help`` shows.
     """
 
-    name: str
-    schema: type[C]
     run: Callable[[C], dict[str, Any] | None]
     check: Callable[[C], list[Problem]]
-    summary: str
-    examples: tuple[str, ...]
-    config_name: str | None = None
 
     def __call__(self, argv: list[str] | None = None) -> None:
         """Parse, compose, check and run; on an error, print a message and exit with its code."""
@@ -83,8 +74,6 @@ class Command(Generic[C]):
 
     def _dispatch(self, argv: list[str]) -> dict[str, Any] | None:
         if "--help" in argv or "-h" in argv:
-            from sft.cli.helptext import help_text
-
             _print_once(help_text(self, argv))
             return None
         args = parse(argv)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sft.config.rules import AS_SET, Choice
 from sft.config.settings import Config
@@ -116,6 +116,25 @@ def _on_cpu(name: str, why: str, products: str | None, width: int | None) -> Pre
         why += f"; products are computed as {speed.NAMES[way]}, as measured on this CPU"
     reason = f"{why}: {speed.said(measured)}"
     return _precision(name, reason, "" if name == "fp32" else way)
+
+
+def choose_tf32(precision: str, extra: Mapping[str, Any]) -> Choice:
+    """Choose ``train.extra.tf32``: whether float32 products may use TF32.
+
+    Args:
+        precision: fp32, bf16 or fp16.
+        extra: ``train.extra``.
+    """
+    from transformers.utils import is_torch_tf32_available
+
+    name = "train.extra.tf32"
+    if extra.get("tf32") is not None:
+        return Choice(name, extra["tf32"], AS_SET)
+    if not is_torch_tf32_available():
+        return Choice(name, False, "there is no GPU with TF32")
+    if precision == "fp32":
+        return Choice(name, False, "precision=fp32 computes products in full float32")
+    return Choice(name, True, f"precision={precision} allows it for products that stay in float32")
 
 
 def dtype_of(precision: str) -> torch.dtype:

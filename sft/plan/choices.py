@@ -35,6 +35,7 @@ class Choices:
 
     Attributes:
         precision: fp32, bf16 or fp16, and how bf16 products are computed on a CPU.
+        tf32: Whether float32 products may use TF32.
         zero: The DeepSpeed JSON; None without ZeRO.
         packing: How documents are packed into samples.
         attention: The attention kernel; None for the architecture's own.
@@ -51,6 +52,7 @@ class Choices:
     """
 
     precision: Precision
+    tf32: Choice
     zero: Choice | None
     packing: Choice
     attention: Choice
@@ -79,7 +81,7 @@ class Choices:
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Return value and reason by setting, for ``run.json``."""
-        return {each.setting: {"value": each.value, "reason": each.reason} for each in self}
+        return {name: item for each in self for name, item in each.record().items()}
 
     def lines(self, width: int | None = None) -> list[str]:
         """Format one line for each choice: setting, value and reason, in columns.
@@ -160,6 +162,7 @@ def decide(
     )
     return Choices(
         precision=_with_masters(config, precision),
+        tf32=precisions.choose_tf32(name, config.train.extra),
         zero=zero_choice,
         packing=_packing(config),
         attention=attention,

@@ -23,6 +23,7 @@ from sft import process
 from sft.checkpoint import folder as checkpoint
 from sft.config import compare, zero
 from sft.config.places import HOME_DIR
+from sft.config.rules import Choice
 from sft.config.settings import Config
 from sft.errors import RunError
 from sft.files import to_json, write_text
@@ -246,6 +247,12 @@ class Run:
                 shutil.rmtree(path)
             elif path.name != LOCK:
                 path.unlink()
+
+    def correct(self, choice: Choice) -> None:
+        """Record a choice that a check before the first step has replaced; on rank 0."""
+        if process.rank() == 0:
+            self.choices |= choice.record()
+            self._write()
 
     def keep_audit(self, prepared: Path) -> None:
         """Copy the audit of the data into the folder, because the cache may be deleted."""

@@ -11,7 +11,7 @@ import torch
 
 from sft.errors import ConfigError
 from sft.fast import cpu_products, linear, speed
-from sft.model.precision import Precision, choose
+from sft.model.precision import Precision, choose, choose_tf32
 
 NONE: dict[str, Any] = {"cpu_name": "Intel", "avx2": True}
 BF16: dict[str, Any] = {"cpu_name": "Intel", "avx512_f": True, "avx512_bf16": True}
@@ -159,6 +159,29 @@ def test_small_layers_are_float32_without_a_measurement(processor: Any) -> None:
     processor(BF16, (100.0, 190.0, 75.0, 90.0))
     assert choose("auto", width=512).value == "bf16"
     assert choose("bf16", width=128).value == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("precision", "extra", "on_gpu", "value", "reason"),
+    [
+        ("bf16", {}, True, True, "precision=bf16 allows it for products that stay in float32"),
+        ("fp32", {}, True, False, "precision=fp32 computes products in full float32"),
+        ("fp32", {"tf32": True}, True, True, "as set"),
+        ("bf16", {"tf32": False}, True, False, "as set"),
+        ("bf16", {"tf32": None}, False, False, "there is no GPU with TF32"),
+    ],
+)
+def test_tf32(
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    extra: dict[str, Any],
+    on_gpu: bool,
+    value: bool,
+    reason: str,
+) -> None:
+    monkeypatch.setattr("transformers.utils.is_torch_tf32_available", lambda: on_gpu)
+    found = choose_tf32(precision, extra)
+    assert (found.setting, found.value, found.reason) == ("train.extra.tf32", value, reason)
 
 
 def test_ranks_that_do_not_find_each_other_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
