@@ -21,7 +21,7 @@ logger = logging.getLogger("sft")
 # Logger: the message of it that is hidden. All other warnings of these libraries are shown.
 SILENCED = {
     # Logged at every import on a CPU with AVX512-BF16. The kernel needs a layout of 4-bit weights
-    # that training never uses: see model.keep_training_layout.
+    # that training never uses: see quantization.keep_training_layout.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # Logged at each forward pass of each int8 layer; summary.describe_run reports it once.
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from omegaconf import OmegaConf
-
 from sft import __version__, process
 from sft.cli.helptext import Described, help_text
 from sft.cli.options import parse
-from sft.config import compose
+from sft.config import compose, saved
 from sft.config.overrides import Override, Reader, located
 from sft.config.places import CONF_DIR
 from sft.data.rows_option import option_of
@@ -94,7 +92,7 @@ class Command(Described[C]):
             if args.cfg and args.json:
                 return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
             if args.cfg:
-                _print_once(OmegaConf.to_yaml(OmegaConf.structured(config)))
+                _print_once(saved.to_yaml(config))
                 return None
             start_logging()
             return self.run(config)

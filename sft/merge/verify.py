@@ -17,7 +17,8 @@ from sft.merge import metadata, probes
 from sft.merge.base_files import Base, shards
 from sft.merge.probes import Probes
 from sft.merge.stream import Weights, streamed
-from sft.model.base import keep_training_layout, load_architecture, load_frozen
+from sft.model.base import load_architecture, load_frozen
+from sft.model.quantization import keep_training_layout
 
 if TYPE_CHECKING:
     from sft.merge.prepare import Prepared

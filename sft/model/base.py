@@ -11,9 +11,9 @@ from sft import process
 from sft.config.settings import Config, ModelConfig, QuantizationConfig
 from sft.errors import ModelError
 from sft.model.precision import dtype_of, needs_masters
+from sft.model.quantization import keep_training_layout, quantization_config
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sft.data.audit import Counts
@@ -66,10 +66,9 @@ def commit_of(model: ModelConfig) -> str | None:
     """
     from transformers.utils.hub import cached_file, extract_commit_hash
 
-    where = source(model)
-    name = where["pretrained_model_name_or_path"]
+    name = source(model)["pretrained_model_name_or_path"]
     with loading("config", model):
-        path = cached_file(name, "config.json", revision=where["revision"])
+        path = cached_file(name, "config.json", revision=model.revision)
     commit: str | None = extract_commit_hash(path, None)
     return None if Path(name).is_dir() else commit
 
@@ -145,21 +144,6 @@ def check_fits(
             f"a sample has {longest} tokens, but the model has {positions} positions\n"
             f"    fix: dataset.max_length={positions}, or a model with a longer context"
         )
-
-
-def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> Any:
-    """Make Transformers' BitsAndBytesConfig; None if nothing is quantised."""
-    from transformers import BitsAndBytesConfig
-
-    if not (quantization.load_in_4bit or quantization.load_in_8bit):
-        return None
-    return BitsAndBytesConfig(
-        load_in_8bit=quantization.load_in_8bit,
-        load_in_4bit=quantization.load_in_4bit,
-        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-        **{"bnb_4bit_compute_dtype": compute_dtype, **quantization.extra},
-    )
 
 
 def load_base(
@@ -249,15 +233,3 @@ def _device_map() -> dict[str, Any]:
     import torch
 
     return {"": process.local_rank() if torch.cuda.is_available() else "cpu"}
-
-
-def keep_training_layout(model: PreTrainedModel) -> None:
-    """Prevent bitsandbytes from repacking 4-bit weights for CPU inference in an eval pass.
-
-    On CPUs with AVX512-BF16 it repacks them, and gradients after the eval pass are wrong.
-    """
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False

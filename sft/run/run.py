@@ -17,11 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from sft import process
 from sft.checkpoint import folder as checkpoint
-from sft.config import compare, zero
+from sft.config import compare, saved, zero
 from sft.config.places import HOME_DIR
 from sft.config.rules import Choice
 from sft.config.settings import Config
@@ -101,7 +99,7 @@ class Run:
         if self.config.overwrite and not resume.restarted():
             return None
         self.config.overwrite = False
-        before = OmegaConf.to_container(OmegaConf.load(config_file))
+        before = saved.settings_of(config_file)
         allowed = set(self.config.resume.allow)
         differences = compare.differences(before, dataclasses.asdict(self.config))
         self._accept(f"{self.dir} holds a run with different settings", differences, allowed)
@@ -231,8 +229,7 @@ class Run:
                         "allowed": self._accepted,
                     }
                 )
-            settings = OmegaConf.to_yaml(OmegaConf.structured(self.config))
-            write_text(self.dir / "config.yaml", settings)
+            write_text(self.dir / "config.yaml", saved.to_yaml(self.config))
             self._write()
         except BlockingIOError:
             raise self._taken() from None

@@ -23,6 +23,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sft.config import saved
 from sft.config.compare import training_settings
 from sft.config.settings import Config, fill_names
 
@@ -113,8 +114,8 @@ class Trial:
         record = self._record()
         if record.get("status") != "finished" or self.config.get("overwrite"):
             return False
-        saved = OmegaConf.to_container(OmegaConf.load(Path(self.output_dir) / "config.yaml"))
-        if _settings(saved) != _settings(self.config):
+        before = saved.settings_of(Path(self.output_dir) / "config.yaml")
+        if _settings(before) != _settings(self.config):
             return False  # the trial itself is refused, with the list of differences
         self.status, self.message, self.final = "finished", "finished before", record["final"]
         self.seconds = record.get("seconds")
@@ -183,7 +184,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 def _settings(values: Any) -> dict[str, Any] | None:
     """Return the settings that affect training, converted as a run does; None if invalid."""
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(Config), values)
+        typed = OmegaConf.merge(OmegaConf.structured(Config), saved.escaped(values))
     except OmegaConfBaseException:
         return None
     config: Any = OmegaConf.to_object(typed)
