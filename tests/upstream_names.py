@@ -194,4 +194,5 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "hydra.core.override_parser.types:Override": ("_value",),
     "hydra.core.utils": ("JobReturn", "JobStatus"),
     "hydra.plugins.launcher": ("Launcher",),
+    "hydra.types:TargetConf": ("_target_",),
 }
