@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sft.config.settings import TemplateConfig, columns_of
+from sft.config.data_settings import columns_of
+from sft.config.settings import TemplateConfig
 from sft.data.chat import Chat
 from sft.data.formats import normalise
 from sft.data.segment import Segment, require_no_break
