@@ -248,6 +248,7 @@ MEMORY: dict[str, tuple[str, int, int, bool, list[str]]] = {
 def memory(which: str) -> dict[str, Any]:
     """Measure the peak memory of one configuration, and compare it with the estimate of sft."""
     import sft.model.base
+    import sft.model.precision
     import sft.plan.memory
 
     shape, longest, size, recomputed, settings = MEMORY[which]
@@ -257,7 +258,7 @@ def memory(which: str) -> dict[str, Any]:
     checkpointing = f"train.gradient_checkpointing={str(recomputed).lower()}"
     config = train(shape, clock, *given, *batch(size), checkpointing, *lora, *settings)
     architecture = sft.model.base.load_architecture(config.model)
-    itemsize = sft.model.base.dtype_of(sft.model.base.choose_precision("auto").value).itemsize
+    itemsize = sft.model.precision.dtype_of(sft.model.precision.choose("auto").value).itemsize
     text, tokens = architecture.config.get_text_config(), size * length_of(shape, longest)
     kept = 0 if recomputed else sft.plan.memory.activation_bytes(text, tokens, itemsize)
     state = sft.plan.memory.state_bytes(config, architecture.num_parameters(), itemsize, 0)

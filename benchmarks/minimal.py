@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from sft.fast import half
+from sft.fast import cpu_products
 
 RANK, ALPHA = 8, 16
 
@@ -84,7 +84,7 @@ def batches(given: argparse.Namespace, longest: int) -> Iterator[dict[str, torch
 def train(given: argparse.Namespace, meter: Any, longest: int) -> None:
     """Train the steps."""
     dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
-    half.widen_products(dtype)
+    cpu_products.widen_products(dtype)
     AttentionInterface.register("by_hand", attention)
     model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=dtype)
     model.to(given.device).train().set_attn_implementation("by_hand")

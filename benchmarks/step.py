@@ -229,11 +229,11 @@ def peak(given: argparse.Namespace) -> float:
     """Measure floating-point operations per second of a matrix product in the MLP's shape."""
     import torch
 
-    from sft.fast import half
+    from sft.fast import cpu_products
 
     torch.set_num_threads(given.threads)
     dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
-    half.widen_products(dtype)
+    cpu_products.widen_products(dtype)
     size = 8192 if given.device == "cuda" else 1024
     a, b = (torch.randn(size, 4 * 768, dtype=dtype, device=given.device) for _ in range(2))
     found = []

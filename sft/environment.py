@@ -21,7 +21,7 @@ logger = logging.getLogger("sft")
 # Logger: the message of it that is hidden. All other warnings of these libraries are shown.
 SILENCED = {
     # Logged at every import on a CPU with AVX512-BF16. The kernel needs a layout of 4-bit weights
-    # that training never uses: see model.keep_training_layout.
+    # that training never uses: see quantization.keep_training_layout.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # Logged at each forward pass of each int8 layer; summary.describe_run reports it once.
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
@@ -52,8 +52,7 @@ def prepare(distributed: bool = False) -> None:
 
     # Without a process group, the Trainer would use all GPUs from one process (DataParallel), which
     # TRL refuses. With it, one process is one rank on one GPU on such a machine too.
-    alone = not process.launched()
-    if alone and (distributed or torch.cuda.device_count() > 1):
+    if not process.launched() and (distributed or torch.cuda.device_count() > 1):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -103,6 +102,7 @@ def prepared(distributed: bool) -> Iterator[None]:
     import torch
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.utils.import_utils import enable_tf32
 
     library: Any = torch.backends
     backends = (library, library.mkldnn.matmul)
@@ -113,6 +113,7 @@ def prepared(distributed: bool) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(variables)
         unset_hf_deepspeed_config()
+        enable_tf32.cache_clear()  # else the next run's call with the same value would do nothing
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         torch.set_num_threads(threads)
@@ -179,15 +180,14 @@ def rejoin() -> None:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    restarts = process.restarts()
-    if not restarts or dist.is_initialized():
+    if not process.restarts() or dist.is_initialized():
         return
     store, rank, ranks = next(rendezvous("env://"))
     if torch.cuda.is_available():
         torch.cuda.set_device(process.local_rank())
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        store=PrefixStore(f"restart{restarts}", store),
+        store=PrefixStore(f"restart{process.restarts()}", store),
         rank=rank,
         world_size=ranks,
     )

@@ -73,11 +73,11 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     from transformers import set_seed
 
     from sft.data.text_encoder import Encoder
-    from sft.fast import half
+    from sft.fast import cpu_products
     from sft.inference.answers import complete
 
     model, template = _load(config, folder)
-    half.widen_products(model.dtype)
+    cpu_products.widen_products(model.dtype)
     rows = _rows(config, template)
     encoder = Encoder(template.tokenizer)
     prompts = [

@@ -14,7 +14,6 @@ from typing import Any
 from sft import child, environment
 from sft.cli.command import Command
 from sft.config.checks import check
-from sft.config.overrides import expanded
 from sft.config.rules import at_least, setting
 from sft.config.settings import Config, fill_names, streamed_samples
 from sft.errors import Problem, RunError
@@ -188,7 +187,7 @@ def _given() -> list[str]:
         for before, word in pairwise(["", *words])
         if word in FOLDER_OPTIONS or before in FOLDER_OPTIONS
     ]
-    settings = expanded([word for word in words if word not in options], ProveConfig, folder)
+    settings = main.expanded([word for word in words if word not in options], folder)
     return options + [word for word in settings if word.partition("=")[0].lstrip("+") not in OWN]
 
 

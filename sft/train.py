@@ -70,9 +70,10 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     """Do the part of ``fit`` that imports torch and the other libraries."""
     from sft.data.prepare import prepare
     from sft.data.template import Template
-    from sft.fast import half
+    from sft.fast import cpu_products
     from sft.model import adapter
-    from sft.model.base import check_fits, dtype_of, load_architecture, load_base, load_tokenizer
+    from sft.model.base import check_fits, load_architecture, load_base, load_tokenizer
+    from sft.model.precision import dtype_of
     from sft.plan import choices
     from sft.run import resume
     from sft.training import build, loop, summary
@@ -87,7 +88,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     chosen = choices.decide(config, architecture, precision, prepared)
     run.identify(chosen, prepared)
     logger.info("%s", "\n".join(chosen.lines()))
-    half.widen_products(dtype_of(precision.value), precision.products)
+    cpu_products.widen_products(dtype_of(precision.value), precision.products)
 
     # Create SFTConfig before the model loads: only then does ZeRO-3 partition the weights while
     # they load. On a CPU the process group must exist by then too.
@@ -100,7 +101,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         summary.describe_run(config, trainer, prepared, tokenizer)
         with Signals() as signals:
             claim(run, trainer, prepared)
-            loop.add_checks(trainer, config, prepared, template.stop_ids, resume_from, signals)
+            loop.add_checks(run, trainer, prepared, template.stop_ids, resume_from, signals)
             final = loop.train(trainer, config, template.stop_ids, resume_from)
             save(run, trainer, config, final)
 

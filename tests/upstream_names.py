@@ -91,6 +91,8 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "transformers.integrations.deepspeed": ("unset_hf_deepspeed_config()",),
     "transformers.pytorch_utils": ("Conv1D",),
     "transformers.utils": ("ModelOutput", "is_torch_tf32_available()"),
+    "transformers.utils.import_utils": ("enable_tf32",),
+    "transformers.utils.import_utils.enable_tf32": ("cache_clear",),
     "transformers.utils.logging": ("EmptyTqdm", "set_tqdm_hook(hook)"),
     "transformers.utils.hub": (
         *("cached_file(path_or_repo_id, filename)", "convert_file_size_to_int(size)"),
@@ -116,6 +118,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "transformers.quantizers.quantizer_bnb_8bit": ("is_loaded_in_8bit",),
     "transformers.integrations.bitsandbytes": ("source_cls",),
     "transformers.utils.chat_template_utils": (
+        "_compile_jinja_template(chat_template)",
         "render_jinja_template(*, conversations, tools, chat_template, add_generation_prompt, "
         "return_assistant_tokens_mask)",
     ),
@@ -192,4 +195,5 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "hydra.core.override_parser.types:Override": ("_value",),
     "hydra.core.utils": ("JobReturn", "JobStatus"),
     "hydra.plugins.launcher": ("Launcher",),
+    "hydra.types:TargetConf": ("_target_",),
 }

@@ -12,15 +12,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, NoReturn, TypeVar
-
-from omegaconf import OmegaConf
+from typing import Any, NoReturn, TypeVar
 
 from sft import __version__, process
+from sft.cli.helptext import Described, help_text
 from sft.cli.options import parse
-from sft.config import compose
+from sft.config import compose, saved
 from sft.config.overrides import Override, Reader, located
-from sft.config.settings import CONF_DIR
+from sft.config.places import CONF_DIR
+from sft.data.rows_option import option_of
 from sft.errors import ConfigError, Problem, SftError, Stopped
 from sft.files import to_json
 
@@ -28,27 +28,17 @@ C = TypeVar("C")
 sweep_result: dict[str, Any] = {}  # Hydra's launcher fills it, for --json
 
 
-@dataclass(frozen=True)
-class Command(Generic[C]):
+@dataclass(frozen=True, kw_only=True)
+class Command(Described[C]):
     """One command: ``sft <name>``, also ``python -m sft.<name>``.
 
     Attributes:
-        name: The command's name, such as ``train``.
-        schema: The dataclass with every setting.
         run: Runs the command with a checked config; ``--json`` prints what it returns.
         check: Finds the problems of a config whose keys and types are right.
-        config_name: The primary YAML in conf/, for commands that compose the groups.
-        summary: A line for the list of commands and ``--help``.
-        examples: Commands that ``--help`` shows.
     """
 
-    name: str
-    schema: type[C]
     run: Callable[[C], dict[str, Any] | None]
     check: Callable[[C], list[Problem]]
-    summary: str
-    examples: tuple[str, ...]
-    config_name: str | None = None
 
     def __call__(self, argv: list[str] | None = None) -> None:
         """Parse, compose, check and run; on an error, print a message and exit with its code."""
@@ -80,8 +70,6 @@ class Command(Generic[C]):
 
     def _dispatch(self, argv: list[str]) -> dict[str, Any] | None:
         if "--help" in argv or "-h" in argv:
-            from sft.cli.helptext import help_text
-
             _print_once(help_text(self, argv))
             return None
         args = parse(argv)
@@ -102,7 +90,7 @@ class Command(Generic[C]):
             if args.cfg and args.json:
                 return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
             if args.cfg:
-                _print_once(OmegaConf.to_yaml(OmegaConf.structured(config)))
+                _print_once(saved.to_yaml(config))
                 return None
             start_logging()
             return self.run(config)
@@ -112,8 +100,12 @@ class Command(Generic[C]):
         self, words: list[str], config_dir: str | None = None, sweep: bool = False
     ) -> tuple[list[Override], list[Problem]]:
         """Parse settings, options and a settings file; also gives what is wrong with them."""
-        reader = Reader(self.schema, config_dir, self.config_name is not None, sweep)
+        reader = Reader(self.schema, config_dir, self.config_name is not None, sweep, option_of)
         return reader.read(words), reader.problems
+
+    def expanded(self, words: list[str], config_dir: str | None = None) -> list[str]:
+        """Return the words with a settings file replaced by one word for each of its entries."""
+        return [item.word() for item in self.read(words, config_dir)[0]]
 
     def compose(self, overrides: list[str], config_dir: str | None = None) -> C:
         """Compose and check a config.

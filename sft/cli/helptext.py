@@ -6,15 +6,18 @@ import dataclasses
 import shutil
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 from sft.config.groups import groups
+from sft.config.places import CONF_DIR
 from sft.config.rules import fields_of, written
-from sft.config.settings import CONF_DIR, Config
+from sft.config.settings import Config
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
 
+C = TypeVar("C")
 WIDEST = 110  # maximum columns of a line; longer lines are hard to read
 OPTIONS = {
     "--help [SECTION]": "print this help, or only one group or section, such as --help dataset",
@@ -27,19 +30,23 @@ OPTIONS = {
 }
 
 
-class Described(Protocol):
-    """The attributes of ``sft.cli.command.Command`` that the help uses."""
+@dataclass(frozen=True, kw_only=True)
+class Described(Generic[C]):
+    """What the help tells about a command.
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def schema(self) -> type[Any]: ...  # noqa: D102
-    @property
-    def summary(self) -> str: ...  # noqa: D102
-    @property
-    def examples(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
-    def config_name(self) -> str | None: ...  # noqa: D102
+    Attributes:
+        name: The command's name, such as ``train``.
+        schema: The dataclass with every setting.
+        summary: A line for the list of commands and ``--help``.
+        examples: Commands that ``--help`` shows.
+        config_name: The primary YAML in conf/, for commands that compose the groups.
+    """
+
+    name: str
+    schema: type[C]
+    summary: str
+    examples: tuple[str, ...]
+    config_name: str | None = None
 
 
 def overview(summaries: dict[str, str]) -> str:
@@ -56,7 +63,7 @@ def overview(summaries: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def help_text(command: Described, argv: list[str]) -> str:
+def help_text(command: Described[Any], argv: list[str]) -> str:
     """Return the help of a command, or only of the sections that ``argv`` names.
 
     Raises:
@@ -124,7 +131,7 @@ def _example(command: str) -> list[str]:
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def _own(command: Described) -> list[str]:
+def _own(command: Described[Any]) -> list[str]:
     """Return the help of the settings that are not settings of training."""
     shared = {item.name for item in dataclasses.fields(Config)} if command.config_name else set()
     return [

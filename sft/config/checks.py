@@ -7,31 +7,16 @@ Checks that need the model's architecture (does ``target_modules`` match anythin
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from sft.config import lora_checks, names, upstream, zero_checks
+from sft.config import data_checks, lora_checks, names, upstream, zero_checks
 from sft.config.compare import CONTENTS, flatten
-from sft.config.rules import rule_problems, written
-from sft.config.settings import (
-    CHECKS,
-    Config,
-    DatasetConfig,
-    TemplateConfig,
-    TrainConfig,
-    columns_of,
-    packing_of,
-)
+from sft.config.rules import rule_problems
+from sft.config.settings import Config, TrainConfig
 from sft.errors import Problem
 from sft.process import world_size
 
-TRAIN_ON = {
-    "completion": ("completion", "all"),
-    "chat": ("assistant", "last_assistant", "all"),
-    "text": ("all",),
-}
-MIX_KEYS = {"path", "subset", "split", "columns", "weight"}
 MIN_RATES = {"min_lr", "min_lr_rate"}
 
 
@@ -41,7 +26,7 @@ def check(config: Config) -> list[Problem]:
     for find in (
         _names,
         _resume,
-        _data,
+        data_checks.problems,
         _batch,
         _schedule,
         _optimizer,
@@ -80,147 +65,6 @@ def _resume(config: Config) -> Iterator[Problem]:
                 f"{name} is neither a setting, nor base, nor data",
                 upstream.did_you_mean(name, known),
             )
-
-
-def _data(config: Config) -> Iterator[Problem]:
-    data, template = config.dataset, config.template
-    sources = {
-        "dataset.eval_path": data.eval_path,
-        "dataset.eval_split": data.eval_split,
-        "dataset.eval_fraction": data.eval_fraction,
-    }
-    given = [f"{key}={value}" for key, value in sources.items() if value]
-    if len(given) > 1:
-        yield Problem(
-            ", ".join(given), "only one setting may choose the held-out rows", f"keep {given[0]}"
-        )
-    if data.exact_match and not given:
-        yield Problem(
-            f"dataset.exact_match={data.exact_match}",
-            "needs held-out rows whose prompts the model answers",
-            "dataset.eval_fraction=0.05",
-        )
-    if data.streaming and config.train.max_steps < 1:
-        yield Problem(
-            "dataset.streaming=true",
-            "reads only the rows that train.max_steps needs, and train.max_steps is not set",
-            "train.max_steps=1000",
-        )
-    yield from _sources(data)
-    yield from _samples(data, template)
-    if template.kind == "text" and data.exact_match:
-        yield Problem(
-            f"dataset.exact_match={data.exact_match}",
-            "plain text has no prompt that the model could answer",
-            "dataset.exact_match=0",
-        )
-    if template.kind != "chat":
-        for key, what in (("system", "system message"), ("chat_template", "Jinja template")):
-            if getattr(template, key) is not None:
-                yield Problem(
-                    f"template.{key}={getattr(template, key)!r}",
-                    f"only a template of kind chat has a {what}",
-                    "template=chat",
-                )
-    legal = TRAIN_ON.get(template.kind, ())
-    if template.train_on is not None and template.train_on not in legal:
-        yield Problem(
-            f"template.train_on={template.train_on}",
-            f"a template of kind {template.kind} trains on {' or '.join(legal)}",
-            f"template.train_on={legal[0] if legal else 'null'}",
-        )
-    if template.kind == "completion" and not template.prompts:
-        yield Problem(
-            "template.prompts=[]",
-            "a template of kind completion needs a prompt",
-            "template=completion",
-        )
-    for text in [*template.prompts, *template.completions]:
-        try:
-            columns = columns_of(text)
-        except ValueError as error:
-            columns = (f"({error})",)
-        wrong = [name for name in columns if not re.fullmatch(r"[\w .-]+", name)]
-        if wrong:
-            yield Problem(
-                f"template {template.name}: {text!r}",
-                f"the text between braces is not a column name: {wrong[0]}",
-                "write {{ and }} for braces that are part of the text",
-            )
-    if not template.completions:
-        yield Problem(
-            "template.completions=[]",
-            "a template needs completions, the texts that are trained",
-            "template=completion",
-        )
-
-
-def _sources(data: DatasetConfig) -> Iterator[Problem]:
-    """Check where rows come from."""
-    if not data.path and not data.mix:
-        yield Problem("dataset.path=null", "a dataset is needed", "dataset.path=FILE_OR_HUB_ID")
-    if data.path and data.mix:
-        yield Problem(
-            "dataset.path, dataset.mix", "only one of the two may be set", "dataset.path=null"
-        )
-    if data.mix and data.eval_split:
-        yield Problem(
-            f"dataset.eval_split={data.eval_split}",
-            "dataset.mix has several sources, which share no split to evaluate on",
-            "dataset.eval_fraction=0.05, or dataset.eval_path=FILE",
-        )
-    for name, item in data.mix.items():
-        key = f"dataset.mix.{name}"
-        if not isinstance(item, dict) or not item.get("path"):
-            yield Problem(f"{key}={item}", "needs a path", f"{key}={{path: FILE, weight: 1}}")
-            continue
-        for unknown in item.keys() - MIX_KEYS:
-            yield Problem(
-                f"{key}.{unknown}={item[unknown]}",
-                f"the keys of a source are {', '.join(sorted(MIX_KEYS))}",
-                upstream.did_you_mean(unknown, MIX_KEYS),
-            )
-        weight = item.get("weight", 1)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
-            yield Problem(f"{key}.weight={weight}", "must be above 0", f"{key}.weight=1")
-
-
-def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]:
-    """Check how rows become samples."""
-    default = DatasetConfig()
-    joined = packing_of(data, template.kind).value in ("wrapped", "boundary")
-    if joined and template.kind != "text":
-        yield Problem(
-            f"dataset.packing={data.packing}",
-            "would separate prompts from their answers; it is for plain text only",
-            "dataset.packing=bfd",
-        )
-    for key, holds, rule in (
-        (
-            "order",
-            joined,
-            "needs dataset.packing=wrapped or boundary; else the trainer shuffles samples",
-        ),
-        (
-            "boundary",
-            data.packing == "boundary",
-            "has an effect only with dataset.packing=boundary",
-        ),
-        ("sanitize", template.kind == "text", "is for plain text only"),
-    ):
-        value = getattr(data, key)
-        if value != getattr(default, key) and not holds:
-            yield Problem(
-                f"dataset.{key}={value!r}", rule, written(f"dataset.{key}", getattr(default, key))
-            )
-    for section in ("stop_above", "warn_above"):
-        for check, share in getattr(data, section).items():
-            key = f"dataset.{section}.{check}"
-            if check not in CHECKS:
-                hint = upstream.did_you_mean(check, CHECKS)
-                yield Problem(f"{key}={share}", f"the checks are {', '.join(CHECKS)}", hint)
-            elif not 0 <= share <= 1:
-                yield Problem(f"{key}={share}", "must be a fraction from 0 to 1", f"{key}=1")
 
 
 def _batch(config: Config) -> Iterator[Problem]:

@@ -7,7 +7,6 @@ first unknown key, and accepts ``+lora.drop_out=0.3``.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +18,12 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from sft.config.groups import groups
+from sft.config.groups import groups, plugin_problems
 from sft.config.names import suggest
 from sft.config.overrides import Override
+from sft.config.places import CONF_DIR
 from sft.config.rules import default_of, written
-from sft.config.settings import CONF_DIR
+from sft.config.saved import escaped
 from sft.config.settings_file import field_of, holds_text
 from sft.errors import ConfigError, Problem
 
@@ -144,9 +144,10 @@ def _compose(
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             composed = compose(name, overrides, return_hydra_config=True)
         grid = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+        problems = list(plugin_problems(composed.hydra))
         with open_dict(composed):
             del composed["hydra"]
-        problems = list(_set(composed, [item for item in given if item.kind == "setting"], schema))
+        problems += _set(composed, [item for item in given if item.kind == "setting"], schema)
         container = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         rule = ": ".join(_reasons(error))
@@ -232,21 +233,11 @@ def _merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") ->
             problems.append(Problem(f"{path}=???", "a value must be given", f"{path}=VALUE"))
             continue
         try:
-            OmegaConf.update(typed, path, _literal(value), merge=False)
+            # The value is resolved already, and OmegaConf must not resolve it again.
+            OmegaConf.update(typed, path, escaped(value), merge=False)
         except OmegaConfBaseException:
             problems.append(_wrong_type(path, value, field))
     return problems
-
-
-def _literal(value: Any) -> Any:
-    """Escape ``${`` in what is resolved already, so that OmegaConf does not resolve it again."""
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    if isinstance(value, list):
-        return [_literal(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _literal(item) for key, item in value.items()}
-    return value
 
 
 def _wrong_type(path: str, value: Any, field: dataclasses.Field[Any]) -> Problem:

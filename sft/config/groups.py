@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from sft.config import upstream
-from sft.config.settings import CONF_DIR
+from sft.config.places import CONF_DIR
 from sft.errors import Problem
 
 # Names that other tools use for an option of ours.
@@ -17,6 +18,19 @@ MEANT = {
     ("quantization", "int4"): "quantization=nf4",
     ("quantization", "8bit"): "quantization=int8",
     ("lora", "full"): "lora=none",
+}
+# Hydra's groups of plugins: the class that sft uses, why no other, and the fix.
+PLUGINS = {
+    "launcher": (
+        "TorchrunLauncher",
+        "only sft's own launcher trains the trials of a sweep; this one would train nothing",
+        "hydra/launcher=torchrun, or leave it out",
+    ),
+    "sweeper": (
+        "BasicSweeper",
+        "sft supports only the sweeper that tries all combinations of the given values",
+        "hydra/sweeper=basic, or leave it out",
+    ),
 }
 
 
@@ -53,6 +67,19 @@ def config_dir_problems(config_dir: str | None) -> Iterator[Problem]:
             yield Problem(
                 f"--config-dir {config_dir}", f"{file}: {reason}", "correct the YAML file"
             )
+
+
+def plugin_problems(hydra: Any) -> Iterator[Problem]:
+    """Refuse a launcher or sweeper of Hydra with which a sweep would not train its trials.
+
+    Args:
+        hydra: The section ``hydra`` of the composed config.
+    """
+    for kind, (name, rule, fix) in PLUGINS.items():
+        used = hydra[kind]["_target_"]
+        if used.rpartition(".")[2] != name:
+            option = hydra.runtime.choices[f"hydra/{kind}"]
+            yield Problem(f"hydra/{kind}={option} ({used})", rule, fix)
 
 
 def no_option(group: str, option: str, known: set[str]) -> Problem:

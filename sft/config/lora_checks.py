@@ -15,8 +15,7 @@ HEADS = ("lm_head", "embed_out", "output_layer")
 
 def lora(config: Config) -> Iterator[Problem]:
     """Check the settings of the adapter."""
-    section = config.lora
-    if not section.enabled:
+    if not config.lora.enabled:
         if config.train.merge:
             yield Problem(
                 "train.merge=true",
@@ -24,7 +23,7 @@ def lora(config: Config) -> Iterator[Problem]:
                 "train.merge=false",
             )
         return
-    targets = section.target_modules
+    targets = config.lora.target_modules
     named = [targets] if isinstance(targets, str) else targets
     if not targets or not isinstance(named, list) or not all(isinstance(x, str) for x in named):
         yield Problem(
@@ -35,17 +34,7 @@ def lora(config: Config) -> Iterator[Problem]:
         return
     for head in HEADS:
         if any(item == head or item.endswith(f".{head}") for item in named):
-            yield Problem(
-                f"lora.target_modules={targets}",
-                f"LoRA on {head} would never train: the loss reads the head's weight directly",
-                f"lora.modules_to_save=[{head}]",
-            )
-    if not config.model.pretrained:
-        yield Problem(
-            "model.pretrained=false",
-            "the adapter would be trained on random weights that are not saved with it",
-            "lora=none",
-        )
+            yield head_targeted(targets, head)
     if isinstance(targets, str):
         try:
             re.compile(targets)
@@ -55,6 +44,32 @@ def lora(config: Config) -> Iterator[Problem]:
                 f"is not a regular expression: {error}",
                 "lora.target_modules=all-linear",
             )
+    yield from _initialisation(config)
+
+
+def head_targeted(targets: Any, path: str) -> Problem:
+    """Return the problem of an adapter on the LM head.
+
+    Args:
+        targets: ``lora.target_modules``.
+        path: The head's name or path in the model.
+    """
+    return Problem(
+        f"lora.target_modules={targets}",
+        f"LoRA on {path} would never train: the loss reads the head's weight directly",
+        f"lora.modules_to_save=[{path.rpartition('.')[2]}]",
+    )
+
+
+def _initialisation(config: Config) -> Iterator[Problem]:
+    """Check that the adapter's first values, and the variant of LoRA, can be trained and saved."""
+    section = config.lora
+    if not config.model.pretrained:
+        yield Problem(
+            "model.pretrained=false",
+            "the adapter would be trained on random weights that are not saved with it",
+            "lora=none",
+        )
     init = section.extra.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith("pissa_niter"):
         yield Problem(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,17 +62,25 @@ class Reader:
         config_dir: A folder with the user's own options.
         composes: True: the command has groups; False: it has settings only.
         sweep: Whether a word may have several values.
+        option_of: Finds the option of the group dataset for a file or folder of rows; None if there
+            is nothing at this path.
 
     Raises:
         ConfigError: ``config_dir`` cannot be used.
     """
 
     def __init__(
-        self, schema: Any, config_dir: str | None, composes: bool = True, sweep: bool = False
+        self,
+        schema: Any,
+        config_dir: str | None,
+        composes: bool = True,
+        sweep: bool = False,
+        option_of: Callable[[str], str | None] = lambda path: None,
     ) -> None:
         if unusable := list(config_dir_problems(config_dir)):
             raise ConfigError(unusable)
         self.schema, self.config_dir, self.sweep = schema, config_dir, sweep
+        self.option_of = option_of
         self.groups = groups(config_dir) if composes else {}
         self.problems: list[Problem] = []
 
@@ -188,10 +196,8 @@ class Reader:
 
     def _rows(self, path: str) -> str | None:
         """Find the option for a file or folder of rows; None if there is nothing at this path."""
-        from sft.config.rows_option import option_of
-
         try:
-            return option_of(path)
+            return self.option_of(path)
         except DataError as error:
             rule, _, fix = str(error).partition("\n    fix: ")
             self._wrong(f"dataset={path}", rule, fix)
@@ -219,11 +225,6 @@ class Reader:
                 dataclasses.replace(problem, setting=f"{place}: {problem.setting}")
                 for problem in self.problems[count:]
             ]
-
-
-def expanded(words: list[str], schema: Any, config_dir: str | None = None) -> list[str]:
-    """Return a command's words with its settings file replaced by one word for each entry."""
-    return [item.word() for item in Reader(schema, config_dir).read(words)]
 
 
 def located(problems: list[Problem], given: list[Override]) -> list[Problem]:

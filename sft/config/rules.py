@@ -59,6 +59,10 @@ class Choice:
     value: Any
     reason: str
 
+    def record(self) -> dict[str, dict[str, Any]]:
+        """Return value and reason by the setting's name, for ``run.json``."""
+        return {self.setting: {"value": self.value, "reason": self.reason}}
+
 
 AS_SET = "as set"  # the reason of a value that the user gave
 

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sft.config.settings import CONF_DIR
+from sft.config.places import CONF_DIR
 from sft.errors import ConfigError, Problem
 
 Entry = tuple[str, Any, str]  # dotted key, value, FILE:LINE

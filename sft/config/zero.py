@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.config.places import DS_CONFIG_DIR
 from sft.config.rules import AS_SET, Choice
-from sft.config.settings import DS_CONFIG_DIR, Config, ZeroConfig
+from sft.config.settings import Config, ZeroConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

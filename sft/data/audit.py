@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.config.settings import CHECKS, DatasetConfig
+from sft.config.data_settings import CHECKS
+from sft.config.settings import DatasetConfig
 from sft.errors import DataError
 
 BARS = 24  # in the length histogram

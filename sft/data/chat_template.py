@@ -70,7 +70,9 @@ class ChatTemplate:
         tokenizer: The tokenizer; it gets the chat template, and is saved with the adapter.
         chat_template: See ``named_template``; None: the tokenizer's own.
         kwargs: Values for the template's own switches, such as ``enable_thinking``.
-        date: The day that a template with ``strftime_now`` writes, as YYYY-MM-DD.
+
+    Attributes:
+        date: The day that a template with ``strftime_now`` writes; None: today.
     """
 
     def __init__(
@@ -78,7 +80,6 @@ class ChatTemplate:
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None,
         kwargs: dict[str, Any] | None = None,
-        date: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         if chat_template is not None:
@@ -90,7 +91,7 @@ class ChatTemplate:
                 "instruction-tuned model"
             )
         self.kwargs = dict(kwargs or {})
-        self.date = datetime.date.fromisoformat(date) if date else None
+        self.date: datetime.date | None = None
         self._require_known_kwargs()
 
     def _require_known_kwargs(self) -> None:
@@ -104,6 +105,11 @@ class ChatTemplate:
     def source(self, tools: Tools) -> str:
         """Return the Jinja text; some tokenizers have a second one for conversations with tools."""
         return str(self.tokenizer.get_chat_template(None, tools))
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template writes the current date."""
+        return "strftime_now" in self.source(None)
 
     @cached_property
     def marks_answers(self) -> bool:
@@ -163,15 +169,18 @@ class ChatTemplate:
         return self._rendered(self._adapted(messages), tools, generation)
 
     def _rendered(self, messages: list[Message], tools: Tools, generation: bool) -> Rendered:
-        from transformers.utils import chat_template_utils
+        from transformers.utils.chat_template_utils import (
+            _compile_jinja_template,
+            render_jinja_template,
+        )
 
         source = self.source(tools)
         marked = self.marks_answers and not generation
         if self.date is not None:
-            compiled = chat_template_utils._compile_jinja_template(source)
+            compiled = _compile_jinja_template(source)
             compiled.globals["strftime_now"] = self.date.strftime
         try:
-            texts, spans = chat_template_utils.render_jinja_template(
+            texts, spans = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
                 chat_template=source,
@@ -236,7 +245,7 @@ class ChatTemplate:
         def writes(arguments: Any) -> bool:
             function = {"name": "Zq0", "arguments": arguments}
             call = {"type": "function", "id": "Zq0Zq0Zq0", "function": function}
-            messages = [
+            messages: list[Message] = [
                 {"role": "user", "content": "?"},
                 {"role": "assistant", "content": "", "tool_calls": [call]},
             ]

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from sft import environment
+from sft.config.places import PACKAGE_DIR
 from sft.config.rules import named
-from sft.config.settings import PACKAGE_DIR, DatasetConfig, packing_of
+from sft.config.settings import DatasetConfig, packing_of
 from sft.data import artefact, sources
 from sft.data.audit import Counts, gate
 from sft.data.blocks import weighted, write_blocks

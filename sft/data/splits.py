@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.config.settings import CHECKS, DatasetConfig
+from sft.config.data_settings import CHECKS
+from sft.config.settings import DatasetConfig
 from sft.data import packing, sources
 from sft.data.audit import Counts, describe_lengths
 from sft.data.store import Dropped, Store

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sft.config.settings import CHECKS, DatasetConfig
+from sft.config.data_settings import CHECKS
+from sft.config.settings import DatasetConfig
 from sft.data.audit import Counts, verdicts
 
 STYLES = {"ok": "green", "warn": "yellow", "stop": "red"}

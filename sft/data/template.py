@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import TYPE_CHECKING, Any
 
-from sft.config.settings import TemplateConfig, columns_of
+from sft.config.data_settings import columns_of
+from sft.config.settings import TemplateConfig
 from sft.data.chat import Chat
 from sft.data.chat_template import ChatTemplate
 from sft.data.formats import normalise
@@ -47,7 +49,10 @@ class Template:
         }.get(config.kind)
         self.chat: Chat | None = None
         if config.kind == "chat":
-            given = ChatTemplate(tokenizer, config.chat_template, config.kwargs, config.date)
+            given = ChatTemplate(tokenizer, config.chat_template, config.kwargs)
+            if config.date is None and given.writes_date:
+                config.date = datetime.date.today().isoformat()  # saved with the run's settings
+            given.date = datetime.date.fromisoformat(config.date) if config.date else None
             self.chat = Chat(given, str(self.train_on))
 
     def render(self, row: dict[str, Any], by_turn: bool = False) -> list[Sample]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +14,11 @@ from transformers import AttentionInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from sft.config.rules import AS_SET, Choice, typed
-from sft.errors import ConfigError, ModelError, Problem
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from sft.config.settings import Config
+from sft.errors import ModelError
 
 NAME = "packed"
 FLASH = ("flash_attention_2", "flash_attention_3")
-# These models build the causal mask without positions, so stock kernels do not separate documents.
-LEAKS = {"biogpt", "bloom", "falcon", "mpt", "opt", "xglm"}
-UNPACKED = "dataset.packing=none"
+UNPACKED = "dataset.packing=none"  # the fix if documents cannot be kept apart
 
 
 def packed_attention(
@@ -63,37 +55,53 @@ def packed_attention(
     Raises:
         ModelError: The model needs a feature that this kernel does not have.
     """
-    if cu_seq_lens_q is not None and attention_mask is not None:
-        raise ModelError(
-            f"attn_implementation={NAME} cannot apply the model's own mask to documents\n"
-            "    fix: model.attn_implementation=sdpa"
-        )
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ModelError(
-                f"attn_implementation={NAME} has no {name}, which this model needs\n"
-                "    fix: model.attn_implementation=eager (or flex_attention)"
-            )
+    _refuse(attention_mask is not None and cu_seq_lens_q is not None, kwargs)
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
+            *(module, query, key, value, attention_mask),
             dropout=dropout,
             scaling=scaling,
             sliding_window=sliding_window,
             **kwargs,
         )
-    batch, heads, length, _ = query.shape
+    batch, _, length, _ = query.shape
     if max_length_q is not None and _has_varlen(query, value) and not dropout:
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         joined = _varlen(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)
-        return joined.view(batch, length, heads, -1), None
+        return joined.view(batch, length, query.shape[1], -1), None
     # (heads, batch * length, head_dim): a document never continues in the next row of the batch.
-    query, key, value = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
-    bounds = cu_seq_lens_q.tolist()
+    q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
+    joined = _one_by_one(q, k, v, cu_seq_lens_q.tolist(), dropout, scaling, sliding_window)
+    # (heads, batch * length, head_dim) -> (batch, length, heads, head_dim)
+    output = joined.view(len(joined), batch, length, -1).permute(1, 2, 0, 3)
+    return output.contiguous(), None
+
+
+def _refuse(mask_and_documents: bool, options: Mapping[str, Any]) -> None:
+    """Raise if the model needs a feature that this kernel does not have."""
+    if mask_and_documents:
+        raise ModelError(
+            f"attn_implementation={NAME} cannot apply the model's own mask to documents\n"
+            "    fix: model.attn_implementation=sdpa"
+        )
+    for name in ("softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise ModelError(
+                f"attn_implementation={NAME} has no {name}, which this model needs\n"
+                "    fix: model.attn_implementation=eager (or flex_attention)"
+            )
+
+
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: list[int],
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Call PyTorch's sdpa for each document; tensors are (heads, tokens, head_dim)."""
     parts = []
     for begin, end in itertools.pairwise(bounds):
         window = None
@@ -104,9 +112,7 @@ def packed_attention(
         q, k, v = (x[None, :, begin:end] for x in (query, key, value))
         parts.append(
             F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
+                *(q, k, v),
                 attn_mask=window,
                 dropout_p=dropout,
                 is_causal=window is None,
@@ -114,9 +120,7 @@ def packed_attention(
                 enable_gqa=query.shape[0] != key.shape[0],
             )[0]
         )
-    # (heads, batch * length, head_dim) -> (batch, length, heads, head_dim)
-    output = torch.cat(parts, dim=1).view(len(query), batch, length, -1).permute(1, 2, 0, 3)
-    return output.contiguous(), None
+    return torch.cat(parts, dim=1)
 
 
 def _varlen(
@@ -201,125 +205,3 @@ def register() -> None:
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     masking_utils._preprocess_mask_arguments = _preprocess
-
-
-def takes_ours(architecture: PreTrainedModel) -> bool:
-    """Return whether ``packed_attention`` can replace a model's attention."""
-    text = architecture.config.get_text_config()
-    return (
-        bool(getattr(architecture, "_supports_attention_backend", False))
-        and bool(getattr(architecture, "_supports_sdpa", False))  # no sinks, no capped scores
-        and getattr(text, "attn_logit_softcapping", None) is None
-        and getattr(text, "index_topk", None) is None  # DeepSeek V3.2's indexer reads the mask
-    )
-
-
-def unjoinable(architecture: PreTrainedModel, asked: str | None, precision: str) -> str:
-    """Return why samples are not joined into one row by default; "" if they are.
-
-    Joined samples must not attend to each other, so the kernel must know where each begins. On a
-    GPU, PyTorch's ``varlen_attn`` must support the model, because a loop over documents would leave
-    the GPU idle.
-
-    Args:
-        architecture: The model, with or without weights.
-        asked: ``model.attn_implementation``.
-        precision: fp32, bf16 or fp16.
-    """
-    if asked in FLASH:
-        return ""
-    if asked not in ("auto", NAME):
-        return f"model.attn_implementation={typed(asked)} cannot separate joined rows"
-    if not takes_ours(architecture):
-        kind = architecture.config.model_type
-        return f"{kind} has its own attention, which cannot separate joined rows"
-    if not torch.cuda.is_available():
-        return ""
-    text = architecture.config.get_text_config()
-    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    lacks = {
-        "precision=fp32": precision == "fp32",
-        "attention dropout": any(getattr(text, name, None) for name in names),
-        f"heads of size {size}": size % 8 != 0 or size > 256,
-        "this GPU": torch.cuda.get_device_capability() < (8, 0),
-    }
-    reason = next((what for what, holds in lacks.items() if holds), "")
-    return reason and f"PyTorch's attention over documents does not support {reason}"
-
-
-def choose(
-    config: Config, architecture: PreTrainedModel, precision: str, packed: bool
-) -> tuple[Choice, Choice]:
-    """Choose ``model.attn_implementation`` and ``train.padding_free``.
-
-    Args:
-        config: The run's config.
-        architecture: The model, with or without weights.
-        precision: fp32, bf16 or fp16.
-        packed: Whether a sample holds several documents.
-
-    Returns:
-        The kernel, None for the architecture's own; whether a micro-batch is joined into one row.
-
-    Raises:
-        ConfigError: Documents in one row would attend to each other.
-    """
-    asked, joined = config.model.attn_implementation, config.train.padding_free
-    why = AS_SET
-    if joined == "auto":
-        why = unjoinable(architecture, asked, precision)
-        joined = not why
-        why = why or "attention separates the joined rows"
-    used = kernel(architecture, asked, packed or joined)
-    if asked != "auto":
-        reason = AS_SET
-    elif joined:
-        reason = "rows are joined without padding"
-    elif packed:
-        reason = "samples hold several documents, which this attention separates"
-    else:
-        reason = "rows are padded; null is the architecture's own attention"
-    return (
-        Choice("model.attn_implementation", used, reason),
-        Choice("train.padding_free", joined, why),
-    )
-
-
-def kernel(architecture: PreTrainedModel, asked: str | None, several: bool) -> str | None:
-    """Choose the attention kernel; None is the architecture's own.
-
-    Args:
-        architecture: The model, with or without weights.
-        asked: ``model.attn_implementation``.
-        several: Whether a row holds several documents.
-
-    Raises:
-        ConfigError: Documents in one row would attend to each other.
-    """
-    register()
-    kind = architecture.config.model_type
-    ours = takes_ours(architecture)
-    if asked == NAME and not ours:
-        raise ConfigError(
-            [
-                Problem(
-                    f"model.attn_implementation={NAME}",
-                    f"the architecture {kind} has its own attention, which cannot be replaced",
-                    "model.attn_implementation=auto",
-                )
-            ]
-        )
-    if asked == "auto":
-        asked = NAME if several and ours else None
-    if several and kind in LEAKS and asked not in (NAME, *FLASH):
-        raise ConfigError(
-            [
-                Problem(
-                    f"dataset.packing with model.attn_implementation={asked or 'null'}",
-                    f"documents that are packed together would attend to each other in {kind}",
-                    f"model.attn_implementation={NAME}, or {UNPACKED}" if ours else UNPACKED,
-                )
-            ]
-        )
-    return asked

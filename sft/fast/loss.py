@@ -37,6 +37,77 @@ class Logits:
         scale *= divisor if config.model_type == "hyperclovax" else 1 / divisor
         return cls(scale, getattr(config, "final_logit_softcapping", None))
 
+    def apply_(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Apply both to the head's output in place; also return the derivative of the soft cap."""
+        if self.scale != 1:
+            z *= self.scale
+        if self.softcap is None:
+            return z, None
+        z = z.div_(self.softcap).tanh_()
+        slope = 1 - z.square()
+        z *= self.softcap
+        return z, slope
+
+    def backward_(self, gradient: torch.Tensor, slope: torch.Tensor | None) -> torch.Tensor:
+        """Turn the gradient of the result of ``apply_`` into that of the head's output."""
+        if slope is not None:
+            gradient *= slope
+        if self.scale != 1:
+            gradient *= self.scale
+        return gradient
+
+
+def _softmax_(
+    z: torch.Tensor, target: torch.Tensor, with_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Replace logits, (rows, vocabulary), by their probabilities.
+
+    Args:
+        z: The logits, which are overwritten.
+        target: The labels, (rows, 1).
+        with_entropy: Also compute the entropy, which needs a copy of the logits.
+
+    Returns:
+        The probabilities, (rows, vocabulary); the labels' log-probabilities, (rows,); the entropy
+        in nats, (rows,), or None.
+    """
+    of_label = z.gather(1, target)
+    largest = z.amax(1, keepdim=True)
+    unchanged = z.clone() if with_entropy else None
+    p = z.sub_(largest).exp_()
+    total = p.sum(1, keepdim=True)
+    log_normaliser = largest + total.log()
+    p /= total
+    log_probs = (of_label - log_normaliser)[:, 0]
+    if unchanged is None:
+        return p, log_probs, None
+    return p, log_probs, log_normaliser[:, 0] - unchanged.mul_(p).sum(1)
+
+
+def _add_gradients(
+    grads: list[torch.Tensor | None],
+    part: slice,
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    head: torch.Tensor,
+) -> None:
+    """Add a chunk's gradients to those of the states, of the head's weight and of its bias.
+
+    Args:
+        grads: The three gradients; None for one that is not needed.
+        part: The chunk's rows of the states.
+        gradient: The gradient of the head's output, (rows, vocabulary).
+        x: The chunk's states, (rows, width).
+        head: The head's weight, (vocabulary, width).
+    """
+    of_states, of_weight, of_bias = grads
+    if of_states is not None:
+        of_states[part] = gradient @ head
+    if of_weight is not None:
+        of_weight.addmm_(gradient.float().t(), x.float())
+    if of_bias is not None:
+        of_bias += gradient.float().sum(0)
+
 
 class SummedLoss(torch.autograd.Function):
     """Sum the loss over positions; the forward pass also computes the gradient."""
@@ -65,8 +136,7 @@ class SummedLoss(torch.autograd.Function):
             metrics: Also compute entropy and is_top1.
 
         Returns:
-            loss (scalar), log_probs, entropy and is_top1 (N,); without metrics, the last two are
-            empty.
+            loss (scalar); log_probs, entropy, is_top1 (N,): the last two are empty without metrics.
         """
         device = hidden.device
         autocast = torch.is_autocast_enabled(device.type)
@@ -86,42 +156,18 @@ class SummedLoss(torch.autograd.Function):
             for begin in range(0, len(hidden), rows):
                 part = slice(begin, begin + rows)
                 x, target = hidden[part].to(dtype), labels[part, None]
-                z = F.linear(x, head, shift).float()
-                if logits.scale != 1:
-                    z *= logits.scale
-                if logits.softcap is not None:
-                    z = z.div_(logits.softcap).tanh_()
-                    slope = 1 - z.square()
-                    z *= logits.softcap
-                of_label = z.gather(1, target)
-                largest = z.amax(1, keepdim=True)
+                z, slope = logits.apply_(F.linear(x, head, shift).float())
                 if metrics:
                     is_top1[part] = z.argmax(1) == target[:, 0]
-                    kept = z.clone()
-                p = z.sub_(largest).exp_()
-                total = p.sum(1, keepdim=True)
-                log_normaliser = largest + total.log()
-                log_probs[part] = (of_label - log_normaliser)[:, 0]
-                p /= total
-                if metrics:
-                    entropy[part] = log_normaliser[:, 0] - kept.mul_(p).sum(1)
-                if not any(wanted):
-                    continue
-                # The gradient of -log p(label) with respect to z is p, minus 1 at the label.
-                p.scatter_add_(1, target, torch.full_like(of_label, -1))
-                if dft:
-                    p *= log_probs[part, None].exp()
-                if logits.softcap is not None:
-                    p *= slope
-                if logits.scale != 1:
-                    p *= logits.scale
-                gradient = p.to(dtype)
-                if grads[0] is not None:
-                    grads[0][part] = gradient @ head
-                if grads[1] is not None:
-                    grads[1].addmm_(gradient.float().t(), x.float())
-                if grads[2] is not None:
-                    grads[2] += gradient.float().sum(0)
+                p, log_probs[part], spread = _softmax_(z, target, with_entropy=metrics)
+                if spread is not None:
+                    entropy[part] = spread
+                if any(wanted):
+                    # The gradient of -log p(label) with respect to z is p, minus 1 at the label.
+                    p.scatter_add_(1, target, p.new_full(target.shape, -1))
+                    if dft:
+                        p *= log_probs[part, None].exp()
+                    _add_gradients(grads, part, logits.backward_(p, slope).to(dtype), x, head)
         ctx.save_for_backward(*grads)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(log_probs, entropy, is_top1)

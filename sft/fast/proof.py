@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sft.config.rules import Choice
 from sft.data.collator import Collator
 from sft.data.row_encoder import IGNORE_INDEX
 from sft.errors import ModelError
@@ -18,7 +19,7 @@ logger = logging.getLogger("sft")
 
 def prove_isolation(
     model: Any, collator: Collator, device: torch.device, vocabulary: int, may_pad: bool
-) -> None:
+) -> Choice | None:
     """Check that documents in one row do not attend to each other in this model.
 
     Args:
@@ -29,6 +30,9 @@ def prove_isolation(
         vocabulary: The number of tokens.
         may_pad: Whether samples may be padded instead of joined.
 
+    Returns:
+        None if the check passes; else the choice that replaces ``train.padding_free``.
+
     Raises:
         ModelError: The check fails, and samples must be joined.
     """
@@ -37,8 +41,11 @@ def prove_isolation(
     except ModelError as error:
         if not may_pad:
             raise
-        logger.info("train.padding_free=false: %s", str(error).splitlines()[0])
         collator.padding_free = collator.documents = False
+        choice = Choice("train.padding_free", False, str(error).splitlines()[0])
+        logger.info("train.padding_free=false: %s", choice.reason)
+        return choice
+    return None
 
 
 @torch.no_grad()
@@ -100,22 +107,28 @@ def require_isolation(
         )
 
 
-def head_agrees(model: Any, device: torch.device, vocabulary: int, mixed_precision: str) -> bool:
-    """Return whether the fast head agrees with the model's own logits on every rank.
+def prove_head(
+    model: Any, device: torch.device, vocabulary: int, mixed_precision: str
+) -> Choice | None:
+    """Check that the fast head agrees with the model's own logits on every rank.
 
     Args:
         model: The model as training wrapped it.
         device: The model's device.
         vocabulary: The number of tokens.
         mixed_precision: Accelerate's value: ``no``, ``bf16`` or ``fp16``.
+
+    Returns:
+        None if the check passes; else the choice that replaces ``model.lm_head``.
     """
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     computed_in = dtypes.get(mixed_precision, torch.float32)
     agrees = difference(model, device, vocabulary, computed_in) <= 1
     if all(gather(agrees)):
-        return True
-    logger.info("warning: the fast LM head differs from the model's logits: model.lm_head=plain")
-    return False
+        return None
+    choice = Choice("model.lm_head", "plain", "the fast LM head differs from the model's logits")
+    logger.info("warning: %s: model.lm_head=plain", choice.reason)
+    return choice
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from sft.fast import half, linear
+from sft.fast import cpu_products, linear
 
 FLOAT32 = "float32"
 # How many times as fast as the preferred way a different one must be. float32 rounds least, and two
@@ -20,14 +20,14 @@ TOKENS, INPUTS, OUTPUTS = 256, 768, 3072
 ROUNDS = 3  # the first warms up
 NAMES = {
     FLOAT32: "float32",
-    half.NATIVE: "bf16",
-    half.WIDENED: "bf16 as float32",
-    half.SHORTENED: "bf16 as float32 by bf16 instructions",
+    cpu_products.NATIVE: "bf16",
+    cpu_products.WIDENED: "bf16 as float32",
+    cpu_products.SHORTENED: "bf16 as float32 by bf16 instructions",
 }
 
 
 def speeds() -> dict[str, float]:
-    """Return GFLOP/s of ``FLOAT32`` and each of ``half.ways``, with PyTorch's number of threads."""
+    """Return GFLOP/s of ``FLOAT32`` and each way of bf16, with PyTorch's number of threads."""
     return _speeds(torch.get_num_threads())
 
 
@@ -51,7 +51,7 @@ def _speeds(threads: int) -> dict[str, float]:
             result.bfloat16()
 
     def shortened() -> None:
-        with half.bf16_instructions():
+        with cpu_products.bf16_instructions():
             widened()
 
     ways: dict[str, list[Callable[[], object]]] = {
@@ -62,8 +62,12 @@ def _speeds(threads: int) -> dict[str, float]:
         ways[FLOAT32].append(
             lambda: (linear.product(x, forward, None), linear.product(gradient, backward, None))
         )
-    functions = {half.NATIVE: native, half.WIDENED: widened, half.SHORTENED: shortened}
-    ways |= {way: [functions[way]] for way in half.ways(torch.bfloat16)}
+    functions = {
+        cpu_products.NATIVE: native,
+        cpu_products.WIDENED: widened,
+        cpu_products.SHORTENED: shortened,
+    }
+    ways |= {way: [functions[way]] for way in cpu_products.ways(torch.bfloat16)}
     seconds = dict.fromkeys(ways, float("inf"))
     for _ in range(ROUNDS):
         for name, alternatives in ways.items():

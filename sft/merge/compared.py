@@ -15,7 +15,8 @@ from sft.merge.base_files import Base
 from sft.merge.placeholders import with_placeholders
 from sft.merge.stored import shards
 from sft.merge.stream import Weights, streamed
-from sft.model.base import keep_training_layout, load_architecture, load_frozen
+from sft.model.base import load_architecture, load_frozen
+from sft.model.quantization import keep_training_layout
 
 if TYPE_CHECKING:
     from sft.merge.prepare import PreparedMerge

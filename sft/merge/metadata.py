@@ -13,7 +13,7 @@ import torch
 from sft.config.settings import ModelConfig, QuantizationConfig
 from sft.errors import MergeError
 from sft.files import write_text
-from sft.inference.answers import stop_ids
+from sft.inference.answers import all_stop_ids
 from sft.inference.card import write_card
 from sft.model.base import loading, source
 
@@ -111,14 +111,14 @@ def _generation(prepared: PreparedMerge) -> Any:
     except OSError:  # the base has no generation_config.json
         generation = GenerationConfig.from_model_config(prepared.model.config)
     if prepared.sources.card is not None:
-        stops = stop_ids(generation, prepared.tokenizer, stop_id(prepared))
+        stops = all_stop_ids(generation, prepared.tokenizer, stop_ids(prepared))
         generation.eos_token_id = stops
     return generation
 
 
-def stop_id(prepared: PreparedMerge) -> int | None:
-    """Return the token that ends an answer in the template of training; None: only EOS does."""
+def stop_ids(prepared: PreparedMerge) -> list[int]:
+    """Return the tokens that end an answer in the template of training."""
     from sft.data.template import Template
 
     card = prepared.sources.card
-    return Template(card.template, prepared.tokenizer).stop_id() if card is not None else None
+    return Template(card.template, prepared.tokenizer).stop_ids if card is not None else []

@@ -8,7 +8,7 @@ import torch
 
 from sft.config.settings import QuantizationConfig
 from sft.merge.layout import Whole
-from sft.model.base import quantization_config
+from sft.model.quantization import quantization_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

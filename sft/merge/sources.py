@@ -61,7 +61,8 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
     """
     from transformers import AutoConfig
 
-    from sft.model.base import commit_of, dtype_of, loading, source
+    from sft.model.base import commit_of, loading, source
+    from sft.model.precision import dtype_of
 
     for folder in folders:
         if not (folder / ADAPTER_SETTINGS).is_file():

@@ -86,14 +86,14 @@ def _greedy(
     model: Any, prepared: PreparedMerge, samples: Probes, resident: bool
 ) -> list[list[int]]:
     """Continue the first prompts greedily; an answer includes the token that stopped it."""
-    from sft.inference.answers import continuations, stop_ids
+    from sft.inference.answers import all_stop_ids, continuations
 
     tokenizer = prepared.tokenizer
-    stop_id = metadata.stop_id(prepared)
+    stop_ids = metadata.stop_ids(prepared)
     length = GREEDY_TOKENS if resident else GREEDY_TOKENS_STREAMED
     prompts = samples.prompts[:GREEDY_PROMPTS]
-    ids = continuations(model, tokenizer, prompts, length, model.device, stop_id)
-    stops = stop_ids(model.generation_config, tokenizer, stop_id)
+    ids = continuations(model, tokenizer, prompts, length, model.device, stop_ids)
+    stops = all_stop_ids(model.generation_config, tokenizer, stop_ids)
     answers = []
     for row in ids.tolist():
         end = next((i for i, token in enumerate(row) if token in stops), len(row) - 1)

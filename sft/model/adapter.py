@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from sft.config import zero
+from sft.config.lora_checks import head_targeted
 from sft.config.rules import named
 from sft.config.settings import Config, LoraSection
 from sft.config.upstream import did_you_mean
@@ -140,11 +141,7 @@ def _shared_weights(
     for path in adapted:
         module = model.get_submodule(path)
         if module is head:
-            yield Problem(
-                written,
-                f"LoRA on the head ({path}) would not train: the loss uses its weight directly",
-                f"lora.modules_to_save=[{path.rpartition('.')[2]}]",
-            )
+            yield head_targeted(lora.target_modules, path)
         elif module is embedding and tied:
             yield Problem(
                 written,

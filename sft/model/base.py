@@ -1,135 +1,22 @@
-"""The tokenizer and the base model: choose the precision, load, quantise, check."""
+"""The tokenizer and the base model: find them, load them, and check that they fit the data."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import process
-from sft.config.rules import AS_SET, Choice
 from sft.config.settings import Config, ModelConfig, QuantizationConfig
-from sft.errors import ConfigError, ModelError, Problem
+from sft.errors import ModelError
+from sft.model.precision import dtype_of, needs_masters
+from sft.model.quantization import keep_training_layout, quantization_config
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sft.data.audit import Counts
-
-
-SMALL = 512  # hidden size, below which auto takes float32 on a CPU
-BEGUN = "the run began with it"
-
-
-@dataclass(frozen=True)
-class Precision(Choice):
-    """The choice of ``precision``: fp32, bf16 or fp16.
-
-    Attributes:
-        products: The way in which a CPU computes bf16 products, one of ``sft.fast.half.ways``;
-            empty in other precisions and on a GPU.
-    """
-
-    products: str = ""
-
-    def identity(self) -> dict[str, str]:
-        """Return the values that a resumed run must have too; ``run.json`` stores them."""
-        return {"precision": self.value, **({"products": self.products} if self.products else {})}
-
-
-def choose_precision(
-    asked: str, begun: Mapping[str, str] | None = None, width: int | None = None
-) -> Precision:
-    """Choose fp32, bf16 or fp16, and on a CPU the way to compute bf16 products.
-
-    A CPU with bf16 instructions may still multiply faster in float32, so both are measured.
-
-    Args:
-        asked: ``precision`` of the config.
-        begun: The identity of the resumed run, if any: ``auto`` takes its precision, and products
-            are computed in the same way if this processor supports it.
-        width: The model's hidden size; None: do not consider it.
-
-    Raises:
-        ConfigError: fp16 on a CPU, where the trainer would silently compute in fp32.
-    """
-    import torch
-
-    begun = begun or {}
-    name = begun.get("precision", asked) if asked == "auto" else asked
-    why = AS_SET if asked != "auto" else BEGUN
-    if not torch.cuda.is_available():
-        return _on_cpu(name, why, begun.get("products"), width)
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if name == "auto":
-        reason = f"the GPU has {'bf16' if has_bf16 else 'no bf16'}"
-        return _precision("bf16" if has_bf16 else "fp32", reason)
-    if name == "bf16" and not has_bf16:
-        why += "; the GPU has no bf16 and emulates it, which is slow"
-    return _precision(name, why)
-
-
-def _precision(name: str, reason: str, products: str = "") -> Precision:
-    return Precision("precision", name, reason, products)
-
-
-def _on_cpu(name: str, why: str, products: str | None, width: int | None) -> Precision:
-    """Choose on a CPU.
-
-    Args:
-        name: The precision or ``auto``.
-        why: The reason for a precision.
-        products: The way in which the resumed run computed products; None: the run is new.
-        width: The model's hidden size; None: do not consider it.
-    """
-    import torch
-
-    from sft.fast import half, speed
-
-    if name == "fp16":
-        fix = "precision=bf16"
-        if why != AS_SET:  # a different precision would be refused on resume
-            fix = "resume this run on a GPU, or run_name=NAME for a new run"
-        rule = "there is no GPU, and only a GPU trains in fp16"
-        raise ConfigError([Problem("precision=fp16", rule, fix)])
-    ways = half.ways(torch.bfloat16)
-    if name == "fp32":
-        return _precision(name, why)
-    if half.NATIVE not in ways:
-        if name == "auto":
-            return _precision("fp32", "the CPU has no bf16")
-        why += "; the CPU has no bf16, so products are computed in float32 and rounded"
-        return _precision(name, why, half.WIDENED)
-    if name == "auto" and width is not None and width < SMALL:
-        # Conversions between the precisions cost more than faster products save: in bf16 the
-        # embedded model (width 128) takes 1.2 times the CPU time of float32, on a processor whose
-        # bf16 products are 1.7 times as fast.
-        reason = f"layers of width {width} are too small to gain from bf16 on a CPU"
-        return _precision("fp32", reason)
-    if products in ways:
-        reason = f"{why}; products are computed as before: {speed.NAMES[products]}"
-        return _precision(name, reason, products)
-    measured = speed.speeds()
-    if name == "auto":
-        # WIDENED is never faster than float32: it is the same product with conversions.
-        others = [way for way in ways if way != half.WIDENED]
-        way = speed.fastest(measured, [speed.FLOAT32, *others])
-        name, why = ("fp32" if way == speed.FLOAT32 else "bf16"), "measured on this CPU"
-    else:
-        way = speed.fastest(measured, ways)
-        why += f"; products are computed as {speed.NAMES[way]}, as measured on this CPU"
-    reason = f"{why}: {speed.said(measured)}"
-    return _precision(name, reason, "" if name == "fp32" else way)
-
-
-def dtype_of(precision: str) -> torch.dtype:
-    """Map fp32, bf16 or fp16 to the torch dtype."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 @contextlib.contextmanager
@@ -179,10 +66,9 @@ def commit_of(model: ModelConfig) -> str | None:
     """
     from transformers.utils.hub import cached_file, extract_commit_hash
 
-    where = source(model)
-    name = where["pretrained_model_name_or_path"]
+    name = source(model)["pretrained_model_name_or_path"]
     with loading("config", model):
-        path = cached_file(name, "config.json", revision=where["revision"])
+        path = cached_file(name, "config.json", revision=model.revision)
     commit: str | None = extract_commit_hash(path, None)
     return None if Path(name).is_dir() else commit
 
@@ -191,12 +77,21 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer, and use EOS as pad token if it has none (labels mask padding by length).
 
     Raises:
-        ModelError: The tokenizer does not exist, cannot be reached, or has no EOS token.
+        ModelError: The tokenizer does not exist, cannot be reached, or has no EOS token, or its
+            files are missing.
     """
     from transformers import AutoTokenizer
 
     with loading("tokenizer", model):
         tokenizer = AutoTokenizer.from_pretrained(**source(model))
+    # Without files, Transformers creates an empty tokenizer of the model's kind.
+    folder = Path(str(model.name_or_path))
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        raise ModelError(
+            f"{folder} has no tokenizer: none of the files {', '.join(sorted(files))}\n"
+            "    fix: copy them from where the weights come from"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {model.name_or_path} has no EOS token, so no text could end\n"
@@ -258,30 +153,6 @@ def check_fits(
             f"a sample has {longest} tokens, but the model has {positions} positions\n"
             f"    fix: dataset.max_length={positions}, or a model with a longer context"
         )
-
-
-def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> Any:
-    """Make Transformers' BitsAndBytesConfig; None if nothing is quantised."""
-    from transformers import BitsAndBytesConfig
-
-    if not (quantization.load_in_4bit or quantization.load_in_8bit):
-        return None
-    return BitsAndBytesConfig(
-        load_in_8bit=quantization.load_in_8bit,
-        load_in_4bit=quantization.load_in_4bit,
-        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-        **{"bnb_4bit_compute_dtype": compute_dtype, **quantization.extra},
-    )
-
-
-def needs_masters(config: Config) -> bool:
-    """Return whether the weights must be loaded in float32, whatever ``precision`` is.
-
-    Mixed precision updates float32 weights. DeepSpeed makes its own float32 copies, and a frozen
-    base model is not updated.
-    """
-    return not config.lora.enabled and config.zero.config is None
 
 
 def load_base(
@@ -371,15 +242,3 @@ def _device_map() -> dict[str, Any]:
     import torch
 
     return {"": process.local_rank() if torch.cuda.is_available() else "cpu"}
-
-
-def keep_training_layout(model: PreTrainedModel) -> None:
-    """Prevent bitsandbytes from repacking 4-bit weights for CPU inference in an eval pass.
-
-    On CPUs with AVX512-BF16 it repacks them, and gradients after the eval pass are wrong.
-    """
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False

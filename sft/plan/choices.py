@@ -13,11 +13,11 @@ from sft.config import zero
 from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
 from sft.data import artefact
-from sft.fast import attention, head, linear
+from sft.fast import head, linear
 from sft.fast import lora as fast_lora
-from sft.model import base as model
-from sft.model.base import Precision
-from sft.plan import memory
+from sft.model import precision as precisions
+from sft.model.precision import Precision, dtype_of, needs_masters
+from sft.plan import kernel, memory
 from sft.ranks import TIMEOUT, exchange, from_rank_zero
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Choices:
 
     Attributes:
         precision: fp32, bf16 or fp16, and how bf16 products are computed on a CPU.
+        tf32: Whether float32 products may use TF32.
         zero: The DeepSpeed JSON; None without ZeRO.
         packing: How documents are packed into samples.
         attention: The attention kernel; None for the architecture's own.
@@ -51,6 +52,7 @@ class Choices:
     """
 
     precision: Precision
+    tf32: Choice
     zero: Choice | None
     packing: Choice
     attention: Choice
@@ -79,7 +81,7 @@ class Choices:
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Return value and reason by setting, for ``run.json``."""
-        return {each.setting: {"value": each.value, "reason": each.reason} for each in self}
+        return {name: item for each in self for name, item in each.record().items()}
 
     def lines(self, width: int | None = None) -> list[str]:
         """Format one line for each choice: setting, value and reason, in columns.
@@ -123,7 +125,7 @@ def choose_precision(
     """
     width = architecture.config.get_text_config().hidden_size
     chosen = from_rank_zero(
-        lambda: dataclasses.asdict(model.choose_precision(config.precision, begun, width))
+        lambda: dataclasses.asdict(precisions.choose(config.precision, begun, width))
     )
     return Precision(**chosen)
 
@@ -146,23 +148,24 @@ def decide(
     zero_choice, ds_config = zero.choose(config, architecture)
     stage = zero.stage(ds_config)
     packed = "seq_lengths" in prepared.train.dataset.column_names
-    kernel, joined = attention.choose(config, architecture, name, packed)
+    attention, joined = kernel.choose(config, architecture, name, packed)
     frozen = linear.choose(config, architecture, name, stage)
     by_peft = fast_lora.left_to_peft(config, stage)
     recomputes = memory.choose_checkpointing(
         config,
         architecture,
         prepared.train.counts.longest,
-        model.dtype_of(name).itemsize,
+        dtype_of(name).itemsize,
         stage,
-        keeps_scores=kernel.value == "eager" or not architecture._supports_sdpa,
+        keeps_scores=kernel.keeps_scores(architecture, attention.value),
         taken=linear.extra_bytes(architecture) if frozen.value == "packed" else 0,
     )
     return Choices(
         precision=_with_masters(config, precision),
+        tf32=precisions.choose_tf32(name, config.train.extra),
         zero=zero_choice,
         packing=_packing(config),
-        attention=kernel,
+        attention=attention,
         padding_free=joined,
         frozen_linear=frozen,
         adapters=_adapters(config, by_peft),
@@ -178,7 +181,7 @@ def decide(
 
 def _with_masters(config: Config, precision: Precision) -> Precision:
     """Extend the reason if the trained weights are float32 while the run's precision is not."""
-    if precision.value == "fp32" or not model.needs_masters(config):
+    if precision.value == "fp32" or not needs_masters(config):
         return precision
     reason = f"{precision.reason}; the trained weights are stored in float32"
     return dataclasses.replace(precision, reason=reason)

@@ -56,11 +56,12 @@ def settings(folder: str | Path) -> Any:
         RunError: The file is damaged.
     """
     import yaml
-    from omegaconf import OmegaConf
+
+    from sft.config import saved
 
     file = Path(folder) / SETTINGS
     try:
-        return OmegaConf.to_container(OmegaConf.load(file))
+        return saved.settings_of(file)
     except (OSError, ValueError, yaml.YAMLError):
         raise _damaged(file) from None
 

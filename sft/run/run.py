@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from sft import process
 from sft.checkpoint import folders
-from sft.config import compare, zero
+from sft.config import compare, saved, zero
+from sft.config.rules import Choice
 from sft.config.settings import Config
 from sft.errors import RunError
 from sft.files import write_text
@@ -83,7 +82,9 @@ class Run:
             return None
         self.config.overwrite = False
         allowed = set(self.config.resume.allow)
-        before, now = record.settings(self.dir), dataclasses.asdict(self.config)
+        before = record.settings(self.dir)
+        self.config.template.date = self.config.template.date or before["template"].get("date")
+        now = dataclasses.asdict(self.config)
         differences = compare.differences(before, now)
         self._accept(f"{self.dir} holds a run with different settings", differences, allowed)
         if record.read(self.dir).get("status") == "finished":
@@ -184,8 +185,7 @@ class Run:
                         "allowed": self._accepted,
                     }
                 )
-            settings = OmegaConf.to_yaml(OmegaConf.structured(self.config))
-            write_text(self.dir / record.SETTINGS, settings)
+            write_text(self.dir / record.SETTINGS, saved.to_yaml(self.config))
             self._write()
         except OSError as error:
             raise RunError(
@@ -198,6 +198,12 @@ class Run:
                 shutil.rmtree(path)
             elif path.name != LOCK:
                 path.unlink()
+
+    def correct(self, choice: Choice) -> None:
+        """Record a choice that a check before the first step has replaced; on rank 0."""
+        if process.rank() == 0:
+            self.choices |= choice.record()
+            self._write()
 
     def keep_audit(self, prepared: Path) -> None:
         """Copy the audit of the data into the folder, because the cache may be deleted."""

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft import child
+from sft.config import saved
 from sft.config.compare import training_settings
 from sft.config.settings import Config, fill_names
 from sft.errors import RunError
@@ -100,7 +101,7 @@ class Trial:
 def _settings(values: Any) -> dict[str, Any] | None:
     """Return the settings that affect training, converted as a run does; None if invalid."""
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(Config), values)
+        typed = OmegaConf.merge(OmegaConf.structured(Config), saved.escaped(values))
     except OmegaConfBaseException:
         return None
     config: Any = OmegaConf.to_object(typed)

@@ -40,7 +40,6 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
         ConfigError: TRL or Transformers refuses a combination of settings.
     """
     import torch
-    from transformers.utils import is_torch_tf32_available
     from trl import SFTConfig
 
     from sft.errors import ConfigError, Problem
@@ -76,9 +75,7 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
                 # computed.
                 "dataloader_pin_memory": torch.cuda.is_available(),
                 "accelerator_config": {"non_blocking": torch.cuda.is_available()},
-                # With bf16 or fp16 the remaining float32 products may use TF32. With
-                # precision=fp32 they must not.
-                "tf32": True if precision != "fp32" and is_torch_tf32_available() else None,
+                "tf32": choices.tf32.value,
                 "log_level_replica": "error",
                 **train["extra"],
             },

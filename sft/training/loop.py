@@ -12,23 +12,24 @@ from sft.training.signals import Signals
 from sft.watch import callbacks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sft.config.settings import Config
     from sft.data.prepared import Prepared
+    from sft.run.run import Run
     from sft.training.trainer import Trainer
 
 
 def add_checks(
+    run: Run,
     trainer: Trainer,
-    config: Config,
     prepared: Prepared,
     stop_ids: Sequence[int],
     resume_from: Path | None,
     signals: Signals,
 ) -> None:
     """Add the guard, and what must be checked or evaluated before the first step."""
-    settings = config.train
+    settings = run.config.train
     trainer.guard = Guard(
         trainer.args, signals, trainer.rows_of, settings.max_loss_jump, settings.on_nan
     )
@@ -39,24 +40,31 @@ def add_checks(
         trainer.add_callback(callbacks.BeforeTraining(action, on_resume))
 
     device, vocabulary = trainer.args.device, len(trainer.processing_class)
+    packed = "seq_lengths" in prepared.train.dataset.column_names
 
     def check_head() -> None:
         precision = trainer.accelerator.mixed_precision
-        if not proof.head_agrees(trainer.model_wrapped, device, vocabulary, precision):
-            trainer.use_head("plain")
+        if plain := proof.prove_head(trainer.model_wrapped, device, vocabulary, precision):
+            trainer.use_head(plain.value)
+            run.correct(plain)
+
+    def check_isolation() -> None:
+        padded = proof.prove_isolation(
+            trainer.model_wrapped,
+            trainer.data_collator,
+            device,
+            vocabulary,
+            may_pad=settings.padding_free == "auto" and not packed,
+        )
+        if padded:
+            run.correct(padded)
 
     before_training(trainer.resume_counts)
     if trainer.lm_head != "plain":
         before_training(check_head)
-    packed = "seq_lengths" in prepared.train.dataset.column_names
     if packed or trainer.data_collator.padding_free:
-        may_pad = settings.padding_free == "auto" and not packed
-        before_training(
-            lambda: proof.prove_isolation(
-                trainer.model_wrapped, trainer.data_collator, device, vocabulary, may_pad
-            )
-        )
-    count = config.dataset.exact_match
+        before_training(check_isolation)
+    count = run.config.dataset.exact_match
     if count:
         before_training(lambda: log_answers(trainer, count, stop_ids), on_resume=False)
     if resume_from is not None and trainer.eval_dataset is not None:

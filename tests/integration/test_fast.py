@@ -104,5 +104,25 @@ def test_samples_are_padded_where_joined_they_would_see_each_other(
         found, _ = trained(tmp_path / "padded", model, rows)
     assert "train.padding_free=false: with attn_implementation=packed, documents" in caplog.text
     assert found == pytest.approx(expected, rel=1e-4)
+    choice = json.loads((tmp_path / "padded" / "run.json").read_text())["choices"][
+        "train.padding_free"
+    ]
+    assert choice["value"] is False
+    assert choice["reason"].startswith("with attn_implementation=packed, documents that are packed")
     with pytest.raises(ModelError, match="attend to each other"):
         trained(tmp_path / "refused", model, rows, "train.padding_free=true")
+
+
+def test_a_head_that_fails_its_check_is_replaced_and_recorded_so(
+    tmp_path: Path, llama: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft.fast import proof
+
+    monkeypatch.setattr(proof, "difference", lambda *args: 2.0)  # roundings
+    found, _ = trained(tmp_path / "run", llama, rows, "train.max_steps=1")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["choices"]["model.lm_head"] == {
+        "value": "plain",
+        "reason": "the fast LM head differs from the model's logits",
+    }
+    assert (record["status"], len(found)) == ("finished", 1)

@@ -356,16 +356,16 @@ def test_auto_is_what_the_run_began_with_on_another_processor(
     tmp_path: Path, saving: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """float32 was faster where the first run began, bf16 instructions where the other did."""
-    from sft.fast import half, speed
-    from sft.model import base as model
+    from sft.fast import cpu_products, speed
+    from sft.model import precision
 
-    monkeypatch.setattr(model, "SMALL", 0)  # as if this were a wide model
+    monkeypatch.setattr(precision, "SMALL", 0)  # as if this were a wide model
     command = [item for item in saving if "precision" not in item]
-    ways = [half.NATIVE, half.WIDENED, half.SHORTENED]
+    ways = [cpu_products.NATIVE, cpu_products.WIDENED, cpu_products.SHORTENED]
 
     def processor(possible: list[str], *figures: float) -> None:
         measured = dict(zip([speed.FLOAT32, *possible], figures, strict=True))
-        monkeypatch.setattr(half, "ways", lambda dtype: possible)
+        monkeypatch.setattr(cpu_products, "ways", lambda dtype: possible)
         monkeypatch.setattr(speed, "speeds", lambda: measured)
 
     def trained(name: str, then: Any) -> dict[str, Any]:
@@ -385,18 +385,21 @@ def test_auto_is_what_the_run_began_with_on_another_processor(
     assert found["identity"]["precision"] == "fp32"
     assert found["resumed"][0]["allowed"] == []
 
-    monkeypatch.setattr(half, "_ways", {})
+    monkeypatch.setattr(cpu_products, "_ways", {})
     processor(ways, 100.0, 60.0, 90.0, 140.0)
     found = trained("other", lambda: processor(ways, 100.0, 190.0, 75.0, 90.0))
-    assert found["identity"]["products"] == half.SHORTENED
+    assert found["identity"]["products"] == cpu_products.SHORTENED
     assert found["resumed"][0]["allowed"] == []
 
     cut_off(tmp_path / "other", 4)
-    processor([half.WIDENED], 100.0, 90.0)
+    processor([cpu_products.WIDENED], 100.0, 90.0)
     train(*command, f"output_dir={tmp_path / 'other'}")
     found = json.loads((tmp_path / "other" / "run.json").read_text())
-    assert (found["identity"]["precision"], found["identity"]["products"]) == ("bf16", half.WIDENED)
-    noted = f"products: {half.SHORTENED} there, {half.WIDENED} here"
+    assert (found["identity"]["precision"], found["identity"]["products"]) == (
+        "bf16",
+        cpu_products.WIDENED,
+    )
+    noted = f"products: {cpu_products.SHORTENED} there, {cpu_products.WIDENED} here"
     assert found["resumed"][-1]["allowed"] == [noted]
 
 

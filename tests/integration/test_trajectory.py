@@ -40,8 +40,8 @@ ALLOWED = {"fp32": (1e-5, 2e-5), "bf16": (4e-4, 2e-2)}
 # each way rounds differently. The way that every processor has is compared.
 WIDENED = """
 import runpy
-from sft.fast import half
-half.ways = lambda dtype: [half.WIDENED]
+from sft.fast import cpu_products
+cpu_products.ways = lambda dtype: [cpu_products.WIDENED]
 runpy.run_module("sft.train", run_name="__main__", alter_sys=True)
 """
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from sft.data.collator import Collator
 from sft.errors import ConfigError, ModelError
 from sft.fast import attention, proof
+from sft.plan import kernel as kernels
 
 LENGTHS = [[9, 4, 1, 7], [5, 12]]
 # Family, what is changed of it, and the kernels that are allowed with packing on a CPU.
@@ -113,12 +114,12 @@ def test_opt_leaks_with_stock_kernels_and_is_refused(tmp_path: Path, kernel: str
     ):
         proof.require_isolation(model, Collator(0), torch.device("cpu"), 256)
     with pytest.raises(ConfigError, match=rf"attn_implementation={kernel}\n.*in opt\n.*=packed"):
-        attention.kernel(model, kernel, several=True)
-    assert attention.kernel(model, kernel, several=False) == kernel
+        kernels.resolve(model, kernel, several=True)
+    assert kernels.resolve(model, kernel, several=False) == kernel
     with pytest.raises(ConfigError, match=r"attn_implementation=null\n"):
-        attention.kernel(model, None, several=True)
-    assert attention.kernel(model, "auto", several=True) == "packed"
-    assert attention.kernel(model, "auto", several=False) is None
+        kernels.resolve(model, None, several=True)
+    assert kernels.resolve(model, "auto", several=True) == "packed"
+    assert kernels.resolve(model, "auto", several=False) is None
 
 
 def test_proof_holds_with_our_kernel_and_restores_the_mode(tmp_path: Path) -> None:
@@ -129,17 +130,17 @@ def test_proof_holds_with_our_kernel_and_restores_the_mode(tmp_path: Path) -> No
 
 def test_kernels_that_cannot_be(tmp_path: Path) -> None:
     gptj = model_of(tmp_path, "gptj", {}, None)
-    assert attention.kernel(gptj, "auto", several=True) is None
-    assert attention.unjoinable(gptj, "auto", "fp32").startswith("gptj has its own attention")
-    assert attention.unjoinable(gptj, "flash_attention_2", "bf16") == ""
+    assert kernels.resolve(gptj, "auto", several=True) is None
+    assert kernels.unjoinable(gptj, "auto", "fp32").startswith("gptj has its own attention")
+    assert kernels.unjoinable(gptj, "flash_attention_2", "bf16") == ""
     llama = model_of(tmp_path, "llama", {}, None)
-    assert attention.unjoinable(llama, "auto", "fp32") == ""
-    assert attention.unjoinable(llama, "sdpa", "fp32").startswith("model.attn_implementation=sdpa")
-    assert attention.unjoinable(llama, None, "fp32").startswith("model.attn_implementation=null")
+    assert kernels.unjoinable(llama, "auto", "fp32") == ""
+    assert kernels.unjoinable(llama, "sdpa", "fp32").startswith("model.attn_implementation=sdpa")
+    assert kernels.unjoinable(llama, None, "fp32").startswith("model.attn_implementation=null")
     llama.config.attn_logit_softcapping = 50.0  # as Gemma 2's
-    assert attention.unjoinable(llama, "auto", "fp32").startswith("llama has its own attention")
+    assert kernels.unjoinable(llama, "auto", "fp32").startswith("llama has its own attention")
     with pytest.raises(ConfigError, match="gptj has its own attention"):
-        attention.kernel(gptj, "packed", several=False)
+        kernels.resolve(gptj, "packed", several=False)
     q = torch.zeros(1, 1, 2, 8)
     with pytest.raises(ModelError, match="has no softcap"):
         attention.packed_attention(torch.nn.Identity(), q, q, q, None, softcap=30.0)

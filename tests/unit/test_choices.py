@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sft import ranks
+from sft.config.places import DS_CONFIG_DIR
 from sft.config.rules import declared
-from sft.config.settings import DS_CONFIG_DIR, Config, fill_names
+from sft.config.settings import Config, fill_names
 from sft.data import artefact
 from sft.data.prepare import prepare
 from sft.data.prepared import Prepared
@@ -54,20 +55,21 @@ def test_the_block_is_aligned_and_reasons_go_on_below_themselves() -> None:
     chosen = decided("lora=none", "train.gradient_checkpointing=true")
     lines = chosen.lines(80)
     assert max(map(len, lines)) <= 80
-    assert chosen.lines(200)[:3] == [
+    assert chosen.lines(200)[:4] == [
         "precision                     fp32     the CPU has no bf16",
+        "train.extra.tf32              false    there is no GPU with TF32",
         "dataset.packing               none     each row is a sample; bfd joins rows up to "
         "dataset.max_length",
         "model.attn_implementation     packed   rows are joined without padding",
     ]
-    assert lines[1:3] == [
+    assert lines[2:4] == [
         "dataset.packing               none     each row is a sample; bfd joins rows up",
         " " * 39 + "to dataset.max_length",
     ]
     assert "lora.enabled                  false    as set" in lines
     assert "model.frozen_linear           plain    every weight is trained" in lines
     assert "train.gradient_checkpointing  true     as set" in lines
-    assert len(chosen.lines(200)) == len(list(chosen)) == 9
+    assert len(chosen.lines(200)) == len(list(chosen)) == 10
     assert max(map(len, chosen.lines(20))) < 80  # a very narrow terminal is not obeyed
 
 
@@ -76,11 +78,11 @@ def test_a_long_value_moves_only_its_own_reason(tmp_path: Path) -> None:
     shutil.copyfile(DS_CONFIG_DIR / "stage2.json", path)
     lines = decided(f"zero.config={path}").lines(200)
     assert lines[0] == f"{'precision':<30}{'fp32':<22}the CPU has no bf16"
-    assert lines[1] == f"{'zero.config':<30}{path}  as set"
+    assert lines[2] == f"{'zero.config':<30}{path}  as set"
 
 
 def test_every_choice_is_of_a_setting_and_is_what_json_holds() -> None:
-    settings = {name for name, _ in declared(Config)}
+    settings = {name for name, _ in declared(Config)} | {"train.extra.tf32"}
     chosen = decided("zero=stage3", "train.extra.torch_compile=true")
     record = json.loads(json.dumps(chosen.record()))
     assert record.keys() <= settings
@@ -136,6 +138,7 @@ def test_every_choice_is_of_a_setting_and_is_what_json_holds() -> None:
             "no",
             "no held",
         ),
+        (["train.extra.tf32=false"], "train.extra.tf32", False, "as set"),
         (["train.eval_strategy=no"], "train.eval_strategy", "no", "before and after training"),
     ],
 )

@@ -13,9 +13,10 @@ import pytest
 
 from sft import __main__ as program
 from sft.cli import completion, helptext
-from sft.config import compose, overrides
+from sft.config import compose
 from sft.config import groups as options
-from sft.config.settings import CONF_DIR, Config
+from sft.config.places import CONF_DIR
+from sft.config.settings import Config
 from sft.data.__main__ import main as data
 from sft.errors import ConfigError, Problem
 from sft.generate import main as generate
@@ -156,7 +157,7 @@ def test_a_file_is_read_as_the_line_is(folder: Path) -> None:
     assert config.lora.modules_to_save == ["lm_head", "a, b"]
     assert config.train.extra == {"adam_beta2": 0.95, "optim_args": 'it\'s, "so"?'}
 
-    words = overrides.expanded(["my.yaml", "lora.r=3"], Config)
+    words = train.expanded(["my.yaml", "lora.r=3"])
     assert train.compose(words) == train.compose(["my.yaml", "lora.r=3"])
     assert "my.yaml" not in words
 
@@ -386,7 +387,7 @@ def test_a_file_is_a_dataset(folder: Path, name: str, content: str, option: str)
     path = "folder" if name.startswith("folder") else name
     Path("my.yaml").write_text(json.dumps({"dataset": path}))
     for word in (f"dataset={path}", "my.yaml"):
-        chosen, rows = overrides.Reader(Config, None).read([word])
+        (chosen, rows), _ = train.read([word])
         assert (chosen.key, chosen.value) == ("dataset", option)
         assert (rows.key, rows.value) == ("dataset.path", path)
 

@@ -12,21 +12,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft.config import upstream
+from sft.config import saved, upstream
 from sft.config.checks import check
-from sft.config.rules import fields_of, named
+from sft.config.places import CONF_DIR
+from sft.config.rules import above, at_least, fields_of, named, one_of, within
 from sft.config.settings import (
-    CONF_DIR,
     Config,
     LoraSection,
     QuantizationConfig,
     TrainConfig,
-    above,
-    at_least,
     fill_names,
-    one_of,
     short_name,
-    within,
 )
 from sft.errors import ConfigError, Problem
 from sft.train import main
@@ -221,19 +217,61 @@ def test_every_recipe_opens_with_command_arithmetic_and_expectation(name: str) -
     assert "# What to expect: " in head
 
 
-def test_the_grid_sweeps_the_micro_batch_at_one_global_batch(tmp_path: Path) -> None:
+def test_the_grid_sweeps_the_micro_batch_at_one_global_batch() -> None:
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from sft.config.compose import register_schema
+
     setting, rule, fix = one_refused("experiment=opt-125m_wikitext_grid")
     assert setting == "train.per_device_train_batch_size=2,4,8,16"
     assert rule == "this config defines a sweep"
     assert fix == "add -m, or train.per_device_train_batch_size=2"
 
-    done = run(
-        *("-m", "sft.train", "-m", "experiment=opt-125m_wikitext_grid"),
-        *("hydra/launcher=basic", f"hydra.sweep.dir={tmp_path}"),
+    register_schema(Config, "train")
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        hydra = compose(
+            "train", ["experiment=opt-125m_wikitext_grid"], return_hydra_config=True
+        ).hydra
+    words = BasicSweeper(None, hydra.sweeper.params)._parse_config()
+    parsed = OverridesParser.create().parse_overrides(words)
+    (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    assert jobs == [[f"train.per_device_train_batch_size={size}"] for size in (2, 4, 8, 16)]
+
+
+def test_a_launcher_that_would_train_nothing_is_refused() -> None:
+    basic = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+    setting, rule, fix = one_refused("hydra/launcher=basic")
+    assert setting == f"hydra/launcher=basic ({basic})"
+    assert rule.endswith("this one would train nothing") and fix.startswith("hydra/launcher=torchr")
+    assert one_refused(f"hydra.launcher._target_={basic}")[1] == rule
+    assert one_refused("hydra.sweeper._target_=other.Sweeper") == (
+        "hydra/sweeper=basic (other.Sweeper)",
+        "sft supports only the sweeper that tries all combinations of the given values",
+        "hydra/sweeper=basic, or leave it out",
     )
-    assert done.returncode == 0, done.stderr
-    jobs = re.findall(r"#(\d) : train\.per_device_train_batch_size=(\d+) experiment=", done.stdout)
-    assert jobs == [("0", "2"), ("1", "4"), ("2", "8"), ("3", "16")]
+    assert main.compose(["hydra/launcher=torchrun", "hydra/sweeper=basic"]) == main.compose([])
+    with pytest.raises(SystemExit) as stopped:
+        main(["-m", "hydra/launcher=basic", "seed=1,2"])
+    assert stopped.value.code == 2
+
+
+def test_a_saved_config_is_read_as_the_same_values(tmp_path: Path) -> None:
+    texts = ["Pay ${x}", r"Pay \${x} and \\${seed}", "${", "$$ {a}", "no \\", "ü: #'\"\n", "null"]
+    given = Config()
+    given.template.prompts, given.template.completions = texts, ["{response}"]
+    given.template.name, given.template.kind = "mine", "completion"
+    given.template.system, given.dataset.columns = None, {"a": "${b}"}
+    given.lora.extra = {"list": ["${c}", 1, None]}
+    path = tmp_path / "config.yaml"
+    path.write_text(saved.to_yaml(given), encoding="utf-8")
+    assert saved.settings_of(path) == dataclasses.asdict(given)
+
+    config = main.compose(["template.system=Pay \\${x}", "dataset.eval_fraction=0"])
+    path.write_text(saved.to_yaml(config), encoding="utf-8")
+    assert config.template.system == "Pay ${x}"
+    assert main.compose([str(path)]) == config
 
 
 # The schema

@@ -51,6 +51,33 @@ def test_only_known_messages_are_hidden(caplog: pytest.LogCaptureFixture) -> Non
     assert [record.getMessage() for record in caplog.records] == ["new to us"] * 3
 
 
+def test_a_later_run_may_set_the_precision_of_products_anew() -> None:
+    """Transformers caches the call that sets it, and the end of a run restores the default."""
+    import torch
+    from transformers.utils.import_utils import enable_tf32
+
+    from sft import environment
+
+    usual = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    for _ in range(2):
+        with environment.prepared(distributed=False):
+            enable_tf32(True)
+            assert torch.backends.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        assert torch.backends.fp32_precision == usual  # type: ignore[attr-defined]
+
+
+def test_what_a_launcher_tells_is_read() -> None:
+    from sft import process
+
+    assert (process.launched({}), process.restarts({}), process.local_rank({})) == (False, 0, 0)
+    told = {"RANK": "5", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2"}
+    assert (process.launched(told), process.restarts(told), process.local_rank(told)) == (
+        True,
+        2,
+        1,
+    )
+
+
 def test_of_progress_bars_the_loading_of_weights_is_hidden() -> None:
     from transformers.utils import logging as bars
 

@@ -16,7 +16,6 @@ PACKAGE = Path(sft.__file__).parent
 # Private names that more than one file touches, each with its reason.
 SHARED = {
     "_parameters": "merge.stream asks whether there are any: parameters(recurse=False) says so too",
-    "_supports_sdpa": "train asks whether the kernel keeps scores, which its choice should say",
 }
 DEEPSPEED_MARKS = {"ds_id", "ds_numel", "ds_shape", "ds_status", "ds_tensor"}
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from sft.errors import ConfigError
-from sft.fast import half, linear, speed
-from sft.model.base import Precision, choose_precision
+from sft.fast import cpu_products, linear, speed
+from sft.model.precision import Precision, choose, choose_tf32
 
 NONE: dict[str, Any] = {"cpu_name": "Intel", "avx2": True}
 BF16: dict[str, Any] = {"cpu_name": "Intel", "avx512_f": True, "avx512_bf16": True}
-WAYS = (speed.FLOAT32, half.NATIVE, half.WIDENED, half.SHORTENED)
+WAYS = (speed.FLOAT32, cpu_products.NATIVE, cpu_products.WIDENED, cpu_products.SHORTENED)
 
 
 def chosen(asked: str, begun: dict[str, str] | None = None) -> tuple[str, str]:
-    found = choose_precision(asked, begun)
+    found = choose(asked, begun)
     return found.value, found.products
 
 
@@ -44,22 +44,26 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         # GFLOP/s of float32, bf16, bf16 as float32, and that by bf16 instructions.
         ((102.0, 186.0, 73.0, 90.0), "native", "native"),  # AMD Zen 4, a thread
-        ((150.0, 81.0, 135.0, 139.0), None, half.WIDENED),  # Intel, AVX512-BF16 without AMX
-        ((100.0, 114.0, 90.0, 114.0), None, half.NATIVE),  # within what a speed varies
-        ((100.0, 60.0, 90.0, 140.0), half.SHORTENED, half.SHORTENED),
-        ((100.0, 60.0, 130.0, 60.0), None, half.WIDENED),  # disturbed: it is float32 and more
-        ((100.0, 120.0, 90.0, 130.0), half.NATIVE, half.NATIVE),
+        ((150.0, 81.0, 135.0, 139.0), None, cpu_products.WIDENED),  # Intel, AVX512-BF16 without AMX
+        ((100.0, 114.0, 90.0, 114.0), None, cpu_products.NATIVE),  # within what a speed varies
+        ((100.0, 60.0, 90.0, 140.0), cpu_products.SHORTENED, cpu_products.SHORTENED),
+        (
+            (100.0, 60.0, 130.0, 60.0),
+            None,
+            cpu_products.WIDENED,
+        ),  # disturbed
+        ((100.0, 120.0, 90.0, 130.0), cpu_products.NATIVE, cpu_products.NATIVE),
     ],
 )
 def test_the_fastest_is_chosen_where_it_clearly_is(
     processor: Any, figures: tuple[float, ...], auto: str | None, bf16: str
 ) -> None:
     processor(BF16, figures)
-    found = choose_precision("auto")
+    found = choose("auto")
     assert (found.value, found.products) == (("bf16", auto) if auto else ("fp32", ""))
     assert found.reason.startswith("measured on this CPU: ")
     assert f"float32 {figures[0]:.0f}" in found.reason and "GFLOP/s" in found.reason
-    asked = choose_precision("bf16")
+    asked = choose("bf16")
     assert (asked.value, asked.products) == ("bf16", bf16)
     assert f"products are computed as {speed.NAMES[bf16]}" in asked.reason
 
@@ -67,49 +71,49 @@ def test_the_fastest_is_chosen_where_it_clearly_is(
 def test_nothing_is_measured_where_nothing_is_to_choose(processor: Any) -> None:
     for can in (NONE, BF16):
         processor(can, None)
-        assert choose_precision("fp32") == Precision("precision", "fp32", "as set", "")
+        assert choose("fp32") == Precision("precision", "fp32", "as set", "")
         with pytest.raises(ConfigError, match="precision=fp16"):
-            choose_precision("fp16")
+            choose("fp16")
     processor(NONE, None)
-    assert choose_precision("auto") == Precision("precision", "fp32", "the CPU has no bf16", "")
-    assert chosen("bf16") == ("bf16", half.WIDENED)
-    assert "computed in float32 and rounded" in choose_precision("bf16").reason
+    assert choose("auto") == Precision("precision", "fp32", "the CPU has no bf16", "")
+    assert chosen("bf16") == ("bf16", cpu_products.WIDENED)
+    assert "computed in float32 and rounded" in choose("bf16").reason
 
 
 def test_a_resumed_run_goes_on_with_what_it_began_with(processor: Any) -> None:
     processor(BF16, None)
-    for products in (half.NATIVE, half.WIDENED, half.SHORTENED):
+    for products in (cpu_products.NATIVE, cpu_products.WIDENED, cpu_products.SHORTENED):
         begun = Precision("precision", "bf16", "", products).identity()
         for asked in ("auto", "bf16"):
             assert chosen(asked, begun) == ("bf16", products)
-    assert choose_precision("auto", begun).reason.startswith("the run began with it")
+    assert choose("auto", begun).reason.startswith("the run began with it")
     assert chosen("auto", {"precision": "fp32"}) == ("fp32", "")
     processor(NONE, None)  # which cannot compute so
-    begun = {"precision": "bf16", "products": half.NATIVE}
-    assert chosen("auto", begun) == ("bf16", half.WIDENED)
+    begun = {"precision": "bf16", "products": cpu_products.NATIVE}
+    assert chosen("auto", begun) == ("bf16", cpu_products.WIDENED)
     # A run of before there were figures, or of a GPU, has no way of computing noted.
     processor(BF16, (100.0, 60.0, 90.0, 80.0))
-    assert chosen("auto", {"precision": "bf16"}) == ("bf16", half.WIDENED)
+    assert chosen("auto", {"precision": "bf16"}) == ("bf16", cpu_products.WIDENED)
 
 
 @pytest.mark.parametrize("amd", [True, False])
-@pytest.mark.parametrize("ways", [[half.WIDENED], [half.NATIVE], list(WAYS[1:])])
+@pytest.mark.parametrize("ways", [[cpu_products.WIDENED], [cpu_products.NATIVE], list(WAYS[1:])])
 def test_a_measurement_leaves_all_as_it_was(
     monkeypatch: pytest.MonkeyPatch, amd: bool, ways: list[str]
 ) -> None:
     monkeypatch.setattr(linear, "amd_with_avx512", lambda: amd)
-    monkeypatch.setattr(half, "ways", lambda dtype: ways)
+    monkeypatch.setattr(cpu_products, "ways", lambda dtype: ways)
     for name, value in (("TOKENS", 16), ("INPUTS", 32), ("OUTPUTS", 48)):
         monkeypatch.setattr(speed, name, value)
     speed._speeds.cache_clear()
-    before = torch.get_rng_state(), dict(half._ways), half._library
+    before = torch.get_rng_state(), dict(cpu_products._ways), cpu_products._library
     usual = torch.backends.mkldnn.matmul.fp32_precision
     found = speed.speeds()
     assert list(found) == [speed.FLOAT32, *ways]
     assert all(0 < figure for figure in found.values())
     assert speed.speeds() is found  # measured once in a process
     assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1:] == (half._ways, half._library)
+    assert before[1:] == (cpu_products._ways, cpu_products._library)
     assert torch.backends.mkldnn.matmul.fp32_precision == usual != "bf16"
     speed._speeds.cache_clear()
 
@@ -149,12 +153,35 @@ def test_ranks_share_decisions_before_there_is_a_process_group() -> None:
 
 def test_small_layers_are_float32_without_a_measurement(processor: Any) -> None:
     processor(BF16, None)
-    found = choose_precision("auto", width=128)
+    found = choose("auto", width=128)
     assert (found.value, found.products) == ("fp32", "")
     assert found.reason == "layers of width 128 are too small to gain from bf16 on a CPU"
     processor(BF16, (100.0, 190.0, 75.0, 90.0))
-    assert choose_precision("auto", width=512).value == "bf16"
-    assert choose_precision("bf16", width=128).value == "bf16"
+    assert choose("auto", width=512).value == "bf16"
+    assert choose("bf16", width=128).value == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("precision", "extra", "on_gpu", "value", "reason"),
+    [
+        ("bf16", {}, True, True, "precision=bf16 allows it for products that stay in float32"),
+        ("fp32", {}, True, False, "precision=fp32 computes products in full float32"),
+        ("fp32", {"tf32": True}, True, True, "as set"),
+        ("bf16", {"tf32": False}, True, False, "as set"),
+        ("bf16", {"tf32": None}, False, False, "there is no GPU with TF32"),
+    ],
+)
+def test_tf32(
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    extra: dict[str, Any],
+    on_gpu: bool,
+    value: bool,
+    reason: str,
+) -> None:
+    monkeypatch.setattr("transformers.utils.is_torch_tf32_available", lambda: on_gpu)
+    found = choose_tf32(precision, extra)
+    assert (found.setting, found.value, found.reason) == ("train.extra.tf32", value, reason)
 
 
 def test_ranks_that_do_not_find_each_other_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +203,6 @@ def test_ranks_that_do_not_find_each_other_say_so(monkeypatch: pytest.MonkeyPatc
 def test_a_run_begun_in_fp16_is_not_told_to_change_its_precision(processor: Any) -> None:
     processor(BF16, None)
     with pytest.raises(ConfigError, match="fix: precision=bf16"):
-        choose_precision("fp16")
+        choose("fp16")
     with pytest.raises(ConfigError, match="fix: resume this run on a GPU, or run_name=NAME"):
-        choose_precision("auto", {"precision": "fp16"})
+        choose("auto", {"precision": "fp16"})

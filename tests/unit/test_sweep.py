@@ -1,5 +1,6 @@
 """The sweep's logic, with children that train nothing."""
 
+import dataclasses
 import json
 import math
 import os
@@ -19,7 +20,9 @@ from omegaconf import OmegaConf
 
 from sft import child
 from sft.cli.command import start_logging
-from sft.config.settings import CONF_DIR, Config, fill_names
+from sft.config import saved
+from sft.config.places import CONF_DIR
+from sft.config.settings import Config, fill_names
 from sft.errors import ConfigError
 from sft.sweep import trials as sweep
 from sft.sweep.trial import Trial
@@ -236,6 +239,16 @@ def test_only_the_same_finished_run_is_taken_over(
         assert (item.final, item.seconds) == ({"eval_loss": 1.25}, 3.5)
     else:
         assert item.status == "not started"
+
+
+def test_braces_in_a_text_are_no_interpolation_when_settings_are_compared(tmp_path: Path) -> None:
+    config = Config()
+    config.template.system, config.output_dir = "Pay ${x}", str(tmp_path)
+    (tmp_path / "config.yaml").write_text(saved.to_yaml(config))
+    (tmp_path / "run.json").write_text('{"status": "finished", "final": {}, "seconds": 1}')
+    assert Trial([], dataclasses.asdict(config), [], str(tmp_path), "").take_over()
+    config.template.system = "Pay ${y}"
+    assert not Trial([], dataclasses.asdict(config), [], str(tmp_path), "").take_over()
 
 
 def test_a_trial_that_never_ran_is_not_taken_over(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     """Give the embedded tokenizer the control tokens that a template writes."""
     source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(TINY)
-    found = re.findall(r"<[|｜/a-zA-Z_][^<>\s{}'\"]{0,40}>|\[/?[A-Z_]{2,}\]", source)
+    found = re.findall(r"<[|\uff5c/a-zA-Z_][^<>\s{}'\"]{0,40}>|\[/?[A-Z_]{2,}\]", source)
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(found))})
     tokenizer.bos_token, tokenizer.eos_token = "<BOS>", "<EOS>"
     return tokenizer
@@ -155,9 +155,10 @@ def test_what_a_template_can_render_is_trained_exactly(name: str) -> None:
                 # diffusion_gemma's own marks leave out the token that ends a call.
                 if "call" not in run or "diffusion_gemma_training" not in name:
                     assert ends[:1] == [len(run)], (case, run)
-            assert len(runs) == len(set(re.findall(r"Aw\d", text))) + ("Vw1" in text) or len(
-                samples
-            ) > 1
+            assert (
+                len(runs) == len(set(re.findall(r"Aw\d", text))) + ("Vw1" in text)
+                or len(samples) > 1
+            )
             # Nothing but white space, or another EOS, follows the last answer.
             rest = text.rpartition(runs[-1])[2].replace("<EOS>", "")
             assert not rest.strip() or "diffusion_gemma_training" in name, (case, rest)

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft.fast import half
+from sft.fast import cpu_products
 
 
-@pytest.fixture(autouse=True, params=[half.WIDENED, half.SHORTENED])
+@pytest.fixture(autouse=True, params=[cpu_products.WIDENED, cpu_products.SHORTENED])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Compute both precisions in one way, whatever this processor has, for one test."""
-    half._register()
-    ways = {torch.bfloat16: request.param, torch.float16: half.WIDENED}
-    monkeypatch.setattr(half, "_ways", ways)
+    cpu_products._register()
+    ways = {torch.bfloat16: request.param, torch.float16: cpu_products.WIDENED}
+    monkeypatch.setattr(cpu_products, "_ways", ways)
     return str(request.param)
 
 
@@ -96,34 +96,34 @@ ARM = {"bf16": True}
 @pytest.mark.parametrize(
     ("can", "asked", "found"),
     [
-        ({}, None, half.WIDENED),
-        ({}, half.NATIVE, half.WIDENED),  # which PyTorch would emulate
-        ({}, half.SHORTENED, half.WIDENED),
-        (BF16, None, half.NATIVE),
-        (BF16, "", half.NATIVE),
-        (BF16, half.WIDENED, half.WIDENED),
-        (BF16, half.SHORTENED, half.SHORTENED),
-        (ARM, half.SHORTENED, half.NATIVE),
+        ({}, None, cpu_products.WIDENED),
+        ({}, cpu_products.NATIVE, cpu_products.WIDENED),  # which PyTorch would emulate
+        ({}, cpu_products.SHORTENED, cpu_products.WIDENED),
+        (BF16, None, cpu_products.NATIVE),
+        (BF16, "", cpu_products.NATIVE),
+        (BF16, cpu_products.WIDENED, cpu_products.WIDENED),
+        (BF16, cpu_products.SHORTENED, cpu_products.SHORTENED),
+        (ARM, cpu_products.SHORTENED, cpu_products.NATIVE),
     ],
 )
 def test_the_way_is_one_that_the_processor_has(
     monkeypatch: pytest.MonkeyPatch, can: dict[str, bool], asked: str | None, found: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
-    half.widen_products(torch.bfloat16, asked)
-    assert half._ways[torch.bfloat16] == found
-    half.widen_products(torch.float16, asked)
-    assert half._ways[torch.float16] == half.WIDENED  # none of these has fp16
-    half.widen_products(torch.float32, asked)
-    assert torch.float32 not in half._ways
+    cpu_products.widen_products(torch.bfloat16, asked)
+    assert cpu_products._ways[torch.bfloat16] == found
+    cpu_products.widen_products(torch.float16, asked)
+    assert cpu_products._ways[torch.float16] == cpu_products.WIDENED  # none of these has fp16
+    cpu_products.widen_products(torch.float32, asked)
+    assert torch.float32 not in cpu_products._ways
 
 
 def test_a_way_is_looked_up_at_each_call_and_registered_once(way: str) -> None:
-    library = half._library
-    for name in (half.NATIVE, way, half.NATIVE):
-        half.widen_products(torch.bfloat16, name)
-    half._register()
-    assert half._library is library
+    library = cpu_products._library
+    for name in (cpu_products.NATIVE, way, cpu_products.NATIVE):
+        cpu_products.widen_products(torch.bfloat16, name)
+    cpu_products._register()
+    assert cpu_products._library is library
 
 
 class Stock:
@@ -142,21 +142,21 @@ class Stock:
 
 def test_what_is_widened_and_what_is_not(way: str) -> None:
     stock = Stock()
-    run = half._widened(stock, 0, 1, exact=False)
+    run = cpu_products._widened(stock, 0, 1, exact=False)
     wide, narrow = torch.float32, torch.bfloat16
-    many, few = torch.ones(half.ROWS, 4), torch.ones(half.ROWS - 1, 4)
+    many, few = torch.ones(cpu_products.ROWS, 4), torch.ones(cpu_products.ROWS - 1, 4)
     weight = torch.ones(5, 4)
     assert run(None, many.bfloat16(), weight.bfloat16().t()).dtype == narrow
     run(None, few.bfloat16(), weight.bfloat16().t())  # a layer, in generating
     run(None, few.bfloat16(), weight.t().bfloat16().contiguous())  # LoRA's gradient
     run(None, many.bfloat16(), weight.t())  # which PyTorch refuses, and must
     run(None, many, weight.t())
-    half._ways[torch.float16] = half.NATIVE
+    cpu_products._ways[torch.float16] = cpu_products.NATIVE
     run(None, many.half(), weight.half().t())
     out = torch.zeros(2, dtype=narrow)
     assert run(None, many.bfloat16(), weight.bfloat16().t(), out=out) is out
     assert out.tolist() == [3, 3]
-    half._ways[torch.bfloat16] = half.NATIVE
+    cpu_products._ways[torch.bfloat16] = cpu_products.NATIVE
     run(None, many.bfloat16(), weight.bfloat16().t())
     assert stock.seen == [
         [wide, wide],
@@ -170,26 +170,26 @@ def test_what_is_widened_and_what_is_not(way: str) -> None:
     ]
     # bf16 instructions are for widened products only: what is float32 itself stays so.
     usual = torch.backends.mkldnn.matmul.fp32_precision
-    short = "bf16" if way == half.SHORTENED else usual
+    short = "bf16" if way == cpu_products.SHORTENED else usual
     assert usual != "bf16"
     assert stock.instructions == [short, usual, short, usual, usual, usual, short, usual]
 
 
 def test_attention_s_weights_are_not_shortened() -> None:
     stock = Stock()
-    query = torch.ones(1, 1, half.ROWS, 4).bfloat16()
-    half._widened(stock, 0, 1, exact=True)(None, query, query, query)
+    query = torch.ones(1, 1, cpu_products.ROWS, 4).bfloat16()
+    cpu_products._widened(stock, 0, 1, exact=True)(None, query, query, query)
     assert stock.seen == [[torch.float32] * 3]
     assert stock.instructions != ["bf16"]
 
 
 def test_products_of_unlike_precisions_are_still_refused() -> None:
-    x = torch.ones(half.ROWS, 8)
+    x = torch.ones(cpu_products.ROWS, 8)
     for other in (torch.float32, torch.float16):
         with pytest.raises(RuntimeError, match="dtype"):
             x.bfloat16() @ x.t().to(other)
     with pytest.raises(RuntimeError, match="dtype"):
-        F.linear(x, x, torch.ones(half.ROWS, dtype=torch.bfloat16))
+        F.linear(x, x, torch.ones(cpu_products.ROWS, dtype=torch.bfloat16))
 
 
 def test_into_a_tensor_and_in_groups_as_experts_do() -> None:

@@ -1,0 +1,220 @@
+"""The settings of the sections dataset and template: from rows to trained text."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from sft.config.rules import at_least, one_of, setting, share, within
+
+FORMAT_NAMES = (
+    "prompt_completion",
+    "alpaca",
+    "question_answer",
+    "messages",
+    "sharegpt",
+    "text",
+    "tokenized",
+    "columns",
+)
+# The checks of the audit. Each text follows the number of documents that the check found.
+CHECKS = {
+    "nothing_trained": "have no trained token, and are left out",
+    "never_stops": "train no token that ends the answer",
+    "prompt_differs": "have an answer that begins differently from the generation prompt",
+    "answer_cut": "have an answer that is cut off at dataset.max_length",
+    "double_bos": "begin with two BOS tokens",
+    "control_tokens": "contain the text of a control token",
+    "duplicates": "are exact copies of an earlier document",
+    "eval_in_train": "are held out and also trained on",
+}
+
+
+@dataclass
+class DatasetConfig:
+    """Where rows come from, which are held out for evaluation, and how they become samples."""
+
+    name: str | None = setting(
+        None,
+        "short name, used in run_name; null: the last part of path, or the names in mix",
+        in_data_key=False,
+    )
+    path: str | None = setting(
+        None, "where the rows are: file, folder, pattern, URL (s3://, ...) or hub id"
+    )
+    subset: str | None = setting(None, "configuration name of the hub dataset")
+    split: str = setting("train", "split of the hub dataset to train on")
+    eval_path: str | None = setting(None, "file or folder of held-out rows")
+    eval_split: str | None = setting(None, "split of the hub dataset to evaluate on")
+    eval_fraction: float = setting(0.0, "fraction of rows held out for evaluation", within(0, 1))
+    streaming: bool = setting(
+        False,
+        "true: read only the rows that train.max_steps needs; for data larger than the disk",
+    )
+    mix: dict[str, Any] = setting(
+        {},
+        "several sources instead of path: {NAME: {path: ..., weight: W}}; each row is seen W times "
+        "per epoch",
+    )
+    format: str = setting(
+        "auto",
+        "format of the rows; auto: detected from the column names",
+        one_of("auto", *FORMAT_NAMES),
+    )
+    columns: dict[str, str] = setting(
+        {}, "column names of the data by template field, such as {prompt: question}"
+    )
+    max_rows: int | None = setting(
+        None, "number of rows to read from the start of each source; null: all", at_least(1)
+    )
+    max_eval_rows: int | None = setting(
+        None,
+        "number of rows to read from the start of eval_path or eval_split; null: all",
+        at_least(1),
+    )
+    max_length: int = setting(
+        1024,
+        "maximum number of tokens in a sample",
+        at_least(8),
+        decides=("train.max_length",),
+        called=("max_seq_length", "sequence_len", "cutoff_len"),
+    )
+    overlong: str = setting(
+        "error",
+        "what to do with documents longer than max_length. error: stop the run; truncate: cut off "
+        "the end; drop: leave them out; split: make several samples. The audit shows their number",
+        one_of("truncate", "drop", "split", "error"),
+    )
+    packing: str = setting(
+        "auto",
+        "what a sample is. none: one document; bfd: as many whole documents as fit into max_length "
+        "(best-fit decreasing); bfd_split: as bfd, but longer documents are split; wrapped: "
+        "documents are joined and cut every max_length tokens; boundary: as wrapped, but cut after "
+        "dataset.boundary; auto: wrapped for plain text, else none. Documents never attend to each "
+        "other",
+        one_of("auto", "none", "bfd", "bfd_split", "wrapped", "boundary"),
+    )
+    boundary: str = setting(
+        "\n",
+        "with packing=boundary: a block begins after the last such token of the previous block",
+    )
+    sanitize: bool = setting(
+        False,
+        "true: plain text loses carriage returns, blank lines and repeated spaces; tabs become "
+        "spaces",
+    )
+    order: str = setting(
+        "given",
+        "order in which packing joins documents. given: as read; shortest: by length, shortest "
+        "first; longest: longest first; random: shuffled with the seed",
+        one_of("given", "shortest", "longest", "random"),
+    )
+    sample: float = setting(1.0, "fraction of the samples to train on, evenly spaced", share())
+    max_bad_fraction: float = setting(
+        0.0,
+        "largest fraction of rows that may not match the format or template; else the run stops",
+        within(0, 1),
+        in_data_key=False,
+    )
+    stop_above: dict[str, float] = setting(
+        {"nothing_trained": 0.05, "never_stops": 0.5, "double_bos": 0.0},
+        "for each check of the audit, the fraction of documents above which the run stops; 1: "
+        "never",
+        changes_training=False,
+        in_data_key=False,
+    )
+    warn_above: dict[str, float] = setting(
+        {
+            "nothing_trained": 0.0,
+            "never_stops": 0.0,
+            "prompt_differs": 0.0,
+            "answer_cut": 0.0,
+            "control_tokens": 0.0,
+            "duplicates": 0.01,
+            "eval_in_train": 0.0,
+        },
+        "for each check of the audit, the fraction of documents above which a warning is shown; "
+        "1: never",
+        changes_training=False,
+        in_data_key=False,
+    )
+    num_proc: int | None = setting(
+        None,
+        "number of processes that tokenise; null: one per CPU core",
+        at_least(1),
+        changes_training=False,
+        in_data_key=False,
+    )
+    exact_match: int = setting(
+        0,
+        "number of held-out prompts answered greedily before and after training; the share of "
+        "exact answers is reported; 0: none",
+        at_least(0),
+        changes_training=False,
+        in_data_key=False,
+    )
+
+
+@dataclass
+class TemplateConfig:
+    """How a row becomes text, and which part of it is trained."""
+
+    name: str | None = setting(None, "short name of the template")
+    kind: str = setting(
+        "completion",
+        "completion: a prompt, then a trained completion; chat: messages in the tokenizer's chat "
+        "template; text: plain text, all of it trained",
+        one_of("completion", "chat", "text"),
+    )
+    train_on: str | None = setting(
+        None,
+        "which tokens are trained; null: the completion (kind=completion), every assistant turn "
+        "(kind=chat) or the whole text (kind=text)",
+        one_of("completion", "assistant", "last_assistant", "all"),
+    )
+    chat_template: str | None = setting(
+        None,
+        "with kind=chat: a Jinja template, a .jinja file, or the name of a template of TRL (qwen3, "
+        "llama3, ...); null: the tokenizer's own",
+    )
+    system: str | None = setting(
+        None, "with kind=chat: system message for conversations that do not begin with one"
+    )
+    prompts: list[str] = setting(
+        [], "prompt texts with {column} fields; the first whose columns a row fills is used"
+    )
+    completions: list[str] = setting(
+        [], "texts of the trained part with {column} fields, chosen in the same way"
+    )
+    append_eos: bool = setting(
+        True, "true: append the EOS token to each completion or document (not with kind=chat)"
+    )
+    kwargs: dict[str, Any] = setting(
+        {},
+        "with kind=chat: values of the chat template's own switches, such as "
+        "{enable_thinking: false}",
+    )
+    date: str | None = setting(
+        None,
+        "with kind=chat: the day that a chat template with a date writes, as YYYY-MM-DD; null: the "
+        "day of the run's first start",
+    )
+    bos: str | None = setting(
+        None,
+        "which BOS begins a sample. tokenizer: what the tokenizer puts before a document, unless "
+        "the text begins with it; template: only what the template writes; null: template for "
+        "kind=chat, else tokenizer",
+        one_of("tokenizer", "template"),
+    )
+
+
+@functools.cache  # called for every row
+def columns_of(text: str) -> tuple[str, ...]:
+    """List the ``{column}`` fields of a template's text.
+
+    Raises:
+        ValueError: The braces of the text do not match.
+    """
+    return tuple(name for _, name, _, _ in Formatter().parse(text) if name is not None)

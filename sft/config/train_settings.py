@@ -1,0 +1,199 @@
+"""The settings of the sections train, zero and resume: how a run trains and goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sft.config.rules import above, at_least, one_of, setting
+
+
+@dataclass
+class TrainConfig:
+    """Batch, training length, optimizer, evaluation and saving. Most names are SFTConfig's."""
+
+    global_batch_size: int = setting(
+        32,
+        "sequences per optimizer step, over all ranks and gradient accumulation",
+        at_least(1),
+        ours=True,
+        decides=("train.gradient_accumulation_steps",),
+        called=("batch_size", "gradient_accumulation_steps"),
+    )
+    per_device_train_batch_size: int = setting(
+        4,
+        "micro-batch: sequences per rank and forward pass",
+        at_least(1),
+        changes_training=False,
+        decides=("train.auto_find_batch_size",),
+        called=("micro_batch_size",),
+    )
+    per_device_eval_batch_size: int = setting(
+        8,
+        "sequences per rank and forward pass in evaluation",
+        at_least(1),
+        changes_training=False,
+    )
+    num_train_epochs: float = setting(
+        3.0, "passes over the training data", above(0), called=("num_epochs", "epochs")
+    )
+    max_steps: int = setting(
+        -1, "number of optimizer steps; -1: num_train_epochs decides", at_least(-1)
+    )
+    learning_rate: float = setting(
+        2e-4,
+        "peak learning rate; about 2e-4 for LoRA, 2e-5 for full fine-tuning",
+        above(0),
+        called=("lr",),
+        example="train.learning_rate=2e-4",
+    )
+    lr_scheduler_type: str = setting(
+        "cosine", "learning rate schedule: linear, cosine, cosine_with_min_lr, constant, ..."
+    )
+    lr_scheduler_kwargs: dict[str, Any] = setting(
+        {}, "arguments of the learning rate schedule, such as {min_lr_rate: 0.1}"
+    )
+    warmup_steps: float = setting(
+        0.03,
+        "number of warm-up steps; below 1: a fraction of all steps",
+        at_least(0),
+        called=("warmup_ratio",),
+        example="train.warmup_steps=0.03 (below 1 it is a share of all steps)",
+    )
+    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW", at_least(0))
+    max_grad_norm: float = setting(
+        1.0, "the gradient norm is clipped to this value; 0: no clipping", at_least(0)
+    )
+    optim: str = setting(
+        "adamw_torch_fused",
+        "optimizer: adamw_torch_fused, adamw_8bit, paged_adamw_8bit, adafactor, ...",
+    )
+    gradient_checkpointing: Any = setting(
+        "auto",
+        "true: recompute activations in the backward pass, which saves memory and takes a third "
+        "more time; auto: only if activations do not fit into the free memory",
+        one_of("auto", True, False),
+        changes_training=False,
+        decides=("train.activation_checkpointing",),
+        example="train.gradient_checkpointing=true",
+    )
+    logging_steps: int = setting(
+        10,
+        "optimizer steps between logged lines",
+        at_least(1),
+        changes_training=False,
+        decides=("train.logging_strategy",),
+    )
+    eval_strategy: str = setting(
+        "epoch",
+        "when to evaluate, besides before and after training",
+        one_of("no", "steps", "epoch"),
+        changes_training=False,
+        decides=("train.eval_on_start",),
+        called=("evaluation_strategy",),
+    )
+    eval_steps: int | None = setting(
+        None,
+        "optimizer steps between evaluations, with eval_strategy=steps",
+        at_least(1),
+        changes_training=False,
+    )
+    save_strategy: str = setting(
+        "epoch",
+        "when to write a checkpoint",
+        one_of("no", "steps", "epoch"),
+        changes_training=False,
+    )
+    save_steps: int = setting(
+        500,
+        "optimizer steps between checkpoints, with save_strategy=steps",
+        at_least(1),
+        changes_training=False,
+    )
+    save_total_limit: int = setting(
+        2,
+        "number of checkpoints to keep: the newest, and the one with the best evaluation",
+        at_least(2),
+        changes_training=False,
+    )
+    merge: bool = setting(
+        False,
+        "true: after training, merge the adapter into full weights and verify them",
+        changes_training=False,
+        ours=True,
+    )
+    on_nan: str = setting(
+        "stop",
+        "what to do when a loss or gradient is not finite. stop: stop the run; skip: leave out the "
+        "update of that step",
+        one_of("stop", "skip"),
+        changes_training=False,
+        ours=True,
+    )
+    max_loss_jump: float | None = setting(
+        None,
+        "stop the run when the loss of a step is more than this many times the mean of the 20 "
+        "previous steps; null: never",
+        above(1),
+        changes_training=False,
+        ours=True,
+    )
+    padding_free: Any = setting(
+        "auto",
+        "true: join the rows of a micro-batch into one row instead of padding them; auto: if the "
+        "model's attention can keep them apart",
+        one_of("auto", True, False),
+        changes_training=False,
+        ours=True,
+    )
+    pad_to_multiple_of: int | None = setting(
+        None,
+        "pad each batch to a length that is a multiple of this number; null: to its longest row",
+        at_least(1),
+        changes_training=False,
+        ours=True,
+    )
+    dataloader_num_workers: int = setting(
+        0,
+        "processes per rank that prepare batches; 0: the training process does",
+        at_least(0),
+        changes_training=False,
+    )
+    extra: dict[str, Any] = setting({}, "any other fields of trl.SFTConfig, by name", ours=True)
+
+
+@dataclass
+class ZeroConfig:
+    """How DeepSpeed splits the optimizer state, gradients and parameters over ranks."""
+
+    config: str | None = setting(
+        None,
+        "DeepSpeed configuration: the name of a JSON file in ds_config/, or a path; null: plain "
+        "DDP without DeepSpeed",
+        changes_training=False,
+        decides=("train.deepspeed", "train.fsdp", "train.fsdp_config", "train.parallelism_config"),
+        called=("deepspeed",),
+        example="zero=stage2",
+    )
+    overrides: dict[str, Any] = setting(
+        {}, "values that replace those of the JSON file, nested as in it", changes_training=False
+    )
+
+
+@dataclass
+class ResumeConfig:
+    """How the same command resumes a run that was interrupted."""
+
+    checkpoint: str | None = setting(
+        None,
+        "checkpoint to resume from, such as checkpoint-40; null: the newest complete one",
+        changes_training=False,
+        decides=("train.resume_from_checkpoint",),
+        example="resume.checkpoint=checkpoint-40; without it, the newest is taken",
+    )
+    allow: list[str] = setting(
+        [],
+        "what may differ from the run that is resumed: names of settings such as "
+        "train.learning_rate, base (the base model) or data",
+        changes_training=False,
+    )
