@@ -102,7 +102,7 @@ def digest(files: Sequence[str], root: Path) -> str:
             # The time stamp of a file that changed just now may not show its next change.
             if os.stat(file).st_mtime < time.time() - FRESH:
                 memo[key] = known
-        whole.update(f"{os.path.relpath(file, root)} {known}\n".encode())
+        whole.update(f"{os.path.relpath(file, root)} {known}\n".encode(errors="surrogateescape"))
     if len(memo) > before:
         with contextlib.suppress(OSError):
             memo_file.parent.mkdir(parents=True, exist_ok=True)

@@ -90,11 +90,18 @@ def _data(config: Config) -> Iterator[Problem]:
         "dataset.eval_fraction": data.eval_fraction,
     }
     given = [f"{key}={value}" for key, value in sources.items() if value]
+    prepared = _prepared_parts(data)
+    if given and prepared:
+        yield Problem(
+            given[0],
+            "has no effect on prepared data, whose held-out samples were chosen when it was made",
+            "leave it out, or prepare the data again with it",
+        )
     if len(given) > 1:
         yield Problem(
             ", ".join(given), "only one setting may choose the held-out rows", f"keep {given[0]}"
         )
-    if data.exact_match and not given:
+    if data.exact_match and not given and "eval" not in prepared:
         yield Problem(
             f"dataset.exact_match={data.exact_match}",
             "needs held-out rows whose prompts the model answers",
@@ -155,6 +162,14 @@ def _data(config: Config) -> Iterator[Problem]:
         )
 
 
+def _prepared_parts(data: DatasetConfig) -> set[str]:
+    """Return the parts, train and eval, of a folder of prepared data; none if it is no such."""
+    from sft.data.artefact import meta_of
+
+    meta = meta_of(data.path)
+    return set(meta["parts"]) if meta else set()
+
+
 def _sources(data: DatasetConfig) -> Iterator[Problem]:
     """Check where rows come from."""
     if not data.path and not data.mix:
@@ -206,6 +221,11 @@ def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]
             data.packing == "boundary",
             "has an effect only with dataset.packing=boundary",
         ),
+        (
+            "boundary_overlap",
+            data.packing == "boundary",
+            "has an effect only with dataset.packing=boundary",
+        ),
         ("sanitize", template.kind == "text", "is for plain text only"),
     ):
         value = getattr(data, key)
@@ -239,6 +259,7 @@ def _batch(config: Config) -> Iterator[Problem]:
 def _schedule(config: Config) -> Iterator[Problem]:
     train, data = config.train, config.dataset
     held_out = data.eval_path or data.eval_split or data.eval_fraction
+    held_out = held_out or "eval" in _prepared_parts(data)
     if train.eval_strategy == "steps" and train.eval_steps is None:
         yield Problem("train.eval_strategy=steps", "needs train.eval_steps", "train.eval_steps=100")
     if train.eval_steps is not None and train.eval_strategy != "steps":

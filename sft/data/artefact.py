@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.config.settings import DatasetConfig, TemplateConfig
+from sft.data.folders import without_protocol
 from sft.errors import DataError
 from sft.files import write_text
 
@@ -21,11 +23,15 @@ META = "meta.json"
 
 def meta_of(path: str | None) -> dict[str, Any] | None:
     """Read an artefact's ``meta.json``; None if the path is not an artefact."""
-    folder = Path(path or "").expanduser()
+    folder = Path(without_protocol(path or "")).expanduser()
     if not path or not (folder / META).is_file() or not (folder / "dataset_dict.json").is_file():
         return None
-    meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
-    return meta if "parts" in meta and "tokenizer" in meta else None
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    ours = isinstance(meta, dict) and "parts" in meta and "tokenizer" in meta
+    return meta if ours else None
 
 
 def template_of(path: str | None) -> TemplateConfig | None:
@@ -51,8 +57,9 @@ def save(prepared: Prepared, folder: Path) -> None:
         sets["eval"] = prepared.eval.dataset
     DatasetDict(sets).save_to_disk(str(partial))
     shutil.copyfile(prepared.folder / "dropped.jsonl", partial / "dropped.jsonl")
-    meta = (prepared.folder / "data.json").read_text(encoding="utf-8")
-    write_text(partial / META, meta)
+    meta = json.loads((prepared.folder / "data.json").read_text(encoding="utf-8"))
+    meta["parts"] = {name: dataclasses.asdict(counts) for name, counts in prepared.parts.items()}
+    write_text(partial / META, json.dumps(meta, indent=2) + "\n")
     partial.rename(folder)
 
 
@@ -70,7 +77,7 @@ def load(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared 
     meta = meta_of(config.path)
     if meta is None:
         return None
-    folder = Path(str(config.path)).expanduser()
+    folder = Path(without_protocol(str(config.path))).expanduser()
     if config.streaming:
         raise DataError(
             f"dataset.path={folder} is prepared and cannot be streamed\n"

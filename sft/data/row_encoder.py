@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from sft.data.formats import normalise, recognise
-from sft.data.readers import SHOWN, BadRow, Row
+from sft.data.rows import SHOWN, BadRow, Row
 from sft.data.segment import TOKEN_BREAK, Segment
 from sft.data.template import Empty, Template
 from sft.data.text_encoder import Encoder, TokenSpan
