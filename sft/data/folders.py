@@ -66,7 +66,9 @@ def resolve(path: str, split: str | None = "train") -> Location:
     Raises:
         DataError: The path does not exist, or not all of its files can be read together.
     """
-    found = _resolved(path, split)
+    path = without_protocol(path)
+    with read_errors(path):
+        found = _remote(path, split) if "://" in path else _local(path, split)
     if split not in (None, "train") and found.files and not found.has_splits:
         raise DataError(
             f"{path} has no split {split}: files have no splits\n"
@@ -81,11 +83,7 @@ def without_protocol(path: str) -> str:
     return name if separator and protocol in ("file", "local") else path
 
 
-def _resolved(path: str, split: str | None) -> Location:
-    path = without_protocol(path)
-    if "://" in path:
-        with read_errors(path):
-            return _remote(path, split)
+def _local(path: str, split: str | None) -> Location:
     local = Path(path).expanduser()
     if local.is_dir():
         return _of_folder(str(local), list(_walk(local)), split)
@@ -95,11 +93,13 @@ def _resolved(path: str, split: str | None) -> Location:
         return Location(path, [str(local)], root=str(local.parent))
     if found := sorted(glob.glob(str(local), recursive=True)):
         files = [Path(name) for name in found if not os.path.isdir(name)]
-        folders = [name for name in found if os.path.isdir(name)]
         entries = [(str(file), _irregular(file)) for file in files]
         # A folder that matches is not read, unless files within it match, too, as with **.
-        lonely = [f for f in folders if not any(str(file).startswith(f"{f}/") for file in files)]
-        entries += [(name, "a folder") for name in lonely]
+        parents = {str(parent) for file in files for parent in file.parents}
+        folders = [
+            name for name in found if os.path.isdir(name) and name.rstrip("/") not in parents
+        ]
+        entries += [(name, "a folder") for name in folders]
         return _chosen(path, os.path.dirname(found[0]), entries)
     may_be_hub_id = not (local.is_absolute() or path.startswith(".") or path.count("/") > 1)
     if kind_of(path) or glob.has_magic(path) or not may_be_hub_id:
@@ -119,6 +119,10 @@ def _irregular(file: Path) -> str:
     return next((name for is_kind, name in IRREGULAR if is_kind(mode)), "")
 
 
+def _refuse(error: OSError) -> None:
+    raise error
+
+
 def _walk(folder: Path) -> Iterator[Entry]:
     """Yield the entries below a folder, in order; a folder that is linked twice is read once.
 
@@ -126,7 +130,7 @@ def _walk(folder: Path) -> Iterator[Entry]:
     """
     seen = {os.path.realpath(folder)}
     found: list[tuple[Path, str]] = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         inside = sorted(folders)
         folders.clear()
         for name in inside:

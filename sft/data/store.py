@@ -54,8 +54,8 @@ class Dropped:
         reason = reason.split("\n    fix:")[0] if text else reason
         record = {"part": part, "file": file, "line": line, "reason": reason, "row": text}
         # A file's name, which may be no UTF-8, is the only text with lone surrogates here.
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        self.file.write(line.decode() + "\n")
+        written = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        self.file.write(written.decode() + "\n")
 
 
 class _Writer:

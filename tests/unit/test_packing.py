@@ -93,15 +93,16 @@ def test_boundary_trains_each_token_once(seed: int, isolated: bool) -> None:
     total = int(lengths.sum())
     boundaries = np.flatnonzero(generator.random(total) < 0.1)
     plan = packing.at_boundaries(documents, lengths, 16, boundaries, lambda s: s, True, isolated)
-    begins = dict(zip(documents.tolist(), np.cumsum(lengths[documents]) - lengths[documents]))
+    begins = np.zeros(200, np.int64)
+    begins[documents] = np.cumsum(lengths[documents]) - lengths[documents]
     trained = []
     for block in range(plan.blocks):
         for piece in range(plan.first[block], plan.first[block + 1]):
             predicted = isolated or piece == plan.first[block]  # from a token of its document
             low = max(int(plan.repeated[piece]), int(predicted))
-            begin = begins[int(plan.document[piece])]
-            trained += range(begin + plan.start[piece] + low, begin + plan.stop[piece])
-    firsts = set(begins.values()) if isolated else {0}
+            begin = int(begins[plan.document[piece]])
+            trained += range(begin + int(plan.start[piece]) + low, begin + int(plan.stop[piece]))
+    firsts = set(begins.tolist()) if isolated else {0}
     assert sorted(trained) == [place for place in range(total) if place not in firsts]
     sizes = plan.stop - plan.start
     assert all(sizes[a:b].sum() <= 16 for a, b in itertools.pairwise(plan.first.tolist()))
