@@ -57,8 +57,12 @@ def _unusable(values: Any, brackets: int) -> str:
     """
     if not isinstance(values, dict):
         return f"is not an object but {type(values).__name__}"
-    level: list[Any] = [values] if brackets > MAX_DEPTH else []
+    if brackets <= MAX_DEPTH:
+        return ""
+    level: list[Any] = [values]
     for _ in range(MAX_DEPTH):
+        if not level:
+            return ""
         inner = (item.values() if isinstance(item, dict) else item for item in level)
         level = [value for values in inner for value in values if isinstance(value, dict | list)]
     return f"is nested more than {MAX_DEPTH} deep" if level else ""

@@ -98,7 +98,7 @@ class RowEncoder:
                 _require_whole_characters(samples)
             except Empty as error:
                 empty.append(BadRow(row.file, row.line, str(error), _shown(row.values)))
-            except (DataError, AttributeError, TypeError, KeyError) as error:
+            except Exception as error:  # whatever a value does to a template, the row is bad
                 bad.append(BadRow(row.file, row.line, _reason(error), _shown(row.values)))
             else:
                 rendered += samples
