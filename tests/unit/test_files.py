@@ -326,6 +326,15 @@ def test_a_value_without_a_python_form_is_a_bad_row(folder: Path, audit: Run) ->
     assert "the row cannot be read: OverflowError" in reason
 
 
+def test_an_error_of_a_row_kills_no_run(folder: Path, audit: Run) -> None:
+    """Three values where two are unpacked are a ValueError."""
+    good = {"instruction": "a", "output": "b"}
+    (folder / "a.jsonl").write_text(lines([good, {**good, "history": [["a", "b", "c"]]}, good]))
+    found = audit(f"dataset.path={folder}", "template=alpaca", "dataset.max_bad_fraction=0.5")
+    assert found.train["samples"] == 2
+    assert [(name, line) for name, line, _ in found.bad()] == [("a.jsonl", 2)]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
