@@ -168,9 +168,15 @@ def digest(files: Sequence[str], root: Path) -> str:
             # The time stamp of a file that changed just now may not show its next change.
             if os.stat(file).st_mtime < time.time() - FRESH:
                 memo[key] = known
-        whole.update(f"{os.path.relpath(file, root)} {known}\n".encode())
+        whole.update(f"{os.path.relpath(file, root)} {known}\n".encode(errors="surrogateescape"))
     if len(memo) > before:
         with contextlib.suppress(OSError):
             memo_file.parent.mkdir(parents=True, exist_ok=True)
             write_text(memo_file, json.dumps(memo))
     return whole.hexdigest()
+
+
+def without_protocol(path: str) -> str:
+    """Return a path on this machine without ``file://``; any other unchanged."""
+    protocol, separator, name = path.partition("://")
+    return name if separator and protocol in ("file", "local") else path

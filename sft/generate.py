@@ -154,11 +154,12 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
 def _rows(config: GenerateConfig, template: Template) -> list[dict[str, Any]]:
     if config.prompt is not None:
         return [{"prompt": config.prompt} if config.raw else template.prompt_row(config.prompt)]
+    from sft.data.folders import resolve
     from sft.data.locations import read
-    from sft.data.readers import BadRow
+    from sft.data.rows import BadRow
 
     rows = []
-    for row in read(str(config.file)):
+    for row in read(resolve(str(config.file))):
         if isinstance(row, BadRow):
             raise DataError(f"{row.file}:{row.line}: {row.reason}\n    fix: correct or remove it")
         rows.append(row.values)

@@ -83,6 +83,7 @@ def _batch(config: Config) -> Iterator[Problem]:
 def _schedule(config: Config) -> Iterator[Problem]:
     train, data = config.train, config.dataset
     held_out = data.eval_path or data.eval_split or data.eval_fraction
+    held_out = held_out or "eval" in data_checks.prepared_parts(data)
     if train.eval_strategy == "steps" and train.eval_steps is None:
         yield Problem("train.eval_strategy=steps", "needs train.eval_steps", "train.eval_steps=100")
     if train.eval_steps is not None and train.eval_strategy != "steps":

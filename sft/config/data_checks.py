@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from sft.config import upstream
+from sft.config.artefact_meta import meta_of
 from sft.config.data_settings import CHECKS, DatasetConfig, TemplateConfig, columns_of
 from sft.config.rules import written
 from sft.config.settings import Config, packing_of
@@ -43,11 +44,18 @@ def _held_out(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem
         "dataset.eval_fraction": data.eval_fraction,
     }
     given = [f"{key}={value}" for key, value in sources.items() if value]
+    prepared = prepared_parts(data)
+    if given and prepared:
+        yield Problem(
+            given[0],
+            "has no effect on prepared data, whose held-out samples were chosen when it was made",
+            "leave it out, or prepare the data again with it",
+        )
     if len(given) > 1:
         yield Problem(
             ", ".join(given), "only one setting may choose the held-out rows", f"keep {given[0]}"
         )
-    if data.exact_match and not given:
+    if data.exact_match and not given and "eval" not in prepared:
         yield Problem(
             f"dataset.exact_match={data.exact_match}",
             "needs held-out rows whose prompts the model answers",
@@ -112,6 +120,11 @@ def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]
             data.packing == "boundary",
             "has an effect only with dataset.packing=boundary",
         ),
+        (
+            "boundary_overlap",
+            data.packing == "boundary",
+            "has an effect only with dataset.packing=boundary",
+        ),
         ("sanitize", template.kind == "text", "is for plain text only"),
     ):
         value = getattr(data, key)
@@ -127,6 +140,12 @@ def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]
                 yield Problem(f"{key}={share}", f"the checks are {', '.join(CHECKS)}", hint)
             elif not 0 <= share <= 1:
                 yield Problem(f"{key}={share}", "must be a fraction from 0 to 1", f"{key}=1")
+
+
+def prepared_parts(data: DatasetConfig) -> set[str]:
+    """Return the parts, train and eval, of a folder of prepared data; none if it is no such."""
+    meta = meta_of(data.path)
+    return set(meta["parts"]) if meta else set()
 
 
 def _is_date(text: str) -> bool:

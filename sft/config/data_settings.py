@@ -45,10 +45,16 @@ class DatasetConfig:
         None, "where the rows are: file, folder, pattern, URL (s3://, ...) or hub id"
     )
     subset: str | None = setting(None, "configuration name of the hub dataset")
-    split: str = setting("train", "split of the hub dataset to train on")
+    split: str = setting("train", "split of the hub or saved dataset to train on")
     eval_path: str | None = setting(None, "file or folder of held-out rows")
-    eval_split: str | None = setting(None, "split of the hub dataset to evaluate on")
+    eval_split: str | None = setting(None, "split of the hub or saved dataset to evaluate on")
     eval_fraction: float = setting(0.0, "fraction of rows held out for evaluation", within(0, 1))
+    max_row_bytes: int = setting(
+        1 << 28,
+        "longest line or row of a file, in bytes; a longer one is a bad row, or its file is "
+        "refused, and no more than this is read into memory",
+        at_least(1),
+    )
     streaming: bool = setting(
         False,
         "true: read only the rows that train.max_steps needs; for data larger than the disk",
@@ -99,6 +105,13 @@ class DatasetConfig:
     boundary: str = setting(
         "\n",
         "with packing=boundary: a block begins after the last such token of the previous block",
+    )
+    boundary_overlap: str = setting(
+        "context",
+        "with packing=boundary: what becomes of the tokens that a block shares with the previous "
+        "block. context: they are read but not trained again, so that each token is trained once; "
+        "train: they are trained in both blocks",
+        one_of("context", "train"),
     )
     sanitize: bool = setting(
         False,

@@ -10,6 +10,7 @@ from typing import Any
 
 from sft import environment
 from sft.cli.command import Command
+from sft.config.artefact_meta import meta_of
 from sft.config.checks import check
 from sft.config.rules import at_least, setting
 from sft.config.settings import Config, fill_names, packing_of, streamed_samples
@@ -58,7 +59,7 @@ def data(config: DataConfig) -> dict[str, Any]:
     chosen = artefact.template_of(config.dataset.path) or config.template
     template = Template(chosen, tokenizer, config.dataset.format)
     packing = packing_of(config.dataset, chosen.kind)
-    if artefact.meta_of(config.dataset.path) is None:
+    if meta_of(config.dataset.path) is None:
         logger.info("dataset.packing=%s: %s", packing.value, packing.reason)
     needed = streamed_samples(config)
     prepared = prepare(config.dataset, template, config.seed, needed, show=report.show)

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sft.config.artefact_meta import META, meta_of
 from sft.config.settings import DatasetConfig, TemplateConfig
 from sft.errors import DataError
-from sft.files import new_folder
+from sft.files import new_folder, without_protocol, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sft.data.prepared import Prepared
-
-META = "meta.json"
-
-
-def meta_of(path: str | None) -> dict[str, Any] | None:
-    """Read an artefact's ``meta.json``; None if the path is not an artefact."""
-    folder = Path(path or "").expanduser()
-    if not path or not (folder / META).is_file() or not (folder / "dataset_dict.json").is_file():
-        return None
-    meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
-    return meta if "parts" in meta and "tokenizer" in meta else None
 
 
 def template_of(path: str | None) -> TemplateConfig | None:
@@ -47,10 +38,12 @@ def save(prepared: Prepared, folder: Path) -> None:
     sets = {"train": prepared.train.dataset}
     if prepared.eval is not None:
         sets["eval"] = prepared.eval.dataset
+    meta = json.loads((prepared.folder / "data.json").read_text(encoding="utf-8"))
+    meta["parts"] = {name: dataclasses.asdict(counts) for name, counts in prepared.parts.items()}
     with new_folder(folder) as partial:
         DatasetDict(sets).save_to_disk(str(partial))
         shutil.copyfile(prepared.folder / "dropped.jsonl", partial / "dropped.jsonl")
-        shutil.copyfile(prepared.folder / "data.json", partial / META)
+        write_text(partial / META, json.dumps(meta, indent=2) + "\n")
 
 
 def load(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
@@ -67,7 +60,7 @@ def load(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared 
     meta = meta_of(config.path)
     if meta is None:
         return None
-    folder = Path(str(config.path)).expanduser()
+    folder = Path(without_protocol(str(config.path))).expanduser()
     if config.streaming:
         raise DataError(
             f"dataset.path={folder} is prepared and cannot be streamed\n"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sft.config.data_settings import CHECKS
 from sft.config.settings import DatasetConfig
+from sft.data.folders import Location
 from sft.errors import DataError
 
 BARS = 24  # in the length histogram
@@ -31,10 +32,13 @@ class Counts:
         found: Documents before any was left out.
         documents: Documents that were not left out.
         samples: Samples written for the trainer: documents, or blocks of them.
+        repeated: Tokens that a block shares with the block before, as its context.
         roles: For each role, tokens and trained tokens in the written samples.
         lengths: Percentiles of the documents' tokens, before anything was cut.
         checks: For each check, how many documents it found.
         sources: For each source, its rows and how often an epoch repeats them.
+        files: Files read.
+        unused_files: Files beside them that were not read.
     """
 
     rows: int = 0
@@ -50,6 +54,7 @@ class Counts:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
+    repeated: int = 0
     largest_id: int = 0
     max_length: int = 0
     efficiency: float | None = None
@@ -57,6 +62,13 @@ class Counts:
     lengths: dict[str, Any] = field(default_factory=dict)
     checks: dict[str, int] = field(default_factory=dict)
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: int = 0
+    unused_files: list[str] = field(default_factory=list)
+
+    def count_files(self, where: Location) -> None:
+        """Add the files of a source."""
+        self.files += len(where.files)
+        self.unused_files += where.unused
 
     def share(self, check: str) -> float:
         """Return the share of documents that a check found."""

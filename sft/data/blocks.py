@@ -59,6 +59,11 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, split: Split) -> 
             labels = np.where(marks & 1, ids, IGNORE_INDEX).astype(np.int32)
             # Nothing precedes the first token of a document, so nothing can predict it.
             labels[firsts if split.isolated else edges[:-1]] = IGNORE_INDEX
+            repeated = plan.repeated[pieces]
+            counts.repeated += int(repeated.sum())
+            if config.boundary_overlap == "context" and repeated.max(initial=0) > 1:
+                places = np.arange(len(ids)) - np.repeat(firsts, sizes)
+                labels[places < np.repeat(repeated, sizes)] = IGNORE_INDEX
             # Row numbers count from 1 in reading order; an error about a batch names them.
             rows = (store.documents["row"][plan.document[pieces]] + 1).astype(np.int32)
             columns = [_lists(ids, edges), _lists(labels, edges), _lists(rows, offsets)]

@@ -23,12 +23,14 @@ class Plan:
         start: Where the slice begins in its document, shape (slices,).
         stop: Where it ends, shape (slices,).
         first: Index of each block's first slice, and the number of slices, shape (blocks + 1,).
+        repeated: Tokens at the slice's start that the block before has too, shape (slices,).
     """
 
     document: Ints
     start: Ints
     stop: Ints
     first: Ints
+    repeated: Ints
 
     @property
     def blocks(self) -> int:
@@ -47,14 +49,17 @@ class Plan:
         """Return a plan whose blocks consist of these slices."""
         order = np.concatenate(blocks) if blocks else np.zeros(0, np.int64)
         first = np.concatenate([[0], np.cumsum([len(block) for block in blocks])]).astype(np.int64)
-        return Plan(self.document[order], self.start[order], self.stop[order], first)
+        return Plan(
+            self.document[order], self.start[order], self.stop[order], first, self.repeated[order]
+        )
 
 
 def whole(documents: Ints, lengths: Ints, max_length: int) -> Plan:
     """Put each document, cut to ``max_length`` tokens, into a block of its own."""
     count = len(documents)
     stops = np.minimum(lengths[documents], max_length)
-    return Plan(documents, np.zeros(count, np.int64), stops, np.arange(count + 1))
+    zeros = np.zeros(count, np.int64)
+    return Plan(documents, zeros, stops, np.arange(count + 1), zeros)
 
 
 def split(documents: Ints, lengths: Ints, max_length: int) -> Plan:
@@ -69,7 +74,8 @@ def split(documents: Ints, lengths: Ints, max_length: int) -> Plan:
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
     start = number * step
     stop = np.minimum(start + max_length, lengths[document])
-    return Plan(document, start, stop, np.arange(len(document) + 1))
+    repeated = (number > 0).astype(np.int64)
+    return Plan(document, start, stop, np.arange(len(document) + 1), repeated)
 
 
 def best_fit(plan: Plan, max_length: int) -> Plan:
@@ -122,11 +128,17 @@ def at_boundaries(
     max_length: int,
     boundaries: Ints,
     whole_character: Callable[[int], int],
+    once: bool,
+    isolated: bool,
 ) -> Plan:
     """Cut windows that begin just after the last boundary token of the window before.
 
     Windows therefore overlap, and begin at a sentence or line. If a window has no boundary, the
     next one begins at its end. The dataset tokenizer of the reference systems does the same.
+
+    If each token is to be trained once, a window that would begin inside a document and share no
+    token with the window before begins one token earlier: without context, its first token could
+    not be predicted. Of isolated documents it repeats only the one that it goes on with.
 
     Args:
         documents: Documents in the order in which they are joined.
@@ -134,12 +146,21 @@ def at_boundaries(
         max_length: Length of a window.
         boundaries: Positions of boundary tokens in the joined documents, ascending.
         whole_character: Moves a window's end back if it would split a character.
+        once: Whether each token is to be trained once.
+        isolated: Whether documents do not attend to each other.
     """
+    ends = np.cumsum(lengths[documents])
+    begins = ends - lengths[documents]
 
     def following(start: int, stop: int) -> int:
         index = int(np.searchsorted(boundaries, stop)) - 1
         after = int(boundaries[index]) + 1 if index >= 0 else 0
-        return after if after > start else stop
+        after = after if after > start else stop
+        if not once:
+            return after
+        # The document that the window before breaks off in; without isolation, all are one.
+        begin = int(begins[np.searchsorted(ends, stop, "right")]) if isolated else 0
+        return stop if begin == stop else max(begin, min(after, stop - 1))
 
     return _stream(documents, lengths, max_length, following, whole_character)
 
@@ -155,9 +176,9 @@ def _stream(
     ends = np.cumsum(lengths[documents])
     begins = ends - lengths[documents]
     total = int(ends[-1]) if len(ends) else 0
-    pieces: list[tuple[int, int, int]] = []
+    pieces: list[tuple[int, int, int, int]] = []
     first = [0]
-    start = 0
+    start = reached = 0
     while start < total:
         stop = min(start + max_length, total)
         stop = stop if stop == total else ending(stop)
@@ -166,11 +187,14 @@ def _stream(
                 break
             begin = int(begins[index])
             low, high = max(start, begin), min(stop, int(ends[index]))
-            pieces.append((int(documents[index]), low - begin, high - begin))
+            repeated = min(max(reached - low, 0), high - low)
+            pieces.append((int(documents[index]), low - begin, high - begin, repeated))
         first.append(len(pieces))
+        reached = max(reached, stop)
         start = total if stop == total else following(start, stop)
-    columns = np.array(pieces, dtype=np.int64).reshape(-1, 3).T
-    return Plan(columns[0], columns[1], columns[2], np.array(first, dtype=np.int64))
+    columns = np.array(pieces, dtype=np.int64).reshape(-1, 4).T
+    first_slices = np.array(first, dtype=np.int64)
+    return Plan(columns[0], columns[1], columns[2], first_slices, columns[3])
 
 
 def chunks(plan: Plan, size: int) -> Iterator[tuple[int, int]]:

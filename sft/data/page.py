@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from sft.data.folders import few
 from sft.data.preview import Sample, Span, Token, documents_of, figures_of, tokens_of, visible
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _cell(name: str, value: object) -> str:
     elif isinstance(value, int) and not isinstance(value, bool):
         text = f"{value:,}"
     else:
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = few(value) if isinstance(value, list) else str(value)
         if name == "verdict":
             kind = ' class="ok"' if value == "ok" else ' class="alert"'
     return f"<td{kind}>{escape(visible(text))}</td>"

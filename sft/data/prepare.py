@@ -18,6 +18,7 @@ from sft.config.settings import DatasetConfig, packing_of
 from sft.data import artefact, sources
 from sft.data.audit import Counts, gate
 from sft.data.blocks import weighted, write_blocks
+from sft.data.folders import few
 from sft.data.prepared import Prepared, Samples, tokenizer_hash
 from sft.data.splits import Split, held_out
 from sft.data.store import Dropped, encoded
@@ -53,8 +54,19 @@ def prepare(
     if prepared is None:
         packing = packing_of(config, template.config.kind).value
         packed = dataclasses.replace(config, packing=packing)
+        given = sources.of(config, seed)
         with environment.heap_frozen(collect_new=True):
-            prepared = _cached(packed, template, seed, samples)
+            prepared = _cached(packed, given, template, seed, samples)
+        for source in given:
+            where = source.location
+            prepared.parts["eval" if source.held_out else "train"].count_files(where)
+            if where.unexpected:
+                logger.info(
+                    "warning: %d files of %s have unknown endings and are not read: %s",
+                    len(where.unexpected),
+                    where.path,
+                    few(where.unexpected),
+                )
         if samples and prepared.train.counts.samples < samples:
             logger.info(
                 "warning: with dataset.streaming the source ended after %s samples; the run takes "
@@ -69,11 +81,17 @@ def prepare(
     return prepared
 
 
-def _cached(config: DatasetConfig, template: Template, seed: int, samples: int | None) -> Prepared:
+def _cached(
+    config: DatasetConfig,
+    given: list[sources.Source],
+    template: Template,
+    seed: int,
+    samples: int | None,
+) -> Prepared:
     from filelock import FileLock
 
     tokenizer = tokenizer_hash(template.tokenizer)
-    key = _key(config, template, seed, samples, tokenizer)
+    key = _key(config, given, template, seed, samples, tokenizer)
     folder = cache_dir() / "data" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "data.json").is_file():
@@ -81,7 +99,7 @@ def _cached(config: DatasetConfig, template: Template, seed: int, samples: int |
         with lock:
             if not (folder / "data.json").is_file():
                 with new_folder(folder) as partial:
-                    _make(config, template, seed, samples, partial, tokenizer)
+                    _make(config, given, template, seed, samples, partial, tokenizer)
     from datasets import Dataset
 
     audit = json.loads((folder / "data.json").read_text(encoding="utf-8"))
@@ -93,7 +111,12 @@ def _cached(config: DatasetConfig, template: Template, seed: int, samples: int |
 
 
 def _key(
-    config: DatasetConfig, template: Template, seed: int, samples: int | None, tokenizer: str
+    config: DatasetConfig,
+    given: list[sources.Source],
+    template: Template,
+    seed: int,
+    samples: int | None,
+    tokenizer: str,
 ) -> str:
     """Hash what the samples are made from: data, tokenizer, template, settings and our own code."""
     code = hashlib.sha256()
@@ -104,7 +127,7 @@ def _key(
     chat = template.chat is not None
     ingredients = {
         "code": code.hexdigest(),
-        "sources": [source.fingerprint() for source in sources.of(config, seed)],
+        "sources": [source.fingerprint() for source in given],
         "samples": samples,
         "settings": {key: settings[key] for key in sorted(named(DatasetConfig, in_data_key=True))},
         "template": dataclasses.asdict(template.config),
@@ -118,6 +141,7 @@ def _key(
 
 def _make(
     config: DatasetConfig,
+    given: list[sources.Source],
     template: Template,
     seed: int,
     samples: int | None,
@@ -125,7 +149,6 @@ def _make(
     tokenizer: str,
 ) -> None:
     """Write train and eval to a folder; ``data.json`` is written last."""
-    given = sources.of(config, seed)
     with (folder / "dropped.jsonl").open("w", encoding="utf-8") as file:
         dropped = Dropped(file)
         store = encoded(given, template, config, folder, dropped, samples)

@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from sft.data.formats import normalise, recognise
-from sft.data.readers import SHOWN, BadRow, Row
+from sft.data.rows import SHOWN, BadRow, Row
 from sft.data.segment import TOKEN_BREAK, Sample
 from sft.data.template import Empty, Template
 from sft.data.text_encoder import Encoder, TokenSpan
@@ -108,7 +108,7 @@ class RowEncoder:
                 _require_whole_characters(samples)
             except Empty as error:
                 empty.append(BadRow(row.file, row.line, str(error), _shown(row.values)))
-            except (DataError, AttributeError, TypeError, KeyError) as error:
+            except Exception as error:  # whatever a value does to a template, the row is bad
                 bad.append(BadRow(row.file, row.line, _reason(error), _shown(row.values)))
             else:
                 rendered += samples

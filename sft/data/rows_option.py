@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 
 from sft.errors import DataError
 
 ARTEFACT = ("meta.json", "dataset_dict.json")  # what `sft data output=FOLDER` writes
-SAVED = ("dataset_dict.json", "state.json")  # what Datasets' save_to_disk writes
 BY_KIND = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -24,21 +24,19 @@ def option_of(path: str) -> str | None:
     Raises:
         DataError: The path exists, but has no file of a known kind.
     """
+    from sft.data.folders import resolve
     from sft.data.formats import recognise
-    from sft.data.locations import files_of, read
-    from sft.data.readers import TEXT, Row, kind_of
+    from sft.data.locations import read
+    from sft.data.readers import TEXT, kind_of
+    from sft.data.rows import Row
 
     local = Path(path).expanduser()
-    if not local.exists() and not glob.glob(str(local), recursive=True):
+    if not os.path.lexists(local) and not glob.glob(str(local), recursive=True):
         return None
     if all((local / name).is_file() for name in ARTEFACT):
         return "pretokenized"
-    if any((local / name).is_file() for name in SAVED):
-        return "jsonl"  # without a look at its rows, which would need to import Datasets
-    files = files_of(path)
-    if not files:  # a pattern that matches folders only
-        return None
-    kind = kind_of(files[0])
+    where = resolve(path, split=None)
+    kind = kind_of(where.files[0])
     if kind is None:
         raise DataError(
             f"{path} is of no known kind: .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md"
@@ -47,7 +45,7 @@ def option_of(path: str) -> str | None:
     if kind in TEXT:
         return "text"
     try:
-        first = next(iter(read(path)), None)
+        first = next(iter(read(where)), None)
     except DataError:
         first = None  # preparing the data reports the error, with file and line
     row = first.values if isinstance(first, Row) else {}

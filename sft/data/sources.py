@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from sft.config.settings import DatasetConfig, TemplateConfig
 from sft.data import locations
-from sft.data.readers import BadRow, Row
+from sft.data.folders import Location, resolve
+from sft.data.readers import MAX_ROW_BYTES
+from sft.data.rows import BadRow, Row
 from sft.errors import DataError
 
 
@@ -26,6 +29,7 @@ class Source:
         held_out: Whether the rows are for evaluation.
         max_rows: Rows to read, at most.
         stream_seed: Seed of the reading order if the source is streamed; see ``locations.read``.
+        max_row_bytes: Bytes of a row in a file, at most.
     """
 
     path: str
@@ -37,16 +41,22 @@ class Source:
     held_out: bool = False
     max_rows: int | None = None
     stream_seed: int | None = None
+    max_row_bytes: int = MAX_ROW_BYTES
+
+    @cached_property
+    def location(self) -> Location:
+        """Return what the path names; the same for reading, identifying and counting."""
+        return resolve(self.path, self.split)
 
     def fingerprint(self) -> str:
         """Identify the rows by content and by these options."""
         streamed = self.stream_seed is not None
-        content = locations.fingerprint(self.path, self.subset, self.split, streamed)
+        content = locations.fingerprint(self.location, self.subset, self.split, streamed)
         return f"{content} {self.columns} {self.weight} {self.held_out} {self.max_rows}"
 
     def estimated_rows(self) -> int | None:
         """Estimate the number of rows, for a progress bar; None if that is not cheap."""
-        count = locations.estimated_rows(self.path)
+        count = locations.estimated_rows(self.location)
         if count is None or self.max_rows is None:
             return count
         return min(count, self.max_rows)
@@ -57,7 +67,9 @@ class Source:
         Raises:
             DataError: The source cannot be read, is empty, or lacks a column.
         """
-        found = locations.read(self.path, self.subset, self.split, self.stream_seed)
+        found = locations.read(
+            self.location, self.subset, self.split, self.stream_seed, self.max_row_bytes
+        )
         first = next(found, None)
         if first is None:
             raise DataError(
@@ -95,8 +107,9 @@ class Source:
 def of(config: DatasetConfig, seed: int) -> list[Source]:
     """List the sources of a dataset section, those to train on first."""
     found = _of(config)
-    if config.streaming:
-        for source in found:
+    for source in found:
+        source.max_row_bytes = config.max_row_bytes
+        if config.streaming:
             source.stream_seed = seed
     return found
 

@@ -209,6 +209,8 @@ class Split:
             self.config.max_length,
             np.concatenate(found),
             whole_character,
+            self.config.boundary_overlap == "context",
+            self.isolated,
         )
 
     def require_something(self) -> None:

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from sft.config.settings import DatasetConfig
 from sft.data import sources
-from sft.data.readers import BadRow, Row
 from sft.data.row_encoder import DOCUMENT, Encoded, RowEncoder
+from sft.data.rows import BadRow, Row
 from sft.data.template import Template
 from sft.data.workers import batches_of, in_parallel
 from sft.errors import DataError
@@ -53,7 +53,9 @@ class Dropped:
         """Write one record."""
         reason = reason.split("\n    fix:")[0] if text else reason
         record = {"part": part, "file": file, "line": line, "reason": reason, "row": text}
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        # A file's name, which may be no UTF-8, is the only text with lone surrogates here.
+        written = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        self.file.write(written.decode() + "\n")
 
 
 class _Writer:

@@ -12,6 +12,7 @@ from rich.table import Table
 from sft.config.data_settings import CHECKS
 from sft.config.settings import DatasetConfig
 from sft.data.audit import Counts, verdicts
+from sft.data.folders import few
 
 STYLES = {"ok": "green", "warn": "yellow", "stop": "red"}
 
@@ -22,7 +23,7 @@ def show(parts: dict[str, Counts], config: DatasetConfig) -> None:
     table = _table("")
     for name in parts:
         table.add_column(name, justify="right")
-    for label, values in _figures(parts):
+    for label, values in _figures(parts, config):
         table.add_row(label, *values)
     console.print(table)
     checks = _table("check")
@@ -46,7 +47,7 @@ def _table(first: str) -> Table:
     return table
 
 
-def _figures(parts: dict[str, Counts]) -> list[tuple[str, list[str]]]:
+def _figures(parts: dict[str, Counts], config: DatasetConfig) -> list[tuple[str, list[str]]]:
     """List (label, one value per part)."""
     rows: list[tuple[str, list[str]]] = []
 
@@ -56,6 +57,10 @@ def _figures(parts: dict[str, Counts]) -> list[tuple[str, list[str]]]:
             rows.append((label, shown))
 
     counts = list(parts.values())
+    add("files read", [c.files or None for c in counts])
+    add(
+        "  beside them, not read", [few(c.unused_files) if c.unused_files else None for c in counts]
+    )
     add("rows read", [c.rows for c in counts])
     add("  that do not fit", [c.bad for c in counts])
     add("  empty", [c.empty for c in counts])
@@ -74,6 +79,8 @@ def _figures(parts: dict[str, Counts]) -> list[tuple[str, list[str]]]:
     add("  blocks are full to", full)
     add("tokens", [c.tokens for c in counts])
     add("  trained", [f"{c.trained_tokens:,} ({_share(c)})" for c in counts])
+    overlap = "not trained again" if config.boundary_overlap == "context" else "trained again"
+    add(f"  repeated, {overlap}", [c.repeated or None for c in counts])
     for role in {name: None for c in counts for name in c.roles}:
         pairs = [c.roles.get(role) for c in counts]
         cells = [f"{p['tokens']:,} ({p['trained']:,} trained)" if p else None for p in pairs]

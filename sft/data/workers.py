@@ -8,9 +8,11 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
-from sft.data.readers import BadRow, Row
 from sft.data.row_encoder import Encoded, RowEncoder
+from sft.data.rows import BadRow, Row
+from sft.errors import DataError
 
 BATCH_ROWS = 1000  # rows per tokenizer call: enough for its threads, and small in memory
 BATCH_CHARACTERS = 2_000_000  # in a batch of plain text
@@ -78,9 +80,8 @@ def in_parallel(
     # Fork, so that workers inherit the tokenizer; sft has started no threads yet.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(processes, context, _begin_worker, (maker,))
+    running: collections.deque[tuple[list[Row | BadRow], Future[Encoded]]] = collections.deque()
     try:
-        running: collections.deque[tuple[list[Row | BadRow], Future[Encoded]]]
-        running = collections.deque()
         for batch in batches:
             running.append((batch, pool.submit(_work, batch)))
             if len(running) > 2 * processes:  # so that memory stays bounded
@@ -88,5 +89,10 @@ def in_parallel(
                 yield oldest, done.result()
         for oldest, done in running:
             yield oldest, done.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"one of {processes} processes that tokenise was killed, most likely for lack of memory"
+            "\n    fix: dataset.num_proc=1"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)  # a caller that stops early does not wait for the rest

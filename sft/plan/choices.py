@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sft.config import zero
+from sft.config.artefact_meta import meta_of
 from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
-from sft.data import artefact
 from sft.fast import head, linear
 from sft.fast import lora as fast_lora
 from sft.model import precision as precisions
@@ -189,7 +189,7 @@ def _with_masters(config: Config, precision: Precision) -> Precision:
 
 def _packing(config: Config) -> Choice:
     """Choose ``dataset.packing``; prepared data keeps the packing that it was prepared with."""
-    meta = artefact.meta_of(config.dataset.path)
+    meta = meta_of(config.dataset.path)
     if meta is None:
         return packing_of(config.dataset, config.template.kind)
     return Choice(

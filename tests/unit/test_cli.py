@@ -426,9 +426,9 @@ def test_what_is_neither_file_nor_option_is_refused(folder: Path) -> None:
     assert fix == f"dataset=FILE, from {folder}"
     assert one_refused("dataset=notes.doc")[1].startswith("notes.doc is of no known kind: .jsonl,")
     Path("mixed").mkdir()
-    for name in ("a.csv", "b.jsonl"):
+    for name in ("a.txt", "b.jsonl"):
         Path("mixed", name).write_text("")
-    assert "files of several kinds: .csv, .jsonl" in one_refused("dataset=mixed")[1]
+    assert "plain text (a.txt) and tables (b.jsonl)" in one_refused("dataset=mixed")[1]
     twice = refused("dataset=notes.doc", "dataset.path=x")
     assert [item.rule for item in twice][1:] == ["dataset.path is given twice"]
 

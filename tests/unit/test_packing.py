@@ -14,6 +14,7 @@ from sft.config.settings import DatasetConfig, TemplateConfig
 from sft.data import packing
 from sft.data.prepare import prepare
 from sft.data.prepared import Prepared
+from sft.data.preview import marked
 from sft.data.row_encoder import sanitized
 from sft.data.template import Template
 from sft.errors import DataError
@@ -71,13 +72,52 @@ def test_lines_are_one_document(tmp_path: Path) -> None:
 
 def test_boundary_begins_after_the_last_boundary(tmp_path: Path) -> None:
     rows = [{"text": "ab\ncd\nefghijklmnop\nq"}]
-    prepared = made(tmp_path, rows, TEXT, max_length=8, packing="boundary")
+    both = {"max_length": 8, "packing": "boundary", "boundary_overlap": "train"}
+    prepared = made(tmp_path, rows, TEXT, **both)
     assert texts(prepared) == ["ab\ncd\nef", "efghijkl", "mnop\nq<|end|>"]
+    # The first token of a block is not predicted; e and f are trained in one block more.
+    assert (prepared.train.counts.trained_tokens, prepared.train.counts.repeated) == (20, 2)
     # A character of several tokens is not cut: its window ends before it.
-    prepared = made(tmp_path, [{"text": "abcdefgßxyz"}], TEXT, max_length=8, packing="boundary")
+    prepared = made(tmp_path, [{"text": "abcdefgßxyz"}], TEXT, **both)
     assert texts(prepared) == ["abcdefg", "ßxyz<|end|>"]
     with pytest.raises(DataError, match="is 2 tokens, not one"):
         made(tmp_path, rows, TEXT, max_length=8, packing="boundary", boundary="ab")
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_boundary_trains_each_token_once(seed: int, isolated: bool) -> None:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, 50, 200)
+    documents = generator.permutation(200)
+    total = int(lengths.sum())
+    boundaries = np.flatnonzero(generator.random(total) < 0.1)
+    plan = packing.at_boundaries(documents, lengths, 16, boundaries, lambda s: s, True, isolated)
+    begins = np.zeros(200, np.int64)
+    begins[documents] = np.cumsum(lengths[documents]) - lengths[documents]
+    trained = []
+    for block in range(plan.blocks):
+        for piece in range(plan.first[block], plan.first[block + 1]):
+            predicted = isolated or piece == plan.first[block]  # from a token of its document
+            low = max(int(plan.repeated[piece]), int(predicted))
+            begin = int(begins[plan.document[piece]])
+            trained += range(begin + int(plan.start[piece]) + low, begin + int(plan.stop[piece]))
+    firsts = set(begins.tolist()) if isolated else {0}
+    assert sorted(trained) == [place for place in range(total) if place not in firsts]
+    sizes = plan.stop - plan.start
+    assert all(sizes[a:b].sum() <= 16 for a, b in itertools.pairwise(plan.first.tolist()))
+
+
+def test_a_context_token_is_trained_once(tmp_path: Path) -> None:
+    rows = [{"text": "ab\ncd\nefghijklmnop\nq"}]
+    prepared = made(tmp_path, rows, TEXT, max_length=8, packing="boundary")
+    assert texts(prepared) == ["ab\ncd\nef", "efghijkl", "lmnop\nq<|end|>"]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    assert [marked(sample, tokenizer) for sample in prepared.train.dataset] == [
+        *("a⟦b\ncd\nef⟧", "ef⟦ghijkl⟧", "l⟦mnop\nq<|end|>⟧"),
+    ]
+    counts = prepared.train.counts
+    assert (counts.tokens, counts.repeated, counts.trained_tokens) == (24, 3, 20)
 
 
 def test_order_sample_and_sanitize(tmp_path: Path) -> None:
@@ -149,6 +189,10 @@ def test_shakespeare_in_blocks() -> None:
     assert train.trained_tokens == 301_962
     assert train.efficiency == pytest.approx(0.9993, abs=1e-4)
     config.packing = "boundary"
+    once = prepare(config, template, seed=0).parts["train"]
+    assert (once.samples, once.trained_tokens) == (1_205, 301_962)
+    assert once.tokens - once.repeated == 301_963
+    config.boundary_overlap = "train"
     assert prepare(config, template, seed=0).parts["train"].samples == 1_204
 
 

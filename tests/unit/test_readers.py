@@ -15,8 +15,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from support import SHARED
 
-from sft.data import locations, readers
-from sft.data.readers import BadRow, Row
+from sft.data import json_rows, locations
+from sft.data.folders import resolve
+from sft.data.rows import BadRow, Row
 from sft.errors import DataError
 
 ROWS = [{"a": "x,1\nü", "b": '"q"'}, {"a": "y", "b": "z"}, {"a": " ", "b": "\\n"}]
@@ -57,8 +58,16 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }
 
 
+def read(path: object, split: str = "train") -> list[Row | BadRow]:
+    return list(locations.read(resolve(str(path), split)))
+
+
+def fingerprint(path: object) -> str:
+    return locations.fingerprint(resolve(str(path)))
+
+
 def values(path: object, **options: Any) -> list[dict[str, Any]]:
-    found = list(locations.read(str(path), **options))
+    found = read(path, **options)
     assert all(isinstance(row, Row) for row in found)
     return [row.values for row in found if isinstance(row, Row)]
 
@@ -79,14 +88,15 @@ def test_urls_patterns_and_folders(tmp_path: Path) -> None:
     assert values(tmp_path / "*.jsonl") == [{"name": "a"}, {"name": "b"}]
     assert [row["name"] for row in values(tmp_path)] == ["a", "b", "deep/c"]
     (tmp_path / "b [1].md").write_text("one\r\n\r\ntwo")
-    assert values(tmp_path) == [{"text": "one\r\n\r\ntwo"}]  # texts come before tables
+    with pytest.raises(DataError, match=r"plain text \(b \[1\]\.md\) and tables \(a\.jsonl, b\.j"):
+        read(tmp_path)
     assert values(tmp_path / "b [1].md") == [{"text": "one\r\n\r\ntwo"}]
 
 
 def test_places_are_lines(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n\n{"a": \n[1]\n{"a": "\xff"}\n{"a": 2}')
-    found = list(locations.read(str(path)))
+    found = read(path)
     assert [row.line for row in found] == [1, 3, 4, 5, 6]
     assert [type(row) for row in found] == [Row, BadRow, BadRow, BadRow, Row]
     assert [row.reason.partition(":")[0] for row in found if isinstance(row, BadRow)] == [
@@ -96,10 +106,10 @@ def test_places_are_lines(tmp_path: Path) -> None:
     ]
     path = tmp_path / "rows.json"
     path.write_text('[\n {"a": 1},\n 7,\n\n {"a":\n 2}]\n')
-    assert [row.line for row in locations.read(str(path))] == [2, 3, 5]
+    assert [row.line for row in read(path)] == [2, 3, 5]
     path = tmp_path / "rows.csv"
     path.write_text('a,b\n1,"two\nlines"\n3\n4,5\n')
-    found = list(locations.read(str(path)))
+    found = read(path)
     assert [row.line for row in found] == [2, 4, 5]
     assert isinstance(found[1], BadRow) and found[1].reason == "the row has 1 fields, the header 2"
 
@@ -108,14 +118,14 @@ def test_places_are_lines(tmp_path: Path) -> None:
 def test_an_array_is_read_a_block_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(readers, "BLOCK", block)
+    monkeypatch.setattr(json_rows, "BLOCK", block)
     path = tmp_path / "rows.json"
     path.write_text('[\n {"a": "1\\n]"},\n 1234, true,\n\n {"b":\n [2, {}]}\n]\n')
-    found = [(row[0], row.line) for row in locations.read(str(path))]
+    found = [(row[0], row.line) for row in read(path)]
     assert found == [({"a": "1\n]"}, 2), (str(path), 3), (str(path), 3), ({"b": [2, {}]}, 5)]
     path.write_text('[{"a": 1},\n {"a": 2}')
     with pytest.raises(DataError, match=r"rows\.json:2: the JSON is damaged"):
-        list(locations.read(str(path)))
+        read(path)
 
 
 def test_objects_keep_their_own_keys(tmp_path: Path) -> None:
@@ -131,13 +141,14 @@ def test_objects_keep_their_own_keys(tmp_path: Path) -> None:
         ("./absent", None, "there is no file or folder"),
         ("rows.xml", "<a/>", "has an unknown file ending"),
         ("empty.csv", "", "is empty"),
-        ("semicolons.csv", "a;b\n1;2\n", "is separated by semicolons"),
+        ("either.csv", "a;b,c\n1;2,3\n", "cannot be told whether commas or semicolons"),
+        ("unquoted.csv", "a;b\n1;2;3\n", "cannot be told whether semicolons"),
         ("twice.csv", "a,a\n1,2\n", "has the column a twice"),
         ("number.json", "7", "holds no JSON array or object"),
         ("two.json", '{"a": [], "b": []}', "one JSON object with 2 lists"),
         ("broken.json", '[{"a": 1},\n{"a"', "broken.json:2: the JSON is damaged"),
         ("broken.parquet", "PAR1", "is damaged"),
-        ("bad.txt", b"\xff\xfe\x00", "cannot be read as txt"),
+        ("bad.txt", b"\xff\xfe\x00", "cannot be read: 'utf-8' codec"),
         ("other://x.jsonl", None, "cannot be read"),
     ],
 )
@@ -150,17 +161,17 @@ def test_what_cannot_be_read(
     elif content is not None:
         Path(name).write_text(content)
     with pytest.raises(DataError, match=message):
-        list(locations.read(name))
+        read(name)
 
 
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no file of a known kind"):
-        list(locations.read(str(tmp_path)))
+        read(tmp_path)
     for name in ("a.csv", "b.jsonl"):
         (tmp_path / name).write_text("x\n")
-    with pytest.raises(DataError, match=r"holds files of several kinds: \.csv, \.jsonl"):
-        list(locations.read(str(tmp_path)))
     WRITERS["saved_splits"](tmp_path / "saved")
+    with pytest.raises(DataError, match=r"holds 1 folders that Datasets saved"):
+        read(tmp_path)
     with pytest.raises(DataError, match="has no split test; it has train"):
         values(tmp_path / "saved", split="test")
 
@@ -169,22 +180,22 @@ def test_a_fingerprint_is_of_the_content(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "rows.jsonl"
     path.write_text(lines(ROWS))
-    first = locations.fingerprint(str(path))
+    first = fingerprint(path)
     assert not (tmp_path / "cache").exists()  # too fresh to be told by its time stamp
     os.utime(path, (1e9, 1e9))
-    assert locations.fingerprint(str(path)) == first
+    assert fingerprint(path) == first
     memo = tmp_path / "cache" / "digests.json"
     [(key, digest)] = json.loads(memo.read_text()).items()
     assert key.startswith(f"{path} ")
     memo.write_text(json.dumps({key: "told"}))
-    assert locations.fingerprint(str(path)) != first  # what the memo tells is not read again
+    assert fingerprint(path) != first  # what the memo tells is not read again
     memo.write_text("{damaged")
-    assert locations.fingerprint(str(path)) == first
+    assert fingerprint(path) == first
     assert json.loads(memo.read_text()) == {key: digest}
     path.write_text(lines(ROWS[:2]))
-    assert locations.fingerprint(str(path)) != first
+    assert fingerprint(path) != first
     WRITERS["saved_splits"](tmp_path / "saved")
-    assert locations.fingerprint(str(tmp_path / "saved")).endswith(" train")
+    assert fingerprint(tmp_path / "saved") != first
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real input: {SHARED} is absent")

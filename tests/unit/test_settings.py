@@ -53,12 +53,11 @@ def test_every_setting_has_its_verdict_on_resuming() -> None:
 def test_every_setting_of_the_data_has_its_verdict_on_the_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prepare.sources, "of", lambda config, seed: [])
     monkeypatch.setattr(prepare, "tokenizer_hash", lambda tokenizer: "")
     template: Any = SimpleNamespace(chat=None, config=TemplateConfig(), tokenizer=None)
 
     def key(dataset: DatasetConfig) -> str:
-        return prepare._key(dataset, template, 0, None, "")
+        return prepare._key(dataset, [], template, 0, None, "")
 
     usual = key(DatasetConfig())
     assert named(DatasetConfig, in_data_key=False) == NOT_IN_KEY

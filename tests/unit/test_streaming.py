@@ -9,7 +9,8 @@ from support import TINY
 from transformers import AutoTokenizer
 
 from sft.config.settings import Config, DatasetConfig, TemplateConfig, TrainConfig, streamed_samples
-from sft.data import locations, workers
+from sft.data import sources, workers
+from sft.data.folders import Location
 from sft.data.prepare import prepare
 from sft.data.prepared import Prepared
 from sft.data.template import Template
@@ -115,7 +116,7 @@ def test_a_changed_file_is_read_anew(folder: Path) -> None:
 
 def test_the_hub_is_streamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder stands in for the hub: Datasets reads both with the same code."""
-    monkeypatch.setattr(locations, "files_of", lambda path: [])
+    monkeypatch.setattr(sources, "resolve", lambda path, split: Location(path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     prepared = made(folder, 120)

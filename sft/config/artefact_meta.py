@@ -1,0 +1,24 @@
+"""Read what a folder of prepared data says about itself; the checks of a config need it, too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sft.files import without_protocol
+
+META = "meta.json"
+
+
+def meta_of(path: str | None) -> dict[str, Any] | None:
+    """Read an artefact's ``meta.json``; None if the path is not an artefact."""
+    folder = Path(without_protocol(path or "")).expanduser()
+    if not path or not (folder / META).is_file() or not (folder / "dataset_dict.json").is_file():
+        return None
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    ours = isinstance(meta, dict) and "parts" in meta and "tokenizer" in meta
+    return meta if ours else None
