@@ -113,7 +113,7 @@ class RowEncoder:
             else:
                 rendered += samples
                 owners += self._owners(index, samples)
-        both = [*self._encoded(rows, rendered, owners), *ready]
+        both = [*self._encoded(rows, rendered, owners, bad), *ready]
         both.sort(key=lambda item: item[0].row)
         ids, marks, documents = self._joined(both)
         documents["line"] = [rows[owner.row].line for owner, _ in both]
@@ -126,7 +126,11 @@ class RowEncoder:
         ]
 
     def _encoded(
-        self, rows: Sequence[Row | BadRow], rendered: list[Sample], owners: list[Owner]
+        self,
+        rows: Sequence[Row | BadRow],
+        rendered: list[Sample],
+        owners: list[Owner],
+        bad: list[BadRow],
     ) -> Iterator[tuple[Owner, list[TokenSpan]]]:
         """Yield the spans of samples; render a row by turn if one sample would merge two turns."""
         if not rendered:
@@ -140,8 +144,12 @@ class RowEncoder:
             assert isinstance(row, Row)
             samples = self.template.render(self._clean(row.values), by_turn=True)
             turns = self.encoder.samples(samples, self.template.adds_bos, self.eos_id)
+            if None in turns:
+                reason = "the tokenizer merges the end of the prompt with the answer"
+                bad.append(BadRow(row.file, row.line, reason, _shown(row.values)))
+                continue
             for turn, spans in zip(self._owners(owner.row, samples), turns, strict=True):
-                assert spans is not None  # nothing follows the answer of a sample with one turn
+                assert spans is not None
                 yield turn, spans
 
     def _clean(self, values: dict[str, Any]) -> dict[str, Any]:

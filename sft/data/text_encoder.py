@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sft.data.bpe import BytePairs
 from sft.data.segment import TOKEN_BREAK, Segment
-from sft.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,6 +24,7 @@ class _Piece(NamedTuple):
     last: bool
 
 
+NEUTRAL = ("\n", "a", "1", ".")  # white space is rarely merged with text, or text with white space
 # An answer's left context of more characters is not encoded with it: the whole prompt of some
 # templates, to no effect but the cost.
 LONG = 200
@@ -106,8 +106,8 @@ class Encoder:
             eos_id: Token to append to the last segment, unless it ends with it; None: none.
 
         Returns:
-            The spans of each row. None for a row whose tokenizer merges the end of a prompt with
-            an answer that a later prompt of the row holds: generation would see other ids there.
+            The spans of each row. None for a row in which the tokenizer merges the end of a prompt
+            with an answer that a later prompt holds: generation would see other ids there.
         """
         pieces = [piece for row in rows for piece in self._pieces(row)]
         encoded = self.encode([piece.context + piece.text for piece in pieces])
@@ -121,9 +121,11 @@ class Encoder:
         again = self._apart([pieces[index].text for index in apart])
         for index, piece in enumerate(pieces):
             encoded[index] = encoded[index][len(heads[piece.context]) :]
+        merged = set()
         for index, found in zip(apart, again, strict=True):
-            encoded[index] = found
-        merged = {index for index in apart if not pieces[index].last}
+            encoded[index] = found or []
+            if found is None or not pieces[index].last:
+                merged.add(index)
         result: list[list[TokenSpan] | None] = []
         place = 0
         for row in rows:
@@ -182,16 +184,16 @@ class Encoder:
 
     def _neutral(self, text: str) -> str:
         """Return a character that a text does not merge with, if its beginning would differ."""
-        return "\na"[text[:1].isspace()] if self._adds_space else ""
+        return NEUTRAL[text[:1].isspace()] if self._adds_space else ""
 
-    def _apart(self, texts: list[str]) -> list[list[int]]:
-        """Encode texts as if each stood within a text, whatever precedes it."""
-        result = []
-        leads = [self._neutral(text) for text in texts]
-        encoded = self.encode([lead + text for lead, text in zip(leads, texts, strict=True)])
-        for lead, ids, text in zip(leads, encoded, texts, strict=True):
-            head = self.encode([lead])[0] if lead else []
-            if ids[: len(head)] != head:
-                raise DataError(f"the tokenizer cannot encode {text[:40]!r} separately")
-            result.append(ids[len(head) :])
-        return result
+    def _apart(self, texts: list[str]) -> list[list[int] | None]:
+        """Encode texts as if each stood within a text; None where nothing can precede a text."""
+        if not self._adds_space:
+            return list(self.encode(texts))
+        found: list[list[int] | None] = [None] * len(texts)
+        for lead in NEUTRAL:
+            head = self.encode([lead])[0]
+            for index, ids in enumerate(self.encode([lead + text for text in texts])):
+                if found[index] is None and ids[: len(head)] == head:
+                    found[index] = ids[len(head) :]
+        return found
