@@ -33,6 +33,8 @@ class Counts:
         roles: For each role, tokens and trained tokens in the written samples.
         lengths: Percentiles of the documents' tokens, before anything was cut.
         checks: For each check, how many documents it found.
+        unused_columns: How many rows fill each column, or key of messages (COLUMN.KEY), that no
+            sample holds.
         sources: For each source, its rows and how often an epoch repeats them.
     """
 
@@ -55,6 +57,7 @@ class Counts:
     roles: dict[str, dict[str, int]] = field(default_factory=dict)
     lengths: dict[str, Any] = field(default_factory=dict)
     checks: dict[str, int] = field(default_factory=dict)
+    unused_columns: dict[str, int] = field(default_factory=dict)
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def share(self, check: str) -> float:
@@ -140,6 +143,9 @@ def lines(parts: dict[str, Counts]) -> Iterator[str]:
             f"{c.trained_tokens:,} ({c.trained_tokens / max(1, c.tokens):.0%}) are trained, "
             f"longest {c.longest}"
         )
+        if c.unused_columns:
+            found = ", ".join(f"{key} ({count:,} rows)" for key, count in c.unused_columns.items())
+            yield f"    columns that are not used: {found}"
         if c.efficiency is not None:
             yield (
                 f"    packed: {c.documents:,} documents in {c.samples:,} blocks of "

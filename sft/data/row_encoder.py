@@ -7,22 +7,24 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sft.data.formats import normalise, recognise
+from sft.data.formats import recognise
 from sft.data.readers import SHOWN, BadRow, Row
 from sft.data.segment import TOKEN_BREAK, Segment
-from sft.data.template import Empty, Template
+from sft.data.template import Template
 from sft.data.text_encoder import Encoder, TokenSpan
+from sft.data.token_rows import COLUMNS, spans_of
+from sft.data.token_rows import IGNORE_INDEX as IGNORE_INDEX
+from sft.data.values import FLAGS, Empty, present, require_trained, unused, without
 from sft.errors import DataError
 
-IGNORE_INDEX = -100
-
-
+# What a row of any shape may raise while it is read; none of them may end the run.
+BAD = (DataError, AttributeError, LookupError, TypeError, ArithmeticError, ValueError)
 # The roles of tokens. A token's mark is twice the index of its role, plus 1 if it is trained.
 ROLES = ("prompt", "completion", "text", "system", "user", "assistant", "tool", "all")
 MARKS = {(role, flag): 2 * number + flag for number, role in enumerate(ROLES) for flag in (0, 1)}
@@ -41,6 +43,8 @@ DOCUMENT = np.dtype(
         ("control", np.bool_),  # its text holds a control token
         ("double_bos", np.bool_),
         ("unrolled", np.bool_),  # its row became several documents
+        ("empty_answers", np.bool_),  # an answer is not trained, because it is empty
+        ("unused", np.int32),  # index into the list of what rows fill and no sample holds
     ]
 )
 
@@ -55,6 +59,8 @@ class Encoded:
         documents: Records of DOCUMENT, shape (documents,); ``row`` counts from the batch's first.
         bad: Rows that do not fit, with the reason.
         empty: Rows with nothing to train.
+        unused: Names that ``documents["unused"]`` is an index into, in tuples: columns, and keys
+            of messages, that a row fills but no sample holds.
     """
 
     ids: NDArray[np.int32]
@@ -62,14 +68,29 @@ class Encoded:
     documents: NDArray[Any]
     bad: list[BadRow]
     empty: list[BadRow]
+    unused: list[tuple[str, ...]]
+
+
+class _Owner(NamedTuple):
+    """The row of a document, as in DOCUMENT."""
+
+    row: int
+    control: bool
+    unrolled: bool
+    empty_answers: bool
+    unused: int
 
 
 class RowEncoder:
     """Encodes batches of rows; each worker process has a copy."""
 
-    def __init__(self, template: Template, sanitize: bool = False) -> None:
+    def __init__(
+        self, template: Template, sanitize: bool = False, ignored: Sequence[str] = ()
+    ) -> None:
         self.template = template
         self.sanitize = sanitize
+        self.ignored = ignored
+        self.vocabulary = len(template.tokenizer)
         self.encoder = Encoder(template.tokenizer)
         chat = template.config.kind == "chat"
         ends = template.config.append_eos and not chat
@@ -82,38 +103,60 @@ class RowEncoder:
     def __call__(self, rows: Sequence[Row | BadRow]) -> Encoded:
         """Encode a batch."""
         rendered: list[list[Segment]] = []
-        owners: list[tuple[int, bool, bool]] = []  # row, control, unrolled
-        ready: list[tuple[tuple[int, bool, bool], list[TokenSpan]]] = []
+        owners: list[_Owner] = []
+        ready: list[tuple[_Owner, list[TokenSpan]]] = []
         bad: list[BadRow] = []
         empty: list[BadRow] = []
+        names: dict[tuple[str, ...], int] = {}
         for index, row in enumerate(rows):
             if isinstance(row, BadRow):
                 bad.append(row)
                 continue
             try:
-                if self._is_tokenized(row.values):
-                    ready.append(((index, False, False), _tokenized(row.values)))
+                values, ignored = self._clean(row.values)
+                if self._is_tokenized(values):
+                    spans, left = self._tokenized(values)
+                    left += ignored
+                    owner = _Owner(index, False, False, False, names.setdefault(left, len(names)))
+                    ready.append((owner, spans))
                     continue
-                samples = self.template.render(self._clean(row.values))
-                _require_whole_characters(samples)
+                done = self.template.rendered(values)
+                _require_whole_characters(done.samples)
             except Empty as error:
                 empty.append(BadRow(row.file, row.line, str(error), _shown(row.values)))
-            except (DataError, AttributeError, TypeError, KeyError) as error:
+            except BAD as error:
                 bad.append(BadRow(row.file, row.line, _reason(error), _shown(row.values)))
             else:
-                rendered += samples
-                owner = (index, self._holds_control(samples), len(samples) > 1)
-                owners += [owner] * len(samples)
+                rendered += done.samples
+                owner = _Owner(
+                    index,
+                    self._holds_control(done.samples),
+                    len(done.samples) > 1,
+                    done.empty_answers,
+                    names.setdefault(done.unused + ignored, len(names)),
+                )
+                owners += [owner] * len(done.samples)
         encoded = self.encoder.samples(rendered, self.bos, self.eos_id) if rendered else []
-        both = sorted([*zip(owners, encoded, strict=True), *ready], key=lambda item: item[0][0])
+        both = sorted([*zip(owners, encoded, strict=True), *ready], key=lambda item: item[0].row)
         ids, marks, documents = self._joined(both)
-        documents["line"] = [rows[index].line for (index, _, _), _ in both]
-        return Encoded(ids, marks, documents, bad, empty)
+        documents["line"] = [rows[owner.row].line for owner, _ in both]
+        return Encoded(ids, marks, documents, bad, empty, list(names))
 
-    def _clean(self, values: dict[str, Any]) -> dict[str, Any]:
-        if not self.sanitize:
-            return values
-        return {k: sanitized(v) if isinstance(v, str) else v for k, v in values.items()}
+    def _clean(self, values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Return a row without ignored columns, and the names of those that it filled."""
+        ignored: tuple[str, ...] = ()
+        if self.ignored:
+            values, ignored = without(values, self.ignored)
+        if self.sanitize:
+            values = {k: sanitized(v) if isinstance(v, str) else v for k, v in values.items()}
+        return values, ignored
+
+    def _tokenized(self, values: dict[str, Any]) -> tuple[list[TokenSpan], tuple[str, ...]]:
+        """Return a tokenised row's ids, and the names of what it fills and is not used."""
+        values = present(values)
+        require_trained(values)
+        left = unused(values, {*COLUMNS, *FLAGS}, str(self.template.config.name), tokens=True)
+        return spans_of(values, self.vocabulary), tuple(left)
 
     def _is_tokenized(self, values: dict[str, Any]) -> bool:
         format = self.template.format
@@ -128,7 +171,7 @@ class RowEncoder:
         return any(name in text for name in self.control)
 
     def _joined(
-        self, samples: Sequence[tuple[tuple[int, bool, bool], list[TokenSpan]]]
+        self, samples: Sequence[tuple[_Owner, list[TokenSpan]]]
     ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[Any]]:
         """Concatenate documents, and make the record of each."""
         spans = [span for _, sample in samples for span in sample]
@@ -154,9 +197,9 @@ class RowEncoder:
         ends = (begins + documents["length"]).tolist()
         pairs = zip(begins.tolist(), ends, strict=True)
         documents["hash"] = [xxhash.xxh3_64_intdigest(ids[a:b].tobytes()) for a, b in pairs]
-        documents["row"], documents["control"], documents["unrolled"] = zip(
-            *(owner for owner, _ in samples), strict=True
-        )
+        owners = zip(*(owner for owner, _ in samples), strict=True)
+        for name, column in zip(_Owner._fields, owners, strict=True):
+            documents[name] = column
         if len(self.encoder.bos_ids) == 1 and len(ids) > 1:
             after = ids[np.minimum(begins + 1, len(ids) - 1)]
             bos = self.encoder.bos_ids[0]
@@ -182,30 +225,6 @@ def _require_whole_characters(samples: list[list[Segment]]) -> None:
         except UnicodeEncodeError as error:
             half = ascii(segment.text[error.start])
             raise DataError(f"the text holds {half}, which is half of a surrogate pair") from None
-
-
-def _tokenized(values: dict[str, Any]) -> list[TokenSpan]:
-    """Return a row's ids and labels unchanged; without labels every token is trained."""
-    normalise(values, "tokenized")
-    ids, labels = values["input_ids"], values.get("labels")
-    if not ids:
-        raise Empty("there is nothing to train: input_ids is empty")
-    if labels is None:
-        return [(list(ids), True, "text")]
-    if len(labels) != len(ids):
-        raise DataError(f"the row has {len(ids)} input_ids but {len(labels)} labels")
-    wrong = [i for i, label in enumerate(labels) if label not in (IGNORE_INDEX, ids[i])]
-    if wrong:
-        raise DataError(
-            f"label {labels[wrong[0]]} at {wrong[0]} is neither {IGNORE_INDEX} nor the token "
-            "there: give labels unshifted"
-        )
-    spans: list[TokenSpan] = []
-    pairs = zip(ids, labels, strict=True)
-    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
-        role = "completion" if trained else "prompt"
-        spans.append(([token for token, _ in group], trained, role))
-    return spans
 
 
 def sanitized(text: str) -> str:

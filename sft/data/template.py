@@ -2,29 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft.config.settings import TemplateConfig, columns_of
 from sft.data.chat import Chat
-from sft.data.formats import normalise
+from sft.data.formats import (
+    Conversation,
+    conversation,
+    conversation_of,
+    format_of,
+    history_of,
+    recognise,
+)
 from sft.data.segment import Segment, require_no_break
+from sft.data.values import (
+    FLAGS,
+    Empty,
+    is_filled,
+    is_known,
+    present,
+    refuse,
+    require_trained,
+    text_of,
+    unused,
+)
 from sft.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedTokenizerBase
 
 
-class Empty(DataError):
-    """A row has the columns to be trained, but all of them are empty."""
+class Rendered(NamedTuple):
+    """What a row becomes.
+
+    Attributes:
+        samples: The segments of each sample.
+        unused: Columns, and keys of messages as COLUMN.KEY, that the row fills but no sample holds.
+        empty_answers: Whether an answer is left untrained because it is empty.
+    """
+
+    samples: list[list[Segment]]
+    unused: tuple[str, ...]
+    empty_answers: bool = False
 
 
-def fill(variants: list[str], row: dict[str, Any]) -> str | None:
-    """Fill the first variant whose columns are all filled in the row; None if there is none."""
+def fill(variants: list[str], row: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
+    """Fill the first variant whose columns are all filled in the row.
+
+    Returns:
+        The text and the columns that it used; None if there is no such variant.
+
+    Raises:
+        DataError: One of its columns holds neither text nor a finite number.
+    """
     for variant in variants:
-        values = {name: row.get(name) for name in columns_of(variant)}
+        names = columns_of(variant)
+        values = {name: row.get(name) for name in names}
         if all(value is not None and value != "" for value in values.values()):
-            return variant.format(**values)
+            texts = {name: text_of(item, f"the column {name}") for name, item in values.items()}
+            return variant.format(**texts), names
     return None
+
+
+def _is_empty(message: dict[str, Any]) -> bool:
+    """Return whether an answer has no text, no tool call and no reasoning."""
+    parts = ("tool_calls", "reasoning_content")
+    return not message["content"].strip() and not any(message.get(part) for part in parts)
 
 
 class Template:
@@ -39,6 +84,10 @@ class Template:
         self.config = config
         self.tokenizer = tokenizer
         self.format = format
+        self.answers = {name for text in config.completions for name in columns_of(text)}
+        prompts = {name for text in config.prompts for name in columns_of(text)}
+        # A column that the template writes is text, whatever its name is.
+        self.flags = tuple(name for name in FLAGS if name not in self.answers | prompts)
         self.train_on = config.train_on or {
             "chat": "assistant",
             "completion": "completion",
@@ -60,41 +109,90 @@ class Template:
             Empty: There is nothing to train.
             DataError: The row does not fit its format or the template.
         """
-        row = normalise(row, self.format)
-        if self.chat is not None:
-            messages = self._messages(row)
-            return self.chat.samples(messages, row.get("tools"))
-        if "messages" in row:
+        return self.rendered(row).samples
+
+    def rendered(self, row: dict[str, Any]) -> Rendered:
+        """Render a row as ``render`` does, and report what of it was not used.
+
+        Raises:
+            Empty: There is nothing to train.
+            DataError: As ``render``; or a column is not used although it changes what is trained.
+        """
+        row = present(row)
+        require_trained(row, self.flags)
+        talk = conversation_of(row, format_of(row, self.format))
+        if talk is None and self.chat is not None:
+            talk = self._paired(row, self._completion(row))
+        if talk is not None:
+            return self._chat_of(row, talk)
+        completion, used = self._completion(row)
+        if self.config.kind == "text":
+            segments = [Segment(completion, True, "text")]
+        else:
+            prompt, names = self._filled(self.config.prompts, row, "prompt")
+            used += names
+            segments = [
+                Segment(prompt, self.train_on == "all"),
+                Segment(completion, True, "completion"),
+            ]
+        return Rendered([segments], self._unused(row, used))
+
+    def _chat_of(self, row: dict[str, Any], talk: Conversation) -> Rendered:
+        """Render a conversation."""
+        if self.chat is None:
             raise DataError(
                 f"the row is a conversation, which template={self.config.name} cannot render\n"
                 "    fix: template=chat, or template=plain-chat without a chat template"
             )
-        completion = self._completion(row)
-        if self.config.kind == "text":
-            return [[Segment(completion, True, "text")]]
-        prompt = self._filled(self.config.prompts, row, "prompt")
-        trains_prompt = self.train_on == "all"
-        return [[Segment(prompt, trains_prompt), Segment(completion, True, "completion")]]
+        refuse(sorted(filter(is_known, talk.unused)), str(self.config.name))
+        left = (*self._unused(row, talk.used), *sorted(talk.unused))
+        messages, empty = self._trained(self._with_system(talk.messages))
+        return Rendered(self.chat.samples(messages, talk.tools), left, empty)
+
+    def _trained(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+        """Return messages of which no empty answer is trained, and whether there was one.
+
+        Raises:
+            Empty: No answer is left.
+        """
+        if messages[-1]["role"] != "assistant":
+            return messages, False
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.train_on == "last_assistant":
+            answers = answers[-1:]
+        chosen = [i for i in answers if messages[i].get("train", True)]
+        if not chosen:
+            raise Empty(
+                "there is nothing to train: no message is trained, because each answer that "
+                "template.train_on selects has train: false or weight 0"
+            )
+        empty = [i for i in chosen if _is_empty(messages[i])]
+        if len(empty) == len(chosen):
+            raise Empty("there is nothing to train: the answer is empty")
+        if not empty:
+            return messages, False
+        return [{**m, "train": False} if i in empty else m for i, m in enumerate(messages)], True
+
+    def _unused(self, row: dict[str, Any], used: Iterable[str]) -> tuple[str, ...]:
+        return tuple(unused(row, {*used, *self.flags}, str(self.config.name), tokens=False))
 
     def render_prompt(self, row: dict[str, Any]) -> str:
         """Return the text that generation starts from: everything before the last answer.
 
         Plain text has no answer: generation continues all of it.
         """
+        row = present(row)
         if self.config.kind == "text":
-            return self._filled(self.config.completions, row, "text")
+            return self._filled(self.config.completions, row, "text")[0]
         if self.chat is None:
-            return self._filled(self.config.prompts, row, "prompt")
-        if not ({"messages", "conversations"} & row.keys()):
-            messages = self._with_system(
-                [{"role": "user", "content": self._filled(self.config.prompts, row, "prompt")}]
-            )
-            return self.chat.prompt(messages, None)
-        row = normalise(row, self.format)
-        messages = self._with_system(row["messages"])
+            return self._filled(self.config.prompts, row, "prompt")[0]
+        # Rows to answer need not have the answer's columns, which dataset.format asks for.
+        name = "prompt_completion" if isinstance(row.get("prompt"), list) else recognise(row)
+        talk = conversation_of(row, name, answered=False) or self._paired(row)
+        messages = self._with_system(talk.messages)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        return self.chat.prompt(messages, row.get("tools"))
+        return self.chat.prompt(messages, talk.tools)
 
     def stop_id(self) -> int | None:
         """Return the token that ends an assistant's turn, which may differ from EOS."""
@@ -116,39 +214,40 @@ class Template:
             "    fix: file=rows.jsonl, with all columns"
         )
 
-    def _completion(self, row: dict[str, Any]) -> str:
-        names = {name for text in self.config.completions for name in columns_of(text)}
-        values = [row[name] for name in names if name in row]
-        if values and all(value is None or value == "" for value in values):
+    def _completion(self, row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        """Return the text of the completion, and its columns."""
+        values = [row[name] for name in self.answers if name in row]
+        if values and all(value is None or value == "" or value == [] for value in values):
             raise Empty("there is nothing to train: the completion is empty")
         return self._filled(self.config.completions, row, "completion")
 
-    def _filled(self, variants: list[str], row: dict[str, Any], what: str) -> str:
-        text = fill(variants, row)
-        if text is None:
+    def _filled(
+        self, variants: list[str], row: dict[str, Any], what: str
+    ) -> tuple[str, tuple[str, ...]]:
+        found = fill(variants, row)
+        if found is None:
             needed = " or ".join(
                 " + ".join(columns_of(variant)) or repr(variant) for variant in variants
             )
-            given = ", ".join(name for name, value in row.items() if value not in (None, ""))
+            given = ", ".join(name for name, value in row.items() if is_filled(value))
             fix = f"dataset.columns.{columns_of(variants[0])[0]}=COLUMN, or a different template"
             raise DataError(
                 f"template={self.config.name} cannot render a {what} of this row: it needs the "
                 f"columns {needed}; the row fills {given or 'none'}\n    fix: {fix}"
             )
-        require_no_break(text)
-        return text
+        require_no_break(found[0])
+        return found
 
-    def _messages(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        if "messages" in row:
-            return self._with_system(row["messages"])
-        completion = self._completion(row)
-        messages = [
-            {"role": "user", "content": self._filled(self.config.prompts, row, "prompt")},
-            {"role": "assistant", "content": completion},
-        ]
-        if isinstance(row.get("system"), str) and row["system"]:
-            messages.insert(0, {"role": "system", "content": row["system"]})
-        return self._with_system(messages)
+    def _paired(
+        self, row: dict[str, Any], completion: tuple[str, tuple[str, ...]] | None = None
+    ) -> Conversation:
+        """Make a conversation of a row's history, its prompt and its completion, if it is given."""
+        prompt, used = self._filled(self.config.prompts, row, "prompt")
+        turns = [*history_of(row), ("prompt", {"role": "user", "content": prompt})]
+        if completion is not None:
+            turns.append(("completion", {"role": "assistant", "content": completion[0]}))
+            used += completion[1]
+        return conversation(turns, row, {*used, "history"})
 
     def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.config.system is not None and messages[0]["role"] != "system":
