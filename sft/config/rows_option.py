@@ -27,6 +27,7 @@ def option_of(path: str) -> str | None:
     from sft.data.formats import recognise
     from sft.data.locations import files_of, read
     from sft.data.readers import TEXT, Row, kind_of
+    from sft.data.values import present
 
     local = Path(path).expanduser()
     if not local.exists() and not glob.glob(str(local), recursive=True):
@@ -50,7 +51,7 @@ def option_of(path: str) -> str | None:
         first = next(iter(read(path)), None)
     except DataError:
         first = None  # preparing the data reports the error, with file and line
-    row = first.values if isinstance(first, Row) else {}
+    row = present(first.values) if isinstance(first, Row) else {}
     format = recognise(row)
     if format in ("messages", "sharegpt") or isinstance(row.get("prompt"), list):
         return "chat"

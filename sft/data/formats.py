@@ -48,8 +48,8 @@ class Conversation(NamedTuple):
 
 
 def recognise(row: dict[str, Any]) -> str:
-    """Return the name of a row's format, detected from the columns that it fills."""
-    filled = {column for column, value in row.items() if not is_absent(value)}
+    """Return the name of a row's format, detected from the columns that are not null or ''."""
+    filled = {column for column, value in row.items() if value is not None and value != ""}
     for name, columns in FORMATS.items():
         if filled.issuperset(columns):
             return name
@@ -67,7 +67,7 @@ def format_of(row: dict[str, Any], format: str) -> str:
         DataError: The row lacks a column of the format.
     """
     name = recognise(row) if format == "auto" else format
-    lacking = [column for column in FORMATS.get(name, ()) if is_absent(row.get(column))]
+    lacking = [column for column in FORMATS.get(name, ()) if row.get(column) is None]
     if lacking:
         raise DataError(f"the format {name} needs the column {lacking[0]}")
     return name
@@ -94,9 +94,9 @@ def conversation_of(row: dict[str, Any], name: str, answered: bool = True) -> Co
     if name != "prompt_completion":
         return None
     prompt, completion = row["prompt"], row.get("completion")
-    if answered and not is_filled(completion):
-        return None
     if not (isinstance(prompt, list) or isinstance(completion, list)):
+        return None
+    if answered and not is_filled(completion):
         return None
     turns: list[tuple[str, Any]] = []
     if isinstance(prompt, list):

@@ -155,12 +155,13 @@ class RowEncoder:
         """Return a tokenised row's ids, and the names of what it fills and is not used."""
         values = present(values)
         require_trained(values)
-        left = unused(values, {*COLUMNS, *FLAGS}, str(self.template.config.name), tokens=True)
-        return spans_of(values, self.vocabulary), tuple(left)
+        names = [name for name in values if name not in COLUMNS and name not in FLAGS]
+        left = unused(values, names, str(self.template.config.name), tokens=True)
+        return spans_of(values, self.vocabulary), left
 
     def _is_tokenized(self, values: dict[str, Any]) -> bool:
         format = self.template.format
-        ready = "input_ids" in values and recognise(values) == "tokenized"
+        ready = "input_ids" in values and recognise(present(values)) == "tokenized"
         return format == "tokenized" or (format == "auto" and ready)
 
     def _holds_control(self, samples: list[list[Segment]]) -> bool:

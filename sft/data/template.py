@@ -29,7 +29,7 @@ from sft.data.values import (
 from sft.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
 
     from transformers import PreTrainedTokenizerBase
 
@@ -59,10 +59,19 @@ def fill(variants: list[str], row: dict[str, Any]) -> tuple[str, tuple[str, ...]
     """
     for variant in variants:
         names = columns_of(variant)
-        values = {name: row.get(name) for name in names}
-        if all(value is not None and value != "" for value in values.values()):
-            texts = {name: text_of(item, f"the column {name}") for name, item in values.items()}
-            return variant.format(**texts), names
+        values, is_text = {}, True
+        for name in names:
+            value = row.get(name)
+            if not value and not is_filled(value):
+                break
+            values[name] = value
+            is_text = is_text and type(value) is str
+        else:
+            if not is_text:
+                values = {
+                    name: text_of(item, f"the column {name}") for name, item in values.items()
+                }
+            return variant.format(**values), names
     return None
 
 
@@ -87,7 +96,7 @@ class Template:
         self.answers = {name for text in config.completions for name in columns_of(text)}
         prompts = {name for text in config.prompts for name in columns_of(text)}
         # A column that the template writes is text, whatever its name is.
-        self.flags = tuple(name for name in FLAGS if name not in self.answers | prompts)
+        self.flags = FLAGS - self.answers - prompts
         self.train_on = config.train_on or {
             "chat": "assistant",
             "completion": "completion",
@@ -119,7 +128,8 @@ class Template:
             DataError: As ``render``; or a column is not used although it changes what is trained.
         """
         row = present(row)
-        require_trained(row, self.flags)
+        if not self.flags.isdisjoint(row):
+            require_trained(row, self.flags)
         talk = conversation_of(row, format_of(row, self.format))
         if talk is None and self.chat is not None:
             talk = self._paired(row, self._completion(row))
@@ -173,8 +183,9 @@ class Template:
             return messages, False
         return [{**m, "train": False} if i in empty else m for i, m in enumerate(messages)], True
 
-    def _unused(self, row: dict[str, Any], used: Iterable[str]) -> tuple[str, ...]:
-        return tuple(unused(row, {*used, *self.flags}, str(self.config.name), tokens=False))
+    def _unused(self, row: dict[str, Any], used: Collection[str]) -> tuple[str, ...]:
+        left = [name for name in row if name not in used and name not in self.flags]
+        return unused(row, left, str(self.config.name), tokens=False) if left else ()
 
     def render_prompt(self, row: dict[str, Any]) -> str:
         """Return the text that generation starts from: everything before the last answer.
@@ -216,15 +227,26 @@ class Template:
 
     def _completion(self, row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         """Return the text of the completion, and its columns."""
-        values = [row[name] for name in self.answers if name in row]
-        if values and all(value is None or value == "" or value == [] for value in values):
-            raise Empty("there is nothing to train: the completion is empty")
-        return self._filled(self.config.completions, row, "completion")
+        found = fill(self.config.completions, row)
+        if found is None or not found[1]:
+            values = [row[name] for name in self.answers if name in row]
+            if values and not any(map(is_filled, values)):
+                raise Empty("there is nothing to train: the completion is empty")
+        return self._checked(found, self.config.completions, row, "completion")
 
     def _filled(
         self, variants: list[str], row: dict[str, Any], what: str
     ) -> tuple[str, tuple[str, ...]]:
-        found = fill(variants, row)
+        return self._checked(fill(variants, row), variants, row, what)
+
+    def _checked(
+        self,
+        found: tuple[str, tuple[str, ...]] | None,
+        variants: list[str],
+        row: dict[str, Any],
+        what: str,
+    ) -> tuple[str, tuple[str, ...]]:
+        """Refuse a row that fills no variant, and text that encoding would change."""
         if found is None:
             needed = " or ".join(
                 " + ".join(columns_of(variant)) or repr(variant) for variant in variants

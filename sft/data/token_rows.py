@@ -71,7 +71,7 @@ def _numbers(row: dict[str, Any], name: str, length: int | None = None) -> list[
         return values
     numbers = []
     for place, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
             raise DataError(f"{name} has {described(value)} at {place}; it must be a whole number")
         numbers.append(int(value))
     return numbers

@@ -13,8 +13,7 @@ from sft.errors import DataError
 SHOWN = 60  # characters of a value in a message
 # Keys of a row or of a message that say whether it is trained. OpenAI's fine-tuning files have
 # weight, Axolotl's have training.
-FLAGS = ("train", "training", "weight", "loss_weight")
-_FLAGS = frozenset(FLAGS)
+FLAGS = frozenset(("train", "training", "weight", "loss_weight"))
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 _MEDIA_FIX = "leave such rows out; sft trains on text only"
@@ -83,8 +82,8 @@ def described(value: Any) -> str:
     """Return a value and its kind, for an error."""
     if isinstance(value, bool):
         return f"the boolean {json.dumps(value)}"
-    if isinstance(value, float | Decimal):
-        return f"the number {value}"
+    if isinstance(value, int | float | Decimal):
+        return f"the number {str(value)[:SHOWN]}"
     if isinstance(value, str | list | dict):
         shown = json.dumps(value, ensure_ascii=False, default=str)
         kind = {str: "the text", list: "the list", dict: "the object"}
@@ -108,7 +107,7 @@ def parsed(value: Any, place: str) -> Any:
 
 
 def flag_of(
-    values: Mapping[str, Any], place: str, names: Iterable[str] = FLAGS, prefix: str = ""
+    values: Mapping[str, Any], place: str, names: frozenset[str] = FLAGS, prefix: str = ""
 ) -> bool | None:
     """Return whether a row or a message is trained, by its flags; None: it has none.
 
@@ -121,11 +120,11 @@ def flag_of(
     Raises:
         DataError: A flag is neither 0 nor 1, or two flags disagree.
     """
-    if _FLAGS.isdisjoint(values):
+    if FLAGS.isdisjoint(values):
         return None
     found: dict[str, bool] = {}
-    for name in names:
-        value = values.get(name)
+    for name in sorted(names & values.keys()):
+        value = values[name]
         if not is_filled(value):
             continue
         text = str(value).strip().lower()
@@ -142,36 +141,37 @@ def flag_of(
     return next(iter(found.values()), None)
 
 
-def require_trained(row: Mapping[str, Any], names: Iterable[str] = FLAGS) -> None:
+def require_trained(row: Mapping[str, Any], names: frozenset[str] = FLAGS) -> None:
     """Refuse a row whose flags say that it is not trained.
 
     Raises:
         Empty: They say so.
     """
     if flag_of(row, "the row", names) is False:
-        name = next(name for name in names if is_filled(row.get(name)))
+        name = next(name for name in sorted(names) if is_filled(row.get(name)))
         raise Empty(f"there is nothing to train: the row has {name}={row[name]}")
 
 
-def unused(row: Mapping[str, Any], used: Iterable[str], template: str, tokens: bool) -> list[str]:
-    """List the columns that a row fills and that were not used.
+def unused(
+    row: Mapping[str, Any], names: Iterable[str], template: str, tokens: bool
+) -> tuple[str, ...]:
+    """List those columns of a row, of those that were not used, that it fills.
 
     Args:
         row: The row.
-        used: Columns that were used.
+        names: Columns that were not used.
         template: The template's name, for the error.
         tokens: Whether the row's text is given as token ids: its other columns tell nothing new.
 
     Raises:
         DataError: One of them has a meaning that changes what should be trained.
     """
-    left = [name for name in row.keys() - used if is_filled(row[name])]
-    left = [name for name in left if row[name] not in ("[]", "{}")]  # as tables write them
-    if left:
-        known = _KNOWN_OF_TOKENS if tokens else KNOWN.keys()
+    # A table writes an empty list or object as text.
+    left = [name for name in names if is_filled(row[name]) and row[name] not in ("[]", "{}")]
+    known = _KNOWN_OF_TOKENS if tokens else KNOWN.keys()
+    if not known.isdisjoint(left):
         refuse(sorted(known & set(left)), template)
-        left.sort()
-    return left
+    return tuple(sorted(left))
 
 
 def is_known(name: str) -> bool:
