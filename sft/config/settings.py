@@ -40,7 +40,7 @@ CHECKS = {
     "answer_cut": "have an answer that is cut off at dataset.max_length",
     "double_bos": "begin with two BOS tokens",
     "control_tokens": "contain the text of a control token",
-    "empty_answers": "have an empty answer among others, which is not trained",
+    "empty_answers": "have an empty answer, which is not trained",
     "duplicates": "are exact copies of an earlier document",
     "eval_in_train": "are held out and also trained on",
 }
