@@ -187,7 +187,7 @@ def _plain(item: Any, column: str) -> dict[str, Any]:
 def _first(item: dict[str, Any], keys: Sequence[str], taken: set[str]) -> Any:
     """Return the value of the first key that is filled, and add that key to ``taken``."""
     for key in keys:
-        if is_filled(item.get(key)):
+        if key in item and is_filled(item[key]):
             taken.add(key)
             return item[key]
     return None
@@ -196,7 +196,7 @@ def _first(item: dict[str, Any], keys: Sequence[str], taken: set[str]) -> Any:
 def _message(item: dict[str, Any], number: int, column: str, unused: set[str]) -> dict[str, Any]:
     """Convert one message to OpenAI's form, and add keys that are not in it to ``unused``."""
     place = f"message {number}"
-    taken = set(FLAGS)
+    taken: set[str] = set()
     said = _first(item, ("role", "from"), taken)
     role = ROLES.get(str(said))
     if role is None:
@@ -224,8 +224,9 @@ def _message(item: dict[str, Any], number: int, column: str, unused: set[str]) -
                 f"{place} of role {role} is marked as trained; only the assistant's messages can be"
             )
         message["train"] = train
-    if not taken.issuperset(item):
-        unused |= {f"{column}.{key}" for key in item.keys() - taken if is_filled(item[key])}
+    if len(taken) < len(item):
+        left = item.keys() - taken - FLAGS
+        unused |= {f"{column}.{key}" for key in left if is_filled(item[key])}
     return message
 
 

@@ -45,7 +45,9 @@ def is_absent(value: Any) -> bool:
 
 def is_filled(value: Any) -> bool:
     """Return whether a value is neither absent nor empty."""
-    return not (is_absent(value) or (isinstance(value, str | list | dict | bytes) and not value))
+    if type(value) in _PLAIN:
+        return bool(value) or type(value) in (int, bool)  # 0 and false are values
+    return not is_absent(value) and not (isinstance(value, str | list | dict) and not value)
 
 
 def present(row: dict[str, Any]) -> dict[str, Any]:
