@@ -27,6 +27,7 @@ CHECKS = {
     "answer_cut": "have an answer that is cut off at dataset.max_length",
     "double_bos": "begin with two BOS tokens",
     "control_tokens": "contain the text of a control token",
+    "empty_answers": "have an empty answer, which is not trained",
     "duplicates": "are exact copies of an earlier document",
     "eval_in_train": "are held out and also trained on",
 }
@@ -71,6 +72,11 @@ class DatasetConfig:
     )
     columns: dict[str, str] = setting(
         {}, "column names of the data by template field, such as {prompt: question}"
+    )
+    ignore_columns: list[str] = setting(
+        [],
+        "columns, after renaming, that are left out although their meaning is known, such as "
+        "[history, images]; messages.KEY: a key of the messages in that column",
     )
     max_rows: int | None = setting(
         None, "number of rows to read from the start of each source; null: all", at_least(1)
@@ -145,6 +151,7 @@ class DatasetConfig:
             "prompt_differs": 0.0,
             "answer_cut": 0.0,
             "control_tokens": 0.0,
+            "empty_answers": 0.0,
             "duplicates": 0.01,
             "eval_in_train": 0.0,
         },

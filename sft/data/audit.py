@@ -36,6 +36,8 @@ class Counts:
         roles: For each role, tokens and trained tokens in the written samples.
         lengths: Percentiles of the documents' tokens, before anything was cut.
         checks: For each check, how many documents it found.
+        unused_columns: How many rows fill each column, or key of messages (COLUMN.KEY), that no
+            sample holds.
         sources: For each source, its rows and how often an epoch repeats them.
         files: Files read.
         unused_files: Files beside them that were not read.
@@ -61,6 +63,7 @@ class Counts:
     roles: dict[str, dict[str, int]] = field(default_factory=dict)
     lengths: dict[str, Any] = field(default_factory=dict)
     checks: dict[str, int] = field(default_factory=dict)
+    unused_columns: dict[str, int] = field(default_factory=dict)
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: int = 0
     unused_files: list[str] = field(default_factory=list)
@@ -153,6 +156,9 @@ def lines(parts: dict[str, Counts]) -> Iterator[str]:
             f"{c.trained_tokens:,} ({c.trained_tokens / max(1, c.tokens):.0%}) are trained, "
             f"longest {c.longest}"
         )
+        if c.unused_columns:
+            found = ", ".join(f"{key} ({count:,} rows)" for key, count in c.unused_columns.items())
+            yield f"    columns that are not used: {found}"
         if c.efficiency is not None:
             yield (
                 f"    packed: {c.documents:,} documents in {c.samples:,} blocks of "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+from sft.data.values import FLAGS, described, flag_of, is_absent, is_filled, parsed, text_of
 from sft.errors import DataError
 
 # The columns that identify each format. A row has the first format whose columns it fills.
@@ -24,140 +24,249 @@ ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bot", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("observation", "tool", "function_response", "ipython"), "tool"),
+    **dict.fromkeys(("observation", "tool", "function", "function_response", "ipython"), "tool"),
     "function_call": "function_call",
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
+class Conversation(NamedTuple):
+    """A conversation in OpenAI's form.
+
+    Attributes:
+        messages: Messages with ``role`` and ``content``, with ``tool_calls`` as objects, and with
+            ``train`` where the data says whether it is trained.
+        tools: Tools in OpenAI's form; None if there are none.
+        used: Columns of the row that are in it.
+        unused: Keys of messages that are not in it, as COLUMN.KEY.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    used: set[str]
+    unused: set[str]
+
+
 def recognise(row: dict[str, Any]) -> str:
-    """Return the name of a row's format, detected from the columns that it fills."""
-    filled = {column for column, value in row.items() if value is not None}
+    """Return the name of a row's format, detected from the columns that are not null or ''."""
+    filled = {column for column, value in row.items() if value is not None and value != ""}
     for name, columns in FORMATS.items():
         if filled.issuperset(columns):
             return name
     return COLUMNS
 
 
-def normalise(row: dict[str, Any], format: str) -> dict[str, Any]:
-    """Convert a row to the form that templates read.
+def format_of(row: dict[str, Any], format: str) -> str:
+    """Return the name of a row's format.
 
     Args:
         row: The row, with columns renamed by ``dataset.columns``.
         format: A name of FORMATS, ``columns``, or ``auto`` to detect it.
 
-    Returns:
-        For a conversation, ``{"messages": [...], "tools": [...]}``, each message in OpenAI's form
-        with ``tool_calls`` as objects; otherwise the row itself.
-
     Raises:
-        DataError: The row does not fit the format.
+        DataError: The row lacks a column of the format.
     """
     name = recognise(row) if format == "auto" else format
     lacking = [column for column in FORMATS.get(name, ()) if row.get(column) is None]
     if lacking:
         raise DataError(f"the format {name} needs the column {lacking[0]}")
-    if name == "messages":
-        return _conversation(row["messages"], row)
-    if name == "sharegpt":
-        return _conversation(row["conversations"], row)
-    if name == "prompt_completion" and isinstance(row["prompt"], list):
-        context = [{**_plain(item), "train": False} for item in row["prompt"]]
-        return _conversation(context + list(row["completion"]), row)
-    if name == "alpaca" and row.get("history"):
-        turns: list[dict[str, Any]] = []
-        for question, answer in row["history"]:
-            turns += [{"role": "user", "content": question}]
-            turns += [{"role": "assistant", "content": answer}]
-        asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-        turns.append({"role": "user", "content": asked})
-        turns.append({"role": "assistant", "content": row["output"]})
-        return _conversation(turns, row)
-    return row
+    return name
 
 
-def _conversation(items: Any, row: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(items, list) or not items:
+def conversation_of(row: dict[str, Any], name: str, answered: bool = True) -> Conversation | None:
+    """Return the conversation that a row holds; None if the template makes one of its columns.
+
+    A ``prompt`` or ``completion`` that is a list of messages makes a conversation, whatever the
+    other one is. The answers in the prompt are not trained.
+
+    Args:
+        row: The row.
+        name: Its format.
+        answered: Whether a prompt without a completion is none; generation starts from one.
+
+    Raises:
+        DataError: It is not a conversation of the known form.
+    """
+    if name in ("messages", "sharegpt"):
+        column = FORMATS[name][0]
+        messages = _list(row[column], column)
+        return conversation([(column, item) for item in messages], row, {column})
+    if name != "prompt_completion":
+        return None
+    prompt, completion = row["prompt"], row.get("completion")
+    if not (isinstance(prompt, list) or isinstance(completion, list)):
+        return None
+    if answered and not is_filled(completion):
+        return None
+    turns: list[tuple[str, Any]] = []
+    if isinstance(prompt, list):
+        turns += [("prompt", {**_plain(item, "prompt"), "train": False}) for item in prompt]
+    else:
+        turns.append(("prompt", {"role": "user", "content": prompt}))
+    if isinstance(completion, list):
+        turns += [("completion", item) for item in completion]
+    elif is_filled(completion):
+        turns.append(("completion", {"role": "assistant", "content": completion}))
+    return conversation(turns, row, {"prompt", "completion"})
+
+
+def conversation(
+    items: Sequence[tuple[str, Any]], row: dict[str, Any], used: Iterable[str]
+) -> Conversation:
+    """Make a conversation of messages, and of a row's ``system`` and ``tools``.
+
+    Args:
+        items: The name of its column, and the message, of each.
+        row: The row.
+        used: Columns that the messages are made from.
+
+    Raises:
+        DataError: A message or a tool has not the known form.
+    """
+    if not items:
         raise DataError("the conversation is empty")
-    messages = [_message(_plain(item), number) for number, item in enumerate(items, 1)]
+    used, unused = {*used, "tools"}, set[str]()
+    messages = [
+        _message(_plain(item, column), number, column, unused)
+        for number, (column, item) in enumerate(items, 1)
+    ]
     system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return {"messages": messages, "tools": _tools(row.get("tools"))}
+    if is_filled(system):
+        system = text_of(system, "the column system")
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        if messages[0]["content"] == system:
+            used.add("system")
+    return Conversation(messages, _tools(row.get("tools")), used, unused)
 
 
-def _plain(item: Any) -> dict[str, Any]:
+def history_of(row: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the messages of a row's ``history``, each after the name of its column.
+
+    Raises:
+        DataError: It is not a list of pairs, of objects with user and assistant, or of messages.
+    """
+    if not is_filled(row.get("history")):
+        return []
+    turns: list[Any] = []
+    for number, item in enumerate(_list(row["history"], "history"), 1):
+        values = item if isinstance(item, dict) else {}
+        keys = {key for key, value in values.items() if not is_absent(value)}
+        if isinstance(item, list | tuple) and len(item) == 2:
+            pair = item
+        elif keys == {"user", "assistant"}:
+            pair = [item["user"], item["assistant"]]
+        elif keys & {"role", "from"}:
+            turns.append(item)
+            continue
+        else:
+            raise DataError(
+                f"turn {number} of the column history holds {described(item)}; it must be a pair "
+                "[question, answer], {user, assistant} or {role, content}"
+            )
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return [("history", turn) for turn in turns]
+
+
+def _list(value: Any, column: str) -> list[Any]:
+    value = parsed(value, f"the column {column}")
+    if not isinstance(value, list):
+        raise DataError(f"the column {column} holds {described(value)}, not a list of messages")
+    return value
+
+
+def _plain(item: Any, column: str) -> dict[str, Any]:
     if not isinstance(item, dict):
-        raise DataError(f"a message is {type(item).__name__}, not an object with role and content")
+        raise DataError(
+            f"a message of the column {column} holds {described(item)}, not an object with role "
+            "and content"
+        )
     return item
 
 
-def _message(item: dict[str, Any], number: int) -> dict[str, Any]:
-    """Convert one message to OpenAI's form."""
-    said = item.get("role", item.get("from"))
+def _first(item: dict[str, Any], keys: Sequence[str], taken: set[str]) -> Any:
+    """Return the value of the first key that is filled, and add that key to ``taken``."""
+    for key in keys:
+        if key in item and is_filled(item[key]):
+            taken.add(key)
+            return item[key]
+    return None
+
+
+def _message(item: dict[str, Any], number: int, column: str, unused: set[str]) -> dict[str, Any]:
+    """Convert one message to OpenAI's form, and add keys that are not in it to ``unused``."""
+    place = f"message {number}"
+    taken: set[str] = set()
+    said = _first(item, ("role", "from"), taken)
     role = ROLES.get(str(said))
     if role is None:
+        if said is None:
+            raise DataError(f"{place} has no role; its keys are {', '.join(map(str, item))}")
         known = ", ".join(ROLES)
-        raise DataError(f"message {number} has the role {said!r}; the known roles are {known}")
-    content = _text(item.get("content", item.get("value")), number)
-    message: dict[str, Any] = {"role": role, "content": content}
+        raise DataError(f"{place} has the role {said!r}; the known roles are {known}")
+    content = _first(item, ("content", "value"), taken)
+    message: dict[str, Any] = {"role": role, "content": ""}
     if role == "function_call":
-        message = {"role": "assistant", "content": "", "tool_calls": _calls(content, number)}
-    elif item.get("tool_calls"):
-        message["tool_calls"] = _calls(item["tool_calls"], number)
-    elif role == "assistant" and item.get("function_call"):
-        message["tool_calls"] = _calls(item["function_call"], number)
-    for key in REASONING:
-        if item.get(key):
-            message["reasoning_content"] = item[key]
-            break
+        message = {"role": "assistant", "content": "", "tool_calls": _calls(content, place)}
+    else:
+        message["content"] = _text(content, place)
+        calls = ("tool_calls", "function_call") if role == "assistant" else ("tool_calls",)
+        if (value := _first(item, calls, taken)) is not None:
+            message["tool_calls"] = _calls(value, place)
+    if (reasoning := _first(item, REASONING, taken)) is not None:
+        message["reasoning_content"] = text_of(reasoning, f"the reasoning of {place}")
     for key in ("name", "tool_call_id"):
-        if item.get(key):
-            message[key] = item[key]
-    # OpenAI's fine-tuning files call this key weight, Axolotl's call it training.
-    for key in ("train", "training", "weight"):
-        if item.get(key) is not None:
-            if role != "assistant" and role != "function_call" and item[key]:
-                raise DataError(
-                    f"message {number} of role {role} is marked as trained; only the assistant's "
-                    "messages can be"
-                )
-            message["train"] = bool(item[key])
-            break
+        if (value := _first(item, (key,), taken)) is not None:
+            message[key] = text_of(value, f"{key} of {place}")
+    if (train := flag_of(item, place, prefix=f"{column}.")) is not None:
+        if train and message["role"] != "assistant":
+            raise DataError(
+                f"{place} of role {role} is marked as trained; only the assistant's messages can be"
+            )
+        message["train"] = train
+    if len(taken) < len(item):
+        left = item.keys() - taken - FLAGS
+        unused |= {f"{column}.{key}" for key in left if is_filled(item[key])}
     return message
 
 
-def _text(content: Any, number: int) -> str:
+def _text(content: Any, place: str) -> str:
     """Return a message's text, joined if it is a list of parts."""
     if content is None:
         return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if all(isinstance(text, str) for text in texts):
-            return "".join(texts)  # type: ignore[arg-type]
-    raise DataError(f"message {number} has content other than text, which a text model cannot read")
+    if not isinstance(content, list):
+        return text_of(content, f"the content of {place}")
+    texts = []
+    for part in content:
+        # LLaMA-Factory's parts have value instead of text.
+        text = None
+        if isinstance(part, dict):
+            text = part.get("value") if is_absent(part.get("text")) else part["text"]
+        if is_absent(text) or part.get("type", "text") != "text":
+            raise DataError(
+                f"{place} has content other than text, which a text model cannot read: "
+                f"{described(part)}"
+            )
+        texts.append(text_of(text, f"a part of {place}"))
+    return "".join(texts)
 
 
-def _parsed(value: Any, what: str) -> Any:
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise DataError(f"{what} is not valid JSON: {error}") from None
-
-
-def _calls(value: Any, number: int) -> list[dict[str, Any]]:
+def _calls(value: Any, place: str) -> list[dict[str, Any]]:
     """Convert tool calls to OpenAI's form, with arguments as objects."""
-    what = f"the tool call of message {number}"
-    value = _parsed(value, what)
+    what = f"the tool call of {place}"
+    value = parsed(value, what)
     calls = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"{what} has no name")
-        arguments = _parsed(function.get("arguments", {}), f"arguments in {what}")
-        entry = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+        arguments = function.get("arguments")
+        if is_absent(arguments) or arguments == "":
+            arguments = {}
+        entry = {
+            "name": function["name"],
+            "arguments": parsed(arguments, f"arguments in {what}"),
+        }
         # Keep the id: some templates use it to match a call and its result.
         extra = {"id": call["id"]} if call.get("id") else {}
         calls.append({"type": "function", **extra, "function": entry})
@@ -166,13 +275,13 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
     """Convert tools, given as JSON text or as objects, to OpenAI's form."""
-    value = _parsed(value, "the column tools") if value else None
+    value = parsed(value, "the column tools") if is_filled(value) else None
     if not value:
         return None
     items: Iterable[Any] = value if isinstance(value, list) else [value]
     tools = []
     for item in items:
-        item = _parsed(item, "a tool")
+        item = parsed(item, "a tool")
         function = item.get("function", item) if isinstance(item, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError("a tool has no name")

@@ -13,15 +13,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sft.data.formats import normalise, recognise
+from sft.data.formats import recognise
 from sft.data.rows import SHOWN, BadRow, Row
 from sft.data.segment import TOKEN_BREAK, Sample
-from sft.data.template import Empty, Template
+from sft.data.template import Rendered, Template
 from sft.data.text_encoder import Encoder, TokenSpan
+from sft.data.token_rows import COLUMNS, spans_of
+from sft.data.token_rows import IGNORE_INDEX as IGNORE_INDEX
+from sft.data.values import FLAGS, Empty, present, require_trained, unused, without
 from sft.errors import DataError
-
-IGNORE_INDEX = -100
-
 
 # The roles of tokens. A token's mark is twice the index of its role, plus 1 if it is trained.
 ROLES = ("prompt", "completion", "text", "system", "user", "assistant", "tool", "all")
@@ -42,6 +42,8 @@ DOCUMENT = np.dtype(
         ("double_bos", np.bool_),
         ("unrolled", np.bool_),  # its row became several documents
         ("prompt_differs", np.bool_),  # an answer does not begin after the generation prompt
+        ("empty_answers", np.bool_),  # an answer is not trained, because it is empty
+        ("unused", np.int32),  # index into the list of what rows fill and no sample holds
     ]
 )
 
@@ -53,6 +55,8 @@ class Owner(NamedTuple):
     control: bool = False
     unrolled: bool = False
     prompt_differs: bool = False
+    empty_answers: bool = False
+    unused: int = 0
 
 
 @dataclass
@@ -65,6 +69,8 @@ class Encoded:
         documents: Records of DOCUMENT, shape (documents,); ``row`` counts from the batch's first.
         bad: Rows that do not fit, with the reason.
         empty: Rows with nothing to train.
+        unused: Names that ``documents["unused"]`` is an index into, in tuples: columns, and keys
+            of messages, that a row fills but no sample holds.
     """
 
     ids: NDArray[np.int32]
@@ -72,14 +78,19 @@ class Encoded:
     documents: NDArray[Any]
     bad: list[BadRow]
     empty: list[BadRow]
+    unused: list[tuple[str, ...]]
 
 
 class RowEncoder:
     """Encodes batches of rows; each worker process has a copy."""
 
-    def __init__(self, template: Template, sanitize: bool = False) -> None:
+    def __init__(
+        self, template: Template, sanitize: bool = False, ignored: Sequence[str] = ()
+    ) -> None:
         self.template = template
         self.sanitize = sanitize
+        self.ignored = ignored
+        self.vocabulary = len(template.tokenizer)
         self.encoder = Encoder(template.tokenizer)
         chat = template.config.kind == "chat"
         ends = template.config.append_eos and not chat
@@ -96,33 +107,39 @@ class RowEncoder:
         ready: list[tuple[Owner, list[TokenSpan]]] = []
         bad: list[BadRow] = []
         empty: list[BadRow] = []
+        names: dict[tuple[str, ...], int] = {}
         for index, row in enumerate(rows):
             if isinstance(row, BadRow):
                 bad.append(row)
                 continue
             try:
-                if self._is_tokenized(row.values):
-                    ready.append((Owner(index), _tokenized(row.values)))
+                values, ignored = self._clean(row.values)
+                if self._is_tokenized(values):
+                    spans, left = self._tokenized(values)
+                    left += ignored
+                    ready.append((Owner(index, unused=names.setdefault(left, len(names))), spans))
                     continue
-                samples = self.template.render(self._clean(row.values))
-                _require_whole_characters(samples)
+                done = self.template.rendered(values)
+                _require_whole_characters(done.samples)
             except Empty as error:
                 empty.append(BadRow(row.file, row.line, str(error), _shown(row.values)))
             except Exception as error:  # whatever a value does to a template, the row is bad
                 bad.append(BadRow(row.file, row.line, _reason(error), _shown(row.values)))
             else:
-                rendered += samples
-                owners += self._owners(index, samples)
+                rendered += done.samples
+                number = names.setdefault(done.unused + ignored, len(names))
+                owners += self._owners(index, done, number)
         both = [*self._encoded(rows, rendered, owners, bad), *ready]
         both.sort(key=lambda item: item[0].row)
         ids, marks, documents = self._joined(both)
         documents["line"] = [rows[owner.row].line for owner, _ in both]
-        return Encoded(ids, marks, documents, bad, empty)
+        return Encoded(ids, marks, documents, bad, empty, list(names))
 
-    def _owners(self, index: int, samples: list[Sample]) -> list[Owner]:
-        control = self._holds_control(samples)
+    def _owners(self, index: int, done: Rendered, unused: int) -> list[Owner]:
+        control, unrolled = self._holds_control(done.samples), len(done.samples) > 1
         return [
-            Owner(index, control, len(samples) > 1, sample.prompt_differs) for sample in samples
+            Owner(index, control, unrolled, sample.prompt_differs, done.empty_answers, unused)
+            for sample in done.samples
         ]
 
     def _encoded(
@@ -142,24 +159,36 @@ class RowEncoder:
                 continue
             row = rows[owner.row]
             assert isinstance(row, Row)
-            samples = self.template.render(self._clean(row.values), by_turn=True)
-            turns = self.encoder.samples(samples, self.template.adds_bos, self.eos_id)
+            done = self.template.rendered(self._clean(row.values)[0], by_turn=True)
+            turns = self.encoder.samples(done.samples, self.template.adds_bos, self.eos_id)
             if None in turns:
                 reason = "the tokenizer merges the end of the prompt with the answer"
                 bad.append(BadRow(row.file, row.line, reason, _shown(row.values)))
                 continue
-            for turn, spans in zip(self._owners(owner.row, samples), turns, strict=True):
+            for turn, spans in zip(self._owners(owner.row, done, owner.unused), turns, strict=True):
                 assert spans is not None
                 yield turn, spans
 
-    def _clean(self, values: dict[str, Any]) -> dict[str, Any]:
-        if not self.sanitize:
-            return values
-        return {k: sanitized(v) if isinstance(v, str) else v for k, v in values.items()}
+    def _clean(self, values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Return a row without ignored columns, and the names of those that it filled."""
+        ignored: tuple[str, ...] = ()
+        if self.ignored:
+            values, ignored = without(values, self.ignored)
+        if self.sanitize:
+            values = {k: sanitized(v) if isinstance(v, str) else v for k, v in values.items()}
+        return values, ignored
+
+    def _tokenized(self, values: dict[str, Any]) -> tuple[list[TokenSpan], tuple[str, ...]]:
+        """Return a tokenised row's ids, and the names of what it fills and is not used."""
+        values = present(values)
+        require_trained(values)
+        names = [name for name in values if name not in COLUMNS and name not in FLAGS]
+        left = unused(values, names, str(self.template.config.name), tokens=True)
+        return spans_of(values, self.vocabulary), left
 
     def _is_tokenized(self, values: dict[str, Any]) -> bool:
         format = self.template.format
-        ready = "input_ids" in values and recognise(values) == "tokenized"
+        ready = "input_ids" in values and recognise(present(values)) == "tokenized"
         return format == "tokenized" or (format == "auto" and ready)
 
     def _holds_control(self, samples: list[Sample]) -> bool:
@@ -197,10 +226,8 @@ class RowEncoder:
         ends = (begins + documents["length"]).tolist()
         pairs = zip(begins.tolist(), ends, strict=True)
         documents["hash"] = [xxhash.xxh3_64_intdigest(ids[a:b].tobytes()) for a, b in pairs]
-        for name, values in zip(
-            Owner._fields, zip(*(o for o, _ in samples), strict=True), strict=True
-        ):
-            documents[name] = values
+        for name in Owner.__annotations__:
+            documents[name] = [getattr(owner, name) for owner, _ in samples]
         if len(self.encoder.bos_ids) == 1 and len(ids) > 1:
             after = ids[np.minimum(begins + 1, len(ids) - 1)]
             bos = self.encoder.bos_ids[0]
@@ -241,30 +268,6 @@ def _require_whole_characters(samples: list[Sample]) -> None:
         except UnicodeEncodeError as error:
             half = ascii(segment.text[error.start])
             raise DataError(f"the text holds {half}, which is half of a surrogate pair") from None
-
-
-def _tokenized(values: dict[str, Any]) -> list[TokenSpan]:
-    """Return a row's ids and labels unchanged; without labels every token is trained."""
-    normalise(values, "tokenized")
-    ids, labels = values["input_ids"], values.get("labels")
-    if not ids:
-        raise Empty("there is nothing to train: input_ids is empty")
-    if labels is None:
-        return [(list(ids), True, "text")]
-    if len(labels) != len(ids):
-        raise DataError(f"the row has {len(ids)} input_ids but {len(labels)} labels")
-    wrong = [i for i, label in enumerate(labels) if label not in (IGNORE_INDEX, ids[i])]
-    if wrong:
-        raise DataError(
-            f"label {labels[wrong[0]]} at {wrong[0]} is neither {IGNORE_INDEX} nor the token "
-            "there: give labels unshifted"
-        )
-    spans: list[TokenSpan] = []
-    pairs = zip(ids, labels, strict=True)
-    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
-        role = "completion" if trained else "prompt"
-        spans.append(([token for token, _ in group], trained, role))
-    return spans
 
 
 def sanitized(text: str) -> str:

@@ -29,6 +29,7 @@ def option_of(path: str) -> str | None:
     from sft.data.locations import read
     from sft.data.readers import TEXT, kind_of
     from sft.data.rows import Row
+    from sft.data.values import present
 
     local = Path(path).expanduser()
     if not os.path.lexists(local) and not glob.glob(str(local), recursive=True):
@@ -48,7 +49,7 @@ def option_of(path: str) -> str | None:
         first = next(iter(read(where)), None)
     except DataError:
         first = None  # preparing the data reports the error, with file and line
-    row = first.values if isinstance(first, Row) else {}
+    row = present(first.values) if isinstance(first, Row) else {}
     format = recognise(row)
     if format in ("messages", "sharegpt") or isinstance(row.get("prompt"), list):
         return "chat"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,14 +72,25 @@ class Split:
             counts.empty += read["empty"]
         counts.dropped = counts.bad + counts.empty
         counts.unrolled = len(np.unique(found["row"][found["unrolled"]]))
+        counts.unused_columns = self._unused(found)
         counts.lengths = describe_lengths(found["length"])
         counts.checks = dict.fromkeys(CHECKS, 0) | {
             "control_tokens": int(found["control"].sum()),
             "double_bos": int(found["double_bos"].sum()),
             "never_stops": int(found["never_stops"].sum()),
             "prompt_differs": int(found["prompt_differs"].sum()),
+            "empty_answers": int(found["empty_answers"].sum()),
             "duplicates": len(found) - len(np.unique(found["hash"])),
         }
+
+    def _unused(self, found: NDArray[Any]) -> dict[str, int]:
+        """Count the rows that fill each unused column, the most frequent first."""
+        _, first = np.unique(found["row"], return_index=True)
+        kinds, numbers = np.unique(found["unused"][first], return_counts=True)
+        total: Counter[str] = Counter()
+        for kind, number in zip(kinds.tolist(), numbers.tolist(), strict=True):
+            total.update(dict.fromkeys(self.store.unused[kind], number))
+        return dict(total.most_common())
 
     def planned(self, seed: int) -> packing.Plan:
         """Plan which documents go into which block."""

@@ -33,6 +33,7 @@ class Store:
         begins: Where each document begins in ``ids``, shape (documents,).
         files: Names that ``documents["file"]`` is an index into.
         read: For each source's name, its counts of rows.
+        unused: What rows fill and no sample holds; ``documents["unused"]`` is an index into it.
     """
 
     ids: NDArray[np.int32]
@@ -41,6 +42,7 @@ class Store:
     begins: NDArray[np.int64]
     files: list[str]
     read: dict[str, dict[str, Any]]
+    unused: list[tuple[str, ...]]
 
 
 class Dropped:
@@ -64,6 +66,7 @@ class _Writer:
     def __init__(self, ids: IO[bytes], marks: IO[bytes], dropped: Dropped) -> None:
         self.ids, self.marks, self.dropped = ids, marks, dropped
         self.files: dict[str, int] = {}
+        self.unused: dict[tuple[str, ...], int] = {}
         self.tables: list[NDArray[Any]] = []
         self.read: dict[str, dict[str, Any]] = {}
         self.rows = 0
@@ -82,6 +85,9 @@ class _Writer:
         table["file"] = [
             self.files.setdefault(batch[index].file, len(self.files)) for index in table["row"]
         ]
+        if len(table):
+            known = [self.unused.setdefault(names, len(self.unused)) for names in done.unused]
+            table["unused"] = np.array(known)[table["unused"]]
         table["row"] += self.rows
         table["source"] = number
         self.tables.append(table)
@@ -118,7 +124,7 @@ def encoded(
         dropped: Records every row that is left out.
         samples: Stop once there are enough rows for this many samples; None: encode all.
     """
-    maker = RowEncoder(template, config.sanitize)
+    maker = RowEncoder(template, config.sanitize, config.ignore_columns)
     with (folder / "ids.bin").open("wb") as ids, (folder / "marks.bin").open("wb") as marks:
         writer = _Writer(ids, marks, dropped)
         for number, source in enumerate(given):
@@ -152,6 +158,7 @@ def encoded(
         np.cumsum(lengths) - lengths,
         list(writer.files),
         writer.read,
+        list(writer.unused),
     )
 
 

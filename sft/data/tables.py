@@ -65,6 +65,8 @@ def _figures(parts: dict[str, Counts], config: DatasetConfig) -> list[tuple[str,
     add("  that do not fit", [c.bad for c in counts])
     add("  empty", [c.empty for c in counts])
     add("  unrolled, a sample a turn", [c.unrolled or None for c in counts])
+    for column in {name: None for c in counts for name in c.unused_columns}:
+        add(f"  column not used: {column}", [c.unused_columns.get(column, 0) for c in counts])
     for source in {name: None for c in counts for name in c.sources}:
         found = [c.sources.get(source) for c in counts]
         if any(f and f["weight"] != 1 for f in found) or len(counts[0].sources) > 1:

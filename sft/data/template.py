@@ -3,31 +3,85 @@
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft.config.data_settings import columns_of
 from sft.config.settings import TemplateConfig
 from sft.data.chat import Chat
 from sft.data.chat_template import ChatTemplate
-from sft.data.formats import normalise
+from sft.data.formats import (
+    Conversation,
+    conversation,
+    conversation_of,
+    format_of,
+    history_of,
+    recognise,
+)
 from sft.data.segment import Sample, Segment, require_no_break
+from sft.data.values import (
+    FLAGS,
+    Empty,
+    is_filled,
+    is_known,
+    present,
+    refuse,
+    require_trained,
+    text_of,
+    unused,
+)
 from sft.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from transformers import PreTrainedTokenizerBase
 
 
-class Empty(DataError):
-    """A row has the columns to be trained, but all of them are empty."""
+class Rendered(NamedTuple):
+    """What a row becomes.
+
+    Attributes:
+        samples: The segments of each sample.
+        unused: Columns, and keys of messages as COLUMN.KEY, that the row fills but no sample holds.
+        empty_answers: Whether an answer is left untrained because it is empty.
+    """
+
+    samples: list[Sample]
+    unused: tuple[str, ...]
+    empty_answers: bool = False
 
 
-def fill(variants: list[str], row: dict[str, Any]) -> str | None:
-    """Fill the first variant whose columns are all filled in the row; None if there is none."""
+def fill(variants: list[str], row: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
+    """Fill the first variant whose columns are all filled in the row.
+
+    Returns:
+        The text and the columns that it used; None if there is no such variant.
+
+    Raises:
+        DataError: One of its columns holds neither text nor a finite number.
+    """
     for variant in variants:
-        values = {name: row.get(name) for name in columns_of(variant)}
-        if all(value is not None and value != "" for value in values.values()):
-            return variant.format(**values)
+        names = columns_of(variant)
+        values, is_text = {}, True
+        for name in names:
+            value = row.get(name)
+            if not value and not is_filled(value):
+                break
+            values[name] = value
+            is_text = is_text and type(value) is str
+        else:
+            if not is_text:
+                values = {
+                    name: text_of(item, f"the column {name}") for name, item in values.items()
+                }
+            return variant.format(**values), names
     return None
+
+
+def _is_empty(message: dict[str, Any]) -> bool:
+    """Return whether an answer has no text, no tool call and no reasoning."""
+    parts = ("tool_calls", "reasoning_content")
+    return not message["content"].strip() and not any(message.get(part) for part in parts)
 
 
 class Template:
@@ -42,6 +96,10 @@ class Template:
         self.config = config
         self.tokenizer = tokenizer
         self.format = format
+        self.answers = {name for text in config.completions for name in columns_of(text)}
+        prompts = {name for text in config.prompts for name in columns_of(text)}
+        # A column that the template writes is text, whatever its name is.
+        self.flags = FLAGS - self.answers - prompts
         self.train_on = config.train_on or {
             "chat": "assistant",
             "completion": "completion",
@@ -55,7 +113,7 @@ class Template:
             given.date = datetime.date.fromisoformat(config.date) if config.date else None
             self.chat = Chat(given, str(self.train_on))
 
-    def render(self, row: dict[str, Any], by_turn: bool = False) -> list[Sample]:
+    def render(self, row: dict[str, Any]) -> list[Sample]:
         """Return the samples of a row.
 
         A row gives one sample. If a chat template rewrites the history of a conversation, each
@@ -65,42 +123,94 @@ class Template:
             Empty: There is nothing to train.
             DataError: The row does not fit its format or the template.
         """
-        row = normalise(row, self.format)
-        if self.chat is not None:
-            messages = self._messages(row)
-            return self.chat.samples(messages, row.get("tools"), by_turn)
-        if "messages" in row:
+        return self.rendered(row).samples
+
+    def rendered(self, row: dict[str, Any], by_turn: bool = False) -> Rendered:
+        """Render a row as ``render`` does, and report what of it was not used.
+
+        Args:
+            row: The row.
+            by_turn: Make a sample of each trained turn of a conversation.
+
+        Raises:
+            Empty: There is nothing to train.
+            DataError: As ``render``; or a column is not used although it changes what is trained.
+        """
+        row = present(row)
+        if not self.flags.isdisjoint(row):
+            require_trained(row, self.flags)
+        talk = conversation_of(row, format_of(row, self.format))
+        if talk is None and self.chat is not None:
+            talk = self._paired(row, self._completion(row))
+        if talk is not None:
+            return self._chat_of(row, talk, by_turn)
+        completion, used = self._completion(row)
+        if self.config.kind == "text":
+            sample = Sample([Segment(completion, True, "text")])
+        else:
+            prompt, names = self._filled(self.config.prompts, row, "prompt")
+            used += names
+            asked = Segment(prompt, self.train_on == "all")
+            sample = Sample([asked, Segment(completion, True, "completion")])
+        return Rendered([sample], self._unused(row, used))
+
+    def _chat_of(self, row: dict[str, Any], talk: Conversation, by_turn: bool) -> Rendered:
+        """Render a conversation."""
+        if self.chat is None:
             raise DataError(
                 f"the row is a conversation, which template={self.config.name} cannot render\n"
                 "    fix: template=chat, or template=plain-chat without a chat template"
             )
-        completion = self._completion(row)
-        if self.config.kind == "text":
-            return [Sample([Segment(completion, True, "text")])]
-        prompt = self._filled(self.config.prompts, row, "prompt")
-        trains_prompt = self.train_on == "all"
-        answer = Segment(completion, True, "completion")
-        return [Sample([Segment(prompt, trains_prompt), answer])]
+        refuse(sorted(filter(is_known, talk.unused)), str(self.config.name))
+        left = (*self._unused(row, talk.used), *sorted(talk.unused))
+        messages, empty = self._trained(self._with_system(talk.messages))
+        return Rendered(self.chat.samples(messages, talk.tools, by_turn), left, empty)
+
+    def _trained(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+        """Return messages of which no empty answer is trained, and whether there was one.
+
+        Raises:
+            Empty: No answer is left.
+        """
+        if messages[-1]["role"] != "assistant":
+            return messages, False
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.train_on == "last_assistant":
+            answers = answers[-1:]
+        chosen = [i for i in answers if messages[i].get("train", True)]
+        if not chosen:
+            raise Empty(
+                "there is nothing to train: no message is trained, because each answer that "
+                "template.train_on selects has train: false or weight 0"
+            )
+        empty = [i for i in chosen if _is_empty(messages[i])]
+        if len(empty) == len(chosen):
+            raise Empty("there is nothing to train: the answer is empty")
+        if not empty:
+            return messages, False
+        return [{**m, "train": False} if i in empty else m for i, m in enumerate(messages)], True
+
+    def _unused(self, row: dict[str, Any], used: Collection[str]) -> tuple[str, ...]:
+        left = [name for name in row if name not in used and name not in self.flags]
+        return unused(row, left, str(self.config.name), tokens=False) if left else ()
 
     def render_prompt(self, row: dict[str, Any]) -> str:
         """Return the text that generation starts from: everything before the last answer.
 
         Plain text has no answer: generation continues all of it.
         """
+        row = present(row)
         if self.config.kind == "text":
-            return self._filled(self.config.completions, row, "text")
+            return self._filled(self.config.completions, row, "text")[0]
         if self.chat is None:
-            return self._filled(self.config.prompts, row, "prompt")
-        if not ({"messages", "conversations"} & row.keys()):
-            messages = self._with_system(
-                [{"role": "user", "content": self._filled(self.config.prompts, row, "prompt")}]
-            )
-            return self.chat.prompt(messages, None)
-        row = normalise(row, self.format)
-        messages = self._with_system(row["messages"])
+            return self._filled(self.config.prompts, row, "prompt")[0]
+        # Rows to answer need not have the answer's columns, which dataset.format asks for.
+        name = "prompt_completion" if isinstance(row.get("prompt"), list) else recognise(row)
+        talk = conversation_of(row, name, answered=False) or self._paired(row)
+        messages = self._with_system(talk.messages)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        return self.chat.prompt(messages, row.get("tools"))
+        return self.chat.prompt(messages, talk.tools)
 
     @property
     def adds_bos(self) -> bool:
@@ -127,39 +237,51 @@ class Template:
             "    fix: file=rows.jsonl, with all columns"
         )
 
-    def _completion(self, row: dict[str, Any]) -> str:
-        names = {name for text in self.config.completions for name in columns_of(text)}
-        values = [row[name] for name in names if name in row]
-        if values and all(value is None or value == "" for value in values):
-            raise Empty("there is nothing to train: the completion is empty")
-        return self._filled(self.config.completions, row, "completion")
+    def _completion(self, row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        """Return the text of the completion, and its columns."""
+        found = fill(self.config.completions, row)
+        if found is None or not found[1]:
+            values = [row[name] for name in self.answers if name in row]
+            if values and not any(map(is_filled, values)):
+                raise Empty("there is nothing to train: the completion is empty")
+        return self._checked(found, self.config.completions, row, "completion")
 
-    def _filled(self, variants: list[str], row: dict[str, Any], what: str) -> str:
-        text = fill(variants, row)
-        if text is None:
+    def _filled(
+        self, variants: list[str], row: dict[str, Any], what: str
+    ) -> tuple[str, tuple[str, ...]]:
+        return self._checked(fill(variants, row), variants, row, what)
+
+    def _checked(
+        self,
+        found: tuple[str, tuple[str, ...]] | None,
+        variants: list[str],
+        row: dict[str, Any],
+        what: str,
+    ) -> tuple[str, tuple[str, ...]]:
+        """Refuse a row that fills no variant, and text that encoding would change."""
+        if found is None:
             needed = " or ".join(
                 " + ".join(columns_of(variant)) or repr(variant) for variant in variants
             )
-            given = ", ".join(name for name, value in row.items() if value not in (None, ""))
+            given = ", ".join(name for name, value in row.items() if is_filled(value))
             fix = f"dataset.columns.{columns_of(variants[0])[0]}=COLUMN, or a different template"
             raise DataError(
                 f"template={self.config.name} cannot render a {what} of this row: it needs the "
                 f"columns {needed}; the row fills {given or 'none'}\n    fix: {fix}"
             )
-        require_no_break(text)
-        return text
+        require_no_break(found[0])
+        return found
 
-    def _messages(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        if "messages" in row:
-            return self._with_system(row["messages"])
-        completion = self._completion(row)
-        messages = [
-            {"role": "user", "content": self._filled(self.config.prompts, row, "prompt")},
-            {"role": "assistant", "content": completion},
-        ]
-        if isinstance(row.get("system"), str) and row["system"]:
-            messages.insert(0, {"role": "system", "content": row["system"]})
-        return self._with_system(messages)
+    def _paired(
+        self, row: dict[str, Any], completion: tuple[str, tuple[str, ...]] | None = None
+    ) -> Conversation:
+        """Make a conversation of a row's history, its prompt and its completion, if it is given."""
+        prompt, used = self._filled(self.config.prompts, row, "prompt")
+        turns = [*history_of(row), ("prompt", {"role": "user", "content": prompt})]
+        if completion is not None:
+            turns.append(("completion", {"role": "assistant", "content": completion[0]}))
+            used += completion[1]
+        return conversation(turns, row, {*used, "history"})
 
     def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.config.system is not None and messages[0]["role"] != "system":

@@ -155,6 +155,24 @@ def test_prompt_is_the_same_text_in_training_and_generation(
         assert made.render_prompt(unanswered) == prompt
 
 
+def test_generation_uses_all_that_training_uses(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = CHATML
+    context = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "R"}]
+    question = {"role": "user", "content": "P"}
+    rows: list[tuple[dict[str, Any], str]] = [
+        ({"prompt": "P", "completion": "C", "history": [["Q", "R"]], "system": "S"}, "completion"),
+        ({"question": "P", "answer": "C", "context": "X", "system": "S"}, "answer"),
+        ({"prompt": [*context, question], "completion": "C", "system": "S"}, "completion"),
+        ({"prompt": "P", "completion": [{"role": "assistant", "content": "C"}]}, "completion"),
+    ]
+    made = template(tokenizer, "chat")
+    for row, answer in rows:
+        text = "".join(segment.text for segment in made.render(row)[0])
+        prompt = made.render_prompt(row)
+        assert text == prompt + "C<|end|>\n"
+        assert made.render_prompt({key: row[key] for key in row if key != answer}) == prompt
+
+
 def test_system_message_is_added_once(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = CHATML
     made = template(tokenizer, "chat", system="S")

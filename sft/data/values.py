@@ -1,0 +1,220 @@
+"""Decide what a value in a row means: text, a flag or nothing; everything else is a bad row."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from typing import Any
+
+from sft.errors import DataError
+
+SHOWN = 60  # characters of a value in a message
+# Keys of a row or of a message that say whether it is trained. OpenAI's fine-tuning files have
+# weight, Axolotl's have training.
+FLAGS = frozenset(("train", "training", "weight", "loss_weight"))
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+_MEDIA_FIX = "leave such rows out; sft trains on text only"
+_TOKENS_FIX = "rows with input_ids, which dataset.format=tokenized reads"
+# Columns whose meaning is known: to ignore one changes what is trained. Each has its fix.
+KNOWN = {
+    "context": "prompts in the template that use {context}, as template=completion has them, or "
+    "dataset.columns.input=context for template=alpaca",
+    "history": "template=chat or template=plain-chat",
+    "system": "template=chat or template=plain-chat",
+    "tools": "template=chat or template=plain-chat",
+    **dict.fromkeys(MEDIA, _MEDIA_FIX),
+    **dict.fromkeys((*MASKS, "labels"), _TOKENS_FIX),
+    "seq_lengths": "rows of one document each; dataset.packing joins them",
+}
+_KNOWN_OF_TOKENS = frozenset((*MEDIA, "seq_lengths"))
+_TRUE, _FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
+_PLAIN = frozenset((str, int, bool, list, dict, bytes, type(None)))
+
+
+class Empty(DataError):
+    """A row has the columns to be trained, but nothing in them is to be trained."""
+
+
+def is_absent(value: Any) -> bool:
+    """Return whether a value is null, NaN or NaT, which is the only value unequal to itself."""
+    return value is None or (type(value) not in _PLAIN and (value != value) is True)
+
+
+def is_filled(value: Any) -> bool:
+    """Return whether a value is neither absent nor empty."""
+    if type(value) in _PLAIN:
+        return bool(value) or type(value) in (int, bool)  # 0 and false are values
+    return not is_absent(value) and not (isinstance(value, str | list | dict) and not value)
+
+
+def present(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with None for each value that is absent."""
+    for value in row.values():
+        if type(value) not in _PLAIN and is_absent(value):
+            return {key: None if is_absent(item) else item for key, item in row.items()}
+    return row
+
+
+def text_of(value: Any, place: str) -> str:
+    """Return a value as the text that a template writes.
+
+    Args:
+        value: Text, or a finite number, which is written as in JSON.
+        place: The column or message that holds it, for the error.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float | Decimal) and math.isfinite(value):
+        return str(value)  # the same characters as in JSON
+    raise DataError(
+        f"{place} holds {described(value)}; a template writes text and finite numbers only\n"
+        "    fix: write the value as text, or name a different column in dataset.columns"
+    )
+
+
+def described(value: Any) -> str:
+    """Return a value and its kind, for an error."""
+    if isinstance(value, bool):
+        return f"the boolean {json.dumps(value)}"
+    if isinstance(value, int | float | Decimal):
+        return f"the number {str(value)[:SHOWN]}"
+    if isinstance(value, str | list | dict):
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+        kind = {str: "the text", list: "the list", dict: "the object"}
+        name = next(kind[known] for known in kind if isinstance(value, known))
+        return f"{name} {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'}"
+    return f"a value of type {type(value).__name__}"
+
+
+def parsed(value: Any, place: str) -> Any:
+    """Return a value, parsed if it is JSON text, as tables hold lists and objects.
+
+    Raises:
+        DataError: The text is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise DataError(f"{place} is not valid JSON: {error}") from None
+
+
+def flag_of(
+    values: Mapping[str, Any], place: str, names: frozenset[str] = FLAGS, prefix: str = ""
+) -> bool | None:
+    """Return whether a row or a message is trained, by its flags; None: it has none.
+
+    Args:
+        values: The row or the message.
+        place: Its name, for the error.
+        names: Keys to obey.
+        prefix: What ``dataset.ignore_columns`` writes before a key.
+
+    Raises:
+        DataError: A flag is neither 0 nor 1, or two flags disagree.
+    """
+    if FLAGS.isdisjoint(values):
+        return None
+    found: dict[str, bool] = {}
+    for name in sorted(names & values.keys()):
+        value = values[name]
+        if not is_filled(value):
+            continue
+        text = str(value).strip().lower()
+        if text not in _TRUE and text not in _FALSE:
+            raise DataError(
+                f"{place} has {name}={str(value)[:SHOWN]}: 1 or true trains it, 0 or false does "
+                "not, and there are no other weights\n"
+                "    fix: 0 or 1, the weight of a source in dataset.mix, or "
+                f"dataset.ignore_columns=[{prefix}{name}]"
+            )
+        found[name] = text in _TRUE
+    if len(set(found.values())) > 1:
+        raise DataError(f"{place} has flags that disagree: {', '.join(found)}")
+    return next(iter(found.values()), None)
+
+
+def require_trained(row: Mapping[str, Any], names: frozenset[str] = FLAGS) -> None:
+    """Refuse a row whose flags say that it is not trained.
+
+    Raises:
+        Empty: They say so.
+    """
+    if flag_of(row, "the row", names) is False:
+        name = next(name for name in sorted(names) if is_filled(row.get(name)))
+        raise Empty(f"there is nothing to train: the row has {name}={row[name]}")
+
+
+def unused(
+    row: Mapping[str, Any], names: Iterable[str], template: str, tokens: bool
+) -> tuple[str, ...]:
+    """List those columns of a row, of those that were not used, that it fills.
+
+    Args:
+        row: The row.
+        names: Columns that were not used.
+        template: The template's name, for the error.
+        tokens: Whether the row's text is given as token ids: its other columns tell nothing new.
+
+    Raises:
+        DataError: One of them has a meaning that changes what should be trained.
+    """
+    # A table writes an empty list or object as text.
+    left = [name for name in names if is_filled(row[name]) and row[name] not in ("[]", "{}")]
+    known = _KNOWN_OF_TOKENS if tokens else KNOWN.keys()
+    if not known.isdisjoint(left):
+        refuse(sorted(known & set(left)), template)
+    return tuple(sorted(left))
+
+
+def is_known(name: str) -> bool:
+    """Return whether a column, or a key of a message (COLUMN.KEY), has a known meaning."""
+    return name.rpartition(".")[2] in KNOWN
+
+
+def refuse(names: list[str], template: str) -> None:
+    """Refuse columns or keys of known meaning that are not used.
+
+    Raises:
+        DataError: There are any.
+    """
+    if names:
+        fix = KNOWN[names[0].rpartition(".")[2]]
+        raise DataError(
+            f"template={template} does not use the column {names[0]}, which the row fills\n"
+            f"    fix: {fix}; or dataset.ignore_columns=[{','.join(names)}]"
+        )
+
+
+def without(row: dict[str, Any], ignored: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Remove ignored columns, and ignored keys of messages (COLUMN.KEY), from a row.
+
+    Returns:
+        The rest of the row, and the names of what it filled and was removed.
+    """
+    kept, removed = dict(row), []
+    for name in ignored:
+        column, _, key = name.partition(".")
+        items = kept.get(column)
+        if name in kept:
+            if is_filled(kept.pop(name)):
+                removed.append(name)
+        elif key and isinstance(items, list):
+            if any(isinstance(item, dict) and is_filled(item.get(key)) for item in items):
+                removed.append(name)
+            kept[column] = [
+                {other: value for other, value in item.items() if other != key}
+                if isinstance(item, dict)
+                else item
+                for item in items
+            ]
+    return kept, tuple(removed)
