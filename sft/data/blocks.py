@@ -10,9 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.data import packing, sources
-from sft.data.row_encoder import IGNORE_INDEX, ROLES
+from sft.data.documents import ROLES
 from sft.data.splits import Split
 from sft.data.store import Store
+from sft.data.token_rows import IGNORE_INDEX
 
 BLOCKS = 1000  # per Arrow record batch
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 from functools import cached_property
 from typing import Any
 
-from sft.data.chat_parts import Parts
-from sft.data.chat_template import THOUGHT, ChatTemplate, Message, Tools, shared_prefix
+from sft.data.chat_parts import Parts, require_texts, texts_of
+from sft.data.chat_template import ChatTemplate, Message, Tools, shared_prefix
 from sft.data.end_of_turn import AFTER, End, end_of_turn
 from sft.data.segment import Sample, Segment
 from sft.errors import DataError
@@ -245,42 +244,6 @@ class Chat:
             role = "assistant" if trained else owners[bisect.bisect_right(starts, begin) - 1][1]
             sample.append(Segment(whole[begin:end], trained, role))
         return sample
-
-
-def texts_of(message: Message) -> list[str]:
-    """Return the texts of a message's content: the reasoning in it, and the rest."""
-    content = message["content"]
-    thought = THOUGHT.fullmatch(content) if message["role"] == "assistant" else None
-    texts = [thought[2], thought[4]] if thought else [content]
-    return [text.strip() for text in texts if text.strip()]
-
-
-def require_texts(whole: str, messages: list[Message], tools: Tools) -> None:
-    """Refuse a text that lacks a message or a tool: a template may drop some of them only.
-
-    Raises:
-        DataError: The template leaves out a message, or a tool.
-    """
-    position = 0
-    for number, message in enumerate(messages, 1):
-        role = message["role"]
-        for text in texts_of(message) if role != "assistant" else ():
-            start = 0 if role == "system" else position
-            found = [whole.find(form, start) for form in {text, json.dumps(text)[1:-1]}]
-            found += [whole.find(json.dumps(text, ensure_ascii=False)[1:-1], start)]
-            at = max(found)
-            if at < 0:
-                raise DataError(
-                    f"the chat template leaves out message {number}, the {role} message\n"
-                    "    fix: a different template.chat_template, or remove it from the data"
-                )
-            position = max(position, min(place for place in found if place >= 0))
-    for tool in tools or ():
-        if tool["function"]["name"] not in whole:
-            raise DataError(
-                "the chat template does not write the tools\n"
-                "    fix: a template.chat_template that writes them, or remove them from the data"
-            )
 
 
 class _RewrittenError(Exception):

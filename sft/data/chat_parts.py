@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -173,3 +174,39 @@ def _missing(whole: str, parts: list[Part]) -> Iterator[Part]:
             yield part
         elif part.message != ANYWHERE:
             end = max(end, at + len(part.text))
+
+
+def texts_of(message: Message) -> list[str]:
+    """Return the texts of a message's content: the reasoning in it, and the rest."""
+    content = message["content"]
+    thought = THOUGHT.fullmatch(content) if message["role"] == "assistant" else None
+    texts = [thought[2], thought[4]] if thought else [content]
+    return [text.strip() for text in texts if text.strip()]
+
+
+def require_texts(whole: str, messages: list[Message], tools: Tools) -> None:
+    """Refuse a text that lacks a message or a tool: a template may drop some of them only.
+
+    Raises:
+        DataError: The template leaves out a message, or a tool.
+    """
+    position = 0
+    for number, message in enumerate(messages, 1):
+        role = message["role"]
+        for text in texts_of(message) if role != "assistant" else ():
+            start = 0 if role == "system" else position
+            found = [whole.find(form, start) for form in {text, json.dumps(text)[1:-1]}]
+            found += [whole.find(json.dumps(text, ensure_ascii=False)[1:-1], start)]
+            at = max(found)
+            if at < 0:
+                raise DataError(
+                    f"the chat template leaves out message {number}, the {role} message\n"
+                    "    fix: a different template.chat_template, or remove it from the data"
+                )
+            position = max(position, min(place for place in found if place >= 0))
+    for tool in tools or ():
+        if tool["function"]["name"] not in whole:
+            raise DataError(
+                "the chat template does not write the tools\n"
+                "    fix: a template.chat_template that writes them, or remove them from the data"
+            )

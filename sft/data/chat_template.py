@@ -6,10 +6,9 @@ import datetime
 import json
 import re
 from functools import cached_property
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sft.data.named_template import named_template
 from sft.data.segment import TOKEN_BREAK, require_no_break
 from sft.errors import DataError
 
@@ -22,32 +21,6 @@ Tools = list[dict[str, Any]] | None
 # Reasoning that an answer holds within its content, as the models that write it do.
 THOUGHT = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
-
-
-def named_template(name: str) -> str:
-    """Return a chat template's text: the Jinja given, a file's, or that of one that TRL ships.
-
-    Raises:
-        DataError: There is no such file or template.
-    """
-    if "{%" in name or "{{" in name:
-        return name
-    if name.endswith(".jinja"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise DataError(f"there is no file {name}\n    fix: template.chat_template=FILE.jinja")
-        return path.read_text(encoding="utf-8")
-    spec = find_spec("trl")
-    assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent / "chat_templates"
-    path = folder / f"{name}.jinja"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.jinja")))
-        raise DataError(
-            f"there is no chat template {name}; there are {known}\n"
-            "    fix: template.chat_template=FILE.jinja"
-        )
-    return path.read_text(encoding="utf-8")
 
 
 def shared_prefix(first: str, second: str) -> str:

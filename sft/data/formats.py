@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from sft.data.tool_calls import calls_of, tools_of
 from sft.data.values import FLAGS, described, flag_of, is_absent, is_filled, parsed, text_of
 from sft.errors import DataError
 
@@ -137,7 +138,7 @@ def conversation(
             messages.insert(0, {"role": "system", "content": system})
         if messages[0]["content"] == system:
             used.add("system")
-    return Conversation(messages, _tools(row.get("tools")), used, unused)
+    return Conversation(messages, tools_of(row.get("tools")), used, unused)
 
 
 def history_of(row: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -207,12 +208,12 @@ def _message(item: dict[str, Any], number: int, column: str, unused: set[str]) -
     content = _first(item, ("content", "value"), taken)
     message: dict[str, Any] = {"role": role, "content": ""}
     if role == "function_call":
-        message = {"role": "assistant", "content": "", "tool_calls": _calls(content, place)}
+        message = {"role": "assistant", "content": "", "tool_calls": calls_of(content, place)}
     else:
         message["content"] = _text(content, place)
         calls = ("tool_calls", "function_call") if role == "assistant" else ("tool_calls",)
         if (value := _first(item, calls, taken)) is not None:
-            message["tool_calls"] = _calls(value, place)
+            message["tool_calls"] = calls_of(value, place)
     if (reasoning := _first(item, REASONING, taken)) is not None:
         message["reasoning_content"] = text_of(reasoning, f"the reasoning of {place}")
     for key in ("name", "tool_call_id"):
@@ -249,41 +250,3 @@ def _text(content: Any, place: str) -> str:
             )
         texts.append(text_of(text, f"a part of {place}"))
     return "".join(texts)
-
-
-def _calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Convert tool calls to OpenAI's form, with arguments as objects."""
-    what = f"the tool call of {place}"
-    value = parsed(value, what)
-    calls = []
-    for call in value if isinstance(value, list) else [value]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(f"{what} has no name")
-        arguments = function.get("arguments")
-        if is_absent(arguments) or arguments == "":
-            arguments = {}
-        entry = {
-            "name": function["name"],
-            "arguments": parsed(arguments, f"arguments in {what}"),
-        }
-        # Keep the id: some templates use it to match a call and its result.
-        extra = {"id": call["id"]} if call.get("id") else {}
-        calls.append({"type": "function", **extra, "function": entry})
-    return calls
-
-
-def _tools(value: Any) -> list[dict[str, Any]] | None:
-    """Convert tools, given as JSON text or as objects, to OpenAI's form."""
-    value = parsed(value, "the column tools") if is_filled(value) else None
-    if not value:
-        return None
-    items: Iterable[Any] = value if isinstance(value, list) else [value]
-    tools = []
-    for item in items:
-        item = parsed(item, "a tool")
-        function = item.get("function", item) if isinstance(item, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError("a tool has no name")
-        tools.append({"type": "function", "function": function})
-    return tools

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from sft.config.settings import DatasetConfig
 from sft.data import sources
-from sft.data.row_encoder import DOCUMENT, Encoded, RowEncoder
+from sft.data.documents import DOCUMENT
+from sft.data.row_encoder import Encoded, RowEncoder
 from sft.data.rows import BadRow, Row
 from sft.data.template import Template
 from sft.data.workers import batches_of, in_parallel

@@ -17,7 +17,7 @@ from sft.data.formats import (
     history_of,
     recognise,
 )
-from sft.data.segment import Sample, Segment, require_no_break
+from sft.data.segment import Sample, Segment
 from sft.data.values import (
     FLAGS,
     Empty,
@@ -26,9 +26,9 @@ from sft.data.values import (
     present,
     refuse,
     require_trained,
-    text_of,
     unused,
 )
+from sft.data.variants import Filled, fill, require_filled
 from sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,33 +49,6 @@ class Rendered(NamedTuple):
     samples: list[Sample]
     unused: tuple[str, ...]
     empty_answers: bool = False
-
-
-def fill(variants: list[str], row: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:
-    """Fill the first variant whose columns are all filled in the row.
-
-    Returns:
-        The text and the columns that it used; None if there is no such variant.
-
-    Raises:
-        DataError: One of its columns holds neither text nor a finite number.
-    """
-    for variant in variants:
-        names = columns_of(variant)
-        values, is_text = {}, True
-        for name in names:
-            value = row.get(name)
-            if not value and not is_filled(value):
-                break
-            values[name] = value
-            is_text = is_text and type(value) is str
-        else:
-            if not is_text:
-                values = {
-                    name: text_of(item, f"the column {name}") for name, item in values.items()
-                }
-            return variant.format(**values), names
-    return None
 
 
 def _is_empty(message: dict[str, Any]) -> bool:
@@ -237,44 +210,20 @@ class Template:
             "    fix: file=rows.jsonl, with all columns"
         )
 
-    def _completion(self, row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    def _completion(self, row: dict[str, Any]) -> Filled:
         """Return the text of the completion, and its columns."""
         found = fill(self.config.completions, row)
         if found is None or not found[1]:
             values = [row[name] for name in self.answers if name in row]
             if values and not any(map(is_filled, values)):
                 raise Empty("there is nothing to train: the completion is empty")
-        return self._checked(found, self.config.completions, row, "completion")
+        name = str(self.config.name)
+        return require_filled(found, self.config.completions, row, "completion", name)
 
-    def _filled(
-        self, variants: list[str], row: dict[str, Any], what: str
-    ) -> tuple[str, tuple[str, ...]]:
-        return self._checked(fill(variants, row), variants, row, what)
+    def _filled(self, variants: list[str], row: dict[str, Any], what: str) -> Filled:
+        return require_filled(fill(variants, row), variants, row, what, str(self.config.name))
 
-    def _checked(
-        self,
-        found: tuple[str, tuple[str, ...]] | None,
-        variants: list[str],
-        row: dict[str, Any],
-        what: str,
-    ) -> tuple[str, tuple[str, ...]]:
-        """Refuse a row that fills no variant, and text that encoding would change."""
-        if found is None:
-            needed = " or ".join(
-                " + ".join(columns_of(variant)) or repr(variant) for variant in variants
-            )
-            given = ", ".join(name for name, value in row.items() if is_filled(value))
-            fix = f"dataset.columns.{columns_of(variants[0])[0]}=COLUMN, or a different template"
-            raise DataError(
-                f"template={self.config.name} cannot render a {what} of this row: it needs the "
-                f"columns {needed}; the row fills {given or 'none'}\n    fix: {fix}"
-            )
-        require_no_break(found[0])
-        return found
-
-    def _paired(
-        self, row: dict[str, Any], completion: tuple[str, tuple[str, ...]] | None = None
-    ) -> Conversation:
+    def _paired(self, row: dict[str, Any], completion: Filled | None = None) -> Conversation:
         """Make a conversation of a row's history, its prompt and its completion, if it is given."""
         prompt, used = self._filled(self.config.prompts, row, "prompt")
         turns = [*history_of(row), ("prompt", {"role": "user", "content": prompt})]

@@ -8,7 +8,7 @@ from support import SHARED, TINY
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.config.settings import TemplateConfig
-from sft.data.chat_template import named_template
+from sft.data.named_template import named_template
 from sft.data.readers import Row
 from sft.data.row_encoder import RowEncoder
 from sft.data.segment import TOKEN_BREAK

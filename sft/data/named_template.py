@@ -1,0 +1,34 @@
+"""Find a chat template by name: Jinja text, a file, or one that TRL ships."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from sft.errors import DataError
+
+
+def named_template(name: str) -> str:
+    """Return a chat template's text: the Jinja given, a file's, or that of one that TRL ships.
+
+    Raises:
+        DataError: There is no such file or template.
+    """
+    if "{%" in name or "{{" in name:
+        return name
+    if name.endswith(".jinja"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise DataError(f"there is no file {name}\n    fix: template.chat_template=FILE.jinja")
+        return path.read_text(encoding="utf-8")
+    spec = find_spec("trl")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent / "chat_templates"
+    path = folder / f"{name}.jinja"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.jinja")))
+        raise DataError(
+            f"there is no chat template {name}; there are {known}\n"
+            "    fix: template.chat_template=FILE.jinja"
+        )
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,68 @@
+"""Fill the texts of a template, which come in variants, with the columns of a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sft.config.data_settings import columns_of
+from sft.data.segment import require_no_break
+from sft.data.values import is_filled, text_of
+from sft.errors import DataError
+
+Filled = tuple[str, tuple[str, ...]]  # a text, and the columns that it used
+
+
+def fill(variants: list[str], row: dict[str, Any]) -> Filled | None:
+    """Fill the first variant whose columns are all filled in the row.
+
+    Returns:
+        The text and the columns that it used; None if there is no such variant.
+
+    Raises:
+        DataError: One of its columns holds neither text nor a finite number.
+    """
+    for variant in variants:
+        names = columns_of(variant)
+        values, is_text = {}, True
+        for name in names:
+            value = row.get(name)
+            if not value and not is_filled(value):
+                break
+            values[name] = value
+            is_text = is_text and type(value) is str
+        else:
+            if not is_text:
+                values = {
+                    name: text_of(item, f"the column {name}") for name, item in values.items()
+                }
+            return variant.format(**values), names
+    return None
+
+
+def require_filled(
+    found: Filled | None, variants: list[str], row: dict[str, Any], what: str, template: str
+) -> Filled:
+    """Return a text that was filled.
+
+    Args:
+        found: What ``fill`` returned.
+        variants: The texts of the template.
+        row: The row.
+        what: What the texts are, for the message: prompt, completion or text.
+        template: The template's name.
+
+    Raises:
+        DataError: The row fills no variant, or encoding would change the text.
+    """
+    if found is None:
+        needed = " or ".join(
+            " + ".join(columns_of(variant)) or repr(variant) for variant in variants
+        )
+        given = ", ".join(name for name, value in row.items() if is_filled(value))
+        fix = f"dataset.columns.{columns_of(variants[0])[0]}=COLUMN, or a different template"
+        raise DataError(
+            f"template={template} cannot render a {what} of this row: it needs the columns "
+            f"{needed}; the row fills {given or 'none'}\n    fix: {fix}"
+        )
+    require_no_break(found[0])
+    return found
