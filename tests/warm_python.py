@@ -3,15 +3,18 @@
 ``python -m torch.distributed.run`` starts its ranks with the executable that PYTHON_EXEC names. The
 script that ``executable`` names is one: it sends its arguments, environment, folder and standard
 streams to the server, passes signals on, and exits as the forked process does. It saves each rank
-the seconds that importing takes, where a test is not about the start itself.
+the seconds that importing takes, where a test is not about the start itself. In a forked process,
+``sys.executable`` is this script, so that what it starts is forked too: trials, ranks and proofs.
 """
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,40 +44,72 @@ sys.exit(code)
 """
 
 
+def start() -> None:
+    """Start the server of this process and of those that it starts; it ends with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    script = folder / "python"
+    script.write_text(CLIENT.format(python=sys.executable, address=str(folder / "server")))
+    script.chmod(0o755)
+    subprocess.Popen([sys.executable, __file__, str(folder), str(os.getpid())])
+    os.environ["WARM_PYTHON"] = str(folder)
+
+
 @functools.cache
 def executable() -> str:
-    """Give the script; the server starts with the first call, and ends with this process."""
-    folder = Path(tempfile.mkdtemp(prefix="warm-"))
-    address, script = folder / "server", folder / "python"
-    server = subprocess.Popen([sys.executable, __file__, str(address)])
-    script.write_text(CLIENT.format(python=sys.executable, address=str(address)))
-    script.chmod(0o755)
+    """Give the script, as soon as the server is ready; without a server, start one."""
+    if "WARM_PYTHON" not in os.environ:
+        start()
+    folder = Path(os.environ["WARM_PYTHON"])
     deadline = time.monotonic() + 120
-    while not address.exists():
-        assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
+    while not (folder / "server").exists():
+        assert time.monotonic() < deadline, "the server did not start"
         time.sleep(0.05)
-    return str(script)
+    return str(folder / "python")
 
 
-def serve(address: str) -> None:
-    """Fork a process for each order, and end those whose client has died."""
+def preload() -> None:
+    """Import what commands import, and compute what is the same in each."""
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
+    import peft.tuners.lora.bnb  # noqa: F401
+    import torch.distributed.launcher.api
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    import sft.training.trainer  # noqa: F401
+    import sft.fast.proof
+    import sft.fast.zero3
+    import sft.inference.card
+    import sft.merge.probes
+    import sft.training.build
+    import sft.training.summary  # noqa: F401
+    from sft.train import main
 
+    get_checkpoint_conversion_mapping("llama")
+    main.compose([])
+    del sys.modules["sft.train"]  # python -m warns of a module that is there before it runs
+    # A collection would read all objects of the libraries, and so copy their memory: 0.4 seconds,
+    # twice a run.
+    gc.collect()
+    gc.freeze()
+
+
+def serve(folder: Path, owner: int) -> None:
+    """Fork a process for each order, and end those whose client has died."""
+    preload()
+    address = str(folder / "server")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.partial")
     listener.listen()
     os.rename(f"{address}.partial", address)
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ)
-    waiting.register(os.pidfd_open(os.getppid()), selectors.EVENT_READ, "the tests have ended")
+    waiting.register(os.pidfd_open(owner), selectors.EVENT_READ, "the tests have ended")
     while True:
         for key, _ in waiting.select():
             if key.fileobj is listener:
-                accept(listener, waiting)
+                accept(listener, waiting, str(folder / "python"))
             elif key.data == "the tests have ended":
+                shutil.rmtree(folder)
                 return
             else:
                 client, pid, watch = key.data
@@ -90,7 +125,7 @@ def serve(address: str) -> None:
                 os.close(watch)
 
 
-def accept(listener: socket.socket, waiting: selectors.BaseSelector) -> None:
+def accept(listener: socket.socket, waiting: selectors.BaseSelector, script: str) -> None:
     """Read an order and fork a process that carries it out."""
     client, _ = listener.accept()
     length, streams, _, _ = socket.recv_fds(client, 8, 3)
@@ -99,6 +134,7 @@ def accept(listener: socket.socket, waiting: selectors.BaseSelector) -> None:
     if pid == 0:
         listener.close()
         client.close()
+        sys.executable = script
         carry_out(json.loads(order), streams)
     for stream in streams:
         os.close(stream)
@@ -122,10 +158,10 @@ def carry_out(order: list[Any], streams: list[int]) -> None:
         os.chdir(folder)
         arguments = arguments[1:] if arguments[0] == "-u" else arguments
         if arguments[0] == "-m":
-            sys.argv = arguments[1:]
+            sys.argv, sys.path[0] = arguments[1:], folder
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = arguments
+            sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
             runpy.run_path(arguments[0], run_name="__main__")
         code = 0
     except SystemExit as end:
@@ -142,4 +178,4 @@ def carry_out(order: list[Any], streams: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(Path(sys.argv[1]), int(sys.argv[2]))
