@@ -2,7 +2,8 @@
 
 ``python -m torch.distributed.run`` starts its ranks with the executable that PYTHON_EXEC names. The
 script that ``executable`` names is one: it sends its arguments, environment, folder and standard
-streams to the server, passes signals on, and exits as the forked process does. It saves each rank
+streams to the server, passes signals on to the forked process and its group, as torchrun does to
+its ranks, and exits as the forked process does. It saves each rank
 the seconds that importing takes, where a test is not about the start itself. In a forked process,
 ``sys.executable`` is this script, so that what it starts is forked too: trials, ranks and proofs.
 """
@@ -35,10 +36,11 @@ server.sendall(order)
 answers = server.makefile()
 pid = int(answers.readline())
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-    signal.signal(number, lambda received, _: os.kill(pid, received))
+    signal.signal(number, lambda received, _: os.killpg(pid, received))
 code = int(answers.readline())
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
@@ -72,7 +74,6 @@ def preload() -> None:
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
     import peft.tuners.lora.bnb  # noqa: F401
-    import torch.distributed.launcher.api
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -115,7 +116,7 @@ def serve(folder: Path, owner: int) -> None:
                 client, pid, watch = key.data
                 if key.fileobj is client:  # closed: the client was killed
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                        os.killpg(pid, signal.SIGKILL)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 with contextlib.suppress(OSError):
                     client.sendall(f"{code}\n".encode())
@@ -136,6 +137,7 @@ def accept(listener: socket.socket, waiting: selectors.BaseSelector, script: str
         client.close()
         sys.executable = script
         carry_out(json.loads(order), streams)
+    os.setpgid(pid, pid)  # here, too, so that the group is there before its number is told
     for stream in streams:
         os.close(stream)
     watch = os.pidfd_open(pid)
@@ -149,7 +151,7 @@ def carry_out(order: list[Any], streams: list[int]) -> None:
     arguments, folder, environment = order
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
@@ -160,6 +162,9 @@ def carry_out(order: list[Any], streams: list[int]) -> None:
         if arguments[0] == "-m":
             sys.argv, sys.path[0] = arguments[1:], folder
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.argv, sys.path[0] = ["-c", *arguments[2:]], folder
+            exec(arguments[1], {"__name__": "__main__"})
         else:
             sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
             runpy.run_path(arguments[0], run_name="__main__")

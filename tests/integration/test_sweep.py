@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 pytestmark = pytest.mark.usefixtures("warm_ranks")
 SHORT = [
@@ -20,9 +21,12 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-
 
 
 def sft_train(
-    folder: Path, *arguments: str, torchrun: tuple[str, ...] | list[str] = ()
+    folder: Path,
+    *arguments: str,
+    torchrun: tuple[str, ...] | list[str] = (),
+    python: str = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *torchrun, "sft.train", *arguments, *SHORT]
+    command = [python, "-m", *torchrun, "sft.train", *arguments, *SHORT]
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=500, check=False
     )
@@ -55,7 +59,7 @@ def test_a_refused_trial_stops_no_other_and_nothing_trains_twice(tmp_path: Path)
     assert "Traceback" not in done.stdout + done.stderr
 
     sizes = [os.stat(tmp_path / item["log"]).st_size for item in trials]
-    again = sft_train(tmp_path, "-m", "lora.r=4,0,8")
+    again = sft_train(tmp_path, "-m", "lora.r=4,0,8", python=warm_python.executable())
     assert again.returncode == 1
     assert again.stdout.count("  finished before, eval loss") == 2
     after = json.loads((folder / "sweep.json").read_text())
