@@ -2,16 +2,20 @@
 
 ``python -m torch.distributed.run`` starts its ranks with the executable that PYTHON_EXEC names. The
 script that ``executable`` names is one: it sends its arguments, environment, folder and standard
-streams to the server, passes signals on, and exits as the forked process does. It saves each rank
-the seconds that importing takes, where a test is not about the start itself.
+streams to the server, passes signals on to the forked process and its group, as torchrun does to
+its ranks, and exits as the forked process does. It saves each rank
+the seconds that importing takes, where a test is not about the start itself. In a forked process,
+``sys.executable`` is this script, so that what it starts is forked too: trials, ranks and proofs.
 """
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,55 +36,87 @@ server.sendall(order)
 answers = server.makefile()
 pid = int(answers.readline())
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-    signal.signal(number, lambda received, _: os.kill(pid, received))
+    signal.signal(number, lambda received, _: os.killpg(pid, received))
 code = int(answers.readline())
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
 
 
+def start() -> None:
+    """Start the server of this process and of those that it starts; it ends with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    script = folder / "python"
+    script.write_text(CLIENT.format(python=sys.executable, address=str(folder / "server")))
+    script.chmod(0o755)
+    subprocess.Popen([sys.executable, __file__, str(folder), str(os.getpid())])
+    os.environ["WARM_PYTHON"] = str(folder)
+
+
 @functools.cache
 def executable() -> str:
-    """Give the script; the server starts with the first call, and ends with this process."""
-    folder = Path(tempfile.mkdtemp(prefix="warm-"))
-    address, script = folder / "server", folder / "python"
-    server = subprocess.Popen([sys.executable, __file__, str(address)])
-    script.write_text(CLIENT.format(python=sys.executable, address=str(address)))
-    script.chmod(0o755)
+    """Give the script, as soon as the server is ready; without a server, start one."""
+    if "WARM_PYTHON" not in os.environ:
+        start()
+    folder = Path(os.environ["WARM_PYTHON"])
     deadline = time.monotonic() + 120
-    while not address.exists():
-        assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
+    while not (folder / "server").exists():
+        assert time.monotonic() < deadline, "the server did not start"
         time.sleep(0.05)
-    return str(script)
+    return str(folder / "python")
 
 
-def serve(address: str) -> None:
-    """Fork a process for each order, and end those whose client has died."""
+def preload() -> None:
+    """Import what commands import, and compute what is the same in each."""
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
+    import peft.tuners.lora.bnb  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    import sft.training.trainer  # noqa: F401
+    import sft.fast.proof
+    import sft.fast.zero3
+    import sft.inference.card
+    import sft.merge.probes
+    import sft.training.build
+    import sft.training.summary  # noqa: F401
+    from sft.train import main
 
+    get_checkpoint_conversion_mapping("llama")
+    main.compose([])
+    del sys.modules["sft.train"]  # python -m warns of a module that is there before it runs
+    # A collection would read all objects of the libraries, and so copy their memory: 0.4 seconds,
+    # twice a run.
+    gc.collect()
+    gc.freeze()
+
+
+def serve(folder: Path, owner: int) -> None:
+    """Fork a process for each order, and end those whose client has died."""
+    preload()
+    address = str(folder / "server")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.partial")
     listener.listen()
     os.rename(f"{address}.partial", address)
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ)
-    waiting.register(os.pidfd_open(os.getppid()), selectors.EVENT_READ, "the tests have ended")
+    waiting.register(os.pidfd_open(owner), selectors.EVENT_READ, "the tests have ended")
     while True:
         for key, _ in waiting.select():
             if key.fileobj is listener:
-                accept(listener, waiting)
+                accept(listener, waiting, str(folder / "python"))
             elif key.data == "the tests have ended":
+                shutil.rmtree(folder)
                 return
             else:
                 client, pid, watch = key.data
                 if key.fileobj is client:  # closed: the client was killed
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                        os.killpg(pid, signal.SIGKILL)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 with contextlib.suppress(OSError):
                     client.sendall(f"{code}\n".encode())
@@ -90,7 +126,7 @@ def serve(address: str) -> None:
                 os.close(watch)
 
 
-def accept(listener: socket.socket, waiting: selectors.BaseSelector) -> None:
+def accept(listener: socket.socket, waiting: selectors.BaseSelector, script: str) -> None:
     """Read an order and fork a process that carries it out."""
     client, _ = listener.accept()
     length, streams, _, _ = socket.recv_fds(client, 8, 3)
@@ -99,7 +135,9 @@ def accept(listener: socket.socket, waiting: selectors.BaseSelector) -> None:
     if pid == 0:
         listener.close()
         client.close()
+        sys.executable = script
         carry_out(json.loads(order), streams)
+    os.setpgid(pid, pid)  # here, too, so that the group is there before its number is told
     for stream in streams:
         os.close(stream)
     watch = os.pidfd_open(pid)
@@ -113,7 +151,7 @@ def carry_out(order: list[Any], streams: list[int]) -> None:
     arguments, folder, environment = order
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
@@ -122,10 +160,13 @@ def carry_out(order: list[Any], streams: list[int]) -> None:
         os.chdir(folder)
         arguments = arguments[1:] if arguments[0] == "-u" else arguments
         if arguments[0] == "-m":
-            sys.argv = arguments[1:]
+            sys.argv, sys.path[0] = arguments[1:], folder
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.argv, sys.path[0] = ["-c", *arguments[2:]], folder
+            exec(arguments[1], {"__name__": "__main__"})
         else:
-            sys.argv = arguments
+            sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
             runpy.run_path(arguments[0], run_name="__main__")
         code = 0
     except SystemExit as end:
@@ -142,4 +183,4 @@ def carry_out(order: list[Any], streams: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(Path(sys.argv[1]), int(sys.argv[2]))

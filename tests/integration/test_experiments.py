@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support import ROOT, losses, run_sft
+from support import ROOT, losses
 from warm import run_warm
 
 TEXT = ["dataset=text", "dataset.path=text.txt", "dataset.max_length=64"]
@@ -56,10 +56,9 @@ def test_recipe_runs_on_two_ranks(folder: Path, name: str) -> None:
     assert (folder / "run" / kind).is_dir()
 
 
-@pytest.mark.usefixtures("warm_ranks")
 def test_grid_keeps_the_global_batch(folder: Path) -> None:
     """Four trials, one per micro-batch, each with the same batch and so the same loss."""
-    run_sft(
+    run_warm(
         "train",
         *("-m", f"experiment={GRID}", "model=tiny", *TEXT, "hydra.sweep.dir=grid"),
         *("train.max_steps=2", "train.warmup_steps=0", "precision=fp32"),

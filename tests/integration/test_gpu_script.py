@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import warm_python
 from support import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
@@ -23,20 +24,22 @@ REPEATS += ["memory.qwen3-8x", "fast.opt", "attention.sdpa", "again"]
 NEEDS_GPU = {"right.precision.fp16", "right.zero.stage2.fp16", "right.merge.gpu"}
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), *words]
+def command(*words: str, python: str = sys.executable) -> list[str]:
+    return [python, str(SCRIPT), *words]
 
 
 def environment(work: Path) -> dict[str, str]:
     return {**os.environ, "TMPDIR": str(work), "PYTHONPATH": str(ROOT)}
 
 
-def measure(output: Path, *words: str) -> tuple[int, list[dict[str, Any]]]:
+def measure(
+    output: Path, *words: str, python: str = sys.executable
+) -> tuple[int, list[dict[str, Any]]]:
     """Run the script, and give its exit code and rows; it must leave nothing else."""
     work = output.parent / "work"
     work.mkdir()
     done = subprocess.run(
-        command("--output", str(output), *words),
+        command("--output", str(output), *words, python=python),
         env=environment(work),
         capture_output=True,
         text=True,
@@ -58,9 +61,10 @@ def named(*words: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Give the rows of the list, repeats left out."""
+    """Give the rows of the list, repeats left out, from processes that need not import."""
     output = tmp_path_factory.mktemp("gpu") / "rows.jsonl"
-    return measure(output, "--tiny", "--budget", "100000", "--skip", *REPEATS)[1]
+    words = ("--tiny", "--budget", "100000", "--skip", *REPEATS)
+    return measure(output, *words, python=warm_python.executable())[1]
 
 
 def test_every_stage_gives_its_row(rows: list[dict[str, Any]]) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -322,13 +321,10 @@ def test_deepspeed_shards_are_no_adapter(run: Path, tmp_path: Path) -> None:
 
 def test_a_killed_merge_leaves_nothing_that_looks_finished(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    inject = [sys.executable, str(ROOT / "benchmarks" / "inject.py")]
+    inject = str(ROOT / "benchmarks" / "inject.py")
     for place in ("sft.merge.write.write:before", "sft.merge.metadata.write:after"):
-        killed = subprocess.run(
-            [*inject, f"SIGKILL:{place}:1:0", "sft.merge", f"run={run}", f"output={out}"],
-            capture_output=True,
-            cwd=tmp_path,
-        )
+        merge_run = ("sft.merge", f"run={run}", f"output={out}")
+        killed = run_warm(inject, f"SIGKILL:{place}:1:0", *merge_run, cwd=tmp_path, check=False)
         assert killed.returncode == -9
         assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     merged(f"run={run}", f"output={out}")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from safetensors.torch import load_file, save_file
 from warm import run_warm
 
@@ -80,6 +81,7 @@ def test_the_proof_can_fail(
         (path / folders.MANIFEST).write_text(json.dumps(listed))
 
     monkeypatch.setattr(prove, "cut_back", dishonest)
+    monkeypatch.setattr(sys, "executable", warm_python.executable())
     command = [*saving, "ranks=1"]
     monkeypatch.setattr(sys, "argv", ["prove", *command])
     with pytest.raises(RunError, match=r"(?s)differs from the uninterrupted one:.*step 5: loss"):

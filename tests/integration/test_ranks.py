@@ -131,12 +131,13 @@ def test_ranks_that_part_stop_the_run(tmp_path: Path, llama: Path, rows: Path) -
     """The stock evaluate, called before training, silently switches DDP's gradient sync off."""
     result = run_script(
         tmp_path,
-        "import sys, trl, sft.training.summary, sft.train\n"
+        "import sys, trl, sft.cli.command, sft.training.summary, sft.train\n"
         "describe = sft.training.summary.describe_run\n"
         "def evaluate_first(config, trainer, *rest):\n"
         "    describe(config, trainer, *rest)\n"
         "    trl.SFTTrainer.evaluate(trainer)\n"
         "sft.training.summary.describe_run = evaluate_first\n"
+        "sft.cli.command.time.sleep = lambda seconds: None\n"  # for another rank to speak first
         "sft.train.main(sys.argv[1:])\n",
         *("model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"),
         *("template=chat", "train.per_device_train_batch_size=2", "train.global_batch_size=4"),

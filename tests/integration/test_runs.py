@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(
     (broken / "adapter_model.safetensors").write_bytes(b"half")
     (broken / "manifest.json").unlink(missing_ok=True)
 
-    again = run_sft("train", *common, "output_dir=killed", cwd=tmp_path)
+    again = run_warm("train", *common, "output_dir=killed", cwd=tmp_path)
 
     assert "killed/checkpoint-8 is not used: manifest.json is missing" in again.stdout
     assert "resuming from killed/checkpoint-4" in again.stdout

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 pytestmark = pytest.mark.usefixtures("warm_ranks")
 SHORT = [
@@ -20,9 +21,9 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-
 
 
 def sft_train(
-    folder: Path, *arguments: str, torchrun: tuple[str, ...] | list[str] = ()
+    folder: Path, *arguments: str, python: str, torchrun: tuple[str, ...] | list[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *torchrun, "sft.train", *arguments, *SHORT]
+    command = [python, "-m", *torchrun, "sft.train", *arguments, *SHORT]
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=500, check=False
     )
@@ -33,7 +34,8 @@ def read(path: Path) -> dict:  # type: ignore[type-arg]
 
 
 def test_a_refused_trial_stops_no_other_and_nothing_trains_twice(tmp_path: Path) -> None:
-    done = sft_train(tmp_path, "-m", "lora.r=4,0,8")
+    python = warm_python.executable()
+    done = sft_train(tmp_path, "-m", "lora.r=4,0,8", python=python)
     assert done.returncode == 1, done.stdout + done.stderr
     (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert folder.name.startswith("lora.r=4,0,8+train.max_steps=2+")
@@ -55,7 +57,7 @@ def test_a_refused_trial_stops_no_other_and_nothing_trains_twice(tmp_path: Path)
     assert "Traceback" not in done.stdout + done.stderr
 
     sizes = [os.stat(tmp_path / item["log"]).st_size for item in trials]
-    again = sft_train(tmp_path, "-m", "lora.r=4,0,8")
+    again = sft_train(tmp_path, "-m", "lora.r=4,0,8", python=python)
     assert again.returncode == 1
     assert again.stdout.count("  finished before, eval loss") == 2
     after = json.loads((folder / "sweep.json").read_text())
@@ -65,7 +67,9 @@ def test_a_refused_trial_stops_no_other_and_nothing_trains_twice(tmp_path: Path)
 
 
 def test_under_torchrun_each_trial_trains_once_on_as_many_ranks(tmp_path: Path) -> None:
-    done = sft_train(tmp_path, "-m", "seed=1,2", "hydra.sweep.dir=sweep", torchrun=TORCHRUN)
+    """The launchers of the sweep and of its trials start as a user starts them."""
+    command = ("-m", "seed=1,2", "hydra.sweep.dir=sweep")
+    done = sft_train(tmp_path, *command, python=sys.executable, torchrun=TORCHRUN)
     assert done.returncode == 0, done.stdout + done.stderr
     started = [line for line in done.stdout.splitlines() if line.endswith("  started")]
     assert started == ["trial 1/2  seed=1  started", "trial 2/2  seed=2  started"]

@@ -7,16 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from support import ROOT
 
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Build twice, with three steps of pre-training."""
+    """Build twice, with three steps of pre-training, and with two seeds of Python's hashes."""
     folders = [tmp_path_factory.mktemp("build") for _ in range(2)]
-    for folder in folders:
+    for folder, python in zip(folders, (sys.executable, warm_python.executable()), strict=True):
         script = ROOT / "scripts" / "build_tiny.py"
-        command = [sys.executable, str(script), "--steps", "3", "--output", str(folder)]
+        command = [python, str(script), "--steps", "3", "--output", str(folder)]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
     return folders
 

@@ -791,6 +791,7 @@ def test_a_bug_shows_its_traceback(capsys, monkeypatch: pytest.MonkeyPatch) -> N
     def fails(config: Config) -> None:
         raise ZeroDivisionError("a bug")
 
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # another rank may speak first
     monkeypatch.setenv("RANK", "1")  # whichever rank it happens on
     with pytest.raises(SystemExit, match="1"):
         dataclasses.replace(main, run=fails)([])

@@ -98,6 +98,7 @@ def test_of_progress_bars_the_loading_of_weights_is_hidden() -> None:
 def test_the_collector_is_as_before_after_the_block() -> None:
     from sft.environment import heap_frozen
 
+    gc.unfreeze()  # what conftest.py has frozen
     before = gc.isenabled(), gc.get_freeze_count() > 0
     for collect_new in (True, False):
         with pytest.raises(KeyError), heap_frozen(collect_new=collect_new):

@@ -3,11 +3,11 @@
 import math
 import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+import warm_python
 
 from sft.errors import ConfigError
 from sft.fast import cpu_products, linear, speed
@@ -140,7 +140,7 @@ def test_ranks_share_decisions_before_there_is_a_process_group() -> None:
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", script],
+            [warm_python.executable(), "-c", script],
             env={**os.environ, **shared, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,

@@ -3,14 +3,13 @@
 import gc
 import json
 import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 from datasets import load_from_disk
 from support import SHARED, TINY
 from transformers import AutoTokenizer
@@ -121,13 +120,13 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path: Path, own_ca
         f"made = Template(template, AutoTokenizer.from_pretrained({str(TINY)!r}))\n"
         f"prepare.prepare(DatasetConfig(path={path!r}), made, 0)\n"
     )
-    command = [sys.executable, "-c", script]
-    child = subprocess.Popen(command, start_new_session=True)
+    command = [warm_python.executable(), "-c", script]
+    child = subprocess.Popen(command)
     deadline = time.monotonic() + 120
     while not list(own_cache.glob("data/*.partial/ids.bin")):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(child.pid, signal.SIGKILL)
+    child.kill()  # and with it all of its group
     child.wait()
     assert len(list(own_cache.glob("data/*.partial"))) == 1
     # Two at once do the work once, and neither spoils it.
@@ -154,6 +153,7 @@ def test_the_heap_is_frozen_while_data_is_prepared_and_no_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "rows.jsonl", [pair(n) for n in range(9)])
+    gc.unfreeze()  # what conftest.py has frozen
     frozen = []
     make = prepare._make
     monkeypatch.setattr(
@@ -165,12 +165,9 @@ def test_the_heap_is_frozen_while_data_is_prepared_and_no_longer(
     with pytest.raises(DataError, match="leave none to train on"):
         made(path, eval_fraction=0.99)
     assert gc.get_freeze_count() == 0
-    gc.freeze()
-    try:
-        made(path, max_length=99)
-        assert gc.get_freeze_count() > 10_000
-    finally:
-        gc.unfreeze()
+    gc.freeze()  # again, for the tests that follow
+    made(path, max_length=99)
+    assert gc.get_freeze_count() > 10_000
 
 
 def test_half_a_character_is_no_text(tmp_path: Path) -> None:
