@@ -184,12 +184,26 @@ def texts_of(message: Message) -> list[str]:
     return [text.strip() for text in texts if text.strip()]
 
 
-def require_texts(whole: str, messages: list[Message], tools: Tools) -> None:
+def require_texts(
+    whole: str, messages: list[Message], tools: Tools, answers: list[tuple[int, str]]
+) -> None:
     """Refuse a text that lacks a message or a tool: a template may drop some of them only.
+
+    Args:
+        whole: The rendered conversation.
+        messages: Its messages.
+        tools: Its tools.
+        answers: The number of each trained message, and the text that is trained of it.
 
     Raises:
         DataError: The template leaves out a message, or a tool.
     """
+    for index, answer in answers:
+        if any(text not in answer for text in texts_of(messages[index])):
+            raise DataError(
+                f"the chat template does not write all of message {index + 1}, the assistant "
+                "message\n    fix: a different template.chat_template, or remove it from the data"
+            )
     position = 0
     for number, message in enumerate(messages, 1):
         role = message["role"]
