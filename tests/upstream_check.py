@@ -105,8 +105,11 @@ def _assigned(place: Any) -> frozenset[str]:
 
 
 def _stored(tree: ast.AST) -> Iterator[str]:
-    """Yield the attributes that code assigns, and the fields of a dataclass without a default."""
+    """Yield what code assigns: attributes, keys, and fields of a dataclass without a default."""
     for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            if isinstance(node.slice.value, str):
+                yield node.slice.value
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.attr
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):

@@ -190,6 +190,8 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "torch.distributed.distributed_c10d": ("PrefixStore",),
     "torch.distributed.rendezvous": ("rendezvous(url)",),
     "datasets.arrow_dataset:Dataset": ("_fingerprint",),
+    # A key of the state.json that save_to_disk writes.
+    "datasets.arrow_dataset": ("_data_files",),
     "hydra.core.override_parser.overrides_parser": ("OverridesParser",),
     "hydra.core.override_parser.types": ("ChoiceSweep", "Quote", "QuotedString"),
     "hydra.core.override_parser.types:Override": ("_value",),

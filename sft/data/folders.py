@@ -194,7 +194,7 @@ def _of_folder(root: str, entries: list[Entry], split: str | None) -> Location:
 def _shards(folder: str) -> list[str]:
     """Return the Arrow files of a dataset that ``save_to_disk`` wrote."""
     state = _loaded(f"{folder}/state.json")
-    if state.get("_indices_data_files"):
+    if any("indices" in key and value for key, value in state.items()):
         raise DataError(
             f"{folder} was saved by an old release of Datasets, with its rows in an order of their "
             "own\n    fix: load it and save it with a newer release"

@@ -341,7 +341,11 @@ def test_an_error_of_a_row_kills_no_run(folder: Path, audit: Run) -> None:
         ("a.jsonl.gz", b'{"prompt": "a"}\n', "a.jsonl.gz cannot be read: Not a gzipped file"),
         ("a.jsonl.xz", b"no", "a.jsonl.xz cannot be read: "),
         ("a.csv.bz2", b"no", "a.csv.bz2 cannot be read: Invalid data stream"),
-        ("a.jsonl.gz", gzip.compress(b"{}" * 9)[:-9], "a.jsonl.gz cannot be read: Compressed file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"{}" * 9, mtime=0)[:-9],
+            "a.jsonl.gz cannot be read: Compressed file",
+        ),
         ("a.csv", b'prompt,completion\na,"b" c\n', "a.csv:2: the row cannot be read: "),
         ("a.parquet", b"PAR1", "a.parquet is damaged"),
         ("a.arrow", b"ARROW1", "a.arrow is damaged"),

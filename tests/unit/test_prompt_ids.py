@@ -45,7 +45,10 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     """Train a tokenizer of a kind."""
     special = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
     alphabet: list[str] = []
-    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    # SentencePiece writes a newline as a byte, which merges with nothing.
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind != "bytes"))
+    if kind != "bytes":
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
     if kind == "bytes":
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
@@ -58,8 +61,9 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
             [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
         )
         made.decoder = decoders.Replace("\u2581", " ")
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    made.train_from_iterator(TEXT, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet)
+    text = TEXT if kind == "bytes" else [line for text in TEXT for line in text.split("\n")]
+    made.train_from_iterator(text, trainer)
     if kind == "rstrip":
         made.add_special_tokens(
             [AddedToken(name, rstrip=True, special=True) for name in ("</s>", "<|assistant|>")]
