@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sft.data.chat_template import THOUGHT, ChatTemplate, Message, Tools
+from sft.data.chat_template import ChatTemplate, Message, Tools, thought_of
 from sft.errors import DataError
 
 ANYWHERE = -1  # the place of the system message and the tools: templates differ in it
@@ -103,9 +103,8 @@ class Parts:
             copied = copy.deepcopy(message)
             if message.get("reasoning_content"):
                 copied["reasoning_content"] = mark(index, "the reasoning")
-            if _thinks(message):
-                thought = THOUGHT.fullmatch(message["content"])
-                assert thought is not None
+            thought = thought_of(message)
+            if thought and thought[2].strip():
                 copied["content"] = f"<think>\n{mark(index, 'the reasoning')}\n</think>\n\n"
                 if thought[4].strip():
                     copied["content"] += mark(index, "the content")
@@ -153,9 +152,7 @@ def _features(tool: dict[str, Any]) -> Any:
 
 def _thinks(message: Message) -> bool:
     """Return whether an answer's content begins with reasoning between tags."""
-    if message["role"] != "assistant":
-        return False
-    thought = THOUGHT.fullmatch(message["content"])
+    thought = thought_of(message)
     return thought is not None and bool(thought[2].strip())
 
 
@@ -178,9 +175,8 @@ def _missing(whole: str, parts: list[Part]) -> Iterator[Part]:
 
 def texts_of(message: Message) -> list[str]:
     """Return the texts of a message's content: the reasoning in it, and the rest."""
-    content = message["content"]
-    thought = THOUGHT.fullmatch(content) if message["role"] == "assistant" else None
-    texts = [thought[2], thought[4]] if thought else [content]
+    thought = thought_of(message)
+    texts = [thought[2], thought[4]] if thought else [message["content"]]
     return [text.strip() for text in texts if text.strip()]
 
 

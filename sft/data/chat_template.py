@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
 
-# Reasoning that an answer holds within its content, as the models that write it do.
-THOUGHT = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
+# Reasoning at the beginning of a content. Some models get the first tag with the prompt.
+_TAGGED = re.compile(r"(\s*<think>)(.*?)(</think>)(.*)", re.DOTALL)
+_CLOSED = re.compile(r"()(.*?\n)(</think>)(\s.*|)", re.DOTALL)
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
@@ -27,6 +28,14 @@ def shared_prefix(first: str, second: str) -> str:
     """Return the characters with which both texts begin."""
     pairs = enumerate(zip(first, second, strict=False))
     return first[: next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))]
+
+
+def thought_of(message: Message) -> re.Match[str] | None:
+    """Match the reasoning within an answer's content: begin, reasoning, end and the rest."""
+    content: str = message["content"]
+    if message["role"] != "assistant" or "</think>" not in content:
+        return None
+    return _TAGGED.fullmatch(content) or _CLOSED.fullmatch(content)
 
 
 class Rendered(NamedTuple):
@@ -112,8 +121,7 @@ class ChatTemplate:
         guarded = []
         for message in messages:
             made: Message = self.guarded_value(message)
-            content = message["content"]
-            if message["role"] == "assistant" and (thought := THOUGHT.fullmatch(content)):
+            if thought := thought_of(message):
                 begin, reasoning, end, answer = thought.groups()
                 parts = (begin, self.guarded_value(reasoning), end, self.guarded_value(answer))
                 made["content"] = "".join(parts)
@@ -236,9 +244,7 @@ class ChatTemplate:
 
 def _with_reasoning(message: Message) -> Message:
     """Move the reasoning at the beginning of an answer's content out of it."""
-    if message["role"] != "assistant" or message.get("reasoning_content"):
-        return message
-    thought = THOUGHT.fullmatch(message["content"])
+    thought = None if message.get("reasoning_content") else thought_of(message)
     if thought is None or not thought[2].strip():
         return message
     return {**message, "content": thought[4].strip(), "reasoning_content": thought[2].strip()}

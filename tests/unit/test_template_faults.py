@@ -240,3 +240,15 @@ def test_a_folder_without_tokenizer_files_is_refused(audit: Any, tmp_path: Path)
     )
     _, error = audit([{"messages": TURNS}], f"model.name_or_path={folder}")
     assert "has no tokenizer: none of the files" in error
+
+
+def test_a_tag_within_an_answer_is_text(audit: Any) -> None:
+    """Only reasoning at the beginning of an answer keeps its tags as control tokens."""
+    answer = {"role": "assistant", "content": "The tag </think> ends it, <think> begins it."}
+    [text], figures = audit([{"messages": [ASK, answer]}], "template.chat_template=qwen3")
+    assert text.endswith(f"<think>\n\n</think>\n\n{answer['content']}<|im_end|>⟧\n")
+    assert figures["checks"]["control_tokens"] == 1
+    opened = {"role": "assistant", "content": "R\n</think>\n\nA"}  # the prompt had the first tag
+    [text], figures = audit([{"messages": [ASK, opened]}], "template.chat_template=qwen3")
+    assert text.endswith("⟦<think>\nR\n</think>\n\nA<|im_end|>⟧\n")
+    assert figures["checks"]["control_tokens"] == 0
