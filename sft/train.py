@@ -68,15 +68,16 @@ def fit(config: Config) -> Path:
 
 def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     """Do the part of ``fit`` that imports torch and the other libraries."""
-    from sft.data.prepare import prepare
-    from sft.data.template import Template
-    from sft.fast import cpu_products
-    from sft.model import adapter
-    from sft.model.base import check_fits, load_architecture, load_base, load_tokenizer
-    from sft.model.precision import dtype_of
-    from sft.plan import choices
-    from sft.run import resume
-    from sft.training import build, loop, summary
+    with environment.importing():
+        from sft.data.prepare import prepare
+        from sft.data.template import Template
+        from sft.fast import cpu_products
+        from sft.model import adapter
+        from sft.model.base import check_fits, load_architecture, load_base, load_tokenizer
+        from sft.model.precision import dtype_of
+        from sft.plan import choices
+        from sft.run import resume
+        from sft.training import build, loop, summary
 
     tokenizer = load_tokenizer(config.model)
     architecture = load_architecture(config.model)
