@@ -11,6 +11,8 @@ from sft.cli.commands import COMMANDS, command
 def main() -> None:
     """Run the command that the first word names, or list the commands."""
     name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("--help", "-h", "help") and rest[:1] and rest[0] in COMMANDS:
+        name, rest = rest[0], ["--help", *rest[1:]]
     if name in COMMANDS:
         sys.argv = [f"sft {name}", *rest]
         try:
@@ -42,13 +44,12 @@ def _without_command(name: str, rest: list[str]) -> None:
 
         sys.stdout.write(script(rest[0]))
     else:
-        from sft.cli.command import report_error
+        from sft.cli.command import end
 
-        report_error(_unknown(name))
-        sys.exit(2)
+        end(2, _unknown(name, rest), as_json="--json" in (name, *rest))
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, rest: list[str]) -> str:
     """Return the message for a word that is not a command, with a suggestion."""
     from sft.config.upstream import did_you_mean
 
@@ -57,6 +58,8 @@ def _unknown(name: str) -> str:
     fix = did_you_mean(name, COMMANDS)
     if "=" in name or name.endswith((".yaml", ".yml")):
         fix = f"sft train {name}"
+    elif name.startswith("-") and rest[:1] and rest[0] in COMMANDS:
+        fix = f"write the command first: sft {' '.join([rest[0], name, *rest[1:]])}"
     elif not fix.startswith("did"):
         fix = "sft, which lists the commands"
     what = "option" if name.startswith("-") else "command"

@@ -27,13 +27,23 @@ logger = logging.getLogger("sft")
 class GenerateConfig:
     """Which model, which prompts, and how to sample."""
 
-    run: str | None = setting(None, "a run's folder, whose adapter or full model is used")
-    adapter: str | None = setting(None, "or an adapter's folder")
-    model: str | None = setting(None, "or the folder or hub id of a merged or any other model")
-    base: str | None = setting(None, "the adapter's base model; null: the one that it names")
+    run: str | None = setting(
+        None, "a run's folder, whose adapter or full model is used", path="read"
+    )
+    adapter: str | None = setting(None, "or an adapter's folder", path="read")
+    model: str | None = setting(
+        None, "or the folder or hub id of a merged or any other model", path="read"
+    )
+    base: str | None = setting(
+        None, "the adapter's base model; null: the one that it names", path="read"
+    )
     prompt: str | None = setting(None, "one prompt, rendered with the run's template")
-    file: str | None = setting(None, "or a file of rows (.jsonl, .csv, ...) to answer in order")
-    output: str | None = setting(None, "JSONL file for the answers; null: print them")
+    file: str | None = setting(
+        None, "or a file of rows (.jsonl, .csv, ...) to answer in order", path="read"
+    )
+    output: str | None = setting(
+        None, "JSONL file for the answers; null: print them", path="written"
+    )
     raw: bool = setting(False, "true: use the prompt without a template")
     max_new_tokens: int = setting(256, "tokens in an answer, at most", at_least(1))
     temperature: float | None = setting(None, "temperature of sampling; null: greedy", above(0))

@@ -20,6 +20,7 @@ from sft.cli.options import parse
 from sft.config import compose, saved
 from sft.config.overrides import Override, Reader, located
 from sft.config.places import CONF_DIR
+from sft.config.rules import expand_paths
 from sft.data.rows_option import option_of
 from sft.errors import ConfigError, Problem, SftError, Stopped
 from sft.files import to_json
@@ -50,12 +51,12 @@ class Command(Described[C]):
                 result = self._dispatch(argv)
         except Stopped as stopped:
             # All ranks stop for the same reason, so only rank 0 reports it.
-            _end(stopped.exit_code, str(stopped), as_json, speaks=process.rank() == 0)
+            end(stopped.exit_code, str(stopped), as_json, speaks=process.rank() == 0)
         except SftError as error:
-            _end(error.exit_code, str(error), as_json)
+            end(error.exit_code, str(error), as_json)
         except KeyboardInterrupt:
             fix = "; give the same command again to resume the run" if self.name == "train" else ""
-            _end(130, f"interrupted{fix}", as_json)
+            end(130, f"interrupted{fix}", as_json)
         except SystemExit:  # from a sweep, which has printed its table
             if as_json and sweep_result:
                 _print_once(to_json(sweep_result) + "\n")
@@ -64,22 +65,21 @@ class Command(Described[C]):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python's own last flush fails too
             sys.exit(1)
         except Exception as error:
-            _end(1, f"{type(error).__name__}: {error}", as_json, traceback.format_exc())
+            end(1, f"{type(error).__name__}: {error}", as_json, traceback.format_exc())
         if as_json and (result or sweep_result):
             _print_once(to_json(result or sweep_result) + "\n")
 
     def _dispatch(self, argv: list[str]) -> dict[str, Any] | None:
         if "--help" in argv or "-h" in argv:
-            _print_once(help_text(self, argv))
-            return None
+            return _answer(argv, "help", help_text(self, argv))
         args = parse(argv)
         if args.version:
-            _print_once(f"sft {__version__}\n")
-        elif args.completion:
+            return _answer(argv, "version", f"sft {__version__}\n")
+        if args.completion:
             from sft.cli.completion import script
 
-            _print_once(script(args.completion))
-        elif args.multirun:
+            return _answer(argv, "completion", script(args.completion))
+        if args.multirun:
             self._sweep(args)
         elif args.info or args.hydra_help or args.cfg in ("hydra", "all"):
             words = [item.hydra() for item in self.read(args.overrides, args.config_dir)[0]]
@@ -122,6 +122,7 @@ class Command(Described[C]):
             )
         except ConfigError as error:
             raise ConfigError([*problems, *located(error.problems, given)]) from error
+        expand_paths(config)
         problems += located([*found, *self.check(config)], given)
         if problems:
             raise ConfigError(problems)
@@ -132,7 +133,7 @@ class Command(Described[C]):
 
         Under torchrun every rank calls this; rank 0 runs the sweep and the others return.
         """
-        if self.config_name is None:
+        if self.name != "train" or self.config_name is None:
             raise ConfigError([Problem("-m", "only sft train can run a sweep", "leave out -m")])
         if process.rank() != 0:
             return
@@ -147,7 +148,15 @@ class Command(Described[C]):
         _hand_to_hydra(self, options + forced)
 
 
-def _end(
+def _answer(argv: list[str], name: str, text: str) -> dict[str, Any] | None:
+    """Print a text; with ``--json``, return it as the result instead."""
+    if "--json" in argv:
+        return {name: text}
+    _print_once(text)
+    return None
+
+
+def end(
     exit_code: int, message: str, as_json: bool, details: str = "", speaks: bool = True
 ) -> NoReturn:
     """Report an error and exit; with --json also print ``{"error": ...}`` on stdout."""

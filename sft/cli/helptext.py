@@ -90,7 +90,10 @@ def help_text(command: Described[Any], argv: list[str]) -> str:
                     if known
                     else "the help of this command has no sections"
                 )
-                raise ConfigError([Problem(f"--help {name}", rule, did_you_mean(name, known))])
+                fix = did_you_mean(name, known)
+                if not fix.startswith("did"):
+                    fix = "name one of them" if known else "leave it out"
+                raise ConfigError([Problem(f"--help {name}", rule, fix)])
             if name in found:
                 lines += [*_group(name, found[name], config_dir), ""]
             if name in sections:
@@ -108,7 +111,9 @@ def help_text(command: Described[Any], argv: list[str]) -> str:
             lines += ["", *_group(name, found[name], config_dir)]
     lines += ["", "Command-line options:", ""]
     for option, meaning in OPTIONS.items():
-        if found or option not in ("--help [SECTION]", "-m", "--config-dir DIR"):
+        if option == "-m" and command.name != "train":
+            continue
+        if found or option not in ("--help [SECTION]", "--config-dir DIR"):
             lines += _entry(option, meaning, 20)
     if found:
         lines += [

@@ -76,6 +76,13 @@ def _problems(args: argparse.Namespace) -> Iterator[Problem]:
         yield Problem(
             "--cfg", "cannot print a sweep: each trial has its own config", "leave out -m or --cfg"
         )
+    asks_hydra = args.info or args.hydra_help or args.cfg in ("hydra", "all")
+    if args.json and asks_hydra:
+        yield Problem("--json", "Hydra prints this as text", "leave out --json")
+    for word in args.overrides:
+        if word.lstrip("+").startswith(("hydra.", "hydra/")) and not (args.multirun or asks_hydra):
+            rule = "Hydra's own settings have an effect on a sweep only"
+            yield Problem(word, rule, "add -m, or leave it out")
     for option in REFUSED:
         value = getattr(args, option)
         if value is not None:

@@ -18,7 +18,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from sft.config.groups import groups, plugin_problems
+from sft.config.groups import groups, missing_plugin, plugin_problems
 from sft.config.names import suggest
 from sft.config.overrides import Override
 from sft.config.places import CONF_DIR
@@ -151,6 +151,8 @@ def _compose(
         container = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         rule = ": ".join(_reasons(error))
+        if plugin := missing_plugin(rule):
+            raise ConfigError([plugin]) from error
         setting = str(getattr(error, "full_key", None) or "the composed config")
         is_name = isinstance(error, InterpolationResolutionError)
         raise ConfigError([Problem(setting, rule, LITERAL if is_name else CORRECT)]) from error

@@ -40,6 +40,26 @@ def parse(text: str) -> Any:
         return None
 
 
+def from_yaml(text: str) -> Any:
+    """Parse a value as YAML, where ``{a:b}`` needs no space after the colon, as in Hydra's grammar.
+
+    Raises:
+        yaml.YAMLError: It is not YAML.
+    """
+    import yaml
+
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        return value
+    pairs = {}
+    for key, item in value.items():
+        if item is None and ":" in str(key):
+            key, _, item = str(key).partition(":")
+            item = yaml.safe_load(item)
+        pairs[key] = item
+    return pairs
+
+
 def unquoted(text: str) -> str:
     """Remove the quotes if one pair encloses the whole value."""
     if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:

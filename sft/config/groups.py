@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,19 @@ def plugin_problems(hydra: Any) -> Iterator[Problem]:
         if used.rpartition(".")[2] != name:
             option = hydra.runtime.choices[f"hydra/{kind}"]
             yield Problem(f"hydra/{kind}={option} ({used})", rule, fix)
+
+
+def missing_plugin(reason: str) -> Problem | None:
+    """Return the problem for a launcher or sweeper that is not installed.
+
+    Args:
+        reason: Hydra's message.
+    """
+    found = re.search(r"'hydra/(launcher|sweeper)/([^']+)'", reason)
+    if found is None:
+        return None
+    _, rule, fix = PLUGINS[found[1]]
+    return Problem(f"hydra/{found[1]}={found[2]}", rule, fix)
 
 
 def no_option(group: str, option: str, known: set[str]) -> Problem:

@@ -18,6 +18,7 @@ class ModelConfig:
     name_or_path: str | None = setting(
         None,
         "hub id or local folder of the base model",
+        path="read",
         decides=("lora.base_model_name_or_path",),
         example="model.name_or_path=HUB_ID_OR_FOLDER",
     )

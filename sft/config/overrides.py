@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from sft.config import settings_file
-from sft.config.grammar import hydra_text, is_list, options_of, parse, unquoted
+from sft.config.grammar import from_yaml, hydra_text, is_list, options_of, parse, unquoted
 from sft.config.groups import config_dir_problems, groups, no_option
 from sft.errors import ConfigError, DataError, Problem
 
@@ -118,7 +118,7 @@ class Reader:
             known = key in self.groups or settings_file.field_of(self.schema, key) is not None
             rule = "has no value" if known else "is neither a setting nor a settings file (*.yaml)"
             fix = f"{key}=VALUE" if known else "write each setting as key=value"
-            self._wrong(word, rule, fix)
+            self._wrong(word or "''", rule, fix)
         elif key == "hydra" or key.startswith(("hydra.", "hydra/")):
             yield Override(key, None, word, "hydra")
         elif key in self.groups:
@@ -146,10 +146,14 @@ class Reader:
             return
         if not is_text:
             try:
-                value = yaml.safe_load(text) if parsed is None else parsed.value()
+                value = from_yaml(text) if parsed is None else parsed.value()
             except yaml.YAMLError:
                 rule = "cannot be parsed: its brackets, braces or quotes do not match"
-                self._wrong(word, rule, "close each of them, and quote the value for the shell")
+                fix = (
+                    "close each of them, put quotes around a text that contains one, and put "
+                    "quotes for the shell around the whole word"
+                )
+                self._wrong(word, rule, fix)
                 return
         yield Override(key, value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,7 @@ def setting(
     decides: tuple[str, ...] = (),
     called: tuple[str, ...] = (),
     example: str | None = None,
+    path: str | None = None,
 ) -> Any:
     """Declare a field of a section; the value None always passes the rule.
 
@@ -95,6 +97,8 @@ def setting(
             their section refuses them.
         called: Names of the setting in other tools or older releases.
         example: An override that a fix shows; None: the setting with its default.
+        path: ``read`` or ``written`` if the value is the path of a local file or folder, so that
+            ``~/`` at its beginning is the home folder.
     """
     metadata = {
         "help": help,
@@ -105,6 +109,7 @@ def setting(
         "decides": decides,
         "called": called,
         "example": example,
+        "path": path,
     }
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
@@ -160,6 +165,24 @@ def written(key: str, value: Any) -> str:
     return f"{key}={typed(value)}"
 
 
+def _storable(text: str) -> bool:
+    """Check that a text can be in a file and in a path: no null character, and valid UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def expand_paths(node: Any) -> None:
+    """Replace ``~/`` at the beginning of local paths by the home folder; not every shell does."""
+    for name, item, value in fields_of(node):
+        if dataclasses.is_dataclass(value):
+            expand_paths(value)
+        elif isinstance(value, str) and item.metadata["path"] and value.startswith("~/"):
+            setattr(node, name, os.path.expanduser(value))
+
+
 def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
     """Check each value against its field's rule, section by section."""
     for name, item, value in fields_of(node):
@@ -168,7 +191,12 @@ def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
             continue
         rule = item.metadata.get("rule")
         key = prefix + name
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, str) and not _storable(value):
+            yield Problem(written(key, value), "contains bytes that are not text", "use UTF-8")
+        elif item.metadata.get("path") == "written" and "://" in str(value):
+            fix = f"{key}=PATH on this machine"
+            yield Problem(written(key, value), "must be a local path: sft writes to no URL", fix)
+        elif isinstance(value, float) and not math.isfinite(value):
             yield Problem(
                 written(key, value), "must be a finite number", written(key, default_of(item))
             )

@@ -48,6 +48,7 @@ class Config:
     output_dir: str | None = setting(
         None,
         "folder of the run; null: outputs/<run_name>",
+        path="written",
         changes_training=False,
         decides=("train.output_dir",),
         example="output_dir=DIR",

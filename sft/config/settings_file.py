@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ ENDINGS = (".yaml", ".yml")
 
 def is_one(word: str) -> bool:
     """Check whether a word is the path of a settings file and not a setting."""
-    # The folder of a sweep's trial has a name such as lora.r=4.
-    is_path = "=" not in word or Path(word).is_file()
-    return is_path and word.endswith(ENDINGS) and not word.startswith(("~", "-"))
+    if not word.endswith(ENDINGS) or re.match("-|~(?!/)", word):
+        return False
+    # The folder of a sweep's trial has a name such as lora.r=4. pathlib raises an error for a name
+    # that is too long, such as a prompt; os.path returns False.
+    return "=" not in word or os.path.isfile(word)
 
 
 def field_of(schema: Any, key: str) -> dataclasses.Field[Any] | type | None:
@@ -88,9 +92,18 @@ def entries(path: str, schema: Any, groups: set[str], problems: list[Problem]) -
                 problems.append(Problem(f"{place}: {key}", rule, fix))
             else:
                 seen[key] = place
-                yield key, value, place
+                yield key, _as_written(schema, key, value, nodes.get(str(name))), place
 
     yield from walk(root, values, "")
+
+
+def _as_written(schema: Any, key: str, value: Any, node: yaml.Node | None) -> Any:
+    """Return a text setting as it is written in the file: YAML would read 010 as the number 8."""
+    field = field_of(schema, key)
+    is_text = isinstance(field, dataclasses.Field) and holds_text(field, key)
+    if is_text and isinstance(node, yaml.ScalarNode) and not isinstance(value, str | None):
+        return node.value
+    return value
 
 
 def _loaded(path: str) -> tuple[yaml.MappingNode, dict[Any, Any]]:

@@ -36,11 +36,17 @@ logger = logging.getLogger("sft")
 class MergeConfig:
     """Settings of ``python -m sft.merge``."""
 
-    run: str | None = setting(None, "a run's folder: its adapter/ is merged into its merged/")
+    run: str | None = setting(
+        None, "a run's folder: its adapter/ is merged into its merged/", path="read"
+    )
     adapter: Any = setting(None, "instead of run: an adapter's folder (PEFT), or a list of them")
     weights: list[float] = setting([], "the factor of each adapter in a list; []: 1 for each")
-    output: str | None = setting(None, "folder of the merged model; null: merged/ in the run")
-    base: str | None = setting(None, "the base model; null: the one that the adapter names")
+    output: str | None = setting(
+        None, "folder of the merged model; null: merged/ in the run", path="written"
+    )
+    base: str | None = setting(
+        None, "the base model; null: the one that the adapter names", path="read"
+    )
     check_base: bool = setting(True, "check that the base is the one of training")
     quantized_base: str = setting(
         "dequantized",

@@ -111,6 +111,54 @@ def test_an_unknown_command_exits_2(
     assert message in said.err
 
 
+def test_help_of_a_command_may_be_asked_for_first(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    sft(monkeypatch, "train", "--help", "zero")
+    expected = capsys.readouterr().out
+    for word in ("help", "--help"):
+        sft(monkeypatch, word, "train", "zero")
+        assert capsys.readouterr().out == expected
+    with pytest.raises(SystemExit, match="2"):
+        sft(monkeypatch, "--json", "train", "lora.r=3")
+    said = capsys.readouterr()
+    assert said.err.endswith("fix: write the command first: sft train --json lora.r=3\n")
+    assert said.err == f"error: {json.loads(said.out)['error']}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "setting", "rule"),
+    [
+        (["--json", "--info"], "--json", "Hydra prints this as text"),
+        (["--json", "--cfg", "hydra"], "--json", "Hydra prints this as text"),
+        (
+            ["hydra.launcher.nproc_per_node=2"],
+            "hydra.launcher.nproc_per_node=2",
+            "Hydra's own settings have an effect on a sweep only",
+        ),
+        (
+            ["-m", "hydra/launcher=joblib", "seed=1,2"],
+            "hydra/launcher=joblib",
+            "only sft's own launcher trains the trials of a sweep; this one would train nothing",
+        ),
+    ],
+)
+def test_what_hydra_would_ignore_or_fail_at_is_refused(
+    words: list[str], setting: str, rule: str, capsys
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train(words)
+    assert f"error: 1 setting is refused\n\n{setting}\n    {rule}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", [data, prove])
+def test_only_train_runs_a_sweep(other, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        other(["-m", "seed=1,2"])
+    assert "only sft train can run a sweep" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        other(["--json", "-m"])
+    assert "    -m " not in helptext.help_text(other, [])
+
+
 def test_an_unknown_option_is_refused_as_other_bad_input(capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         train(["--cgf", "job"])
@@ -232,6 +280,19 @@ def test_a_file_that_cannot_be_used(
     assert found[1].startswith(rule)
 
 
+def test_text_in_a_file_is_taken_as_it_is_written(folder: Path) -> None:
+    Path("my.yaml").write_text("run_name: 010\nmodel: {revision: 1e10}\ntemplate.system: yes\n")
+    config = train.compose(["my.yaml"])
+    assert (config.run_name, config.model.revision, config.template.system) == (
+        "010",
+        "1e10",
+        "yes",
+    )
+    Path("my.yaml").write_text("run_name: null\nmodel: {revision: '${seed}'}\n")
+    config = train.compose(["my.yaml"])
+    assert (config.run_name, config.model.revision) == (None, "42")
+
+
 def test_an_options_yaml_and_a_second_file_are_refused(folder: Path) -> None:
     option = str(CONF_DIR / "model" / "opt-125m.yaml")
     assert one_refused(option) == (
@@ -267,7 +328,18 @@ def test_a_proof_hands_a_files_settings_on(folder: Path, monkeypatch: pytest.Mon
 
 # Quoting
 
-TEXTS = ["You are kind, and: brief?", "ü", "a b", "x=[1](2){3}", "it's", 'say "hi"', "1e3", "#a\n"]
+# A text may be longer than the name of a file can be.
+TEXTS = [
+    "long " * 100,
+    "You are kind, and: brief?",
+    "ü",
+    "a b",
+    "x=[1](2){3}",
+    "it's",
+    'say "hi"',
+    "1e3",
+    "#a\n",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -292,7 +364,7 @@ def test_quotes_around_a_whole_value_are_removed_by_every_command(quote: str) ->
 def test_lists_and_mappings_hold_any_text() -> None:
     config = train.compose(
         [
-            "dataset.columns={prompt: Größe, completion: b}",
+            "dataset.columns={prompt:Größe, completion: b}",
             "lora.target_modules=[größe, b]",
             "lora.rank_pattern={^x.y$: 3}",
             "output_dir=${model.name}_${seed}",
@@ -313,6 +385,37 @@ def test_lists_and_mappings_hold_any_text() -> None:
     assert merge.compose(["adapter=[a${x}]", "output=o"]).adapter == ["a${x}"]
     assert one_refused("dataset.columns={a: [")[1].startswith("cannot be parsed: its brackets")
     assert one_refused("precision=bf16,fp32")[1] == "several values need a sweep (-m)"
+
+
+def test_a_home_folder_is_found_and_no_output_is_an_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/h")
+    config = train.compose(["output_dir=~/o", "model.name_or_path=~/m", "template.system=~/x"])
+    assert (config.output_dir, config.model.name_or_path) == ("/h/o", "/h/m")
+    assert config.template.system == "~/x"
+    config = generate.compose(["run=~/r", "prompt=~/p", "output=~/a"])
+    assert (config.run, config.prompt, config.output) == ("/h/r", "~/p", "/h/a")
+    assert merge.compose(["run=~/r"]).run == "/h/r"
+    for command, words in (
+        (train, ["output_dir=s3://b/o"]),
+        (merge, ["run=r", "output=s3://b/o"]),
+        (generate, ["run=r", "prompt=p", "output=s3://b/o"]),
+    ):
+        with pytest.raises(ConfigError, match=r"=s3://b/o\n    must be a local path"):
+            command.compose(words)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b"])
+def test_a_run_is_written_inside_of_outputs(name: str) -> None:
+    for key in ("run_name", "model.name", "dataset.name"):
+        assert one_refused(f"{key}={name}")[1] == "must be a name without a folder"
+
+
+def test_text_that_no_file_can_hold_is_refused(folder: Path) -> None:
+    assert one_refused("run_name=a\udc80b")[1] == "contains bytes that are not text"
+    Path("my.yaml").write_text('template.system: "a\\0b"\n')
+    assert one_refused("my.yaml")[0].startswith("my.yaml:1: template.system=")
 
 
 # Sweeps
@@ -463,6 +566,11 @@ def test_json_says_what_went_wrong(capfd) -> None:
     with pytest.raises(SystemExit, match="130"):
         dataclasses.replace(data, run=interrupted)(["--json"])
     assert json.loads(capfd.readouterr().out) == {"error": "interrupted"}
+    for words, key in ((["--help"], "help"), (["--version"], "version")):
+        train(["--json", *words])
+        out = capfd.readouterr().out
+        train(words)
+        assert json.loads(out) == {key: capfd.readouterr().out}
     train(["--json", "--cfg", "job", "seed=5"])
     assert json.loads(capfd.readouterr().out)["seed"] == 5
 
