@@ -13,7 +13,7 @@ from sft.cli.command import Command
 from sft.config.artefact_meta import meta_of
 from sft.config.checks import check
 from sft.config.rules import at_least, setting
-from sft.config.settings import Config, fill_names, packing_of, streamed_samples
+from sft.config.settings import Config, DatasetConfig, fill_names, packing_of, streamed_samples
 from sft.errors import Problem
 
 logger = logging.getLogger("sft")
@@ -49,8 +49,9 @@ def data(config: DataConfig) -> dict[str, Any]:
     fill_names(config)
     environment.prepare()
 
-    from sft.data import artefact, page, preview
+    from sft.data import artefact, outlook, page, preview
     from sft.data import tables as report
+    from sft.data.audit import Counts
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.model import base as model
@@ -62,10 +63,18 @@ def data(config: DataConfig) -> dict[str, Any]:
     if meta_of(config.dataset.path) is None:
         logger.info("dataset.packing=%s: %s", packing.value, packing.reason)
     needed = streamed_samples(config)
-    prepared = prepare(config.dataset, template, config.seed, needed, show=report.show)
+    parameters = outlook.adapter_parameters(config)
+
+    def show(parts: dict[str, Counts], dataset: DatasetConfig) -> None:
+        report.show(parts, dataset, outlook.outlook(config, parts["train"], parameters))
+
+    prepared = prepare(config.dataset, template, config.seed, needed, show=show)
     logger.info("data.json and dropped.jsonl are in %s", prepared.folder)
     figures = report.figures(prepared.parts, config.dataset)
-    result = {"parts": figures, "folder": str(prepared.folder)}
+    training = outlook.outlook(config, prepared.train.counts, parameters)
+    if warning := outlook.warning(training, config.lora.r):
+        logger.info("warning: %s", warning)
+    result = {"parts": figures, "training": training.figures(), "folder": str(prepared.folder)}
     if config.preview:
         count = min(config.preview, len(prepared.train.dataset))
         samples = [prepared.train.dataset[index] for index in range(count)]
@@ -73,7 +82,13 @@ def data(config: DataConfig) -> dict[str, Any]:
         path = Path(config.html or f"outputs/{config.run_name}.data.html")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
-            page.page(samples, tokenizer, str(config.run_name), figures), encoding="utf-8"
+            page.page(
+                samples,
+                tokenizer,
+                str(config.run_name),
+                {"training": training.figures(), **figures},
+            ),
+            encoding="utf-8",
         )
         logger.info("preview written to %s", path)
         result["html"] = str(path)
