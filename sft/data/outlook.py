@@ -21,7 +21,7 @@ class Outlook:
 
     Attributes:
         steps: Optimizer steps.
-        epochs: Passes over the samples; a fraction if ``train.max_steps`` ends the last one early.
+        epochs: Passes over the samples; a fraction if the last step is within an epoch.
         tokens: Tokens in all epochs.
         trained_tokens_per_epoch: Tokens in the loss, in one epoch.
         trained_tokens: Tokens in the loss, in all epochs.
@@ -58,7 +58,9 @@ def outlook(config: Config, counts: Counts, parameters: int | None) -> Outlook:
     per_epoch = max(1, math.ceil(counts.samples / train.global_batch_size))
     whole = train.max_steps <= 0
     steps = math.ceil(train.num_train_epochs * per_epoch) if whole else train.max_steps
-    epochs = steps / per_epoch
+    full, rest = divmod(steps, per_epoch)
+    visited = full * counts.samples + rest * train.global_batch_size
+    epochs = visited / max(1, counts.samples)
     distinct = counts.distinct_trained
     known = parameters is not None and distinct > 0
     return Outlook(
