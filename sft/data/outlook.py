@@ -79,8 +79,8 @@ def adapter_parameters(config: Config) -> int | None:
     """Count the parameters of the adapter on a model without weights.
 
     Returns:
-        None if no adapter is trained, or if the model's config or the adapter's settings do not
-        allow to build it, which a training run would report.
+        None if no adapter is trained, or if it cannot be built, for the reason that is logged: the
+        model's config cannot be read, or the adapter's settings do not fit.
     """
     if not config.lora.enabled:
         return None
@@ -91,7 +91,7 @@ def adapter_parameters(config: Config) -> int | None:
         architecture = load_architecture(config.model)
         lora = adapter.lora_config(config, architecture)
     except SftError as error:
-        logger.info("the adapter's parameters are not counted: %s", str(error).splitlines()[0])
+        logger.info("the adapter's parameters are not counted: %s", error)
         return None
     from peft import get_peft_model
 
