@@ -29,7 +29,9 @@ CHECKS = {
     "control_tokens": "contain the text of a control token",
     "empty_answers": "have an empty answer, which is not trained",
     "duplicates": "are exact copies of an earlier document",
+    "near_duplicates": "differ from an earlier document only in white space and case",
     "eval_in_train": "are held out and also trained on",
+    "eval_near_train": "are held out and differ from a trained one only in white space and case",
 }
 
 
@@ -153,7 +155,9 @@ class DatasetConfig:
             "control_tokens": 0.0,
             "empty_answers": 0.0,
             "duplicates": 0.01,
+            "near_duplicates": 0.01,
             "eval_in_train": 0.0,
+            "eval_near_train": 0.0,
         },
         "for each check of the audit, the fraction of documents above which a warning is shown; "
         "1: never",

@@ -6,15 +6,19 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft import environment
 from sft.cli.command import Command
 from sft.config.artefact_meta import meta_of
 from sft.config.checks import check
 from sft.config.rules import at_least, setting
-from sft.config.settings import Config, fill_names, packing_of, streamed_samples
+from sft.config.settings import Config, DatasetConfig, fill_names, packing_of, streamed_samples
 from sft.errors import Problem
+
+if TYPE_CHECKING:
+    from sft.data.prepared import Prepared
+    from sft.data.template import Template
 
 logger = logging.getLogger("sft")
 
@@ -49,8 +53,9 @@ def data(config: DataConfig) -> dict[str, Any]:
     fill_names(config)
     environment.prepare()
 
-    from sft.data import artefact, page, preview
+    from sft.data import artefact, outlook
     from sft.data import tables as report
+    from sft.data.audit import Counts
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.model import base as model
@@ -62,21 +67,21 @@ def data(config: DataConfig) -> dict[str, Any]:
     if meta_of(config.dataset.path) is None:
         logger.info("dataset.packing=%s: %s", packing.value, packing.reason)
     needed = streamed_samples(config)
-    prepared = prepare(config.dataset, template, config.seed, needed, show=report.show)
+    parameters = outlook.adapter_parameters(config)
+
+    def show(parts: dict[str, Counts], dataset: DatasetConfig) -> None:
+        report.show(parts, dataset, outlook.outlook(config, parts["train"], parameters))
+
+    prepared = prepare(config.dataset, template, config.seed, needed, show=show)
     logger.info("data.json and dropped.jsonl are in %s", prepared.folder)
     figures = report.figures(prepared.parts, config.dataset)
-    result = {"parts": figures, "folder": str(prepared.folder)}
+    training = outlook.outlook(config, prepared.train.counts, parameters)
+    if warning := outlook.warning(training, config.lora.r):
+        logger.info("warning: %s", warning)
+    result = {"parts": figures, "training": training.figures(), "folder": str(prepared.folder)}
     if config.preview:
-        count = min(config.preview, len(prepared.train.dataset))
-        samples = [prepared.train.dataset[index] for index in range(count)]
-        preview.show(samples, tokenizer, tokens=config.tokens, file=sys.stdout)
-        path = Path(config.html or f"outputs/{config.run_name}.data.html")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            page.page(samples, tokenizer, str(config.run_name), figures), encoding="utf-8"
-        )
-        logger.info("preview written to %s", path)
-        result["html"] = str(path)
+        audit = {"training": training.figures(), **figures}
+        result["html"] = _preview(config, prepared, template, audit)
     if config.output is not None:
         artefact.save(prepared, Path(config.output))
         logger.info(
@@ -86,6 +91,33 @@ def data(config: DataConfig) -> dict[str, Any]:
         )
         result["output"] = config.output
     return result
+
+
+def _preview(
+    config: DataConfig, prepared: Prepared, template: Template, audit: dict[str, Any]
+) -> str:
+    """Print samples, and write them and the audit to a page.
+
+    Returns:
+        The page's path.
+    """
+    from sft.data import page, preview
+    from sft.data.generation_prompts import Prompt, prompts_of
+
+    count = min(config.preview, len(prepared.train.dataset))
+    samples = [prepared.train.dataset[index] for index in range(count)]
+    prompts: list[list[Prompt | None]] = []
+    if meta_of(config.dataset.path) is None:  # an artefact does not hold the rows
+        prompts = prompts_of(samples, prepared, template, config.dataset, config.seed)
+    preview.show(
+        samples, template.tokenizer, tokens=config.tokens, file=sys.stdout, prompts=prompts
+    )
+    path = Path(config.html or f"outputs/{config.run_name}.data.html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    html = page.page(samples, template.tokenizer, str(config.run_name), audit, prompts)
+    path.write_text(html, encoding="utf-8")
+    logger.info("preview written to %s", path)
+    return str(path)
 
 
 main = Command(

@@ -31,6 +31,11 @@ class Counts:
         unrolled: Conversations that became one sample per turn.
         found: Documents before any was left out.
         documents: Documents that were not left out.
+        distinct_trained: Trained tokens, each once: without copies of a document, what
+            ``dataset.mix`` repeats, and what two blocks share.
+        cut_tokens: Trained tokens that ``dataset.overlong=truncate`` cuts off.
+        most_cut: For each of the rows that lose most of these, by FILE:LINE, how many it loses and
+            has.
         samples: Samples written for the trainer: documents, or blocks of them.
         repeated: Tokens that a block shares with the block before, as its context.
         roles: For each role, tokens and trained tokens in the written samples.
@@ -55,6 +60,8 @@ class Counts:
     samples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    distinct_trained: int = 0
+    cut_tokens: int = 0
     longest: int = 0
     repeated: int = 0
     largest_id: int = 0
@@ -63,6 +70,7 @@ class Counts:
     roles: dict[str, dict[str, int]] = field(default_factory=dict)
     lengths: dict[str, Any] = field(default_factory=dict)
     checks: dict[str, int] = field(default_factory=dict)
+    most_cut: dict[str, dict[str, int]] = field(default_factory=dict)
     unused_columns: dict[str, int] = field(default_factory=dict)
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: int = 0

@@ -16,6 +16,7 @@ from sft.data.store import Store
 from sft.data.token_rows import IGNORE_INDEX
 
 BLOCKS = 1000  # per Arrow record batch
+MIX = np.uint64(0x9E3779B97F4A7C15)  # an odd constant, to mix a slice's place into its hash
 
 
 def weighted(
@@ -43,6 +44,7 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, split: Split) -> 
     if packed:
         kinds["seq_lengths"] = pa.list_(pa.int32())
     roles = np.zeros(2 * len(ROLES), np.int64)
+    new = _new(plan, store)
     with (
         pa.OSFile(str(path), "wb") as sink,
         pa.ipc.new_stream(sink, pa.schema(kinds)) as writer,
@@ -72,6 +74,10 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, split: Split) -> 
                 columns.append(_lists(sizes.astype(np.int32), offsets))
             writer.write_batch(pa.record_batch(columns, list(kinds)))
             seen = labels != IGNORE_INDEX
+            fresh = np.repeat(new[pieces], sizes)
+            if config.boundary_overlap == "train":
+                fresh &= np.arange(len(ids)) >= np.repeat(firsts + repeated, sizes)
+            counts.distinct_trained += int((seen & fresh).sum())
             counts.samples += high - low
             counts.tokens += len(ids)
             counts.trained_tokens += int(seen.sum())
@@ -85,6 +91,19 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, split: Split) -> 
     }
     if packed or (split.text and config.packing != "none"):
         counts.efficiency = counts.tokens / max(1, counts.samples * config.max_length)
+
+
+def _new(plan: packing.Plan, store: Store) -> NDArray[np.bool_]:
+    """Mark the slices that no earlier slice of the plan equals, of the same or an equal document.
+
+    Returns:
+        Shape (slices,).
+    """
+    keys = store.documents["hash"][plan.document] + plan.start.astype(np.uint64) * MIX
+    keys = (keys ^ (keys >> np.uint64(32))) * MIX + plan.stop.astype(np.uint64)
+    new = np.zeros(len(keys), bool)
+    new[np.unique(keys, return_index=True)[1]] = True
+    return new
 
 
 def _lists(values: NDArray[np.int32], edges: NDArray[np.int64]) -> pa.ListArray:

@@ -10,10 +10,21 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from sft.data.folders import few
-from sft.data.preview import Sample, Span, Token, documents_of, figures_of, tokens_of, visible
+from sft.data.preview import (
+    Sample,
+    Span,
+    Token,
+    documents_of,
+    figures_of,
+    tokens_of,
+    untrained,
+    visible,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from sft.data.generation_prompts import Prompt
 
 
 def page(
@@ -21,6 +32,7 @@ def page(
     tokenizer: PreTrainedTokenizerBase,
     title: str,
     audit: Mapping[str, Any] | None,
+    prompts: Sequence[Sequence[Prompt | None]] = (),
 ) -> str:
     """Return samples and audit as HTML.
 
@@ -31,9 +43,11 @@ def page(
         audit: Figures by name, nested to any depth, shown above the samples. A ``histogram``, rows
             of [from, to, count], becomes a chart, and a ``max_length`` at its level or above
             becomes a line in the chart.
+        prompts: As in ``preview.show``.
     """
     body = f'<section class="card">{_audit(audit)}</section>\n' if audit else ""
-    for number, sample in enumerate(samples, 1):
+    every = zip(samples, prompts or itertools.repeat(()), strict=False)
+    for number, (sample, asked) in enumerate(every, 1):
         documents, heading = documents_of(sample, tokenizer)
         strip = "".join(
             f'<i{" class=on" * span.trained} style="flex:{len(span.ids)}"></i>'
@@ -41,15 +55,24 @@ def page(
         )
         body += f'<article class="card">\n<h2>Sample {number} <small>{heading}</small></h2>\n'
         body += f'<div class="strip" aria-hidden="true">{strip}</div>\n'
-        for position, document in enumerate(documents, 1):
+        for position, (document, prompt) in enumerate(itertools.zip_longest(documents, asked), 1):
             if "seq_lengths" in sample:
                 name = f"document {position} of {len(documents)}"
                 body += f'<h3 class="rule">{name} <small>{figures_of(document)}</small></h3>\n'
-            body += f'<pre class="text">{"".join(map(_span_html, document))}</pre>\n'
-            tokens = "".join(map(_token_html, tokens_of(document, tokenizer)))
-            body += f'<pre class="tokens">{tokens}</pre>\n'
+            body += _document_html(document, tokenizer)
+            if prompt is not None:
+                note = escape(visible(prompt.note))
+                body += f'<h3 class="rule">generation prompt <small>{note}</small></h3>\n'
+                if prompt.ids:
+                    body += _document_html(list(untrained(prompt.ids, tokenizer)), tokenizer)
         body += "</article>\n"
     return PAGE.substitute(title=escape(visible(title)), body=body)
+
+
+def _document_html(document: list[Span], tokenizer: PreTrainedTokenizerBase) -> str:
+    text = "".join(map(_span_html, document))
+    tokens = "".join(map(_token_html, tokens_of(document, tokenizer)))
+    return f'<pre class="text">{text}</pre>\n<pre class="tokens">{tokens}</pre>\n'
 
 
 def _span_html(span: Span) -> str:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
+    from sft.data.generation_prompts import Prompt
+
 Sample = Mapping[str, Any]
 
 # Controls, formats (such as a change of text direction), surrogates, line and paragraph separators.
@@ -56,6 +58,7 @@ def show(
     tokens: bool = False,
     color: bool | None = None,
     file: IO[str] | None = None,
+    prompts: Sequence[Sequence[Prompt | None]] = (),
 ) -> None:
     """Print samples; trained text is coloured or, without colour, between ⟦ and ⟧.
 
@@ -65,6 +68,7 @@ def show(
         tokens: Whether to show token boundaries, with the ids below.
         color: Whether to colour; None: if the terminal can and NO_COLOR is not set.
         file: Where to print; None: standard output.
+        prompts: For each sample the generation prompts of its documents, shown below these.
     """
     from rich.console import Console
     from rich.text import Text
@@ -72,25 +76,43 @@ def show(
     console = Console(file=file, color_system="256" if color else "auto" if color is None else None)
     colored = color or (color is None and bool(console.color_system) and not console.no_color)
     console.no_color = not colored
-    for number, sample in enumerate(samples, 1):
+    every = zip(samples, prompts or itertools.repeat(()), strict=False)
+    for number, (sample, asked) in enumerate(every, 1):
         lines = [Text()] if number > 1 else []
         documents, heading = documents_of(sample, tokenizer)
         lines.append(Text.assemble((f"sample {number}", "bold"), "  ", heading))
-        for position, document in enumerate(documents, 1):
+        for position, (document, prompt) in enumerate(itertools.zip_longest(documents, asked), 1):
             if "seq_lengths" in sample:
                 rule = f"── document {position} of {len(documents)}: {figures_of(document)} ──"
                 lines.append(Text(rule, "dim"))
-            if tokens:
-                lines += _rows(tokens_of(document, tokenizer), console.width, colored)
-                continue
-            lines.append(Text())
-            for trained, *_, text in document:
-                before, after = ("⟦", "⟧") if trained and not colored else ("", "")
-                lines[-1].append(
-                    before + visible(text) + after, TRAINED if trained and colored else None
-                )
+            lines += _lines(document, tokenizer, console.width if tokens else 0, colored)
+            if prompt is not None:
+                lines.append(Text(f"generation prompt: {visible(prompt.note)}", "dim"))
+                if prompt.ids:
+                    given = list(untrained(prompt.ids, tokenizer))
+                    lines += _lines(given, tokenizer, console.width if tokens else 0, colored)
         # Use soft wrapping, because rich's own wrapping strips the spaces at the ends of lines.
         console.print(Text("\n").join(lines), soft_wrap=True)
+
+
+def _lines(
+    document: list[Span], tokenizer: PreTrainedTokenizerBase, width: int, colored: bool
+) -> list[Text]:
+    """Lay out a document as text or, with a width, as tokens over their ids."""
+    from rich.text import Text
+
+    if width:
+        return _rows(tokens_of(document, tokenizer), width, colored)
+    line = Text()
+    for trained, *_, text in document:
+        before, after = ("⟦", "⟧") if trained and not colored else ("", "")
+        line.append(before + visible(text) + after, TRAINED if trained and colored else None)
+    return [line]
+
+
+def untrained(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
+    """Return a prompt's tokens as spans of a document."""
+    return _spans(ids, [IGNORE_INDEX] * len(ids), tokenizer)
 
 
 def visible(text: str, around: str = "{}") -> str:
@@ -120,16 +142,18 @@ def documents_of(
     Returns:
         The spans of each document, and the sample's figures as text.
     """
-    input_ids, labels = sample["input_ids"], sample["labels"]
-    ends = list(itertools.accumulate(sample.get("seq_lengths", [len(input_ids)])))
-    documents = [
-        list(_spans(input_ids[start:end], labels[start:end], tokenizer))
-        for start, end in itertools.pairwise([0, *ends])
-    ]
+    documents = [list(_spans(ids, labels, tokenizer)) for ids, labels in parts_of(sample)]
     heading = figures_of(itertools.chain(*documents))
     if "seq_lengths" in sample:
-        heading += f", {len(ends)} document" + "s" * (len(ends) != 1)
+        heading += f", {len(documents)} document" + "s" * (len(documents) != 1)
     return documents, heading
+
+
+def parts_of(sample: Sample) -> list[tuple[list[int], list[int]]]:
+    """Split the token ids and the labels of a sample into those of its documents."""
+    ids, labels = sample["input_ids"], sample["labels"]
+    ends = itertools.accumulate(sample.get("seq_lengths", [len(ids)]))
+    return [(ids[a:b], labels[a:b]) for a, b in itertools.pairwise([0, *ends])]
 
 
 def _spans(

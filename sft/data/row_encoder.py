@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.data.documents import Owner, joined
+from sft.data.documents import Owner, joined, near_hash
 from sft.data.formats import recognise
 from sft.data.rows import SHOWN, BadRow, Row
-from sft.data.segment import TOKEN_BREAK, Sample
+from sft.data.segment import TOKEN_BREAK, Sample, Segment
 from sft.data.template import Rendered, Template
 from sft.data.text_encoder import Encoder, TokenSpan
 from sft.data.token_rows import COLUMNS, spans_of
@@ -81,7 +81,8 @@ class RowEncoder:
                 if self._is_tokenized(values):
                     spans, left = self._tokenized(values)
                     left += ignored
-                    ready.append((Owner(index, unused=names.setdefault(left, len(names))), spans))
+                    number = names.setdefault(left, len(names))
+                    ready.append((Owner(index, self._near_hash(spans), unused=number), spans))
                     continue
                 done = self.template.rendered(values)
                 _require_whole_characters(done.samples)
@@ -102,9 +103,21 @@ class RowEncoder:
     def _owners(self, index: int, done: Rendered, unused: int) -> list[Owner]:
         control, unrolled = self._holds_control(done.samples), len(done.samples) > 1
         return [
-            Owner(index, control, unrolled, sample.prompt_differs, done.empty_answers, unused)
+            Owner(
+                index,
+                near_hash(sample),
+                control,
+                unrolled,
+                sample.prompt_differs,
+                done.empty_answers,
+                unused,
+            )
             for sample in done.samples
         ]
+
+    def _near_hash(self, spans: list[TokenSpan]) -> int:
+        text = self.template.tokenizer.decode([token for ids, _, _ in spans for token in ids])
+        return near_hash([Segment(str(text), False)])
 
     def _encoded(
         self,

@@ -17,6 +17,14 @@ from sft.data.store import Dropped, Store
 from sft.data.template import Template
 from sft.errors import DataError
 
+MOST_CUT = 5  # rows that the audit lists
+
+
+def _near_duplicates(found: NDArray[Any]) -> int:
+    """Count the documents that differ from an earlier one only in white space and case."""
+    _, first = np.unique(found["hash"], return_index=True)  # exact copies are counted apart
+    return len(first) - len(np.unique(found["near_hash"][first]))
+
 
 def held_out(
     store: Store, given: Sequence[sources.Source], config: DatasetConfig, seed: int
@@ -81,7 +89,20 @@ class Split:
             "prompt_differs": int(found["prompt_differs"].sum()),
             "empty_answers": int(found["empty_answers"].sum()),
             "duplicates": len(found) - len(np.unique(found["hash"])),
+            "near_duplicates": _near_duplicates(found),
         }
+
+    def compare(self, trained: NDArray[Any]) -> None:
+        """Count the held-out documents that are trained on too, and those that nearly are.
+
+        Args:
+            trained: Records of the documents to train on.
+        """
+        found = self.store.documents[self.documents]
+        exact = np.isin(found["hash"], trained["hash"])
+        near = np.isin(found["near_hash"], trained["near_hash"]) & ~exact
+        self.counts.checks["eval_in_train"] = int(exact.sum())
+        self.counts.checks["eval_near_train"] = int(near.sum())
 
     def _unused(self, found: NDArray[Any]) -> dict[str, int]:
         """Count the rows that fill each unused column, the most frequent first."""
@@ -150,7 +171,9 @@ class Split:
         if overlong == "drop":
             out |= long
         if overlong == "truncate":
-            first = np.array([self._first_trained(index) for index in self.documents[long]])
+            first, total, cut_off = self._loss(self.documents[long])
+            counts.cut_tokens = int(cut_off.sum())
+            counts.most_cut = self._most_cut(found[long], total, cut_off)
             lost = np.zeros(len(found), bool)
             lost[long] = first >= config.max_length
             nothing |= lost
@@ -171,12 +194,38 @@ class Split:
         kept: NDArray[np.int64] = self.documents[~out]
         return kept
 
-    def _first_trained(self, document: int) -> int:
-        """Return the position of the first token in the loss; the length if there is none."""
-        begin = self.store.begins[document]
-        marks = self.store.marks[begin : begin + self.store.documents["length"][document]]
-        places = np.flatnonzero(marks[1:] & 1)  # nothing predicts the first token
-        return int(places[0]) + 1 if len(places) else len(marks)
+    def _loss(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return what truncation does to the tokens in the loss of each document.
+
+        Returns:
+            Shape (3, documents): the position of the first token in the loss (the length if there
+            is none), the number of these tokens, and how many of them are beyond ``max_length``.
+        """
+        found = np.zeros((3, len(documents)), np.int64)
+        for index, document in enumerate(documents.tolist()):
+            begin, length = self.store.begins[document], self.store.documents["length"][document]
+            marks = self.store.marks[begin : begin + length]
+            places = np.flatnonzero(marks[1:] & 1) + 1  # nothing predicts the first token
+            beyond = len(places) - np.searchsorted(places, self.config.max_length)
+            found[:, index] = places[0] if len(places) else length, len(places), beyond
+        return found
+
+    def _most_cut(
+        self, found: NDArray[Any], total: NDArray[np.int64], cut_off: NDArray[np.int64]
+    ) -> dict[str, dict[str, int]]:
+        """Return the rows that lose the most trained tokens, by file and line, the worst first."""
+        rows, first, index = np.unique(found["row"], return_index=True, return_inverse=True)
+        lost = np.bincount(index, cut_off, len(rows)).astype(np.int64)
+        trained = np.bincount(index, total, len(rows)).astype(np.int64)
+        worst = np.argsort(-lost, kind="stable")[:MOST_CUT]
+        return {
+            f"{self.store.files[found['file'][first[row]]]}:{found['line'][first[row]]}": {
+                "cut_off": int(lost[row]),
+                "trained_tokens": int(trained[row]),
+            }
+            for row in worst.tolist()
+            if lost[row]
+        }
 
     def _with_labels(self, plan: packing.Plan) -> packing.Plan:
         """Leave out slices of split documents in which no token is trained."""

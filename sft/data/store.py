@@ -129,7 +129,7 @@ def encoded(
     with (folder / "ids.bin").open("wb") as ids, (folder / "marks.bin").open("wb") as marks:
         writer = _Writer(ids, marks, dropped)
         for number, source in enumerate(given):
-            batches = batches_of(_rows(source, template, config), template.config.kind == "text")
+            batches = batches_of(rows_of(source, template, config), template.config.kind == "text")
             wanted = _wanted(source, given, config, samples)
             writer.read[source.name] = {"rows": 0, "bad": 0, "empty": 0}
             made = 0.0
@@ -188,7 +188,7 @@ def _samples_in(documents: NDArray[Any], config: DatasetConfig) -> float:
     return float(lengths.sum() / config.max_length)
 
 
-def _rows(
+def rows_of(
     source: sources.Source, template: Template, config: DatasetConfig
 ) -> Iterator[Row | BadRow]:
     """Yield a source's rows; with ``dataset.eval_fraction`` a single row is split in two."""

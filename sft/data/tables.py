@@ -13,17 +13,18 @@ from sft.config.data_settings import CHECKS
 from sft.config.settings import DatasetConfig
 from sft.data.audit import Counts, verdicts
 from sft.data.folders import few
+from sft.data.outlook import Outlook
 
 STYLES = {"ok": "green", "warn": "yellow", "stop": "red"}
 
 
-def show(parts: dict[str, Counts], config: DatasetConfig) -> None:
-    """Print rows, tokens, roles, lengths and checks of each part."""
+def show(parts: dict[str, Counts], config: DatasetConfig, outlook: Outlook | None = None) -> None:
+    """Print rows, tokens, roles, lengths, outlook, checks and the rows that are cut most."""
     console = Console(file=sys.stdout, highlight=False)
     table = _table("")
     for name in parts:
         table.add_column(name, justify="right")
-    for label, values in _figures(parts, config):
+    for label, values in [*_figures(parts, config), *_outlook(outlook)]:
         table.add_row(label, *values)
     console.print(table)
     checks = _table("check")
@@ -39,12 +40,37 @@ def show(parts: dict[str, Counts], config: DatasetConfig) -> None:
             cells.append(f"[{STYLES[verdict]}]{number} {verdict}[/]")
         checks.add_row(check, *cells, meaning)
     console.print(checks)
+    for name, counts in parts.items():
+        for place, row in counts.most_cut.items():
+            console.print(
+                f"{name}: {place} loses {row['cut_off']:,} of {row['trained_tokens']:,} trained "
+                "tokens",
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 def _table(first: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(first)
     return table
+
+
+def _outlook(found: Outlook | None) -> list[tuple[str, list[str]]]:
+    """List (label, value); the only value is that of the samples to train on."""
+    if found is None:
+        return []
+    rows = [
+        ("trained tokens, per epoch", f"{found.trained_tokens_per_epoch:,}"),
+        (f"  in all, {found.epochs:g} epochs", f"{found.trained_tokens:,}"),
+        ("  each once", f"{found.distinct_trained_tokens:,}"),
+        ("tokens in all", f"{found.tokens:,}"),
+        ("optimizer steps", f"{found.steps:,}"),
+    ]
+    if found.adapter_parameters is not None:
+        rows.append(("adapter's parameters", f"{found.adapter_parameters:,}"))
+        rows.append(("  per trained token", f"{found.parameters_per_trained_token:,g}"))
+    return [(label, [value]) for label, value in rows]
 
 
 def _figures(parts: dict[str, Counts], config: DatasetConfig) -> list[tuple[str, list[str]]]:
@@ -75,6 +101,7 @@ def _figures(parts: dict[str, Counts], config: DatasetConfig) -> list[tuple[str,
     add("documents kept", [c.documents for c in counts])
     add("  overlong", [c.overlong for c in counts])
     add("  truncated", [c.truncated for c in counts])
+    add("  trained tokens cut off", [c.cut_tokens or None for c in counts])
     add("dropped in all", [c.dropped for c in counts])
     add("samples", [c.samples for c in counts])
     full = [None if c.efficiency is None else f"{c.efficiency:.1%}" for c in counts]

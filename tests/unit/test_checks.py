@@ -464,7 +464,8 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             (
                 "dataset.warn_above.duplicate=0.1",
                 "the checks are nothing_trained, never_stops, prompt_differs, answer_cut, "
-                "double_bos, control_tokens, empty_answers, duplicates, eval_in_train",
+                "double_bos, control_tokens, empty_answers, duplicates, near_duplicates, "
+                "eval_in_train, eval_near_train",
                 "did you mean duplicates?",
             ),
         ),
