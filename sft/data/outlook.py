@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from sft.config.settings import Config
 from sft.data.audit import Counts
-from sft.errors import SftError
 
 logger = logging.getLogger("sft")
 
@@ -84,20 +84,21 @@ def adapter_parameters(config: Config) -> int | None:
     """
     if not config.lora.enabled:
         return None
+    from peft import get_peft_model
+
     from sft.model import adapter
     from sft.model.base import load_architecture
 
     try:
         architecture = load_architecture(config.model)
         lora = adapter.lora_config(config, architecture)
-    except SftError as error:
+        assert lora is not None
+        lora.init_lora_weights = True  # the others compute with the model's weights
+        with warnings.catch_warnings(action="ignore"):  # training shows them
+            model = get_peft_model(architecture, lora, low_cpu_mem_usage=True)
+    except Exception as error:  # an audit of the data needs no adapter, so PEFT must not stop it
         logger.info("the adapter's parameters are not counted: %s", error)
         return None
-    from peft import get_peft_model
-
-    assert lora is not None
-    lora.init_lora_weights = True  # the others compute with the model's weights
-    model = get_peft_model(architecture, lora, low_cpu_mem_usage=True)
     trained = (weight.numel() for weight in model.parameters() if weight.requires_grad)
     return int(sum(trained))
 

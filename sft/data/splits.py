@@ -13,11 +13,10 @@ from sft.config.data_settings import CHECKS
 from sft.config.settings import DatasetConfig
 from sft.data import packing, sources
 from sft.data.audit import Counts, describe_lengths
+from sft.data.cut import losses, most_cut
 from sft.data.store import Dropped, Store
 from sft.data.template import Template
 from sft.errors import DataError
-
-MOST_CUT = 5  # rows that the audit lists
 
 
 def _near_duplicates(found: NDArray[Any]) -> int:
@@ -171,9 +170,10 @@ class Split:
         if overlong == "drop":
             out |= long
         if overlong == "truncate":
-            first, total, cut_off = self._loss(self.documents[long])
+            documents = self.documents[long]
+            first, trained, cut_off = losses(self.store, documents, config.max_length)
             counts.cut_tokens = int(cut_off.sum())
-            counts.most_cut = self._most_cut(found[long], total, cut_off)
+            counts.most_cut = most_cut(self.store, documents, trained, cut_off)
             lost = np.zeros(len(found), bool)
             lost[long] = first >= config.max_length
             nothing |= lost
@@ -193,39 +193,6 @@ class Split:
             self.dropped.add(self.name, file, int(record["line"]), reason)
         kept: NDArray[np.int64] = self.documents[~out]
         return kept
-
-    def _loss(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return what truncation does to the tokens in the loss of each document.
-
-        Returns:
-            Shape (3, documents): the position of the first token in the loss (the length if there
-            is none), the number of these tokens, and how many of them are beyond ``max_length``.
-        """
-        found = np.zeros((3, len(documents)), np.int64)
-        for index, document in enumerate(documents.tolist()):
-            begin, length = self.store.begins[document], self.store.documents["length"][document]
-            marks = self.store.marks[begin : begin + length]
-            places = np.flatnonzero(marks[1:] & 1) + 1  # nothing predicts the first token
-            beyond = len(places) - np.searchsorted(places, self.config.max_length)
-            found[:, index] = places[0] if len(places) else length, len(places), beyond
-        return found
-
-    def _most_cut(
-        self, found: NDArray[Any], total: NDArray[np.int64], cut_off: NDArray[np.int64]
-    ) -> dict[str, dict[str, int]]:
-        """Return the rows that lose the most trained tokens, by file and line, the worst first."""
-        rows, first, index = np.unique(found["row"], return_index=True, return_inverse=True)
-        lost = np.bincount(index, cut_off, len(rows)).astype(np.int64)
-        trained = np.bincount(index, total, len(rows)).astype(np.int64)
-        worst = np.argsort(-lost, kind="stable")[:MOST_CUT]
-        return {
-            f"{self.store.files[found['file'][first[row]]]}:{found['line'][first[row]]}": {
-                "cut_off": int(lost[row]),
-                "trained_tokens": int(trained[row]),
-            }
-            for row in worst.tolist()
-            if lost[row]
-        }
 
     def _with_labels(self, plan: packing.Plan) -> packing.Plan:
         """Leave out slices of split documents in which no token is trained."""

@@ -137,6 +137,8 @@ def test_without_an_adapter_or_a_config_there_is_no_capacity(
     found = said(path, "lora.target_modules=[q_porj]")
     assert "adapter_parameters" not in found["training"]
     assert "the adapter's parameters are not counted" in found.text and "q_porj" in found.text
+    found = said(path, "lora.extra.layers_to_transform=[0]")
+    assert "not counted: `layers_to_transform` cannot be used when" in found.text
 
 
 def test_what_an_epoch_repeats_is_no_new_token(said: Callable[..., Said]) -> None:
@@ -324,3 +326,16 @@ def test_where_generation_differs_is_said(said: Callable[..., Said]) -> None:
     ]
     assert asked(write("rows.jsonl", {"input_ids": [1, 2]})) == []
     assert asked(write("rows.jsonl", {"text": "abc"}), "template=text") == []
+
+
+def test_prepared_data_has_the_audit_of_its_rows_but_no_prompts(said: Callable[..., Said]) -> None:
+    words = ("dataset.max_length=8", "dataset.overlong=truncate")
+    path = write("rows.jsonl", pair("a", "b" * 9), pair("c", "d"))
+    made = said(path, *words, "output=prepared")
+    found = said("dataset.path=prepared", *words, "preview=1")
+    assert found["training"] == made["training"]
+    assert found["training"]["distinct_trained_tokens"] == 6 + 2
+    assert found["parts"]["train"]["most_cut"] == {
+        "rows.jsonl:1": {"cut_off": 4, "trained_tokens": 10}
+    }
+    assert shown(found.text) == ["sample 1  8 tokens, 6 trained (75 %)", "a↵", "⟦bbbbbb⟧"]
