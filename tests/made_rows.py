@@ -264,7 +264,7 @@ class Maker:
         for turn in range(turns):
             if turn or "assistant first" not in made.needs:
                 messages.append({"role": "user", "content": self.content(self.context())})
-            if tools and self.odds(2):
+            if tools and messages and self.odds(2):
                 messages += self.called(tools, answers, sharegpt)
             marks: list[str] = []
             message: dict[str, Any] = {"role": "assistant"}
@@ -285,18 +285,22 @@ class Maker:
             messages.append(message)
         if tools:
             made.needs.add("tools")
-        self.expect(answers)
+        self.expect(answers, messages)
         return messages, tools
 
-    def expect(self, answers: list[tuple[dict[str, Any], list[str]]]) -> None:
-        """Note which answers are trained."""
+    def expect(self, answers: list[Any], messages: list[dict[str, Any]]) -> None:
+        """Note which answers are trained, and that what follows the last of them may be left out."""
+        made = self.made
         chosen = answers[-1:] if self.train_on == "last_assistant" else answers
+        last = 0
         for message, marks in answers:
             if message.get("train", True) and any(message is other for other, _ in chosen):
-                self.made.trained += marks
+                made.trained += marks
+                last = next(n for n, other in enumerate(messages) if other is message)
             else:
                 # The reasoning of an answer that is not trained may be left out.
-                self.made.optional |= set(marks)
+                made.optional |= set(marks)
+        made.context -= set(MARK.findall(str(messages[last + 1 :])))
 
     def content(self, text: Any) -> Any:
         """Give some texts the form of a list of parts."""
@@ -326,6 +330,7 @@ class Maker:
         if not sharegpt and self.odds(4):
             message["content"] = self.text(content := [], plain=True)
             marks[:0] = content
+            made.needs.add("words with a call")
         answers.append((message, marks))
         result = {"role": "tool", "tool_call_id": identity, "name": name}
         result["content"] = self.text(made.context)
