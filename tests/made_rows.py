@@ -289,7 +289,7 @@ class Maker:
         return messages, tools
 
     def expect(self, answers: list[Any], messages: list[dict[str, Any]]) -> None:
-        """Note which answers are trained, and that what follows the last of them may be left out."""
+        """Note which answers are trained, and what may be left out."""
         made = self.made
         chosen = answers[-1:] if self.train_on == "last_assistant" else answers
         last = 0
