@@ -131,14 +131,14 @@ class Maker:
 
     def pair(self, asked: str, answered: str, beside: str | None = None) -> Made:
         made, row = self.made, self.made.row
-        history = self.history() if self.odds(4) else None
+        filled = not self.odds(12)  # of a row without a completion, the history is not trained
+        if filled and self.odds(4):
+            row["history"] = self.history()
+            made.needs |= {"chat", "several"}
         row[asked] = self.context()
         if beside and self.odds(2):
             row[beside] = self.context()
-        row[answered] = self.answer(made.trained)
-        if history:
-            row["history"] = history
-            made.needs |= {"chat", "several"}
+        row[answered] = self.text(made.trained) if filled else self.draw(EMPTY)
         self.beside(conversation=False)
         return made
 
@@ -220,7 +220,10 @@ class Maker:
         for _ in range(self.draw(st.integers(0, 1))):
             made.needs.add("several")
             messages.append({"role": "user", "content": self.text(made.context)})
-            messages.append({"role": "assistant", "content": self.text(made.context)})
+            answer = self.text(marks := [])
+            # The reasoning of an answer that is not trained may be left out.
+            (made.optional if "</think>" in answer else made.context).update(marks)
+            messages.append({"role": "assistant", "content": answer})
         return [*messages, {"role": "user", "content": self.text(made.context)}]
 
     def sharegpt(self) -> Made:
@@ -294,7 +297,8 @@ class Maker:
         chosen = answers[-1:] if self.train_on == "last_assistant" else answers
         last = 0
         for message, marks in answers:
-            if message.get("train", True) and any(message is other for other, _ in chosen):
+            selected = message.get("train", True) and any(message is other for other, _ in chosen)
+            if selected and marks:
                 made.trained += marks
                 last = next(n for n, other in enumerate(messages) if other is message)
             else:
@@ -320,7 +324,8 @@ class Maker:
         key = self.text(marks, plain=True)
         arguments: Any = {key: self.text(marks)}
         if self.odds(3):
-            arguments[self.text(marks, plain=True)] = [self.text(marks), 1, None]
+            second = self.text(marks, plain=True)
+            arguments[second] = [self.text(marks), 1, None]
         if not sharegpt and self.odds(3):
             arguments = json.dumps(arguments)
         identity = f"{len(answers):09d}"

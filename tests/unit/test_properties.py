@@ -218,8 +218,8 @@ def check(setting: Setting, made: Made) -> None:
         for a, b in spans
     ]
     # Some templates write the name of a called tool twice.
-    once = [list(dict.fromkeys(marks)) for marks in (MARK.findall("".join(found)), made.trained)]
-    assert once[0] == once[1]
+    once = dict.fromkeys(MARK.findall("".join(found)))
+    assert list(once) == list(dict.fromkeys(made.trained))
     whole = "".join(texts)
     assert made.context <= set(MARK.findall(whole))
     beside = made.row.get("source")
@@ -253,7 +253,8 @@ def check_prompts(
     setting: Setting, made: Made, done: Encoded, documents: Any, runs: list[list[tuple[int, int]]]
 ) -> None:
     """Require that what precedes each trained span is what generation starts from."""
-    if done.documents["prompt_differs"].any() or setting.template.train_on == "all":
+    # Nothing is asked before an answer that begins the conversation.
+    if done.documents["prompt_differs"].any() or "assistant first" in made.needs:
         return
     template, row = setting.template, made.row
     rows = [row]
@@ -261,8 +262,6 @@ def check_prompts(
         if column in row:
             said = row[column]
             words = ("assistant", "gpt", "function_call")
-            if said[0][key] in words:  # nothing is asked before the first answer
-                return
             answers = [index for index, item in enumerate(said) if item[key] in words]
             rows = [{**row, column: said[:index]} for index in answers]
     encoder = setting.encoder.encoder
@@ -348,7 +347,7 @@ JUNK = st.sampled_from(
 
 
 def places_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """List the paths to the values in a row, but for flags: without its flag an answer is trained."""
+    """List the paths to the values in a row but for flags, without which an answer is trained."""
     items: Any = ()
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
