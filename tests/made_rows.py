@@ -95,7 +95,7 @@ class Maker:
 
     def mark(self) -> str:
         self.count += 1
-        return f"Kq{self.count}Z"
+        return f"Kq{self.count:03d}Z"  # some templates sort the arguments of a call
 
     def text(self, marks: list[str] | set[str], plain: bool = False) -> str:
         """Make a text around a new mark, which is added to ``marks``."""
