@@ -163,7 +163,7 @@ class ChatTemplate:
             )
         except Exception as error:  # the template is arbitrary Jinja: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error
-        # A template may write JSON in ASCII, or Python's text of a list, which escape the character.
+        # A template may write JSON in ASCII or Python's text of a list; both escape the character.
         text, escaped = str(texts[0]), json.dumps(TOKEN_BREAK)[1:-1]
         if escaped not in text:
             return Rendered(text, [(begin, end) for begin, end in spans[0]] if marked else [])

@@ -9,6 +9,7 @@ import copy
 import datetime
 import functools
 import itertools
+import json
 import os
 import random
 import re
@@ -219,17 +220,30 @@ def check(setting: Setting, made: Made) -> None:
     ]
     # Some templates write the name of a called tool twice.
     once = dict.fromkeys(MARK.findall("".join(found)))
-    assert list(once) == list(dict.fromkeys(made.trained))
+    order = sorted if "words with a call" in needs else list  # Gemma writes the words after it
+    assert order(once) == order(dict.fromkeys(made.trained))
     whole = "".join(texts)
     assert made.context <= set(MARK.findall(whole))
     beside = made.row.get("source")
     assert beside is None or beside not in whole
     unused = done.unused[int(done.documents["unused"][0])]
     assert unused == (("source",) if beside else ())
+    asked = {*made.context, *made.trained}
+    kept = [t for t in made.texts if "think>" not in t and asked.issuperset(MARK.findall(t))]
+    assert all(holds(setting, whole, text) for text in kept)
     check_text(setting, made, texts)
     if chat is not None:
         check_prompts(setting, made, done, documents, runs)
         check_control(setting, made, documents)
+
+
+def holds(setting: Setting, whole: str, text: str) -> bool:
+    """Return whether a rendered text holds a part, as it is or as JSON."""
+    forms = {text, *(json.dumps(text, ensure_ascii=flag)[1:-1] for flag in (True, False))}
+    if setting.spaces:
+        whole = re.sub(r"[\s\u2581]", "", whole)
+        forms = {re.sub(r"[\s\u2581]", "", form) for form in forms}
+    return any(form.strip() in whole for form in forms)
 
 
 def check_text(setting: Setting, made: Made, texts: list[str]) -> None:
@@ -383,3 +397,19 @@ def test_a_damaged_row_is_refused_and_never_trained_wrongly(name: str) -> None:
             assert all(mark in allowed for mark in found), (found, made.trained)
 
     run()
+
+
+def test_faults_that_were_found() -> None:
+    """A control token as text: in a prompt of SentencePiece's; in a list of a call's arguments."""
+    made = Made({"prompt": "<s>Kq1Z<s>", "completion": " \n Kq2Z"}, ["Kq2Z"], {"Kq1Z"})
+    for name in ("mistral, metaspace", "zephyr, prepend", "bare, rstrip"):
+        check(setting_of(name), made)
+    function = {"name": "Kq2Z", "arguments": {"Kq3Z": ["<|im_end|>Kq4Z"]}}
+    messages = [
+        {"role": "user", "content": "Kq1Z"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": function}]},
+        {"role": "tool", "content": "Kq5Z"},
+        {"role": "assistant", "content": "Kq6Z"},
+    ]
+    trained = ["Kq2Z", "Kq3Z", "Kq4Z", "Kq6Z"]
+    check(setting_of("lfm2_2_5"), Made({"messages": messages}, trained, {"Kq1Z", "Kq5Z"}))
