@@ -239,7 +239,11 @@ def check(setting: Setting, made: Made) -> None:
 
 def holds(setting: Setting, whole: str, text: str) -> bool:
     """Return whether a rendered text holds a part: as it is, as JSON or as Python writes a list."""
-    forms = {text, repr(text)[1:-1], *(json.dumps(text, ensure_ascii=flag)[1:-1] for flag in (True, False))}
+    forms = {
+        text,
+        repr(text)[1:-1],
+        *(json.dumps(text, ensure_ascii=flag)[1:-1] for flag in (True, False)),
+    }
     if setting.spaces:
         whole = re.sub(r"[\s\u2581]", "", whole)
         forms = {re.sub(r"[\s\u2581]", "", form) for form in forms}
