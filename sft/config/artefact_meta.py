@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ META = "meta.json"
 def meta_of(path: str | None) -> dict[str, Any] | None:
     """Read an artefact's ``meta.json``; None if the path is not an artefact."""
     folder = Path(without_protocol(path or "")).expanduser()
-    if not path or not (folder / META).is_file() or not (folder / "dataset_dict.json").is_file():
+    # os.path.isfile, because Path.is_file raises for a name that is too long to be a file's.
+    if not path or not all(map(os.path.isfile, (folder / META, folder / "dataset_dict.json"))):
         return None
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))

@@ -102,7 +102,8 @@ def _preview(
         The page's path.
     """
     from sft.data import page, preview
-    from sft.data.generation_prompts import Prompt, prompts_of
+    from sft.data.generation_prompts import prompts_of
+    from sft.data.preview import Prompt
 
     count = min(config.preview, len(prepared.train.dataset))
     samples = [prepared.train.dataset[index] for index in range(count)]

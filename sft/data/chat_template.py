@@ -171,9 +171,16 @@ class ChatTemplate:
             )
         except Exception as error:  # the template is arbitrary Jinja: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error
-        # A template may have JSON written in ASCII, which escapes the character.
-        text = str(texts[0]).replace(json.dumps(TOKEN_BREAK)[1:-1], TOKEN_BREAK)
-        return Rendered(text, [(begin, end) for begin, end in spans[0]] if marked else [])
+        # A template may write JSON in ASCII or Python's text of a list; both escape the character.
+        text, escaped = str(texts[0]), json.dumps(TOKEN_BREAK)[1:-1]
+        if escaped not in text:
+            return Rendered(text, [(begin, end) for begin, end in spans[0]] if marked else [])
+
+        def place(at: int) -> int:
+            return len(text[:at].replace(escaped, TOKEN_BREAK))
+
+        marks = [(place(begin), place(end)) for begin, end in spans[0]] if marked else []
+        return Rendered(text.replace(escaped, TOKEN_BREAK), marks)
 
     def _adapted(self, messages: list[Message]) -> list[Message]:
         """Give contents, reasoning and arguments the form that the template reads."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sft.config.settings import DatasetConfig
 from sft.data import sources
 from sft.data.prepared import Prepared
-from sft.data.preview import parts_of
+from sft.data.preview import Prompt, parts_of
 from sft.data.row_encoder import RowEncoder
 from sft.data.rows import Row
 from sft.data.store import rows_of
@@ -20,18 +20,6 @@ from sft.data.token_rows import IGNORE_INDEX
 from sft.errors import DataError
 
 MAX_ROWS = 200_000  # rows that are read again to find those of the samples
-
-
-class Prompt(NamedTuple):
-    """The prompt of one row.
-
-    Attributes:
-        ids: Token ids; empty if there is no prompt to show.
-        note: How it compares with the document in training.
-    """
-
-    ids: list[int]
-    note: str
 
 
 def prompts_of(

@@ -24,7 +24,7 @@ from sft.data.preview import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sft.data.generation_prompts import Prompt
+    from sft.data.preview import Prompt
 
 
 def page(

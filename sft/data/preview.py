@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-    from sft.data.generation_prompts import Prompt
 
 Sample = Mapping[str, Any]
 
@@ -35,6 +34,18 @@ class Span(NamedTuple):
     ids: list[int]
     before: list[int]  # the one token before them, if any
     text: str
+
+
+class Prompt(NamedTuple):
+    """The prompt of one row.
+
+    Attributes:
+        ids: Token ids; empty if there is no prompt to show.
+        note: How it compares with the document in training.
+    """
+
+    ids: list[int]
+    note: str
 
 
 class Token(NamedTuple):

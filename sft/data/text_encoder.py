@@ -17,11 +17,15 @@ TokenSpan = tuple[list[int], bool, str]  # ids, trained, role
 
 
 class _Piece(NamedTuple):
-    """A text to encode after a context; ``last``: no later prompt of its row holds it."""
+    """A text to encode after a context.
+
+    Attributes:
+        alike: Its ids do not depend on the context, or no later prompt of its row holds it.
+    """
 
     context: str
     text: str
-    last: bool
+    alike: bool
 
 
 NEUTRAL = ("\n", "a", "1", ".")  # white space is rarely merged with text, or text with white space
@@ -124,7 +128,7 @@ class Encoder:
         merged = set()
         for index, found in zip(apart, again, strict=True):
             encoded[index] = found or []
-            if found is None or not pieces[index].last:
+            if found is None or not pieces[index].alike:
                 merged.add(index)
         result: list[list[TokenSpan] | None] = []
         place = 0
@@ -165,7 +169,9 @@ class Encoder:
                 if position:
                     follows, context = TOKEN_BREAK, ""
                 last = number >= answers
-                yield _Piece(self._needed(follows, context, text, last), text, last)
+                # What follows TOKEN_BREAK has the same ids in every prompt that holds it.
+                alike = last or position > 0
+                yield _Piece(self._needed(follows, context, text, last), text, alike)
                 for found in self._control.finditer(text):
                     follows, context, text = found[0], "", found.string[found.end() :]
                 context += text

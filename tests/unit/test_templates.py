@@ -7,13 +7,13 @@ import functools
 import itertools
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
-from support import ROOT, TINY
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from made_tokenizers import CHAT_TEMPLATES as FOLDER
+from made_tokenizers import with_tokens_of
+from support import ROOT
+from transformers import PreTrainedTokenizerBase
 
 from sft.config.settings import TemplateConfig
 from sft.data.segment import Sample
@@ -21,7 +21,6 @@ from sft.data.template import Template
 from sft.data.text_encoder import Encoder
 from sft.errors import DataError
 
-FOLDER = Path(trl.__file__).parent / "chat_templates"
 PAGE = ROOT / "docs" / "templates.md"
 SYSTEM = {"role": "system", "content": "Sw1 s."}
 USER, USER_2 = {"role": "user", "content": "Uw1 u?"}, {"role": "user", "content": "Uw2 u?"}
@@ -71,12 +70,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 @functools.cache
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     """Give the embedded tokenizer the control tokens that a template writes."""
-    source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(TINY)
-    found = re.findall(r"<[|\uff5c/a-zA-Z_][^<>\s{}'\"]{0,40}>|\[/?[A-Z_]{2,}\]", source)
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(found))})
-    tokenizer.bos_token, tokenizer.eos_token = "<BOS>", "<EOS>"
-    return tokenizer
+    return with_tokens_of((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
 
 
 @functools.cache
