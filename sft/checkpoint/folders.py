@@ -88,9 +88,10 @@ def _manifest(path: Path) -> dict[str, Any] | str:
     try:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         assert isinstance(content, dict) and isinstance(content["files"], dict)
+        assert all({"bytes", "xxh3"} <= dict(said).keys() for said in content["files"].values())
     except FileNotFoundError:
         return f"{MANIFEST} is missing, so the folder is not complete"
-    except (ValueError, KeyError, AssertionError):
+    except (ValueError, KeyError, TypeError, AssertionError):
         return f"{MANIFEST} is damaged"
     return content
 
