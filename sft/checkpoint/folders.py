@@ -68,6 +68,7 @@ def rotate(output_dir: Path, keep: int, best: str | None) -> None:
 def checkpoints(output_dir: Path) -> list[Path]:
     """List the checkpoints of a run, newest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0]
+    found = [path for path in found if path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 

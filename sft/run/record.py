@@ -33,7 +33,7 @@ def read(folder: str | Path) -> dict[str, Any]:
         content = json.loads(text(folder) or "{}")
     except ValueError:
         content = None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not isinstance(content.get("identity", {}), dict):
         raise _damaged(Path(folder) / RECORD)
     return content
 

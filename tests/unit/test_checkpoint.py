@@ -60,6 +60,7 @@ def test_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
 )
 def test_the_newest_whole_one_is_chosen(tmp_path: Path, name: str, harm, why: str) -> None:
     older, newer = make(tmp_path, 9), make(tmp_path, 10)  # by number, not by name
+    (tmp_path / "checkpoint-11").touch()  # a file is no checkpoint
     assert folders.choose(tmp_path, None) == (newer, [])
     harm(newer / name)
     found, passed_over = folders.choose(tmp_path, None)
@@ -155,7 +156,12 @@ def test_a_restarted_command_is_known() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        *(("run.json", '{"status": "fin'), ("run.json", "[]"), ("run.json", "\udcff")),
+        *(
+            ("run.json", '{"status": "fin'),
+            ("run.json", "[]"),
+            ("run.json", "\udcff"),
+            ("run.json", '{"identity": 3}'),
+        ),
         *(("config.yaml", "a: ["), ("config.yaml", ""), ("config.yaml", "[1]")),
     ],
 )
