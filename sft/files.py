@@ -6,6 +6,7 @@ A new folder is written under its name plus ``.partial`` and renamed when all of
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"  # the suffix of a folder that is being written, or being deleted
+# Errors of the disk or of its permissions, which the user can correct.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 FRESH = 2.0  # seconds; a file that is younger may change again without a new time stamp
 
 

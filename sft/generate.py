@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,13 @@ def check(config: GenerateConfig) -> list[Problem]:
         problems.append(Problem("prompt=", "the prompt is empty", "prompt='...'"))
     if (config.prompt is None) == (config.file is None):
         problems.append(Problem("prompt, file", "set exactly one", "prompt='...'"))
-    if config.output is not None and Path(config.output).exists():
-        problems.append(Problem(f"output={config.output}", "the file exists", "output=FILE"))
+    if config.output is not None:
+        output = Path(config.output)
+        if output.exists():
+            problems.append(Problem(f"output={output}", "the file exists", "output=FILE"))
+        elif not os.access(output.parent, os.W_OK):
+            rule = f"the folder {output.parent} does not exist, or cannot be written to"
+            problems.append(Problem(f"output={output}", rule, "output=FILE in a different folder"))
     return problems
 
 
@@ -135,7 +141,10 @@ def _folder(config: GenerateConfig) -> Path:
             fix = f"run={config.adapter}" if inside else "adapter=FOLDER, or model=FOLDER"
             raise ModelError(f"there is no adapter in {config.adapter}\n    fix: {fix}")
         return Path(config.adapter)
-    return Path(str(config.model))
+    folder = Path(str(config.model))
+    if record.weights(folder) and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is a run, not a model\n    fix: run={folder}")
+    return folder
 
 
 def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
@@ -144,12 +153,15 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
 
     from sft.data.template import Template
     from sft.inference.card import base_of, read_card
+    from sft.merge.adapter_files import check_file, read_config
     from sft.model.base import load_frozen, load_tokenizer
 
     card = read_card(folder)
     here = ModelConfig(name_or_path=config.model or str(folder.resolve()))
     tokenizer = load_tokenizer(here)
     if (folder / ADAPTER_SETTINGS).is_file():
+        read_config(folder)
+        check_file(folder)
         base = base_of(folder, card, config.base)
         model = load_frozen(base, card.quantization if card else QuantizationConfig())
         model = PeftModel.from_pretrained(model, str(folder)).eval()

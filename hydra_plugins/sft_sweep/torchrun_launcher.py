@@ -79,10 +79,11 @@ class TorchrunLauncher(Launcher):  # type: ignore[misc]
                 trials.ranks(self.nproc_per_node),
                 [source.path for source in sources if source.provider == "command-line"],
             )
+            exit_code = trials.run(planned, sweep_dir)
         except SftError as error:
             report_error(str(error))
+            sweep_result.update(error=str(error))
             raise SystemExit(error.exit_code) from None
-        exit_code = trials.run(planned, sweep_dir)
         sweep_result.update(sweep=str(sweep_dir), trials=trials.records(planned))
         if exit_code:
             raise SystemExit(exit_code)

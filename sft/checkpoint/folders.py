@@ -68,6 +68,7 @@ def rotate(output_dir: Path, keep: int, best: str | None) -> None:
 def checkpoints(output_dir: Path) -> list[Path]:
     """List the checkpoints of a run, newest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0]
+    found = [path for path in found if path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -88,9 +89,10 @@ def _manifest(path: Path) -> dict[str, Any] | str:
     try:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         assert isinstance(content, dict) and isinstance(content["files"], dict)
+        assert all({"bytes", "xxh3"} <= dict(said).keys() for said in content["files"].values())
     except FileNotFoundError:
         return f"{MANIFEST} is missing, so the folder is not complete"
-    except (ValueError, KeyError, AssertionError):
+    except (ValueError, KeyError, TypeError, AssertionError):
         return f"{MANIFEST} is damaged"
     return content
 

@@ -23,7 +23,7 @@ from sft.config.places import CONF_DIR
 from sft.config.rules import expand_paths
 from sft.data.rows_option import option_of
 from sft.errors import ConfigError, Problem, SftError, Stopped
-from sft.files import to_json
+from sft.files import DISK, to_json
 
 C = TypeVar("C")
 sweep_result: dict[str, Any] = {}  # Hydra's launcher fills it, for --json
@@ -64,6 +64,12 @@ class Command(Described[C]):
         except BrokenPipeError:  # as in: sft train --help | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python's own last flush fails too
             sys.exit(1)
+        except OSError as error:
+            is_disk = error.errno in DISK
+            message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+            fix = "\n    fix: free some space, or choose a folder that can be written to"
+            message = message + fix if is_disk else f"{type(error).__name__}: {error}"
+            end(1, message, as_json, "" if is_disk else traceback.format_exc())
         except Exception as error:
             end(1, f"{type(error).__name__}: {error}", as_json, traceback.format_exc())
         if as_json and (result or sweep_result):

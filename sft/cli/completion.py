@@ -92,6 +92,8 @@ def complete(shell: str, *words: str) -> None:
     if shell == "bash":
         line, breaks = words
         words = tuple(_split(line))
+    else:
+        words = tuple("".join(_split(word)[:1]) for word in words)  # without their quotes
     *before, word = _after_program(list(words)) or [""]
     found = list(_candidates(before, word))
     if shell == "bash":  # bash replaces only the text after the last of COMP_WORDBREAKS
@@ -128,6 +130,12 @@ def _candidates(before: list[str], word: str) -> Iterator[tuple[str, str]]:
             if name.startswith(word):
                 yield f"{name} ", command(name).summary if name in COMMANDS else ""
         return
+    if before[0] in ("help", "--help", "-h"):  # sft help train zero
+        if len(before) > 1:
+            before = [before[1], "--help", *before[2:]]
+        else:
+            yield from ((f"{name} ", "") for name in COMMANDS if name.startswith(word))
+            return
     if before[-1] == "--completion":
         yield from ((f"{shell} ", "") for shell in SHELLS if shell.startswith(word))
     if before[0] not in COMMANDS or before[-1] in ("--completion", "--config-dir", "-cd"):

@@ -108,6 +108,8 @@ def no_option(group: str, option: str, known: set[str]) -> Problem:
         hint = MEANT[group, option]
     elif "/" in option and group == "model":
         hint = f"model=hf model.name_or_path={option}"
+    elif group == "dataset" and "://" in option:
+        hint = f"dataset=jsonl dataset.path={option}"
     elif group == "dataset" and (option.startswith((".", "/", "~")) or Path(option).suffix):
         rule = f"there is no file or folder {option}; {rule}"
         hint = f"dataset=FILE, from {Path.cwd()}"

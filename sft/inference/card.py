@@ -11,7 +11,9 @@ import json
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from sft.config.saved import escaped
 from sft.config.settings import Config, ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import ModelError
 from sft.files import write_text
@@ -51,15 +53,27 @@ def write_card(folder: Path, content: Card) -> None:
 
 
 def read_card(folder: Path) -> Card | None:
-    """Read ``sft.json``; None if a different tool made the folder."""
+    """Read ``sft.json``; None if a different tool made the folder.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
     path = folder / CARD
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    card: Card = OmegaConf.to_object(  # type: ignore[assignment]
-        OmegaConf.merge(OmegaConf.structured(Card), values)
-    )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        card: Card = OmegaConf.to_object(  # type: ignore[assignment]
+            OmegaConf.merge(OmegaConf.structured(Card), escaped(values))
+        )
+    except (ValueError, TypeError, AttributeError, OmegaConfBaseException) as error:
+        raise _damaged(path, error) from error
     return card
+
+
+def _damaged(path: Path, error: Exception) -> ModelError:
+    reason = str(error).splitlines()[0]
+    return ModelError(f"{path} is damaged: {reason}\n    fix: train or copy it again")
 
 
 def base_of(adapter: Path, card: Card | None, asked: str | None) -> ModelConfig:
@@ -75,7 +89,7 @@ def base_of(adapter: Path, card: Card | None, asked: str | None) -> ModelConfig:
     try:
         noted = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged: {error}\n    fix: train or copy it again") from error
+        raise _damaged(path, error) from error
     if not asked and not noted:
         raise ModelError(f"{path} names no base model\n    fix: base=HUB_ID_OR_FOLDER")
     return ModelConfig(name_or_path=asked or noted)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from sft.checkpoint import weights
 from sft.errors import MergeError
+from sft.inference.card import ADAPTER_SETTINGS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -71,7 +72,11 @@ def read_config(folder: Path) -> LoraConfig:
     """
     from peft import PeftConfig
 
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        path = folder / ADAPTER_SETTINGS
+        raise MergeError(f"{path} is damaged: {error}\n    fix: train or copy it again") from error
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
         raise MergeError(f"{folder} is {kind}, not LoRA\n    fix: merge it in memory, with PEFT")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -11,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sft.errors import MergeError
-from sft.files import new_folder, partial_of
+from sft.files import DISK, new_folder, partial_of
 from sft.merge.report import REPORT
 
 FAILED = ".failed"  # suffix of a merged model that failed the verification
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 SPARE = 64 << 20  # bytes for the files beside the weights
 
 
@@ -48,7 +46,8 @@ def check_space(size: int, output: Path) -> None:
     free = shutil.disk_usage(there).free
     if free < size + SPARE:
         raise MergeError(
-            f"the merged model needs {size / 1e9:.2f} GB, and {there} has {free / 1e9:.2f} GB free"
+            f"the merged model needs {(size + SPARE) / 1e9:.3f} GB, and {there} has "
+            f"{free / 1e9:.3f} GB free"
             "\n    fix: output=FOLDER on another disk, or dtype=bfloat16"
         )
 

@@ -15,6 +15,7 @@ from sft.config.settings import ModelConfig, QuantizationConfig
 from sft.errors import MergeError
 from sft.inference.card import ADAPTER_SETTINGS, Card, base_of, read_card
 from sft.merge.adapter_files import check_file, read_config, restarts
+from sft.run import record
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -66,10 +67,10 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
 
     for folder in folders:
         if not (folder / ADAPTER_SETTINGS).is_file():
-            raise MergeError(
-                f"there is no adapter in {folder}\n    fix: run=FOLDER of a finished LoRA run, or "
-                "adapter=FOLDER with adapter_config.json"
-            )
+            fix = "run=FOLDER of a finished LoRA run, or adapter=FOLDER with adapter_config.json"
+            if record.weights(folder):
+                fix = f"run={folder}"
+            raise MergeError(f"there is no adapter in {folder}\n    fix: {fix}")
     cards = [read_card(folder) for folder in folders]
     bases = [base_of(folder, card, asked) for folder, card in zip(folders, cards, strict=True)]
     card = cards[0]

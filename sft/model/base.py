@@ -29,9 +29,11 @@ def loading(what: str, model: ModelConfig) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         name = str(model.name_or_path)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            reason = "the folder has no config.json"
         if not Path(name).exists():
             reason = f"it is not a local folder, and the hub did not provide it: {reason}"
-        if Path(name).is_absolute() or name.startswith("."):
+        if Path(name).is_absolute() or name.startswith(".") or Path(name).is_dir():
             fix = "model.name_or_path=FOLDER with config.json, weights and tokenizer files"
         else:
             fix = (

@@ -20,7 +20,7 @@ ADAPTER, MODEL = "adapter", "model"  # the folders of the trained weights; a run
 def text(folder: str | Path) -> str | None:
     """Read ``run.json`` as text; None if there is none."""
     file = Path(folder) / RECORD
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
 
 def read(folder: str | Path) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def read(folder: str | Path) -> dict[str, Any]:
         content = json.loads(text(folder) or "{}")
     except ValueError:
         content = None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not isinstance(content.get("identity", {}), dict):
         raise _damaged(Path(folder) / RECORD)
     return content
 
@@ -61,9 +61,12 @@ def settings(folder: str | Path) -> Any:
 
     file = Path(folder) / SETTINGS
     try:
-        return saved.settings_of(file)
+        found = saved.settings_of(file)
     except (OSError, ValueError, yaml.YAMLError):
-        raise _damaged(file) from None
+        found = None
+    if not found or not isinstance(found, dict):
+        raise _damaged(file)
+    return found
 
 
 def weights(folder: str | Path) -> Path | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import child, process
-from sft.errors import ConfigError, Problem
+from sft.errors import ConfigError, Problem, RunError
 from sft.files import write_text
 from sft.sweep.trial import Trial
 
@@ -103,9 +103,17 @@ def run(trials: Sequence[Trial], sweep_dir: Path) -> int:
 
     Returns:
         The exit code: 0, 1 if a trial failed, 130 if the user interrupted.
+
+    Raises:
+        RunError: The folder of the sweep cannot be written to.
     """
     exit_code = 0
-    sweep_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"the folder of the sweep cannot be made: {error}\n    fix: hydra.sweep.dir=FOLDER"
+        ) from error
     logger.info("%d trials; the output of each is in %s/TRIAL.log", len(trials), sweep_dir)
     try:
         with child.signals_as_interrupt():

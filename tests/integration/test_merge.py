@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from warm import run_warm
 
 from sft import train
-from sft.errors import ConfigError, MergeError, ModelError
+from sft.errors import ConfigError, MergeError, ModelError, SftError
+from sft.generate import main as generate
 from sft.merge import __main__ as merge
 from sft.merge import claim
 
@@ -233,7 +234,43 @@ def test_damaged_adapter_is_refused(run: Path, tmp_path: Path, damage, message: 
     damage(adapter / WEIGHTS)
     with pytest.raises(MergeError, match=message):
         merged(f"adapter={adapter}", f"output={tmp_path / 'out'}")
+    with pytest.raises(MergeError, match=message):
+        generate.run(generate.compose([f"adapter={adapter}", "prompt=a"]))
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sft.json", "{"),
+        ("sft.json", "[]"),
+        ("sft.json", '{"model": 3}'),
+        ("sft.json", '{"new": 3}'),
+        ("adapter_config.json", "{"),
+        ("adapter_config.json", "[]"),
+    ],
+)
+def test_damaged_settings_of_an_adapter_are_named(
+    run: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", adapter)
+    (adapter / name).write_text(text)
+    with pytest.raises(SftError, match=f"{name} is damaged: .*\n    fix: train or copy it again"):
+        merged(f"adapter={adapter}", f"output={tmp_path / 'out'}")
+    with pytest.raises(SftError, match=f"{name} is damaged: .*\n    fix: train or copy it again"):
+        generate.run(generate.compose([f"adapter={adapter}", "prompt=a"]))
+
+
+def test_a_run_given_as_something_else_is_recognised(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(MergeError, match=f"there is no adapter in .*\n    fix: run={run}"):
+        merged(f"adapter={run}", f"output={tmp_path / 'out'}")
+    with pytest.raises(ModelError, match=f"is a run, not a model\n    fix: run={run}"):
+        generate.run(generate.compose([f"model={run}", "prompt=a"]))
+    with pytest.raises(ModelError, match=r"cannot be loaded: the folder has no config.json\n"):
+        generate.run(generate.compose([f"model={tmp_path}", "prompt=a"]))
+    with pytest.raises(ConfigError, match=r"x.jsonl\n    the folder .* does not exist"):
+        generate.compose([f"model={run}", "prompt=a", f"output={tmp_path}/new/x.jsonl"])
 
 
 @pytest.fixture
@@ -362,7 +399,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_seen_before_and_survived(
     run: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(MergeError, match=r"needs 0.00 GB, and .*disk has 0.00 GB free"):
+    with pytest.raises(MergeError, match=r"needs 0.06\d GB, and .*disk has 0.00\d GB free"):
         merged(f"run={run}", f"output={disk / 'out'}")
     monkeypatch.setattr(claim, "SPARE", -(1 << 40))  # somebody else takes the room meanwhile
     with pytest.raises(MergeError, match=r"out cannot be written: .*No space left"):

@@ -54,10 +54,13 @@ def test_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
         ("b.json", lambda file: file.unlink(), "b.json is missing"),
         (folders.MANIFEST, lambda file: file.unlink(), "is not complete"),
         (folders.MANIFEST, lambda file: os.truncate(file, 30), "is damaged"),
+        (folders.MANIFEST, lambda file: file.write_text('{"files": {"a": 3}}'), "is damaged"),
+        (folders.MANIFEST, lambda file: file.write_bytes(b"\xff"), "is damaged"),
     ],
 )
 def test_the_newest_whole_one_is_chosen(tmp_path: Path, name: str, harm, why: str) -> None:
     older, newer = make(tmp_path, 9), make(tmp_path, 10)  # by number, not by name
+    (tmp_path / "checkpoint-11").touch()  # a file is no checkpoint
     assert folders.choose(tmp_path, None) == (newer, [])
     harm(newer / name)
     found, passed_over = folders.choose(tmp_path, None)
@@ -151,11 +154,20 @@ def test_a_restarted_command_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("run.json", '{"status": "fin'), ("run.json", "[]"), ("config.yaml", "a: [")]
+    ("name", "text"),
+    [
+        *(
+            ("run.json", '{"status": "fin'),
+            ("run.json", "[]"),
+            ("run.json", "\udcff"),
+            ("run.json", '{"identity": 3}'),
+        ),
+        *(("config.yaml", "a: ["), ("config.yaml", ""), ("config.yaml", "[1]")),
+    ],
 )
 def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, name: str, text: str) -> None:
     assert record.read(tmp_path) == {}
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, errors="surrogateescape")
     read = record.read if name == record.RECORD else record.settings
     with pytest.raises(RunError, match=rf"{name} is damaged\n    fix: restore the file, or over"):
         read(tmp_path)

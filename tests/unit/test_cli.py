@@ -388,15 +388,15 @@ def test_lists_and_mappings_hold_any_text() -> None:
 
 
 def test_a_home_folder_is_found_and_no_output_is_an_address(
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setenv("HOME", str(folder))
     config = train.compose(["output_dir=~/o", "model.name_or_path=~/m", "template.system=~/x"])
-    assert (config.output_dir, config.model.name_or_path) == ("/h/o", "/h/m")
+    assert (config.output_dir, config.model.name_or_path) == (f"{folder}/o", f"{folder}/m")
     assert config.template.system == "~/x"
     config = generate.compose(["run=~/r", "prompt=~/p", "output=~/a"])
-    assert (config.run, config.prompt, config.output) == ("/h/r", "~/p", "/h/a")
-    assert merge.compose(["run=~/r"]).run == "/h/r"
+    assert (config.run, config.prompt, config.output) == (f"{folder}/r", "~/p", f"{folder}/a")
+    assert merge.compose(["run=~/r"]).run == f"{folder}/r"
     for command, words in (
         (train, ["output_dir=s3://b/o"]),
         (merge, ["run=r", "output=s3://b/o"]),
@@ -639,6 +639,9 @@ def completed(capsys, *words: str) -> list[str]:
 
 def test_words_are_completed(capsys, folder: Path) -> None:
     assert completed(capsys, "sft", "tr") == ["train "]
+    assert completed(capsys, "sft", "help", "tr") == ["train "]
+    assert completed(capsys, "sft", "--help", "train", "ze") == ["zero "]
+    assert completed(capsys, "sft", "train", "'run_name=a b'", "'model=ti") == ["model=tiny"]
     assert completed(capsys, "sft", "train", "mod") == ["model=", "model."]
     opts = ["model=opt-1.3b", "model=opt-125m", "model=opt-350m", "model=opt-6.7b"]
     assert completed(capsys, "sft", "train", "model=o") == opts

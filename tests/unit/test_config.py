@@ -1,6 +1,7 @@
 """Every YAML composes, the schema is upstream's, and no wrong setting passes, wherever it is."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -710,6 +711,7 @@ def test_a_setting_given_twice_is_refused() -> None:
         ("quantization=4bit", "quantization=nf4"),
         ("model=Qwen/Qwen3-0.6B", "model=hf model.name_or_path=Qwen/Qwen3-0.6B"),
         ("dataset=me/rows", "dataset=jsonl dataset.path=me/rows"),
+        ("dataset=s3://b/r.csv", "dataset=jsonl dataset.path=s3://b/r.csv"),
         ("dataset=demmo", "did you mean demo?"),
         ("experiment=foo", "choose one of them"),
     ],
@@ -798,6 +800,18 @@ def test_a_bug_shows_its_traceback(capsys, monkeypatch: pytest.MonkeyPatch) -> N
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
     assert error.endswith("error: rank 1: ZeroDivisionError: a bug\n")
+
+
+def test_a_full_disk_is_an_error_without_a_traceback(capsys) -> None:
+    def fails(config: Config) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x/y")
+
+    with pytest.raises(SystemExit, match="1"):
+        dataclasses.replace(main, run=fails)([])
+    assert capsys.readouterr().err == (
+        "error: No space left on device: x/y\n"
+        "    fix: free some space, or choose a folder that can be written to\n"
+    )
 
 
 def test_an_interrupt_exits_130(capsys) -> None:

@@ -66,6 +66,23 @@ def test_no_circle_of_imports() -> None:
     assert circle(graph) == []
 
 
+def test_the_tour_of_the_code_lists_every_wing_above_what_it_imports() -> None:
+    contributing = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    tour = contributing.partition("```text\nsft/\n")[2].partition("\nhydra_plugins/")[0]
+    wings = re.findall(r"^  (\w+)/ ", tour, re.MULTILINE)
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {*wings, "cli"} == folders
+    listed = {name for line in tour.splitlines() for name in re.findall(r"\b\w+\.py\b", line)}
+    assert listed >= {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    for module, others in arrows(modules()).items():
+        _, wing, *rest = [*module.split("."), "", ""]
+        if wing in wings and rest[0] != "__main__":
+            for other in others:
+                below = other.split(".")[1:2]
+                if below and below[0] in wings:
+                    assert wings.index(wing) <= wings.index(below[0]), (module, other)
+
+
 @pytest.mark.parametrize(
     "back",
     [

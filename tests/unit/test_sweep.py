@@ -23,7 +23,7 @@ from sft.cli.command import start_logging
 from sft.config import saved
 from sft.config.places import CONF_DIR
 from sft.config.settings import Config, fill_names
-from sft.errors import ConfigError
+from sft.errors import ConfigError, RunError
 from sft.sweep import trials as sweep
 from sft.sweep.trial import Trial
 
@@ -154,6 +154,12 @@ def test_what_no_trial_can_have_is_refused() -> None:
     assert "hydra.launcher.nproc_per_node=0\n    must be at least 1" in str(error.value)
     assert "output_dir=x\n    all trials" in str(error.value)
     assert "fix: hydra.sweep.dir=x" in str(error.value)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"cannot be made: .*\n    fix: hydra.sweep.dir=FOLDER"):
+        sweep.run([], tmp_path / "file" / "sweep")
 
 
 # One trial
@@ -425,7 +431,8 @@ def no_torch(tmp_path: Path) -> dict[str, str]:
         (tmp_path / "fake" / name).mkdir(parents=True)
         (tmp_path / "fake" / name / "__init__.py").touch()
     (tmp_path / "fake/torch/distributed/run.py").write_text(TORCHRUN)
-    return child.environment() | {"PYTHONPATH": str(tmp_path / "fake")}
+    path = os.pathsep.join(map(str, (tmp_path / "fake", Path(sweep.__file__).parents[2])))
+    return child.environment() | {"PYTHONPATH": path}
 
 
 def sft_train(
@@ -490,8 +497,9 @@ def test_under_torchrun_one_rank_sweeps(tmp_path: Path, no_torch: dict[str, str]
 
 
 def test_a_refused_plan_is_a_message(tmp_path: Path, no_torch: dict[str, str]) -> None:
-    done = sft_train(tmp_path, no_torch, "-m", "lora.r=4,8", "output_dir=x")
+    done = sft_train(tmp_path, no_torch, "-m", "--json", "lora.r=4,8", "output_dir=x")
     assert done.returncode == 2
+    assert done.stderr == f"error: {json.loads(done.stdout)['error']}\n"
     assert done.stderr.startswith("error: 1 setting is refused\n\noutput_dir=x\n")
     assert "Traceback" not in done.stderr
 
