@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from sft import environment
+
 HOLD = """
 import sys
 from pathlib import Path
-from sft import environment
 from sft.environment import free_compile_locks
 free_compile_locks(Path(sys.argv[1]))
 print("held", flush=True)
