@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from sft.config.groups import groups
-from sft.config.places import CONF_DIR
+from sft.config.paths import CONF_DIR
 from sft.config.rules import fields_of, written
 from sft.config.settings import Config
 from sft.config.upstream import did_you_mean
