@@ -30,6 +30,8 @@ SILENCED = {
     "accelerate.accelerator": "Gradient accumulation steps mismatch",
 }
 
+ALONE = "torch" not in sys.modules  # whether the objects of this process are those of a command
+
 _extensions: IO[str] | None = None  # stays open, so that the process holds its lock until it ends
 
 
@@ -38,10 +40,10 @@ def importing() -> Iterator[None]:
     """Import libraries without garbage collection, and exclude their objects from it.
 
     Python would scan their million objects many times while they are imported, and in every later
-    collection: 0.8 s of a start. The objects of a process that has trained before are not excluded:
-    these may be a notebook's own models.
+    collection: 0.8 s of a start. In a process that had torch before sft was imported, such as a
+    notebook, collection goes on: its own models may be garbage later.
     """
-    first = "trl" not in sys.modules and gc.isenabled()
+    first = ALONE and "trl" not in sys.modules and gc.isenabled()
     if first:
         gc.disable()
     try:

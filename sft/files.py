@@ -87,15 +87,17 @@ def finish_folder(partial: Path, final: Path) -> None:
 
     Args:
         partial: The folder that ``begin_folder`` made.
-        final: The final path; a folder that exists there is replaced.
+        final: The final path; a folder that exists there is replaced, and deleted only after the
+            new one has its name.
     """
     for path in partial.rglob("*"):
         to_disk(path)
     to_disk(partial)
-    if final.exists():
-        delete_folder(final)
+    replaced = _set_aside(final) if final.exists() else None
     partial.rename(final)
     to_disk(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced)
 
 
 def abandon_folder(final: Path) -> None:
@@ -105,10 +107,13 @@ def abandon_folder(final: Path) -> None:
 
 def delete_folder(path: Path) -> None:
     """Rename a folder, then delete it: a kill leaves no incomplete one under its name."""
+    shutil.rmtree(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
     doomed = path.with_name(f"{path.name}{PARTIAL}-old")
     shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    return path.rename(doomed)
 
 
 def to_json(record: dict[str, Any], indent: int | None = None) -> str:

@@ -153,14 +153,14 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
 
     from sft.data.template import Template
     from sft.inference.card import base_of, read_card
-    from sft.merge.adapter_files import check_file, read_config
+    from sft.merge.adapter_files import check_file, parsed_config
     from sft.model.base import load_frozen, load_tokenizer
 
     card = read_card(folder)
     here = ModelConfig(name_or_path=config.model or str(folder.resolve()))
     tokenizer = load_tokenizer(here)
     if (folder / ADAPTER_SETTINGS).is_file():
-        read_config(folder)
+        parsed_config(folder)
         check_file(folder)
         base = base_of(folder, card, config.base)
         model = load_frozen(base, card.quantization if card else QuantizationConfig())

@@ -11,7 +11,7 @@ from sft import child, environment, process
 from sft.cli.command import Command
 from sft.config.checks import check
 from sft.config.settings import Config, fill_names, streamed_samples
-from sft.errors import MergeError, RunError, Stopped
+from sft.errors import MergeError, RunError, SftError, Stopped
 from sft.run import record
 from sft.training.signals import Signals, end_with_launcher
 
@@ -119,7 +119,8 @@ def _ending(run: Run) -> Iterator[None]:
     except BaseException as error:
         if process.rank() == 0:
             status = "stopped" if isinstance(error, Stopped) else "failed"
-            run.end(status, f"{type(error).__name__}: {error}")
+            ours = isinstance(error, SftError)
+            run.end(status, str(error) if ours else f"{type(error).__name__}: {error}")
         if environment.lost_a_rank(error):
             raise RunError(
                 "contact with another rank was lost: the rank or its machine died\n"

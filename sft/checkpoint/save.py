@@ -39,7 +39,7 @@ def save(
         partial = main.do(begin_folder, path)
         write_weights(main, partial)
         writer = main.do(tensors.Writer, partial)
-        for key, tensor in state.kept(live.optimizer):
+        for key, tensor in state.unsharded(live.optimizer):
             main.do(tensors.Writer.add, writer, key, tensor)
         main.do(tensors.Writer.flush, writer)
         record, streams = state.progress(live, counts)

@@ -42,7 +42,7 @@ class Live:
     optim: str
 
 
-def kept(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+def unsharded(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the trained parameters and the optimizer's state, unsharded, in one order on all ranks.
 
     Under ZeRO the ranks gather one tensor after another, so every rank must iterate to the end.

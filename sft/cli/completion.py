@@ -115,11 +115,11 @@ def _split(line: str) -> list[str]:
 
 def _after_program(words: list[str]) -> list[str]:
     """Return the words after ``sft`` or ``python -m sft``; ``-m sft.train`` gives ``train``."""
-    for place, word in enumerate(words[:-1]):
-        following = words[place + 1]
+    for index, word in enumerate(words[:-1]):
+        following = words[index + 1]
         if word == "-m" and following.partition(".")[0] == "sft":
             name = following.partition(".")[2]
-            return ([name] if name else []) + words[place + 2 :]
+            return ([name] if name else []) + words[index + 2 :]
     return words[1:]
 
 

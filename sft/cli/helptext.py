@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from sft.config.groups import groups
-from sft.config.places import CONF_DIR
+from sft.config.paths import CONF_DIR
 from sft.config.rules import fields_of, written
 from sft.config.settings import Config
 from sft.config.upstream import did_you_mean
@@ -73,34 +73,14 @@ def help_text(command: Described[Any], argv: list[str]) -> str:
     words = list(argv)
     for option in ("--config-dir", "-cd"):
         if option in words[:-1]:
-            place = words.index(option)
-            config_dir = words[place + 1]
-            del words[place : place + 2]
+            index = words.index(option)
+            config_dir = words[index + 1]
+            del words[index : index + 2]
     asked = [word for word in words if not word.startswith("-") and "=" not in word]
     found = groups(config_dir) if command.config_name else {}
     config = command.schema()
-    sections = [name for name, _, value in fields_of(config) if dataclasses.is_dataclass(value)]
     if asked:
-        lines: list[str] = []
-        for name in asked:
-            if name not in found and name not in sections:
-                known = sorted({*found, *sections})
-                rule = (
-                    f"the sections of the help are {', '.join(known)}"
-                    if known
-                    else "the help of this command has no sections"
-                )
-                fix = did_you_mean(name, known)
-                if not fix.startswith("did"):
-                    fix = "name one of them" if known else "leave it out"
-                raise ConfigError([Problem(f"--help {name}", rule, fix)])
-            if name in found:
-                lines += [*_group(name, found[name], config_dir), ""]
-            if name in sections:
-                section = getattr(config, name)
-                lines += [f"Settings of {name}, with their defaults:", ""]
-                lines += [*_settings(section, f"{name}."), ""]
-        return "\n".join(lines)
+        return "\n".join(_asked(asked, found, config, config_dir))
     lines = _wrapped(f"sft {command.name}: {command.summary}", 0)
     lines += ["", *(line for example in command.examples for line in _example(example))]
     if own := _own(command):
@@ -127,6 +107,30 @@ def help_text(command: Described[Any], argv: list[str]) -> str:
             elif field.name in {item.name for item in dataclasses.fields(Config)}:
                 lines += [*([""] * (name == "run_name")), *_setting(name, field, value)]
     return "\n".join(lines) + "\n"
+
+
+def _asked(
+    names: list[str], found: dict[str, set[str]], config: Any, config_dir: str | None
+) -> Iterator[str]:
+    """Yield the help of the groups and sections with these names."""
+    sections = [name for name, _, value in fields_of(config) if dataclasses.is_dataclass(value)]
+    known = sorted({*found, *sections})
+    for name in names:
+        if name not in known:
+            rule = (
+                f"the sections of the help are {', '.join(known)}"
+                if known
+                else "the help of this command has no sections"
+            )
+            fix = did_you_mean(name, known)
+            if not fix.startswith("did"):
+                fix = "name one of them" if known else "leave it out"
+            raise ConfigError([Problem(f"--help {name}", rule, fix)])
+        if name in found:
+            yield from [*_group(name, found[name], config_dir), ""]
+        if name in sections:
+            yield from [f"Settings of {name}, with their defaults:", ""]
+            yield from [*_settings(getattr(config, name), f"{name}."), ""]
 
 
 def _example(command: str) -> list[str]:

@@ -21,7 +21,7 @@ from omegaconf.errors import (
 from sft.config.groups import groups, missing_plugin, plugin_problems
 from sft.config.names import suggest
 from sft.config.overrides import Override
-from sft.config.places import CONF_DIR
+from sft.config.paths import CONF_DIR
 from sft.config.rules import default_of, written
 from sft.config.saved import escaped
 from sft.config.settings_file import field_of, holds_text

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sft.config import upstream
-from sft.config.places import CONF_DIR
+from sft.config.paths import CONF_DIR
 from sft.errors import Problem
 
 # Names that other tools use for an option of ours.

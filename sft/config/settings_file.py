@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sft.config.places import CONF_DIR
+from sft.config.paths import CONF_DIR
 from sft.errors import ConfigError, Problem
 
 Entry = tuple[str, Any, str]  # dotted key, value, FILE:LINE

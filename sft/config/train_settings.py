@@ -182,7 +182,7 @@ class ZeroConfig:
 
 @dataclass
 class ResumeConfig:
-    """How the same command resumes a run that was interrupted."""
+    """How an interrupted run is resumed when the same command is given again."""
 
     checkpoint: str | None = setting(
         None,

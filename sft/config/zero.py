@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.config.places import DS_CONFIG_DIR
+from sft.config.paths import DS_CONFIG_DIR
 from sft.config.rules import AS_SET, Choice
 from sft.config.settings import Config, ZeroConfig
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sft.config import upstream
-from sft.config.places import DS_CONFIG_DIR
+from sft.config.paths import DS_CONFIG_DIR
 from sft.config.settings import ZeroConfig
 from sft.config.zero import json_path, read
 from sft.errors import Problem

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sft import environment
-from sft.config.places import PACKAGE_DIR
+from sft.config.paths import PACKAGE_DIR
 from sft.config.rules import named
 from sft.config.settings import DatasetConfig, packing_of
 from sft.data import artefact, sources

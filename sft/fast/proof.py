@@ -63,7 +63,7 @@ def require_isolation(
         ModelError: The documents attend to each other.
     """
     inner = getattr(model, "module", model)
-    second = [(5 * place + 3) % vocabulary for place in range(5)]
+    second = [(5 * position + 3) % vocabulary for position in range(5)]
 
     def seen(first: list[int]) -> torch.Tensor:
         """Return the model's output for the second document, packed after the first."""
@@ -83,8 +83,8 @@ def require_isolation(
 
     was_training = model.training
     model.eval()
-    packed = seen([7 * place % vocabulary for place in range(6)])
-    changed = seen([(7 * place + 1) % vocabulary for place in range(6)])
+    packed = seen([7 * position % vocabulary for position in range(6)])
+    changed = seen([(7 * position + 1) % vocabulary for position in range(6)])
     alone = seen([])
     model.train(was_training)
 
@@ -147,7 +147,7 @@ def difference(
         The largest difference between log-probabilities, in units of the expected rounding error.
     """
     inner = getattr(model, "module", model)
-    ids = torch.tensor([[(7 * place + 3) % vocabulary for place in range(9)]], device=device)
+    ids = torch.tensor([[(7 * position + 3) % vocabulary for position in range(9)]], device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     was_training = model.training
     model.eval()

@@ -13,7 +13,7 @@ from sft.errors import MergeError
 from sft.inference.card import ADAPTER_SETTINGS
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
 
 logger = logging.getLogger("sft")
 
@@ -64,19 +64,28 @@ def check_file(folder: Path) -> dict[str, tuple[int, ...]]:
     return found.shapes
 
 
+def parsed_config(folder: Path) -> PeftConfig:
+    """Read an adapter's settings.
+
+    Raises:
+        MergeError: The file is damaged.
+    """
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        path = folder / ADAPTER_SETTINGS
+        raise MergeError(f"{path} is damaged: {error}\n    fix: train or copy it again") from error
+
+
 def read_config(folder: Path) -> LoraConfig:
     """Read an adapter's settings, and refuse what cannot be merged.
 
     Raises:
         MergeError: It is not LoRA, or its effect cannot be written as a change of weights.
     """
-    from peft import PeftConfig
-
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        path = folder / ADAPTER_SETTINGS
-        raise MergeError(f"{path} is damaged: {error}\n    fix: train or copy it again") from error
+    config = parsed_config(folder)
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
         raise MergeError(f"{folder} is {kind}, not LoRA\n    fix: merge it in memory, with PEFT")

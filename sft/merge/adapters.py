@@ -133,11 +133,11 @@ class _Collected:
         """Note tensors that a change expresses."""
         self.used |= {id(tensor) for tensor in tensors}
 
-    def add(self, place: str, module: Any, name: str, weight: float, config: LoraConfig) -> None:
+    def add(self, path: str, module: Any, name: str, weight: float, config: LoraConfig) -> None:
         """Add what one adapter changes at one module.
 
         Args:
-            place: The module's path in the base.
+            path: The module's path in the base.
             module: A module of the model; only PEFT's own change anything.
             name: The adapter's name.
             weight: The adapter's factor.
@@ -145,15 +145,15 @@ class _Collected:
         """
         if isinstance(module, LoraLayer):
             if name in module.scaling:
-                self._add_product(place, module, name, weight, config)
+                self._add_product(path, module, name, weight, config)
         elif isinstance(module, ModulesToSaveWrapper):
             saved = getattr(module.modules_to_save, name, None)
             for inner, parameter in saved.named_parameters() if saved is not None else ():
-                self.replace(f"{place}.{inner}", parameter)
+                self.replace(f"{path}.{inner}", parameter)
         elif isinstance(module, TrainableTokensLayer) and name in module.trainable_tokens_delta:
             values, rows = module.trainable_tokens_delta[name], module.token_indices[name]
             self.use(values)
-            change = self.change(f"{place}.weight")
+            change = self.change(f"{path}.weight")
             change.tokens = (torch.tensor(rows), values.detach().float())
 
     def replace(self, name: str, parameter: torch.Tensor) -> None:
@@ -172,12 +172,12 @@ class _Collected:
         self.use(parameter)
 
     def _add_product(
-        self, place: str, module: Any, name: str, weight: float, config: LoraConfig
+        self, path: str, module: Any, name: str, weight: float, config: LoraConfig
     ) -> None:
         """Add one adapter's product in one LoRA layer to the layer's change."""
         variant = type(module.lora_variant[name]).__name__ if name in module.lora_variant else None
         if variant is not None and variant not in PLAIN_VARIANTS | DORA_VARIANTS:
-            raise MergeError(f"{place} is adapted by {variant}, which cannot be merged")
+            raise MergeError(f"{path} is adapted by {variant}, which cannot be merged")
         scale = module.scaling[name] * weight
         if name in module.lora_embedding_A:
             first, second = module.lora_embedding_A[name], module.lora_embedding_B[name]
@@ -191,7 +191,7 @@ class _Collected:
                 left, right = first.T[None], second.T[None]
             else:
                 left, right = second[None], first[None]
-        change = self.change(f"{place}.{getattr(module, 'parameter_name', 'weight')}")
+        change = self.change(f"{path}.{getattr(module, 'parameter_name', 'weight')}")
         # PEFT's factors may be transposed views; products need contiguous rows.
         left, right = left.detach().float().contiguous(), right.detach().float().contiguous()
         change.products.append(LowRank(left, right, scale))
@@ -201,18 +201,18 @@ class _Collected:
             change.magnitude, change.by_row = magnitude.detach().float().view(-1), not transposed
             self.use(magnitude)
         if name in module.lora_B and getattr(module.lora_B[name], "bias", None) is not None:
-            self._add_bias(place, module, module.lora_B[name].bias, scale)
+            self._add_bias(path, module, module.lora_B[name].bias, scale)
         if restarts(config):
             change.restart = _restart(module, name, str(config.init_lora_weights).lower())
 
-    def _add_bias(self, place: str, module: Any, bias: torch.Tensor, scale: float) -> None:
+    def _add_bias(self, path: str, module: Any, bias: torch.Tensor, scale: float) -> None:
         """Add the bias of a layer's lora_B to the layer's own."""
         if getattr(module.get_base_layer(), "bias", None) is None:
             raise MergeError(
-                f"lora_bias=true, but {place} has no bias to add to\n"
+                f"lora_bias=true, but {path} has no bias to add to\n"
                 "    fix: use the adapter without merging it"
             )
-        change = self.change(f"{place}.bias")
+        change = self.change(f"{path}.bias")
         added = bias.detach().float() * scale
         change.added = added if change.added is None else change.added + added
         self.use(bias)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowSlice:
     """Rows of a stored tensor that are rows of a parameter.
 
     Attributes:
@@ -37,7 +37,7 @@ class Base:
 
     Attributes:
         files: Each file's tensors, in the order of their bytes.
-        pieces: By stored name, the rows of parameters that the tensor's rows are, first to last;
+        slices: By stored name, the rows of parameters that the tensor's rows are, first to last;
             empty if the model has no such parameter, or if loading rearranges the rows.
         rearranged: By parameter, the operations by which loading rearranges its rows.
         tied: Lists of names that share one parameter.
@@ -45,7 +45,7 @@ class Base:
     """
 
     files: dict[Path, list[Stored]]
-    pieces: dict[str, list[Piece]]
+    slices: dict[str, list[RowSlice]]
     rearranged: dict[str, str]
     tied: list[list[str]]
     shapes: dict[str, tuple[int, ...]]
@@ -71,7 +71,7 @@ class Base:
         tied = [group for group in names.values() if len(group) > 1]
         found, rearranged = _match(model, [item for items in files.values() for item in items])
         base = cls(files, found, rearranged, tied, shapes)
-        held = {piece.parameter for found in base.pieces.values() for piece in found}
+        held = {target.parameter for found in base.slices.values() for target in found}
         held |= {*rearranged, *(name for group in tied if held & set(group) for name in group)}
         if lacking := sorted(shapes.keys() - held):
             raise MergeError(
@@ -88,18 +88,18 @@ class Base:
         """Return the tensor that holds a whole parameter and nothing else; None if none does."""
         for tensors in self.files.values():
             for tensor in tensors:
-                if self.pieces[tensor.name] == [Piece(parameter, 0, 0, tensor.rows)]:
+                if self.slices[tensor.name] == [RowSlice(parameter, 0, 0, tensor.rows)]:
                     return tensor
         return None
 
 
 def _match(
     model: PreTrainedModel, stored: Iterable[Stored]
-) -> tuple[dict[str, list[Piece]], dict[str, str]]:
+) -> tuple[dict[str, list[RowSlice]], dict[str, str]]:
     """Map stored tensors to parameters as Transformers renames and converts them at load.
 
     Returns:
-        ``pieces`` and ``rearranged`` of Base.
+        ``slices`` and ``rearranged`` of Base.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -114,7 +114,7 @@ def _match(
     converters = [item for item in conversions if isinstance(item, WeightConverter)]
     by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found: dict[str, list[Piece]] = {}
+    found: dict[str, list[RowSlice]] = {}
     rearranged: dict[str, str] = {}
     groups: dict[str, dict[str, list[Stored]]] = {}
     for tensor in sorted(stored, key=lambda tensor: dot_natural_key(tensor.name)):
@@ -140,14 +140,14 @@ def _match(
     return found, rearranged
 
 
-def _whole(name: str, tensor: Stored, shape: tuple[int, ...]) -> list[Piece]:
+def _whole(name: str, tensor: Stored, shape: tuple[int, ...]) -> list[RowSlice]:
     if tensor.shape != shape:
         raise MergeError(
             f"{tensor.name} has the shape {tensor.shape} in {tensor.file.name}, and {shape} in the "
             "model that its config names\n    fix: download or save the base again"
         )
     matrices, rows = (shape[0], shape[1]) if len(shape) == 3 else (1, tensor.rows)
-    return [Piece(name, matrix, 0, rows) for matrix in range(matrices)]
+    return [RowSlice(name, matrix, 0, rows) for matrix in range(matrices)]
 
 
 def _converted(
@@ -155,27 +155,27 @@ def _converted(
     targets: list[str],
     ordered: list[list[Stored]],
     state: dict[str, tuple[int, ...]],
-) -> tuple[dict[str, list[Piece]], str]:
+) -> tuple[dict[str, list[RowSlice]], str]:
     """Map rows through conversions that only stack, join or split rows.
 
     Returns:
-        The pieces by stored name, and the names of the operations that rearrange rows; "" if none.
+        The slices by stored name, and the names of the operations that rearrange rows; "" if none.
     """
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in operations]
     tensors = [tensor for items in ordered for tensor in items]
-    found: dict[str, list[Piece]] = {}
+    found: dict[str, list[RowSlice]] = {}
     start = 0
     if steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         for items in ordered:
             for matrix, tensor in enumerate(items):
-                found[tensor.name] = [Piece(targets[0], matrix, start, tensor.rows)]
+                found[tensor.name] = [RowSlice(targets[0], matrix, start, tensor.rows)]
             start += items[0].rows
     elif steps == [("Concatenate", 0)] and len(tensors[0].shape) == 2:
         for tensor in tensors:
-            found[tensor.name] = [Piece(targets[0], 0, start, tensor.rows)]
+            found[tensor.name] = [RowSlice(targets[0], 0, start, tensor.rows)]
             start += tensor.rows
     elif steps in ([("Chunk", 0)], [("Split", 0)]) and len(tensors[0].shape) == 2:
-        found[tensors[0].name] = [Piece(name, 0, 0, state[name][0]) for name in targets]
+        found[tensors[0].name] = [RowSlice(name, 0, 0, state[name][0]) for name in targets]
     else:
         return {tensor.name: [] for tensor in tensors}, " and ".join(step for step, _ in steps)
     return found, ""

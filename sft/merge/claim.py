@@ -25,11 +25,13 @@ def check_output(output: Path, overwrite: bool) -> None:
     """
     if output.exists() and not overwrite:
         raise MergeError(
-            f"{output} exists\n    fix: overwrite=true to replace it, or output=ANOTHER"
+            f"{output} exists\n    fix: overwrite=true to replace it, or output=NEW_FOLDER"
         )
     for folder in (output, _failed(output)):
         if folder.exists() and not (folder / REPORT).is_file():
-            raise MergeError(f"{folder} exists without merge_report.json\n    fix: output=ANOTHER")
+            raise MergeError(
+                f"{folder} exists without merge_report.json\n    fix: output=NEW_FOLDER"
+            )
 
 
 def check_space(size: int, output: Path) -> None:
@@ -66,7 +68,7 @@ def claimed(output: Path) -> Iterator[Path]:
     partial = partial_of(output)
     names = [path.name for path in partial.iterdir()] if partial.exists() else []
     if names and not any(name.startswith(REPORT) for name in names):
-        raise MergeError(f"{partial} exists without merge_report.json\n    fix: output=ANOTHER")
+        raise MergeError(f"{partial} exists without merge_report.json\n    fix: output=NEW_FOLDER")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with _locked(partial), new_folder(output):
@@ -75,7 +77,7 @@ def claimed(output: Path) -> Iterator[Path]:
         if error.errno not in DISK:
             raise
         raise MergeError(
-            f"{output} cannot be written: {error}\n    fix: solve that, or output=ANOTHER"
+            f"{output} cannot be written: {error}\n    fix: solve that, or output=NEW_FOLDER"
         ) from error
 
 
@@ -98,7 +100,7 @@ def _locked(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        message = f"another merge is writing {folder}\n    fix: wait, or output=ANOTHER"
+        message = f"another merge is writing {folder}\n    fix: wait, or output=NEW_FOLDER"
         raise MergeError(message) from None
     finally:
         os.close(handle)

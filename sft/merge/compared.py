@@ -30,7 +30,7 @@ def base_and_adapter(prepared: PreparedMerge, resident: bool) -> Iterator[Any]:
         yield reference(prepared, stored, weights_only=True)
     else:
         model = _weighed(prepared.model, prepared)
-        with streamed(model, Weights(prepared.base, prepared.wholes)):
+        with streamed(model, Weights(prepared.base, prepared.transforms)):
             yield model
 
 
@@ -64,7 +64,7 @@ def reference(
     sources = prepared.sources
     quantized = quantization.load_in_4bit or quantization.load_in_8bit
     # Quantisation and PiSSA's initialisation start from the weights in the precision of training.
-    derived = quantized or bool(prepared.wholes)
+    derived = quantized or bool(prepared.transforms)
     base = load_frozen(sources.base, quantization, sources.dtype if derived else torch.float32)
     if quantized and weights_only:
         base = base.dequantize(torch.float32).float()
@@ -97,14 +97,14 @@ def _weighed(model: Any, prepared: PreparedMerge) -> Any:
 
 @torch.no_grad()
 def _restore_others(model: Any, prepared: PreparedMerge) -> None:
-    """Set the weights outside of ``prepared.wholes`` to the values in the base's files.
+    """Set the weights outside of ``prepared.transforms`` to the values in the base's files.
 
     The merge reads these from the files, whose precision may be higher than training's.
     """
     stored = load_frozen(prepared.sources.base, QuantizationConfig(), torch.float32)
     values = dict(stored.named_parameters())
     for name, parameter in model.named_parameters():
-        if name not in prepared.wholes:
+        if name not in prepared.transforms:
             parameter.data = values[name].data
 
 

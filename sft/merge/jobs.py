@@ -117,9 +117,9 @@ class RowsJob:
         for row in range(start, stop, step):
             rows = tile[: stop - row]
             rows.copy_(self._base(part, row, row + len(rows), room["bytes"]))
-            if part.change is not None and part.piece is not None:
-                place = part.piece.start + row
-                part.change.apply(rows, part.piece.matrix, place, factor, scratch)
+            if part.change is not None and part.target is not None:
+                first = part.target.start + row
+                part.change.apply(rows, part.target.matrix, first, factor, scratch)
             rounded[: len(rows)].copy_(rows)
             done = len(rows) * columns * size
             _put(self.handle, buffer[:done], self.offset + (part.start + row) * columns * size)
@@ -129,10 +129,10 @@ class RowsJob:
         self, part: OutputPart, start: int, stop: int, raw: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return rows of a part before the change; ``raw`` is the buffer for reading them."""
-        if part.change is not None and part.change.replaced is not None and part.piece is not None:
+        if part.change is not None and part.change.replaced is not None and part.target is not None:
             own = part.change.replaced
-            own = own[part.piece.matrix] if own.ndim == 3 else own
-            own = own.reshape(-1, self.output.columns)[part.piece.start :]
+            own = own[part.target.matrix] if own.ndim == 3 else own
+            own = own.reshape(-1, self.output.columns)[part.target.start :]
             return own[start:stop]
         if self.matrix is not None:
             return self.matrix[part.start + start : part.start + stop]

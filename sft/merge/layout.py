@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from sft.errors import MergeError
-from sft.merge.base_files import Base, Piece
+from sft.merge.base_files import Base, RowSlice
 from sft.merge.change import Change
 from sft.merge.stored import FLOATS, NAMES, SINGLE, Stored
 
-Whole = Callable[[torch.Tensor], torch.Tensor]  # a function of a whole base matrix
+Transform = Callable[[torch.Tensor], torch.Tensor]  # a function of a whole base matrix
 
 
 @dataclass
@@ -24,13 +24,13 @@ class OutputPart:
     Attributes:
         start: The first row.
         stop: The row after the last.
-        piece: The parameter and its rows; None if the model has no such parameter.
+        target: The parameter and its rows; None if the model has no such parameter.
         change: None if the base's rows stay as they are.
     """
 
     start: int
     stop: int
-    piece: Piece | None
+    target: RowSlice | None
     change: Change | None
 
 
@@ -44,7 +44,7 @@ class Output:
         shape: The written shape.
         dtype: The format's name of the written dtype.
         parts: All of its rows.
-        whole: Applied to the whole base matrix before the change, such as quantising and
+        transform: Applied to the whole base matrix before the change, such as quantising and
             dequantising it; None: nothing is.
     """
 
@@ -53,7 +53,7 @@ class Output:
     shape: tuple[int, ...]
     dtype: str
     parts: list[OutputPart]
-    whole: Whole | None = None
+    transform: Transform | None = None
 
     @property
     def size(self) -> int:
@@ -70,7 +70,7 @@ class Output:
         """Return whether it is an exact copy of the base's bytes."""
         return (
             self.dtype == self.stored.dtype
-            and self.whole is None
+            and self.transform is None
             and not any(part.change for part in self.parts)
         )
 
@@ -144,7 +144,7 @@ class Layout:
 def plan(
     base: Base,
     changes: Mapping[str, Change],
-    wholes: Mapping[str, Whole],
+    transforms: Mapping[str, Transform],
     dtype: torch.dtype | None,
     shard_size: int | None,
     name_of: Callable[[str], str],
@@ -154,7 +154,7 @@ def plan(
     Args:
         base: The base's files.
         changes: The changes, by parameter.
-        wholes: The functions that are applied to whole matrices before the change, by parameter.
+        transforms: Applied to whole matrices before the change, by parameter.
         dtype: The precision of all floating-point tensors; None: each keeps its own.
         shard_size: The largest size of a file in bytes; None: the same files as the base.
         name_of: Returns the stored name of a parameter that the base does not store.
@@ -163,7 +163,7 @@ def plan(
         MergeError: A change cannot be expressed in the base's files.
     """
     changes = dict(changes)
-    held = {piece.parameter for found in base.pieces.values() for piece in found}
+    held = {target.parameter for found in base.slices.values() for target in found}
     apart = []
     for group in base.tied:
         changed = [changes.get(name, Change()) for name in group]
@@ -171,7 +171,7 @@ def plan(
             changes |= {name: changed[0] for name in group if group[0] in changes}
         else:
             apart += [group]
-    planner = _OutputPlanner(base, changes, wholes, dtype)
+    planner = _OutputPlanner(base, changes, transforms, dtype)
     files = [
         File(path.name, [planner.output(tensor.name, tensor, None) for tensor in tensors])
         for path, tensors in base.files.items()
@@ -203,7 +203,7 @@ class _OutputPlanner:
 
     base: Base
     changes: dict[str, Change]
-    wholes: Mapping[str, Whole]
+    transforms: Mapping[str, Transform]
     dtype: torch.dtype | None
     written: set[str] = field(default_factory=set)
 
@@ -216,31 +216,31 @@ class _OutputPlanner:
             parameter: Of tied parameters that become separate, the one to write; None: the one
                 that the base's file names.
         """
-        pieces = self.base.pieces[stored.name]
+        slices = self.base.slices[stored.name]
         if parameter is not None:
-            pieces = [replace(piece, parameter=parameter) for piece in pieces]
+            slices = [replace(target, parameter=parameter) for target in slices]
         is_float = stored.dtype in FLOATS
         dtype = NAMES[self.dtype] if is_float and self.dtype is not None else stored.dtype
         shape, parts, start = stored.shape, [], 0
-        for piece in pieces:
-            change = self.changes.get(piece.parameter)
+        for target in slices:
+            change = self.changes.get(target.parameter)
             if change is not None:
-                self.written.add(piece.parameter)
-                if change.replaced is not None and len(pieces) == 1 and piece.start == 0:
+                self.written.add(target.parameter)
+                if change.replaced is not None and len(slices) == 1 and target.start == 0:
                     shape = tuple(change.replaced.shape) if len(stored.shape) < 3 else shape
-                    piece = replace(piece, rows=math.prod(shape[:-1]))
-            parts.append(OutputPart(start, start + piece.rows, piece, change))
-            start += piece.rows
+                    target = replace(target, rows=math.prod(shape[:-1]))
+            parts.append(OutputPart(start, start + target.rows, target, change))
+            start += target.rows
         if not parts:
             parts.append(OutputPart(0, stored.rows, None, None))
-        return Output(name, stored, shape, dtype, parts, self._whole(stored, pieces))
+        return Output(name, stored, shape, dtype, parts, self._transform(stored, slices))
 
-    def _whole(self, stored: Stored, pieces: list[Piece]) -> Whole | None:
+    def _transform(self, stored: Stored, slices: list[RowSlice]) -> Transform | None:
         """Return the function that is applied to the whole matrix, if there is one."""
-        found = [self.wholes[piece.parameter] for piece in pieces if piece.parameter in self.wholes]
-        if found and (len(pieces) != 1 or len(stored.shape) != 2):
+        found = [self.transforms[it.parameter] for it in slices if it.parameter in self.transforms]
+        if found and (len(slices) != 1 or len(stored.shape) != 2):
             raise MergeError(
-                f"{stored.name} is a part of {pieces[0].parameter}, but dequantising and PiSSA's "
+                f"{stored.name} is a part of {slices[0].parameter}, but dequantising and PiSSA's "
                 "or OLoRA's initialisation need the whole matrix\n"
                 "    fix: merge it in memory, with PEFT"
             )

@@ -95,9 +95,9 @@ def _carry_code(base: ModelConfig, settings: dict[str, Any], folder: Path) -> No
         for path in name.glob("*.py"):
             shutil.copy(path, folder)
         return
-    for kind, place in settings.get("auto_map", {}).items():
-        if isinstance(place, str) and "--" not in place:
-            settings["auto_map"][kind] = f"{name}--{place}"
+    for kind, reference in settings.get("auto_map", {}).items():
+        if isinstance(reference, str) and "--" not in reference:
+            settings["auto_map"][kind] = f"{name}--{reference}"
 
 
 def _generation(prepared: PreparedMerge) -> Any:

@@ -12,7 +12,7 @@ from sft.config.settings import ModelConfig
 from sft.merge.adapter_files import restarts
 from sft.merge.adapters import attach, changes
 from sft.merge.base_files import Base
-from sft.merge.layout import Layout, Whole, plan
+from sft.merge.layout import Layout, Transform, plan
 from sft.merge.placeholders import with_placeholders
 from sft.merge.quantized import dequantizers
 from sft.merge.sources import Sources
@@ -33,7 +33,7 @@ class PreparedMerge:
         sources: The adapters and the base.
         base: The base's files.
         model: The base's architecture without weights, with the adapters on it.
-        wholes: The functions that are applied to whole matrices, by parameter.
+        transforms: The functions that are applied to whole matrices, by parameter.
         layout: The files to write.
         dequantized: The base is quantised as in training and dequantised before the merge.
         resized: The rows of the adapter's embedding, if the base has a different number.
@@ -43,7 +43,7 @@ class PreparedMerge:
     sources: Sources
     base: Base
     model: PeftModel
-    wholes: dict[str, Whole]
+    transforms: dict[str, Transform]
     layout: Layout
     dequantized: bool
     resized: int | None
@@ -82,20 +82,22 @@ def prepare(
     resized = _resize(architecture, sources)
     model = attach(with_placeholders(architecture), sources.adapters, sources.configs)
     found = changes(model, sources.weights, sources.configs, base.partners)
-    wholes: dict[str, Whole] = {}
+    transforms: dict[str, Transform] = {}
     if dequantized:
-        wholes |= dequantizers(load_architecture(sources.base), sources.quantization, sources.dtype)
+        transforms |= dequantizers(
+            load_architecture(sources.base), sources.quantization, sources.dtype
+        )
     for name, change in found.items():
         if change.restart is not None:
-            wholes[name] = _restart(wholes.get(name), change.restart, sources.dtype)
-    layout = plan(base, found, wholes, dtype, shard_size, names)
+            transforms[name] = _restart(transforms.get(name), change.restart, sources.dtype)
+    layout = plan(base, found, transforms, dtype, shard_size, names)
     own = ModelConfig(name_or_path=str(sources.adapters[0]))
     brings = (sources.adapters[0] / TOKENIZER).is_file()
     tokenizer = load_tokenizer(own if brings else sources.base)
-    return PreparedMerge(sources, base, model, wholes, layout, dequantized, resized, tokenizer)
+    return PreparedMerge(sources, base, model, transforms, layout, dequantized, resized, tokenizer)
 
 
-def _restart(before: Whole | None, restart: Whole, dtype: torch.dtype) -> Whole:
+def _restart(before: Transform | None, restart: Transform, dtype: torch.dtype) -> Transform:
     def run(weight: torch.Tensor) -> torch.Tensor:
         return restart((before(weight) if before else weight).to(dtype))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft.config.settings import QuantizationConfig
-from sft.merge.layout import Whole
+from sft.merge.layout import Transform
 from sft.model.quantization import quantization_config
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def dequantizers(
     architecture: PreTrainedModel, quantization: QuantizationConfig, dtype: torch.dtype
-) -> dict[str, Whole]:
+) -> dict[str, Transform]:
     """Make a function for each weight that training stored in 4 or 8 bits.
 
     Args:
@@ -44,7 +44,7 @@ def dequantizers(
     }
 
 
-def _through(module: Any, dtype: torch.dtype) -> Whole:
+def _through(module: Any, dtype: torch.dtype) -> Transform:
     import bitsandbytes
     from transformers.pytorch_utils import Conv1D
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
-from sft.merge.base_files import Base, Piece
-from sft.merge.layout import Whole
+from sft.merge.base_files import Base, RowSlice
+from sft.merge.layout import Transform
 from sft.merge.placeholders import base_name, is_placeholder
 from sft.merge.stored import Stored
 
@@ -25,24 +25,24 @@ class Weights:
 
     Args:
         base: The files; loading may not rearrange rows of any parameter.
-        wholes: The functions that are applied to whole matrices, by parameter.
+        transforms: The functions that are applied to whole matrices, by parameter.
     """
 
-    def __init__(self, base: Base, wholes: dict[str, Whole]) -> None:
-        self.base, self.wholes = base, wholes
+    def __init__(self, base: Base, transforms: dict[str, Transform]) -> None:
+        self.base, self.transforms = base, transforms
         self.threads = ThreadPoolExecutor(torch.get_num_threads())
         self.spare: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        self.places: dict[str, list[tuple[Stored, int, Piece]]] = {}
+        self.stored: dict[str, list[tuple[Stored, int, RowSlice]]] = {}
         for tensors in base.files.values():
             for stored in tensors:
                 row = 0
-                for piece in base.pieces[stored.name]:
-                    self.places.setdefault(piece.parameter, []).append((stored, row, piece))
-                    row += piece.rows
+                for target in base.slices[stored.name]:
+                    self.stored.setdefault(target.parameter, []).append((stored, row, target))
+                    row += target.rows
 
-    def place(self, name: str) -> list[tuple[Stored, int, Piece]]:
+    def stored_at(self, name: str) -> list[tuple[Stored, int, RowSlice]]:
         """List the stored tensors and rows of a parameter, which a tied name may store."""
-        return next(self.places[other] for other in self._names(name) if other in self.places)
+        return next(self.stored[other] for other in self._names(name) if other in self.stored)
 
     def _names(self, name: str) -> list[str]:
         return [name, *self.base.partners(name)]
@@ -50,15 +50,15 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         """Read a parameter; a buffer of its shape that ``give_back`` returned is used again."""
         shape = self.base.shapes[name]
-        places = self.place(name)
-        if name in self.wholes:
-            return self.wholes[name](places[0][0].read(0, places[0][0].rows)).float().view(shape)
+        found = self.stored_at(name)
+        if name in self.transforms:
+            return self.transforms[name](found[0][0].read(0, found[0][0].rows)).float().view(shape)
         spare = self.spare.get(shape)
         result = spare.pop() if spare else torch.empty(shape)
         matrices = result.view(shape[0] if len(shape) == 3 else 1, -1, shape[-1])
-        for stored, row, piece in places:
-            rows = matrices[piece.matrix, piece.start : piece.start + piece.rows]
-            rows.copy_(stored.read(row, row + piece.rows))
+        for stored, row, target in found:
+            rows = matrices[target.matrix, target.start : target.start + target.rows]
+            rows.copy_(stored.read(row, row + target.rows))
         return result
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class Weights:
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read some rows of a matrix that one stored tensor holds."""
-        [(stored, row, _)] = self.place(name)
+        [(stored, row, _)] = self.stored_at(name)
         return stored.read(row + start, row + stop).float()
 
 
@@ -150,7 +150,7 @@ def _by_rows(path: str, module: Any, weights: Weights) -> bool:
     if type(module) not in (nn.Embedding, nn.Linear):
         return False
     name = f"{path}.weight"
-    if len(weights.place(name)) != 1 or name in weights.wholes:
+    if len(weights.stored_at(name)) != 1 or name in weights.transforms:
         return False
 
     def embed(ids: torch.Tensor) -> torch.Tensor:

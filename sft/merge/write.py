@@ -108,19 +108,19 @@ class _FileWriter:
             if output.is_copy:
                 for start in range(0, output.size, COPY):
                     yield submit(copy, output.stored, start, handle, offset, self.tick)
-            elif output.whole is None:
+            elif output.transform is None:
                 job = RowsJob(output, None, handle, offset, self.device, self.tick)
                 for part in output.parts:
                     for rows in job.chunks(part):
                         yield submit(job.run, *rows)
             else:
-                yield self._submit_whole(output, output.whole, handle, offset, submit)
+                yield self._submit_transformed(output, output.transform, handle, offset, submit)
             offset += output.size
 
-    def _submit_whole(
+    def _submit_transformed(
         self,
         output: Output,
-        whole: Callable[[torch.Tensor], torch.Tensor],
+        transform: Callable[[torch.Tensor], torch.Tensor],
         handle: int,
         offset: int,
         submit: Callable[..., int],
@@ -129,7 +129,7 @@ class _FileWriter:
         _wait(self.pending)
         self.pending.clear()
         torch.set_num_threads(self.threads)
-        matrix = whole(output.stored.read(0, output.stored.rows)).float()
+        matrix = transform(output.stored.read(0, output.stored.rows)).float()
         torch.set_num_threads(1)
         job = RowsJob(output, matrix, handle, offset, self.device, self.tick)
         return max(submit(job.run, *rows) for part in output.parts for rows in job.chunks(part))

@@ -8,7 +8,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from sft.config.places import HOME_DIR
+from sft.config.paths import HOME_DIR
 
 LIBRARIES = (
     "sft",

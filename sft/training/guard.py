@@ -115,12 +115,12 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             dist.all_reduce(flag)
         return bool(flag.item())
 
-    def kept(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return what a checkpoint stores: recent losses and the number of skipped steps."""
         return {"recent": list(self.recent), "skipped": self.skipped}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Continue from what ``kept`` returned."""
+        """Continue from what ``state`` returned."""
         self.recent.extend(saved["recent"])
         self.skipped = saved["skipped"]
 

@@ -23,13 +23,13 @@ class RunningMetrics:
         self.tokens: Any = 0
         self.sums: torch.Tensor | None = None
 
-    def kept(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return both as JSON values, for a checkpoint."""
         sums = None if self.sums is None else self.sums.tolist()
         return {"sums": sums, "tokens": int(self.tokens)}
 
     def restore(self, saved: dict[str, Any], device: torch.device) -> None:
-        """Continue from what ``kept`` returned."""
+        """Continue from what ``state`` returned."""
         if saved["sums"] is not None:
             self.sums = torch.tensor(saved["sums"], dtype=torch.float64, device=device)
         self.tokens = saved["tokens"]

@@ -71,10 +71,10 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         return {
             "loss": self._tr_loss.item(),
             "logged_at": self._globalstep_last_logged,
-            **self.running_metrics.kept(),
+            **self.running_metrics.state(),
             "all_tokens": self._total_train_tokens,
             "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
-            **self.guard.kept(),
+            **self.guard.state(),
         }
 
     def resume_counts(self) -> None:

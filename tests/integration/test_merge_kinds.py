@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support import build_adapter, build_model
+from support import TINY, build_adapter, build_model
 from transformers import AutoModelForCausalLM
 
 from sft.errors import MergeError
@@ -266,8 +266,11 @@ def test_what_is_not_merged_is_refused_by_name(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_another_kind_of_adapter_is_refused(tmp_path: Path, bases: Path) -> None:
+def test_another_kind_of_adapter_generates_and_is_not_merged(tmp_path: Path, bases: Path) -> None:
     from peft import IA3Config, get_peft_model
+    from transformers import AutoTokenizer
+
+    from sft.generate import main as generate
 
     base = base_of(bases, "llama", False)
     settings = IA3Config(target_modules=ATTENTION, feedforward_modules=[])
@@ -276,6 +279,15 @@ def test_another_kind_of_adapter_is_refused(tmp_path: Path, bases: Path) -> None
     )
     with pytest.raises(MergeError, match="is IA3, not LoRA"):
         merged(f"adapter={tmp_path / 'adapter'}", f"output={tmp_path / 'out'}", f"base={base}")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "adapter")
+    generate(
+        [
+            *(f"adapter={tmp_path / 'adapter'}", f"base={base}", "prompt=a", "max_new_tokens=2"),
+            *("raw=true", f"output={tmp_path / 'answers.jsonl'}"),
+        ]
+    )
+    [answer] = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert json.loads(answer).keys() == {"prompt", "generated"}
 
 
 @pytest.mark.parametrize("rank", [1, 8, 256])

@@ -126,7 +126,9 @@ def test_a_signal_saves_and_stops(
         "give the same command again to resume the run\n"
     )
     assert max(losses(run)) == step
-    assert json.loads((run / "run.json").read_text())["status"] == "stopped"
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "stopped"
+    assert record["reason"].startswith(f"stopped by {name} after step {step}, which is saved")
 
 
 def wait_for_step(child: subprocess.Popen[str], run: Path, step: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sft import ranks
-from sft.config.places import DS_CONFIG_DIR
+from sft.config.paths import DS_CONFIG_DIR
 from sft.config.rules import declared
 from sft.config.settings import Config, fill_names
 from sft.data import artefact

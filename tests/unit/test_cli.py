@@ -15,7 +15,7 @@ from sft import __main__ as program
 from sft.cli import completion, helptext
 from sft.config import compose
 from sft.config import groups as options
-from sft.config.places import CONF_DIR
+from sft.config.paths import CONF_DIR
 from sft.config.settings import Config
 from sft.data.__main__ import main as data
 from sft.errors import ConfigError, Problem

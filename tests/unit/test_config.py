@@ -15,7 +15,7 @@ import yaml
 
 from sft.config import saved, upstream
 from sft.config.checks import check
-from sft.config.places import CONF_DIR
+from sft.config.paths import CONF_DIR
 from sft.config.rules import above, at_least, fields_of, named, one_of, within
 from sft.config.settings import (
     Config,

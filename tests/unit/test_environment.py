@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sft import environment
+
 HOLD = """
 import sys
 from pathlib import Path
@@ -93,6 +95,22 @@ def test_of_progress_bars_the_loading_of_weights_is_hidden() -> None:
     finally:
         if not before:
             bars.disable_progress_bar()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_only_a_process_of_a_command_excludes_what_it_imports(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook's own models must stay under the collector."""
+    monkeypatch.setattr(environment, "ALONE", alone)
+    monkeypatch.delitem(sys.modules, "trl", raising=False)
+    gc.unfreeze()
+    try:
+        with environment.importing():
+            assert gc.isenabled() is not alone
+        assert gc.isenabled() and (gc.get_freeze_count() > 10_000) is alone
+    finally:
+        gc.unfreeze()
 
 
 def test_the_collector_is_as_before_after_the_block() -> None:

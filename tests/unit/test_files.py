@@ -1,5 +1,6 @@
 """Folders that are complete or absent: what is left after an error, a kill and a success."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,25 @@ def test_an_output_is_claimed_until_it_has_its_name(tmp_path: Path) -> None:
             pass
         assert names(partial) == [REPORT]
     assert names(tmp_path) == ["out", f"out/{REPORT}"]
+
+
+def test_a_replaced_folder_is_deleted_after_the_new_one_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill while the old one is deleted must not leave the name without a folder."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    seen: list[list[str]] = []
+    delete = shutil.rmtree
+
+    def watched(path: Path, **options: bool) -> None:
+        if path.exists():
+            seen.append(names(out))
+        delete(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    with new_folder(out) as partial:
+        (partial / "new").touch()
+    assert seen == [["new"]]
+    assert names(tmp_path) == ["out", "out/new"]

@@ -57,7 +57,7 @@ def test_skipped_steps_are_counted_and_too_many_stop(tmp_path: Path) -> None:
     for _ in range(SKIPS - 1):
         steps.make(math.nan)
     steps.make(1.0)
-    assert steps.guard.kept() == {"recent": [1.0], "skipped": SKIPS - 1}
+    assert steps.guard.state() == {"recent": [1.0], "skipped": SKIPS - 1}
     with pytest.raises(RunError, match=f"{SKIPS} steps in a row were skipped"):
         for _ in range(SKIPS):
             steps.make(math.nan)
@@ -68,7 +68,7 @@ def test_a_jump_is_measured_against_the_recent_losses_of_a_checkpoint_too(tmp_pa
     for loss in (9.0, *[1.0] * (RECENT - 1)):  # whose average is 1.4
         first.make(loss)
     first.make(4.0)  # 2.9 times that
-    resumed.guard.restore(first.guard.kept())
+    resumed.guard.restore(first.guard.state())
     with pytest.raises(RunError, match=r"step 1: the loss jumped to 4, from 1.15 on average over"):
         resumed.make(4.0)
 

@@ -94,7 +94,7 @@ def test_a_checkpoint_is_taken_up_without_a_trainer(tmp_path: Path) -> None:
     for _ in range(3):
         step()
     writer = tensors.Writer(tmp_path)
-    for key, tensor in state.kept(live.optimizer):
+    for key, tensor in state.unsharded(live.optimizer):
         writer.add(key, tensor)
     writer.flush()
     assert tensors.Reader(tmp_path).where.keys() == {
@@ -129,11 +129,11 @@ def test_counts_are_shared_among_another_number_of_ranks() -> None:
     here.see({"input_ids": torch.ones(2, 4)})
     here.see({"input_ids": torch.ones(1, 4), "attention_mask": torch.tensor([[1, 1, 1, 0]])})
     here.sums = torch.tensor([4.0, 1.0, 2.0], dtype=torch.float64)
-    kept = json.loads(json.dumps(here.kept()))
+    kept = json.loads(json.dumps(here.state()))
     assert kept == {"sums": [4.0, 1.0, 2.0], "tokens": 11}
     there.restore(kept, torch.device("cpu"))
     assert there.flush(100) == {"entropy": 2.0, "mean_token_accuracy": 0.5, "num_tokens": 111}
-    assert there.kept() == {"sums": None, "tokens": 0}
+    assert there.state() == {"sums": None, "tokens": 0}
 
 
 GOOD = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2)}

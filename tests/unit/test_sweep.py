@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from sft import child
 from sft.cli.command import start_logging
 from sft.config import saved
-from sft.config.places import CONF_DIR
+from sft.config.paths import CONF_DIR
 from sft.config.settings import Config, fill_names
 from sft.errors import ConfigError, RunError
 from sft.sweep import trials as sweep

@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft.config import upstream, zero, zero_checks
-from sft.config.places import DS_CONFIG_DIR
+from sft.config.paths import DS_CONFIG_DIR
 from sft.config.settings import ZeroConfig
 from sft.errors import Problem
 from sft.fast import zero3
