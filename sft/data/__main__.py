@@ -58,6 +58,7 @@ def data(config: DataConfig) -> dict[str, Any]:
     from sft.data.audit import Counts
     from sft.data.prepare import prepare
     from sft.data.template import Template
+    from sft.model import adapter
     from sft.model import base as model
 
     tokenizer = model.load_tokenizer(config.model)
@@ -67,7 +68,7 @@ def data(config: DataConfig) -> dict[str, Any]:
     if meta_of(config.dataset.path) is None:
         logger.info("dataset.packing=%s: %s", packing.value, packing.reason)
     needed = streamed_samples(config)
-    parameters = outlook.adapter_parameters(config)
+    parameters = adapter.count_parameters(config)
 
     def show(parts: dict[str, Counts], dataset: DatasetConfig) -> None:
         report.show(parts, dataset, outlook.outlook(config, parts["train"], parameters))

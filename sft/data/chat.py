@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from sft.data.chat_parts import Parts, require_texts, texts_of
-from sft.data.chat_template import ChatTemplate, Message, Tools, shared_prefix
+from sft.data.chat_template import ChatTemplate, Message, Tools
 from sft.data.end_of_turn import AFTER, End, end_of_turn
-from sft.data.segment import Sample, Segment
+from sft.data.segment import Sample, Segment, shared_prefix
 from sft.errors import DataError
 
 Span = tuple[int, int]  # first character, and the one after the last

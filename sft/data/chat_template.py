@@ -24,12 +24,6 @@ _CLOSED = re.compile(r"()(.*?\n)(</think>)(\s.*|)", re.DOTALL)
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
-def shared_prefix(first: str, second: str) -> str:
-    """Return the characters with which both texts begin."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return first[: next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))]
-
-
 def thought_of(message: Message) -> re.Match[str] | None:
     """Match the reasoning within an answer's content: begin, reasoning, end and the rest."""
     content: str = message["content"]

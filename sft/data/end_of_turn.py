@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from sft.data.chat_template import ChatTemplate, Message, shared_prefix
+from sft.data.chat_template import ChatTemplate, Message
+from sft.data.segment import shared_prefix
 from sft.errors import DataError
 
 # Texts that no template writes and that tell where a rendered part ends.

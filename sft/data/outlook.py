@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from sft.config.settings import Config
 from sft.data.audit import Counts
-
-logger = logging.getLogger("sft")
 
 
 @dataclass
@@ -52,7 +48,7 @@ def outlook(config: Config, counts: Counts, parameters: int | None) -> Outlook:
     Args:
         config: The run's config.
         counts: Counts of the samples to train on.
-        parameters: What ``adapter_parameters`` returned.
+        parameters: Those of the adapter; None if unknown.
     """
     train = config.train
     per_epoch = max(1, math.ceil(counts.samples / train.global_batch_size))
@@ -73,34 +69,6 @@ def outlook(config: Config, counts: Counts, parameters: int | None) -> Outlook:
         parameters if known else None,
         round(float(parameters or 0) / distinct, 3) if known else None,
     )
-
-
-def adapter_parameters(config: Config) -> int | None:
-    """Count the parameters of the adapter on a model without weights.
-
-    Returns:
-        None if no adapter is trained, or if it cannot be built, for the reason that is logged: the
-        model's config cannot be read, or the adapter's settings do not fit.
-    """
-    if not config.lora.enabled:
-        return None
-    from peft import get_peft_model
-
-    from sft.model import adapter
-    from sft.model.base import load_architecture
-
-    try:
-        architecture = load_architecture(config.model)
-        lora = adapter.lora_config(config, architecture)
-        assert lora is not None
-        lora.init_lora_weights = True  # the others compute with the model's weights
-        with warnings.catch_warnings(action="ignore"):  # training shows them
-            model = get_peft_model(architecture, lora, low_cpu_mem_usage=True)
-    except Exception as error:  # an audit of the data needs no adapter, so PEFT must not stop it
-        logger.info("the adapter's parameters are not counted: %s", error)
-        return None
-    trained = (weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return int(sum(trained))
 
 
 def warning(found: Outlook, rank: int) -> str | None:

@@ -37,3 +37,9 @@ def require_no_break(text: str) -> None:
     """
     if TOKEN_BREAK in text:
         raise DataError("the text holds the private-use character U+F8F0, which sft reserves")
+
+
+def shared_prefix(first: str, second: str) -> str:
+    """Return the characters with which both texts begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return first[: next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))]

@@ -6,7 +6,9 @@ ignores typos in ``rank_pattern`` and ``modules_to_save``: the run would train o
 
 from __future__ import annotations
 
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,15 @@ from sft.config.rules import named
 from sft.config.settings import Config, LoraSection
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
+from sft.model.base import load_architecture
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
     from transformers import PreTrainedModel
+
+
+logger = logging.getLogger("sft")
 
 
 def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | None:
@@ -45,6 +51,31 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
     if lora.target_modules == "attention":
         fields["target_modules"] = attention_names(architecture)
     return LoraConfig(task_type="CAUSAL_LM", **fields, **lora.extra)
+
+
+def count_parameters(config: Config) -> int | None:
+    """Count the parameters of the adapter on a model without weights.
+
+    Returns:
+        None if no adapter is trained, or if it cannot be built, for the reason that is logged: the
+        model's config cannot be read, or the adapter's settings do not fit.
+    """
+    if not config.lora.enabled:
+        return None
+    from peft import get_peft_model
+
+    try:
+        architecture = load_architecture(config.model)
+        lora = lora_config(config, architecture)
+        assert lora is not None
+        lora.init_lora_weights = True  # the others compute with the model's weights
+        with warnings.catch_warnings(action="ignore"):  # training shows them
+            model = get_peft_model(architecture, lora, low_cpu_mem_usage=True)
+    except Exception as error:  # an audit of the data needs no adapter, so PEFT must not stop it
+        logger.info("the adapter's parameters are not counted: %s", error)
+        return None
+    trained = (weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return int(sum(trained))
 
 
 def is_linear(module: nn.Module) -> bool:
