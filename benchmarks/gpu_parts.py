@@ -178,7 +178,6 @@ def folder_of(shape: str) -> Path:
 
 def rows_of(shape: str, count: int, longest: int) -> Path:
     """Write rows of random tokens in Dolly's lengths; the completions are trained."""
-    vocabulary = json.loads((folder_of(shape) / "config.json").read_text())["vocab_size"]
     path = WORK / f"{shape}-{count}-{longest}.jsonl"
     if path.is_file():
         return path
@@ -187,8 +186,8 @@ def rows_of(shape: str, count: int, longest: int) -> Path:
     draw.shuffle(lengths)
     with path.open("w") as file:
         for prompt, completion in lengths[:count]:
-            # From 320 on: below are the bytes and the special tokens of the embedded tokenizer.
-            ids = [draw.randrange(320, vocabulary) for _ in range(prompt + completion - 1)] + [258]
+            # The bytes of the embedded tokenizer: sft refuses ids that the tokenizer lacks.
+            ids = [draw.randrange(256) for _ in range(prompt + completion - 1)] + [258]
             labels = ([-100] * prompt + ids[prompt:])[:longest]
             file.write(json.dumps({"input_ids": ids[:longest], "labels": labels}) + "\n")
     return path

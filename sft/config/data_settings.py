@@ -235,10 +235,21 @@ class TemplateConfig:
 
 
 @functools.cache  # called for every row
-def columns_of(text: str) -> tuple[str, ...]:
-    """List the ``{column}`` fields of a template's text.
+def parts_of(text: str) -> tuple[tuple[str, str | None], ...]:
+    """Split a template's text into pairs of literal text and the ``{column}`` after it, if any.
 
     Raises:
         ValueError: The braces of the text do not match.
     """
-    return tuple(name for _, name, _, _ in Formatter().parse(text) if name is not None)
+    parts = []
+    for literal, name, how, conversion in Formatter().parse(text):
+        # A field is a column and nothing else; with a format of Python's it names no column.
+        rest = f"!{conversion}" * bool(conversion) + f":{how}" * bool(how)
+        parts.append((literal, None if name is None else name + rest))
+    return tuple(parts)
+
+
+@functools.cache
+def columns_of(text: str) -> tuple[str, ...]:
+    """List the ``{column}`` fields of a template's text; errors are those of ``parts_of``."""
+    return tuple(name for _, name in parts_of(text) if name is not None)

@@ -29,8 +29,12 @@ class DataConfig(Config):
 
     preview: int = setting(0, "samples to show, with trained tokens marked", at_least(0))
     tokens: bool = setting(False, "also show token boundaries and ids")
-    html: str | None = setting(None, "the preview's HTML page; null: outputs/<run_name>.data.html")
-    output: str | None = setting(None, "folder for the prepared data, for dataset=pretokenized")
+    html: str | None = setting(
+        None, "the preview's HTML page; null: outputs/<run_name>.data.html", path="written"
+    )
+    output: str | None = setting(
+        None, "folder for the prepared data, for dataset=pretokenized", path="written"
+    )
 
 
 def check_data(config: DataConfig) -> list[Problem]:

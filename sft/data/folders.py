@@ -7,10 +7,11 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sft.data.named_splits import choose, files_of_split
 from sft.data.readers import TABLES, TEXT, kind_of, read_errors
 from sft.errors import DataError
 from sft.files import without_protocol
@@ -41,7 +42,8 @@ class Location:
         unused: Files of the folder that are not read, by their names within it.
         unexpected: Those of them whose names do not say, as README.md does, that they hold no rows.
         root: The folder that names are given within.
-        has_splits: Whether ``DatasetDict.save_to_disk`` wrote the folder.
+        has_splits: Whether the folder has splits: ``DatasetDict.save_to_disk`` wrote it, or the
+            names of its files say so.
     """
 
     path: str
@@ -62,7 +64,7 @@ def resolve(path: str, split: str | None = "train") -> Location:
 
     Args:
         path: File, folder, pattern, URL or hub id.
-        split: Split of a folder that ``DatasetDict.save_to_disk`` wrote; None: the first.
+        split: Split of a folder that has several; None: the first.
 
     Raises:
         DataError: The path does not exist, or not all of its files can be read together.
@@ -174,12 +176,7 @@ def _of_folder(root: str, entries: list[Entry], split: str | None) -> Location:
     saved = sorted(f for f in parents if {f"{f}/state.json", f"{f}/dataset_info.json"} <= names)
     if f"{root}/dataset_dict.json" in names:
         splits = _loaded(f"{root}/dataset_dict.json")["splits"]
-        split = split or splits[0]
-        if split not in splits:
-            raise DataError(
-                f"{root} has no split {split}; it has {', '.join(splits)}\n"
-                f"    fix: dataset.split={splits[0]}"
-            )
+        split = choose(root, split, splits)
         return Location(root, _shards(f"{root}/{split}"), root=root, has_splits=True)
     if root in saved:
         return Location(root, _shards(root), root=root)
@@ -188,7 +185,14 @@ def _of_folder(root: str, entries: list[Entry], split: str | None) -> Location:
             f"{root} holds {len(saved)} folders that Datasets saved; only one can be read"
             f"\n    fix: dataset.path={saved[0]}"
         )
-    return _chosen(root, root, entries)
+    found = _chosen(root, root, entries)
+    if kind_of(found.files[0]) in TEXT:  # of which a name tells the subject
+        return found
+    files = files_of_split(root, found.files, split)
+    if files == found.files:
+        return found
+    others = [name.removeprefix(root).lstrip("/") for name in found.files if name not in files]
+    return replace(found, files=files, unused=[*found.unused, *others], has_splits=True)
 
 
 def _shards(folder: str) -> list[str]:
@@ -229,8 +233,9 @@ def _chosen(path: str, root: str, entries: Sequence[Entry]) -> Location:
     texts = [name for name in rows if kind_of(name) in TEXT]
     tables = [name for name in rows if kind_of(name) in TABLES]
     if not rows:
+        found = few(short(name) for name, _ in entries)
         raise DataError(
-            f"{path} holds no file of a known kind, but {few(short(name) for name, _ in entries)}\n"
+            f"{path} holds no file of a known kind{', but ' * bool(found)}{found}\n"
             f"    fix: a folder with files of rows: {', '.join((*TEXT, *TABLES))}"
         )
     if texts and tables:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from sft.config.settings import DatasetConfig, TemplateConfig
+from sft.config.settings import DatasetConfig
 from sft.data import locations
 from sft.data.folders import Location, resolve
 from sft.data.readers import MAX_ROW_BYTES
@@ -140,19 +140,14 @@ def _of(config: DatasetConfig) -> list[Source]:
     return [*given, held_out]
 
 
-def halves(row: Row, template: TemplateConfig, config: DatasetConfig) -> tuple[Row, Row]:
+def halves(row: Row, config: DatasetConfig) -> tuple[Row, Row]:
     """Split one plain text between two lines, so that its end can be held out.
 
     Raises:
-        DataError: The row is not plain text, or has no end of a line to split at.
+        DataError: The text has no end of a line to split at.
     """
-    text = row.values.get("text")
+    text = row.values["text"]
     fraction = config.eval_fraction
-    if template.kind != "text" or not isinstance(text, str):
-        raise DataError(
-            f"one row with dataset.eval_fraction={fraction} leaves none to train on\n"
-            "    fix: dataset.eval_fraction=0"
-        )
     cut = text.rfind("\n", 0, int(len(text) * (1 - fraction))) + 1
     if cut == 0 or cut == len(text):
         raise DataError(

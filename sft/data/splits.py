@@ -38,8 +38,8 @@ def held_out(
     count = max(1, round(len(rows) * config.eval_fraction))
     if count >= len(rows):
         raise DataError(
-            f"{len(rows)} rows with dataset.eval_fraction={config.eval_fraction} leave none to "
-            "train on\n    fix: dataset.eval_fraction=0"
+            f"dataset.eval_fraction={config.eval_fraction} of {len(rows)} "
+            f"row{'s' * (len(rows) != 1)} leaves none to train on\n    fix: dataset.eval_fraction=0"
         )
     # The rows are the two halves of one text (see sources.halves): hold out the second.
     halves = store.read[given[0].name]["rows"] == 2 and len(given) == 1

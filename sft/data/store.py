@@ -191,15 +191,16 @@ def _samples_in(documents: NDArray[Any], config: DatasetConfig) -> float:
 def rows_of(
     source: sources.Source, template: Template, config: DatasetConfig
 ) -> Iterator[Row | BadRow]:
-    """Yield a source's rows; with ``dataset.eval_fraction`` a single row is split in two."""
+    """Yield a source's rows; with ``dataset.eval_fraction`` a single text is split in two."""
     rows = source.rows()
     if source.held_out or not config.eval_fraction:
         yield from rows
         return
     first, second = next(rows), next(rows, None)
-    if second is None and isinstance(first, Row):
-        yield from sources.halves(first, template.config, config)
-        return
+    if template.config.kind == "text" and second is None and isinstance(first, Row):
+        if isinstance(first.values.get("text"), str):
+            yield from sources.halves(first, config)
+            return
     yield first
     if second is not None:
         yield second

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft.config.data_settings import columns_of
+from sft.config.data_settings import columns_of, parts_of
 from sft.data.segment import require_no_break
 from sft.data.values import is_filled, text_of
 from sft.errors import DataError
@@ -35,7 +35,12 @@ def fill(variants: list[str], row: dict[str, Any]) -> Filled | None:
                 values = {
                     name: text_of(item, f"the column {name}") for name, item in values.items()
                 }
-            return variant.format(**values), names
+            # A column's name is taken as it is: str.format would read an attribute after a dot.
+            parts = (
+                text if name is None else f"{text}{values[name]}"
+                for text, name in parts_of(variant)
+            )
+            return "".join(parts), names
     return None
 
 

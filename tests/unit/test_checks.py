@@ -435,7 +435,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"template__prompts": ['{"q": "{prompt}"}']},
             (
                 """template None: '{"q": "{prompt}"}'""",
-                'the text between braces is not a column name: "q"',
+                'the text between braces is not a column name: "q": "{prompt}"',
                 "write {{ and }} for braces that are part of the text",
             ),
         ),

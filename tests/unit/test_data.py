@@ -384,7 +384,7 @@ def test_rows_are_held_out_by_seed_and_a_single_text_at_its_end(
         ("folder", None, "holds no file of a known kind"),
         ("empty.jsonl", "", "is empty"),
         ("blank.jsonl", "\n\n", "holds no rows"),
-        ("short.jsonl", '{"prompt": 1, "completion": 2}\n', "leaves none to train on"),
+        ("short.jsonl", '{"prompt": 1, "completion": 2}\n', "of 1 row leaves none to train on"),
         ("lines.txt", "one line", "cannot be split between lines"),
     ],
 )

@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
+from datasets.data_files import SPLIT_KEYWORDS
 from support import TINY
 from transformers import AutoTokenizer
 from warm import run_warm
 
 from sft.data.__main__ import main
+from sft.data.named_splits import SPLITS
 from sft.data.preview import marked
 
 COMPLETION = ("model=tiny", "dataset=jsonl", "dataset.eval_fraction=0")
@@ -161,6 +163,62 @@ def test_files_have_no_splits(folder: Path, audit: Run) -> None:
     (folder / "a.jsonl").write_text(lines(pairs("a")))
     said = audit(f"dataset.path={folder}", "dataset.eval_split=test").refusal()
     assert "has no split test: files have no splits" in said
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+        ("train/a.jsonl", "test/a.jsonl"),
+        ("rows_TRAINING.jsonl", "rows_eval.jsonl"),
+        ("latest-train.jsonl", "contest-test.jsonl"),
+    ],
+)
+def test_a_downloaded_dataset_is_not_trained_on_its_test(
+    folder: Path, audit: Run, names: tuple[str, str]
+) -> None:
+    for name, row in zip(names, "ab", strict=True):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(lines(pairs(row)))
+    found = audit(f"dataset.path={folder}")
+    assert found.texts() == trained("a")
+    assert found.train["unused_files"] == [names[1]]
+    assert audit(f"dataset.path={folder}", "dataset.split=test").texts() == trained("b")
+    found = audit(f"dataset.path={folder}", "dataset.eval_split=test")
+    assert (found.texts(), found.texts("eval")) == (trained("a"), trained("b"))
+    said = audit(f"dataset.path={folder}", "dataset.split=validation").refusal()
+    assert "has no split validation; it has train, test" in said
+    (folder / "more.jsonl").write_text(lines(pairs("c")))
+    said = audit(f"dataset.path={folder}").refusal()
+    assert f"of the splits train, test, and 1 of none, such as {folder}/more.jsonl" in said
+
+
+def test_one_split_is_a_folder_like_others(folder: Path, audit: Run) -> None:
+    (folder / "a_test.jsonl").write_text(lines(pairs("a")))
+    (folder / "b.jsonl").write_text(lines(pairs("b")))
+    assert audit(f"dataset.path={folder}").texts() == trained("a", "b")
+
+
+def test_the_words_for_splits_are_those_of_datasets() -> None:
+    assert {name: list(words) for name, words in SPLITS.items()} == SPLIT_KEYWORDS
+
+
+def test_an_empty_folder_and_a_row_that_does_not_fit_are_named(
+    folder: Path, audit: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = audit(f"dataset.path={folder}").refusal()
+    assert said.startswith(f"{folder} holds no file of a known kind\n    fix: a folder with files")
+    (folder / "a.jsonl").write_text('{"foo": 1}\n')
+    said = Audit("dataset=jsonl", f"dataset.path={folder}", capsys=capsys).refusal()
+    assert "a.jsonl:1: template=completion cannot render a completion" in said
+
+
+@pytest.mark.parametrize("setting", ["output", "html"])
+def test_what_is_written_is_local(folder: Path, audit: Run, setting: str) -> None:
+    (folder / "a.jsonl").write_text(lines(pairs("a")))
+    found = audit(f"dataset.path={folder}", "preview=1", f"{setting}=s3://bucket/there")
+    assert found.code == 2 and f"{setting}=s3://bucket/there" in found.error
+    assert not Path("s3:").exists()
 
 
 # 20 and 21: what Datasets and sft have saved

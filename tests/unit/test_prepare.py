@@ -162,7 +162,7 @@ def test_the_heap_is_frozen_while_data_is_prepared_and_no_longer(
     made(path)
     assert frozen[0] > 10_000
     assert gc.get_freeze_count() == 0
-    with pytest.raises(DataError, match="leave none to train on"):
+    with pytest.raises(DataError, match="leaves none to train on"):
         made(path, eval_fraction=0.99)
     assert gc.get_freeze_count() == 0
     gc.freeze()  # again, for the tests that follow

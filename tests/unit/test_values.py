@@ -375,3 +375,13 @@ def test_json_in_a_table_is_parsed(audit: Any, capsys: pytest.CaptureFixture[str
         "the column messages is not valid JSON",
         'the column messages holds the object {"role"',
     ]
+
+
+def test_a_column_with_a_dot_is_a_column_and_no_attribute(audit: Any) -> None:
+    rows = [{"prompt": "a", "prompt.__class__": "b", "answer key": "c"}]
+    texts = ("template.prompts=['{prompt.__class__}:']", "template.completions=['{answer key}']")
+    assert audit(rows, *texts)[0] == ["b:⟦c<|end|>⟧"]
+    for field in ("{prompt!r}", "{prompt:>9}", "{prompt[0]}"):
+        with pytest.raises(SystemExit) as refused:
+            audit(rows, f"template.prompts=['{field}']")
+        assert refused.value.code == 2
