@@ -171,6 +171,12 @@ def _trained(template: TemplateConfig) -> Iterator[Problem]:
                 "only a template of kind chat has switches",
                 "template=chat",
             )
+    elif template.control_tokens == "token":
+        yield Problem(
+            "template.control_tokens=token",
+            "in a conversation, only the chat template writes control tokens",
+            "template.control_tokens=null",
+        )
     if template.date is not None and not _is_date(template.date):
         yield Problem(
             f"template.date={template.date}",

@@ -26,7 +26,7 @@ CHECKS = {
     "prompt_differs": "have an answer that begins differently from the generation prompt",
     "answer_cut": "have an answer that is cut off at dataset.max_length",
     "double_bos": "begin with two BOS tokens",
-    "control_tokens": "contain the text of a control token",
+    "control_tokens": "contain the text of a control token (see template.control_tokens)",
     "empty_answers": "have an empty answer, which is not trained",
     "duplicates": "are exact copies of an earlier document",
     "near_duplicates": "differ from an earlier document only in white space and case",
@@ -224,6 +224,12 @@ class TemplateConfig:
         None,
         "with kind=chat: the day that a chat template with a date writes, as YYYY-MM-DD; null: the "
         "day of the run's first start",
+    )
+    control_tokens: str | None = setting(
+        None,
+        "what a control token such as <|im_end|> is in the data: text or token; null: token for "
+        "kind=text, else text",
+        one_of("text", "token"),
     )
     bos: str | None = setting(
         None,

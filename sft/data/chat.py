@@ -5,15 +5,13 @@ from __future__ import annotations
 import bisect
 import itertools
 from functools import cached_property
-from typing import Any
 
+from sft.data.beginnings import Beginnings, RewrittenError, Span
 from sft.data.chat_parts import Parts, require_texts, texts_of
 from sft.data.chat_template import ChatTemplate, Message, Tools
-from sft.data.end_of_turn import AFTER, End, end_of_turn
-from sft.data.segment import Sample, Segment, shared_prefix
+from sft.data.end_of_turn import End, end_of_turn
+from sft.data.segment import Sample, Segment
 from sft.errors import DataError
-
-Span = tuple[int, int]  # first character, and the one after the last
 
 
 class Chat:
@@ -28,7 +26,7 @@ class Chat:
         self.template = template
         self.train_on = train_on
         self.parts = Parts(template)
-        self._headers: dict[Any, int] = {}
+        self.beginnings = Beginnings(template, self.parts)
 
     def prompt(self, messages: list[Message], tools: Tools) -> str:
         """Return the text that generation starts from."""
@@ -88,7 +86,7 @@ class Chat:
         if not by_turn:
             try:
                 return [self._cut(messages, tools, turns)]
-            except _RewrittenError:
+            except RewrittenError:
                 pass
         return [self._cut(messages[: index + 1], tools, [index]) for index in turns]
 
@@ -118,7 +116,13 @@ class Chat:
             if not end.written:  # the token begins the next message
                 until += end.token
                 whole = until if last else whole
-            begin, alike = self._begin(whole, messages, tools, index)
+            try:
+                begin, alike = self.beginnings.begin(whole, messages, tools, index)
+            except RewrittenError:
+                if not last or len(turns) > 1:
+                    raise
+                whole, begin, marks = self.beginnings.after_prompt(whole, marks, messages, tools)
+                until, alike = whole, True
             differs |= not alike
             stop = until.rfind(end.token, begin) + len(end.token)
             if stop < len(end.token):
@@ -127,7 +131,7 @@ class Chat:
                     "others\n    fix: a different template.chat_template"
                 )
             if whole[:stop] != until[:stop]:
-                raise _RewrittenError
+                raise RewrittenError
             answers.append((index, whole[begin:stop]))
             spans += self._trained(begin, stop, marks)
         self.parts.require(messages, tools, turns)
@@ -135,61 +139,6 @@ class Chat:
         sample = self._segments(whole, messages, spans)
         sample.prompt_differs = differs
         return sample
-
-    def _begin(
-        self, whole: str, messages: list[Message], tools: Tools, index: int
-    ) -> tuple[int, bool]:
-        """Return where an answer begins, and whether the generation prompt ends there."""
-        if index == 0:
-            return self._first_begin(whole), True
-        prompt = self.template.rendered(messages[:index], tools, generation=True).text
-        if whole.startswith(prompt):
-            return len(prompt), True
-        before = self.template.rendered(messages[:index], tools, generation=False).text
-        if not whole.startswith(before):
-            if index < len(messages) - 1:
-                raise _RewrittenError
-            raise DataError(
-                "the chat template renders the messages before an answer differently once the "
-                "answer follows, so the trained text cannot be determined\n"
-                "    fix: a different template.chat_template"
-            )
-        # The generation prompt goes on differently, for example with "<think>", which an answer
-        # without reasoning lacks. The answer begins where both part, whatever its own text is.
-        return len(before) + self._header(messages, tools, index), False
-
-    def _first_begin(self, whole: str) -> int:
-        """Return where the answer that begins a conversation begins: nothing is asked before it."""
-        user: list[Message] = [{"role": "user", "content": AFTER}]
-        asked, prompt = (
-            self.template.rendered(user, None, generation).text.rpartition(AFTER)[2]
-            for generation in (False, True)
-        )
-        tokens = [found.end() for found in self.template.control.finditer(prompt)]
-        common = len(shared_prefix(asked, prompt))
-        header = prompt[max((end for end in tokens if end <= common), default=0) :].lstrip()
-        # The end of the generation prompt may differ from the answer; see _header.
-        ends = [found.end() for found in self.template.control.finditer(header)]
-        for end in [len(header), *reversed(ends)] if header else ():
-            if (at := whole.find(header[:end])) >= 0:
-                return at + end
-        raise DataError(
-            "the chat template does not show where an answer that begins a conversation begins\n"
-            "    fix: a user message before it"
-        )
-
-    def _header(self, messages: list[Message], tools: Tools, index: int) -> int:
-        """Return how many characters of an answer its generation prompt has, for any content."""
-        key = self.parts.shape(messages[: index + 1], tools, [index])
-        if key not in self._headers:
-            made, tools, _ = self.parts.marked(messages[: index + 1], tools)
-            texts = [
-                self.template.rendered(made[:index], tools, generation=True).text,
-                self.template.rendered(made, tools, generation=False).text,
-            ]
-            before = self.template.rendered(made[:index], tools, generation=False).text
-            self._headers[key] = len(shared_prefix(*texts)) - len(before)
-        return self._headers[key]
 
     def _trained(self, begin: int, stop: int, marks: list[Span]) -> list[Span]:
         """Return the span of an answer, or what the template marks of it."""
@@ -240,7 +189,3 @@ class Chat:
             role = "assistant" if trained else owners[bisect.bisect_right(starts, begin) - 1][1]
             sample.append(Segment(whole[begin:end], trained, role))
         return sample
-
-
-class _RewrittenError(Exception):
-    """The template renders a turn differently once later messages follow."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from sft.data.chat_template import ChatTemplate, Message, Tools, thought_of
 from sft.errors import DataError
 
+Mark = Callable[[int, str], str]  # gives a unique text for a part: a message's number, what it is
+NAME = "the name"  # of a message's author, which few templates write: the audit counts the others
 ANYWHERE = -1  # the place of the system message and the tools: templates differ in it
 
 
@@ -32,6 +34,7 @@ class Parts:
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         self._lost: dict[Any, str | None] = {}
+        self._drops_names: dict[Any, bool] = {}
 
     def shape(self, messages: list[Message], tools: Tools, turns: list[int]) -> Any:
         """Return what identifies the shape of a conversation."""
@@ -68,10 +71,20 @@ class Parts:
                 "    fix: a template.chat_template that writes it, or remove it from the data"
             )
 
+    def drops_names(self, messages: list[Message], tools: Tools) -> bool:
+        """Return whether the template leaves out a name that a message has."""
+        key = self.shape(messages, tools, [])
+        if key not in self._drops_names:
+            made, tools, parts = self.marked(messages, tools)
+            whole = self.template.rendered(made, tools, generation=False).text
+            names = [part.text for part in parts if part.what == NAME]
+            self._drops_names[key] = any(name not in whole for name in names)
+        return self._drops_names[key]
+
     def _first_lost(self, messages: list[Message], tools: Tools, turns: list[int]) -> str | None:
         made, tools, parts = self.marked(messages, tools)
         whole = self.template.rendered(made, tools, generation=False).text
-        lost = list(_missing(whole, parts))
+        lost = [part for part in _missing(whole, parts) if part.what != NAME]
         for part in lost:
             if part.message == ANYWHERE:
                 return part.what
@@ -112,6 +125,8 @@ class Parts:
                 copied["content"] = mark(ANYWHERE, f"the content of message {index + 1}, system")
             elif message["content"].strip():
                 copied["content"] = mark(index, "the content")
+            if message.get("name"):
+                copied["name"] = mark(index, NAME)
             for call in copied.get("tool_calls") or ():
                 called = names[0] or mark(index, "the name of a call")
                 if names[0]:
@@ -122,32 +137,46 @@ class Parts:
         return made, made_tools, parts
 
 
-def _tool(tool: dict[str, Any], mark: Any) -> dict[str, Any]:
+def _tool(tool: dict[str, Any], mark: Mark) -> dict[str, Any]:
     """Copy a tool with unique texts for its name, description and parameters."""
     function = tool["function"]
     made: dict[str, Any] = {"name": mark(ANYWHERE, "the name of a tool")}
     if function.get("description"):
         made["description"] = mark(ANYWHERE, "the description of a tool")
     schema = function.get("parameters")
-    if isinstance(schema, dict):
-        made["parameters"] = {"type": "object", "properties": {}}
-        for value in (schema.get("properties") or {}).values():
-            name = mark(ANYWHERE, "a parameter of a tool")
-            parameter: dict[str, Any] = {"type": "string"}
-            if isinstance(value, dict) and value.get("description"):
-                parameter["description"] = mark(ANYWHERE, "the description of a parameter")
-            made["parameters"]["properties"][name] = parameter
-        made["parameters"]["required"] = list(made["parameters"]["properties"])
+    if isinstance(schema, dict) and schema and "properties" not in schema and "type" not in schema:
+        # Some data has the parameters themselves in the place of their JSON schema.
+        made["parameters"] = _properties(schema, mark)
+    elif isinstance(schema, dict):
+        made["parameters"] = {"type": "object", "properties": {}} | _schema(schema, mark)
     return {"type": "function", "function": made}
 
 
-def _features(tool: dict[str, Any]) -> Any:
+def _schema(schema: dict[str, Any], mark: Mark) -> dict[str, Any]:
+    """Copy a JSON schema with unique texts for the names and descriptions in it."""
+    kind = schema.get("type")
+    made: dict[str, Any] = {"type": kind if isinstance(kind, str | list) else "string"}
+    if schema.get("description"):
+        made["description"] = mark(ANYWHERE, "the description of a parameter")
+    if isinstance(schema.get("properties"), dict):
+        made["properties"] = _properties(schema["properties"], mark)
+        made["required"] = list(made["properties"])
+    if isinstance(schema.get("items"), dict):
+        made["items"] = _schema(schema["items"], mark)
+    return made
+
+
+def _properties(values: dict[str, Any], mark: Mark) -> dict[str, Any]:
+    return {
+        mark(ANYWHERE, "a parameter of a tool"): _schema(v if isinstance(v, dict) else {}, mark)
+        for v in values.values()
+    }
+
+
+def _features(tool: dict[str, Any]) -> str:
     """Return which parts a tool has."""
-    function = tool["function"]
-    schema = function.get("parameters")
-    values = (schema.get("properties") or {}).values() if isinstance(schema, dict) else ()
-    described = tuple(isinstance(v, dict) and bool(v.get("description")) for v in values)
-    return bool(function.get("description")), isinstance(schema, dict), described
+    numbers = itertools.count()
+    return json.dumps(_tool(tool, lambda _message, _what: str(next(numbers))))
 
 
 def _thinks(message: Message) -> bool:

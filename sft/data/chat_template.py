@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft.data.named_template import named_template
-from sft.data.segment import TOKEN_BREAK, require_no_break
+from sft.data.segment import TOKEN_BREAK, as_text, control_of
 from sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ Tools = list[dict[str, Any]] | None
 
 # Reasoning at the beginning of a content. Some models get the first tag with the prompt.
 _TAGGED = re.compile(r"(\s*<think>)(.*?)(</think>)(.*)", re.DOTALL)
-_CLOSED = re.compile(r"()(.*?\n)(</think>)(\s.*|)", re.DOTALL)
+_CLOSED = re.compile(r"()((?:(?!<think>).)*?\n)(</think>)(\s.*|)", re.DOTALL)
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
@@ -95,16 +95,9 @@ class ChatTemplate:
     @cached_property
     def control(self) -> re.Pattern[str]:
         """Match a control token: a special token, or an added token that the template writes."""
-        source = self.source(None)
-        names = [
-            token.content
-            for token in self.tokenizer.added_tokens_decoder.values()
-            # Some tokenizers have runs of spaces and HTML tags as added tokens, which are text.
-            if token.special or (token.content.strip() and token.content in source)
-        ]
-        # Longest first, so that no token matches as the beginning of a longer one.
-        names.sort(key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        given = self.tokenizer.chat_template
+        source = "\n".join(given.values()) if isinstance(given, dict) else given
+        return control_of(self.tokenizer, str(source))
 
     def guarded(self, messages: list[Message]) -> list[Message]:
         """Insert TOKEN_BREAK into the control tokens that messages hold as text.
@@ -125,8 +118,7 @@ class ChatTemplate:
     def guarded_value(self, value: Any) -> Any:
         """Insert TOKEN_BREAK into the control tokens in a value's texts, keys included."""
         if isinstance(value, str):
-            require_no_break(value)
-            return self.control.sub(lambda found: found[0][0] + TOKEN_BREAK + found[0][1:], value)
+            return as_text(value, self.control)
         if isinstance(value, dict):
             return {
                 self.guarded_value(key): self.guarded_value(item) for key, item in value.items()
@@ -179,7 +171,9 @@ class ChatTemplate:
     def _adapted(self, messages: list[Message]) -> list[Message]:
         """Give contents, reasoning and arguments the form that the template reads."""
         if self._reads_reasoning:
-            messages = [_with_reasoning(message) for message in messages]
+            # A template that looks for the tags reads an empty pair of them as no reasoning.
+            empty = "</think>" not in self.source(None)
+            messages = [_with_reasoning(message, empty) for message in messages]
         if self._reads_parts:
             messages = [
                 {**message, "content": [{"type": "text", "text": message["content"]}]}
@@ -243,10 +237,15 @@ class ChatTemplate:
         return not writes({"Zq1": "Zq2"}) and writes('{"Zq1": "Zq2"}')
 
 
-def _with_reasoning(message: Message) -> Message:
-    """Move the reasoning at the beginning of an answer's content out of it."""
+def _with_reasoning(message: Message, empty: bool) -> Message:
+    """Move the reasoning at the beginning of an answer's content out of it.
+
+    Args:
+        message: The message.
+        empty: Whether to remove tags without reasoning, too.
+    """
     thought = None if message.get("reasoning_content") else thought_of(message)
-    if thought is None or not thought[2].strip():
+    if thought is None or not (thought[2].strip() or empty):
         return message
     return {**message, "content": thought[4].strip(), "reasoning_content": thought[2].strip()}
 

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import IO
 
@@ -13,6 +14,7 @@ from sft.data.rows import SHOWN, BadRow, Row, Rows, too_long
 from sft.errors import DataError
 
 SNIFFED = 1 << 16  # characters from which the delimiter is detected
+SEPARATOR = re.compile(rb"(?:\xef\xbb\xbf)?sep=([ -~\t])\r?\n")  # a first line of Excel's
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
@@ -49,23 +51,31 @@ def table(file: io.BufferedReader, path: str, limit: int, own: str) -> Rows:
         own: The delimiter that the file's ending says.
     """
     csv.field_size_limit(2**31 - 1)
-    delimiter = _delimiter_of(file.peek(SNIFFED)[:SNIFFED], path, own)
+    said = SEPARATOR.match(file.peek(SNIFFED))
+    if said:
+        file.read(said.end())
+        delimiter = said[1].decode("ascii")
+    else:
+        delimiter = _delimiter_of(file.peek(SNIFFED)[:SNIFFED], path, own)
+    before = 1 if said else 0  # lines that the reader does not see
     lines = _Lines(file, path, limit)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
-    line = 1
+    line = before + 1
     try:
         header = next(rows, [])
+        # Spreadsheets write a delimiter for each column that was ever filled.
+        header = [name or f"column {number}" for number, name in enumerate(header, 1)]
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             raise DataError(f"{path} has the column {twice[0]} twice\n    fix: rename one of them")
-        lines.size, line = 0, rows.line_num + 1
+        lines.size, line = 0, before + rows.line_num + 1
         for fields in rows:
             if len(fields) == len(header):
                 yield Row(dict(zip(header, fields, strict=True)), path, line)
             elif fields:
                 reason = f"the row has {len(fields)} fields, the header {len(header)}"
                 yield BadRow(path, line, reason, json.dumps(fields, ensure_ascii=False)[:SHOWN])
-            lines.size, line = 0, rows.line_num + 1
+            lines.size, line = 0, before + rows.line_num + 1
     except csv.Error as error:
         raise DataError(
             f"{path}:{line}: the row cannot be read: {error}\n    fix: correct its quotation marks"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,11 @@ from sft.data.readers import TABLES, TEXT, kind_of, read_errors
 from sft.errors import DataError
 from sft.files import without_protocol
 
-# Files with a known ending that hold no rows, by the beginning of their name.
-NO_DATA = (
-    *("readme", "license", "licence", "notice", "changelog", "citation", "contributing"),
-    *("code_of_conduct", "requirements.txt", "dataset_info", "dataset_dict.json", "state.json"),
-    "croissant.json",
+# The names of files with a known ending that hold no rows, in lower case.
+NO_DATA = re.compile(
+    r"(readme|licen[cs]e|notice|changelog|citation|contributing|code_of_conduct)"
+    r"([-_.]\w{2,5})?(\.md|\.txt|\.rst|\.html)?|requirements\.txt"
+    r"|(dataset_infos?|dataset_dict|state|croissant)\.json"
 )
 IRREGULAR = (
     (stat.S_ISFIFO, "a FIFO"),
@@ -224,7 +225,7 @@ def _chosen(path: str, root: str, entries: Sequence[Entry]) -> Location:
         return name.removeprefix(root).lstrip("/")
 
     hidden = {name for name, _ in entries if any(p.startswith(".") for p in short(name).split("/"))}
-    known = {name for name, _ in entries if os.path.basename(name).lower().startswith(NO_DATA)}
+    known = {name for name, _ in entries if NO_DATA.fullmatch(os.path.basename(name).lower())}
     for name, what in entries:
         if what and kind_of(name) and what[2:] not in ("folder", "hidden folder"):
             raise DataError(f"{name} is {what}, not a file of rows\n    fix: remove it")

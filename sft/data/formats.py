@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sft.data.tool_calls import calls_of, tools_of
-from sft.data.values import FLAGS, described, flag_of, is_absent, is_filled, parsed, text_of
+from sft.data.messages import ROLES, message_of
+from sft.data.tool_calls import tools_of
+from sft.data.values import described, is_absent, is_filled, parsed, text_of
 from sft.errors import DataError
 
 # The columns that identify each format. A row has the first format whose columns it fills.
@@ -19,16 +20,15 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "question_answer": ("question", "answer"),
     "text": ("text",),
 }
+# The columns of a pair of each format: a template that could also use those of another format
+# uses these.
+PAIRS = {
+    "prompt_completion": frozenset(("prompt", "completion")),
+    "alpaca": frozenset(("instruction", "input", "context", "output")),
+    "question_answer": frozenset(("question", "context", "answer")),
+}
 # The format of all other rows: the template names the columns that it uses.
 COLUMNS = "columns"
-ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bot", "model"), "assistant"),
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("observation", "tool", "function", "function_response", "ipython"), "tool"),
-    "function_call": "function_call",
-}
-REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 class Conversation(NamedTuple):
@@ -39,18 +39,22 @@ class Conversation(NamedTuple):
             ``train`` where the data says whether it is trained.
         tools: Tools in OpenAI's form; None if there are none.
         used: Columns of the row that are in it.
+        named: Keys of messages that hold a name, which not all templates write, as COLUMN.KEY.
         unused: Keys of messages that are not in it, as COLUMN.KEY.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     used: set[str]
+    named: set[str]
     unused: set[str]
 
 
 def recognise(row: dict[str, Any]) -> str:
-    """Return the name of a row's format, detected from the columns that are not null or ''."""
-    filled = {column for column, value in row.items() if value is not None and value != ""}
+    """Return the name of a row's format, detected from the columns that are filled."""
+    filled = {
+        column for column, value in row.items() if value is not None and value not in ("", [])
+    }
     for name, columns in FORMATS.items():
         if filled.issuperset(columns):
             return name
@@ -106,6 +110,13 @@ def conversation_of(row: dict[str, Any], name: str, answered: bool = True) -> Co
         turns.append(("prompt", {"role": "user", "content": prompt}))
     if isinstance(completion, list):
         turns += [("completion", item) for item in completion]
+        first = completion[0] if completion else None
+        if isinstance(first, dict) and ROLES.get(str(first.get("role"))) in ("user", "system"):
+            raise DataError(
+                f"the completion begins with a message of role {first['role']}, so it holds the "
+                "prompt once more\n    fix: dataset.columns.messages=COLUMN, for a column that "
+                "holds the whole conversation"
+            )
     elif is_filled(completion):
         turns.append(("completion", {"role": "assistant", "content": completion}))
     return conversation(turns, row, {"prompt", "completion"})
@@ -126,11 +137,13 @@ def conversation(
     """
     if not items:
         raise DataError("the conversation is empty")
-    used, unused = {*used, "tools"}, set[str]()
+    used, unused = set(used), set[str]()
     messages = [
-        _message(_plain(item, column), number, column, unused)
+        message_of(_plain(item, column), number, column, unused)
         for number, (column, item) in enumerate(items, 1)
     ]
+    pairs = zip(items, messages, strict=True)
+    named = {f"{column}.name" for (column, _), message in pairs if "name" in message}
     system = row.get("system")
     if is_filled(system):
         system = text_of(system, "the column system")
@@ -138,7 +151,9 @@ def conversation(
             messages.insert(0, {"role": "system", "content": system})
         if messages[0]["content"] == system:
             used.add("system")
-    return Conversation(messages, tools_of(row.get("tools")), used, unused)
+    column = "tools" if is_filled(row.get("tools")) else "functions"
+    tools = tools_of(row.get(column), column)
+    return Conversation(messages, tools, {*used, column}, named, unused)
 
 
 def history_of(row: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -183,70 +198,3 @@ def _plain(item: Any, column: str) -> dict[str, Any]:
             "and content"
         )
     return item
-
-
-def _first(item: dict[str, Any], keys: Sequence[str], taken: set[str]) -> Any:
-    """Return the value of the first key that is filled, and add that key to ``taken``."""
-    for key in keys:
-        if key in item and is_filled(item[key]):
-            taken.add(key)
-            return item[key]
-    return None
-
-
-def _message(item: dict[str, Any], number: int, column: str, unused: set[str]) -> dict[str, Any]:
-    """Convert one message to OpenAI's form, and add keys that are not in it to ``unused``."""
-    place = f"message {number}"
-    taken: set[str] = set()
-    said = _first(item, ("role", "from"), taken)
-    role = ROLES.get(str(said))
-    if role is None:
-        if said is None:
-            raise DataError(f"{place} has no role; its keys are {', '.join(map(str, item))}")
-        known = ", ".join(ROLES)
-        raise DataError(f"{place} has the role {said!r}; the known roles are {known}")
-    content = _first(item, ("content", "value"), taken)
-    message: dict[str, Any] = {"role": role, "content": ""}
-    if role == "function_call":
-        message = {"role": "assistant", "content": "", "tool_calls": calls_of(content, place)}
-    else:
-        message["content"] = _text(content, place)
-        calls = ("tool_calls", "function_call") if role == "assistant" else ("tool_calls",)
-        if (value := _first(item, calls, taken)) is not None:
-            message["tool_calls"] = calls_of(value, place)
-    if (reasoning := _first(item, REASONING, taken)) is not None:
-        message["reasoning_content"] = text_of(reasoning, f"the reasoning of {place}")
-    for key in ("name", "tool_call_id"):
-        if (value := _first(item, (key,), taken)) is not None:
-            message[key] = text_of(value, f"{key} of {place}")
-    if (train := flag_of(item, place, prefix=f"{column}.")) is not None:
-        if train and message["role"] != "assistant":
-            raise DataError(
-                f"{place} of role {role} is marked as trained; only the assistant's messages can be"
-            )
-        message["train"] = train
-    if len(taken) < len(item):
-        left = item.keys() - taken - FLAGS
-        unused |= {f"{column}.{key}" for key in left if is_filled(item[key])}
-    return message
-
-
-def _text(content: Any, place: str) -> str:
-    """Return a message's text, joined if it is a list of parts."""
-    if content is None:
-        return ""
-    if not isinstance(content, list):
-        return text_of(content, f"the content of {place}")
-    texts = []
-    for part in content:
-        # LLaMA-Factory's parts have value instead of text.
-        text = None
-        if isinstance(part, dict):
-            text = part.get("value") if is_absent(part.get("text")) else part["text"]
-        if is_absent(text) or part.get("type", "text") != "text":
-            raise DataError(
-                f"{place} has content other than text, which a text model cannot read: "
-                f"{described(part)}"
-            )
-        texts.append(text_of(text, f"a part of {place}"))
-    return "".join(texts)

@@ -93,7 +93,7 @@ def _prompt(row: Row | None, ids: list[int], labels: list[int], maker: RowEncode
     if len(documents) - 1 not in same:
         return Prompt([], "that of the row's last answer, which is a sample of its own")
     try:
-        prompt = template.render_prompt(row.values)
+        prompt = template.render_prompt(maker.clean(row.values)[0])
     except DataError as error:
         return Prompt([], f"none, because the row is refused: {str(error).splitlines()[0]}")
     asked = maker.encoder.prompt(prompt, bos=template.adds_bos)

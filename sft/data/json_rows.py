@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from typing import IO, Any
 
 from sft.data.formats import COLUMNS, recognise
 from sft.data.rows import MAX_DEPTH, SHOWN, BadRow, Row, Rows, too_long
 from sft.errors import DataError
+
+logger = logging.getLogger("sft")
 
 BLOCK = 1 << 20  # characters of an array, or bytes of a line, that are read at once
 BOM = b"\xef\xbb\xbf"
@@ -78,7 +81,7 @@ def json_file(file: io.BufferedReader, path: str, limit: int) -> Rows:
     if head[:1] == b"[":
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         before = text.read(BLOCK)
-        yield from _array(before, before.index("[") + 1, text, path, limit)
+        yield from _array(before, before.index("[") + 1, text, path, limit, is_all=True)
         return
     if head[:1] != b"{":
         raise DataError(f"{path} holds no JSON array or object\n    fix: an array of objects")
@@ -101,6 +104,9 @@ def json_file(file: io.BufferedReader, path: str, limit: int) -> Rows:
         line = 1 + content[: content.index(b"{")].count(b"\n")
         yield _object(content.removeprefix(BOM), path, line)
     elif len(lists) == 1:
+        if len(values) > 1:
+            names = ", ".join(key for key in values if key != lists[0])
+            logger.info("%s: its rows are in %s; not read: %s", path, lists[0], names)
         whole = content.decode("utf-8-sig")
         yield from _array(whole, _begin_of(lists[0], whole), io.StringIO(), path, limit)
     else:
@@ -142,7 +148,9 @@ def _begin_of(key: str, text: str) -> int:
         _, place = decoder.raw_decode(text, place)
 
 
-def _array(text: str, place: int, file: IO[str], path: str, limit: int) -> Rows:
+def _array(
+    text: str, place: int, file: IO[str], path: str, limit: int, is_all: bool = False
+) -> Rows:
     """Yield an array's elements, each with the line in which it begins.
 
     Args:
@@ -151,6 +159,7 @@ def _array(text: str, place: int, file: IO[str], path: str, limit: int) -> Rows:
         file: The rest of the file; at most one element and one block of it are in memory.
         path: The file's name.
         limit: Length of an element, at most.
+        is_all: Whether nothing may follow the array.
     """
     decoder = json.JSONDecoder()
     line = 1 + text.count("\n", 0, place)
@@ -159,6 +168,12 @@ def _array(text: str, place: int, file: IO[str], path: str, limit: int) -> Rows:
         line += text.count("\n", place, after)
         place = after
         if text[place : place + 1] == "]":
+            rest = (text[place + 1 :] + file.read(BLOCK)).strip() if is_all else ""
+            if rest:
+                raise DataError(
+                    f"{path}:{line}: the array ends, but the file goes on: {rest[:60]}\n"
+                    "    fix: one array of objects, or one object per line in a .jsonl file"
+                )
             return
         damage = "the array is not closed"
         try:

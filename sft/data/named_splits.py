@@ -25,6 +25,8 @@ def choose(root: str, split: str | None, splits: Sequence[str]) -> str:
     """
     split = split or splits[0]
     if split not in splits:
+        split = next((name for name, words in SPLITS.items() if split in words), split)
+    if split not in splits:
         raise DataError(
             f"{root} has no split {split}; it has {', '.join(splits)}\n"
             f"    fix: dataset.split={splits[0]}"

@@ -56,6 +56,12 @@ def read_errors(path: str) -> Iterator[None]:
         if package is None:
             fix = f"install the package that reads {protocol}://, or copy the data to a local disk"
         raise DataError(f"{path} cannot be read: {error}\n    fix: {fix}") from error
+    except UnicodeDecodeError as error:
+        encoding = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+        raise DataError(
+            f"{path} cannot be read: it is not UTF-8: {error}\n"
+            f"    fix: iconv -f {encoding} -t UTF-8 {path}, or the encoding that it has"
+        ) from error
     except Exception as error:
         fix = "check the address and your access to it" if "://" in path else "write it again"
         reason = str(error) or type(error).__name__

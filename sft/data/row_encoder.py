@@ -77,7 +77,7 @@ class RowEncoder:
                 bad.append(row)
                 continue
             try:
-                values, ignored = self._clean(row.values)
+                values, ignored = self.clean(row.values)
                 if self._is_tokenized(values):
                     spans, left = self._tokenized(values)
                     left += ignored
@@ -136,7 +136,7 @@ class RowEncoder:
                 continue
             row = rows[owner.row]
             assert isinstance(row, Row)
-            done = self.template.rendered(self._clean(row.values)[0], by_turn=True)
+            done = self.template.rendered(self.clean(row.values)[0], by_turn=True)
             turns = self.encoder.samples(done.samples, self.template.adds_bos, self.eos_id)
             if None in turns:
                 reason = "the tokenizer merges the end of the prompt with the answer"
@@ -146,7 +146,7 @@ class RowEncoder:
                 assert spans is not None
                 yield turn, spans
 
-    def _clean(self, values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    def clean(self, values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Return a row without ignored columns, and the names of those that it filled."""
         ignored: tuple[str, ...] = ()
         if self.ignored:
@@ -169,8 +169,8 @@ class RowEncoder:
         return format == "tokenized" or (format == "auto" and ready)
 
     def _holds_control(self, samples: list[Sample]) -> bool:
-        """Return whether a row's text holds a control token, which TOKEN_BREAK marks in a chat."""
-        if self.template.chat is not None:
+        """Return whether a row's text holds a control token, which TOKEN_BREAK may mark."""
+        if self.template.chat is not None or self.template.control is not None:
             return any(TOKEN_BREAK in segment.text for segments in samples for segment in segments)
         text = "".join(segment.text for segments in samples for segment in segments)
         return any(name in text for name in self.control)

@@ -6,13 +6,17 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from sft.config.settings import DatasetConfig
 from sft.data import locations
 from sft.data.folders import Location, resolve
 from sft.data.readers import MAX_ROW_BYTES
 from sft.data.rows import BadRow, Row
+from sft.data.values import is_filled
 from sft.errors import DataError
+
+SEEN = 1000  # rows, of which one must have each of dataset.columns
 
 
 @dataclass
@@ -79,29 +83,41 @@ class Source:
         if not self.columns:
             yield from rows
             return
-        names = {column: name for name, column in self.columns.items()}
-        if len(names) < len(self.columns):
+        if len(set(self.columns.values())) < len(self.columns):
             raise DataError(
                 f"dataset.columns={self.columns} maps two fields to one column\n"
                 "    fix: a template of your own that names the column twice"
             )
-        if isinstance(first, Row):
-            for name, column in self.columns.items():
-                if column not in first.values:
-                    raise DataError(
-                        f"{self.path} has no column {column}; it has {', '.join(first.values)}\n"
-                        f"    fix: dataset.columns.{name}=COLUMN"
-                    )
-        for row in rows:
-            if isinstance(row, Row):
-                # A renamed column replaces another column that already has the new name.
-                values = {
-                    names.get(key, key): value
-                    for key, value in row.values.items()
-                    if key in names or key not in self.columns
-                }
-                row = row._replace(values=values)
-            yield row
+        head = list(itertools.islice(rows, SEEN))  # a row of JSON need not have every column
+        known = dict.fromkeys(key for row in head if isinstance(row, Row) for key in row.values)
+        for name, column in self.columns.items():
+            if known and column not in known:
+                raise DataError(
+                    f"{self.path} has no column {column}; it has {', '.join(known)}\n"
+                    f"    fix: dataset.columns.{name}=COLUMN"
+                )
+        for row in itertools.chain(head, rows):
+            yield row._replace(values=self._renamed(row.values)) if isinstance(row, Row) else row
+
+    def _renamed(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return a row's values by their new names.
+
+        A column that has a new name already stays where the renamed one is not filled. Where both
+        are filled, the audit lists it.
+        """
+        sources = self.columns.values()
+        kept = {key: v for key, v in values.items() if key not in {*sources, *self.columns}}
+        for name, column in self.columns.items():
+            own = None if name in sources else values.get(name)
+            if is_filled(own) and is_filled(values.get(column)):
+                kept[f"{name}, replaced by {column}"] = own
+            if column in values or name in values:
+                kept[name] = (
+                    own
+                    if is_filled(own) and not is_filled(values.get(column))
+                    else (values.get(column))
+                )
+        return kept
 
 
 def of(config: DatasetConfig, seed: int) -> list[Source]:

@@ -70,6 +70,7 @@ class _Writer:
         self.unused: dict[tuple[str, ...], int] = {}
         self.tables: list[NDArray[Any]] = []
         self.read: dict[str, dict[str, Any]] = {}
+        self.reason = ""  # why the first row that was not used was not
         self.rows = 0
 
     def write(
@@ -98,6 +99,7 @@ class _Writer:
         tally["bad"] += len(done.bad)
         tally["empty"] += len(done.empty)
         for item in [*done.bad, *done.empty]:
+            self.reason = self.reason or f"{item.file}:{item.line}: {item.reason}"
             self.dropped.add("eval" if source.held_out else "train", *item)
         if tally["bad"] == tally["rows"] >= 1:  # the settings are wrong, not the rows
             first = done.bad[0]
@@ -149,8 +151,10 @@ def encoded(
                         break
     documents = np.concatenate(writer.tables) if writer.tables else np.zeros(0, DOCUMENT)
     if not len(documents):
-        counts = ", ".join(f"{name}: {tally}" for name, tally in writer.read.items())
-        raise DataError(f"no document is left of the data ({counts})\n    fix: other rows")
+        rows = sum(tally["rows"] for tally in writer.read.values())
+        raise DataError(
+            f"none of the {rows:,} rows is left: {writer.reason}\n    fix: rows with an answer"
+        )
     lengths = documents["length"]
     return Store(
         np.memmap(folder / "ids.bin", np.int32, "r"),

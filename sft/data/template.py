@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft.config.data_settings import columns_of
@@ -17,7 +18,7 @@ from sft.data.formats import (
     history_of,
     recognise,
 )
-from sft.data.segment import Sample, Segment
+from sft.data.segment import Sample, Segment, control_of
 from sft.data.values import (
     FLAGS,
     Empty,
@@ -78,6 +79,10 @@ class Template:
             "completion": "completion",
             "text": "all",
         }.get(config.kind)
+        self.control: re.Pattern[str] | None = None  # control tokens that are text in the columns
+        default = "text" if config.kind == "completion" else "token"
+        if config.kind != "chat" and (config.control_tokens or default) == "text":
+            self.control = control_of(tokenizer, "".join((*config.prompts, *config.completions)))
         self.chat: Chat | None = None
         if config.kind == "chat":
             given = ChatTemplate(tokenizer, config.chat_template, config.kwargs)
@@ -112,16 +117,17 @@ class Template:
         row = present(row)
         if not self.flags.isdisjoint(row):
             require_trained(row, self.flags)
-        talk = conversation_of(row, format_of(row, self.format))
+        format = format_of(row, self.format)
+        talk = conversation_of(row, format)
         if talk is None and self.chat is not None:
-            talk = self._paired(row, self._completion(row))
+            talk = self._paired(row, format, self._completion(row, format))
         if talk is not None:
             return self._chat_of(row, talk, by_turn)
-        completion, used = self._completion(row)
+        completion, used = self._completion(row, format)
         if self.config.kind == "text":
             sample = Sample([Segment(completion, True, "text")])
         else:
-            prompt, names = self._filled(self.config.prompts, row, "prompt")
+            prompt, names = self._filled(self.config.prompts, row, format, "prompt")
             used += names
             asked = Segment(prompt, self.train_on == "all")
             sample = Sample([asked, Segment(completion, True, "completion")])
@@ -137,7 +143,10 @@ class Template:
         refuse(sorted(filter(is_known, talk.unused)), str(self.config.name))
         left = (*self._unused(row, talk.used), *sorted(talk.unused))
         messages, empty = self._trained(self._with_system(talk.messages))
-        return Rendered(self.chat.samples(messages, talk.tools, by_turn), left, empty)
+        samples = self.chat.samples(messages, talk.tools, by_turn)
+        if talk.named and self.chat.parts.drops_names(messages, talk.tools):
+            left += tuple(sorted(talk.named))
+        return Rendered(samples, left, empty)
 
     def _trained(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
         """Return messages of which no empty answer is trained, and whether there was one.
@@ -151,6 +160,11 @@ class Template:
         if self.train_on == "last_assistant":
             answers = answers[-1:]
         chosen = [i for i in answers if messages[i].get("train", True)]
+        if self.train_on == "all" and len(chosen) < len(answers):
+            raise DataError(
+                "an answer of the row has train: false or weight 0, and template.train_on=all "
+                "trains every token\n    fix: template.train_on=assistant"
+            )
         if not chosen:
             raise Empty(
                 "there is nothing to train: no message is trained, because each answer that "
@@ -173,13 +187,13 @@ class Template:
         Plain text has no answer: generation continues all of it.
         """
         row = present(row)
-        if self.config.kind == "text":
-            return self._filled(self.config.completions, row, "text")[0]
-        if self.chat is None:
-            return self._filled(self.config.prompts, row, "prompt")[0]
         # Rows to answer need not have the answer's columns, which dataset.format asks for.
         name = "prompt_completion" if isinstance(row.get("prompt"), list) else recognise(row)
-        talk = conversation_of(row, name, answered=False) or self._paired(row)
+        if self.config.kind == "text":
+            return self._filled(self.config.completions, row, name, "text")[0]
+        if self.chat is None:
+            return self._filled(self.config.prompts, row, name, "prompt")[0]
+        talk = conversation_of(row, name, answered=False) or self._paired(row, name)
         messages = self._with_system(talk.messages)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -210,9 +224,9 @@ class Template:
             "    fix: file=rows.jsonl, with all columns"
         )
 
-    def _completion(self, row: dict[str, Any]) -> Filled:
+    def _completion(self, row: dict[str, Any], format: str) -> Filled:
         """Return the text of the completion, and its columns."""
-        found = fill(self.config.completions, row)
+        found = fill(self.config.completions, row, format, self.control)
         if found is None or not found[1]:
             values = [row[name] for name in self.answers if name in row]
             if values and not any(map(is_filled, values)):
@@ -220,16 +234,22 @@ class Template:
         name = str(self.config.name)
         return require_filled(found, self.config.completions, row, "completion", name)
 
-    def _filled(self, variants: list[str], row: dict[str, Any], what: str) -> Filled:
-        return require_filled(fill(variants, row), variants, row, what, str(self.config.name))
+    def _filled(self, variants: list[str], row: dict[str, Any], format: str, what: str) -> Filled:
+        found = fill(variants, row, format, self.control)
+        return require_filled(found, variants, row, what, str(self.config.name))
 
-    def _paired(self, row: dict[str, Any], completion: Filled | None = None) -> Conversation:
+    def _paired(
+        self, row: dict[str, Any], format: str, completion: Filled | None = None
+    ) -> Conversation:
         """Make a conversation of a row's history, its prompt and its completion, if it is given."""
-        prompt, used = self._filled(self.config.prompts, row, "prompt")
+        prompt, used = self._filled(self.config.prompts, row, format, "prompt")
         turns = [*history_of(row), ("prompt", {"role": "user", "content": prompt})]
         if completion is not None:
-            turns.append(("completion", {"role": "assistant", "content": completion[0]}))
-            used += completion[1]
+            answer = {"role": "assistant", "content": completion[0]}
+            if is_filled(row.get("reasoning_content")):
+                answer["reasoning_content"] = row["reasoning_content"]
+            turns.append(("completion", answer))
+            used += (*completion[1], "reasoning_content")
         return conversation(turns, row, {*used, "history"})
 
     def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from sft.data.values import MASKS, Empty, described, is_absent, parsed
 from sft.errors import DataError
 
 IGNORE_INDEX = -100
-COLUMNS = ("input_ids", "labels", *MASKS)
+COLUMNS = ("input_ids", "labels", "position_ids", *MASKS)
 
 
 def spans_of(row: dict[str, Any], vocabulary: int) -> list[TokenSpan]:
@@ -19,7 +19,7 @@ def spans_of(row: dict[str, Any], vocabulary: int) -> list[TokenSpan]:
     Args:
         row: ``input_ids``, and any of ``labels`` (-100 is not trained), ``completion_mask``,
             ``assistant_masks`` (0 is not trained) and ``attention_mask`` (0 is padding, which is
-            removed), all of the same length.
+            removed), all of the same length. Other masks of ``MASKS`` are like the second.
         vocabulary: Number of the tokenizer's tokens; every id is below it.
 
     Raises:
@@ -38,6 +38,13 @@ def spans_of(row: dict[str, Any], vocabulary: int) -> list[TokenSpan]:
     begin, end = _without_padding(row, ids)
     if begin == end:
         raise Empty("there is nothing to train: input_ids holds no token")
+    if not is_absent(row.get("position_ids")):
+        positions = _numbers(row, "position_ids", len(ids))[begin:end]
+        if any(after != before + 1 for before, after in itertools.pairwise(positions)):
+            raise DataError(
+                "position_ids begin again within the row, which holds several documents\n"
+                "    fix: rows of one document each; dataset.packing joins them"
+            )
     trained: dict[str, list[bool]] = {}
     if not is_absent(row.get("labels")):
         trained["labels"] = _labelled(row, ids, begin, end)

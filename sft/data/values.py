@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -14,22 +15,38 @@ SHOWN = 60  # characters of a value in a message
 # Keys of a row or of a message that say whether it is trained. OpenAI's fine-tuning files have
 # weight, Axolotl's have training.
 FLAGS = frozenset(("train", "training", "weight", "loss_weight"))
+FLAGS_OF_MESSAGES = FLAGS | {"loss"}  # ms-swift's; a row may have its loss by some model
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+MASKS = (
+    *("attention_mask", "completion_mask", "assistant_masks", "assistant_mask"),
+    *("assistant_tokens_mask", "loss_mask", "label_mask", "response_mask"),
+)
 _MEDIA_FIX = "leave such rows out; sft trains on text only"
 _TOKENS_FIX = "rows with input_ids, which dataset.format=tokenized reads"
 # Columns whose meaning is known: to ignore one changes what is trained. Each has its fix.
 KNOWN = {
     "context": "prompts in the template that use {context}, as template=completion has them, or "
     "dataset.columns.input=context for template=alpaca",
+    "input": "prompts in the template that use {input}, as template=alpaca has them",
     "history": "template=chat or template=plain-chat",
     "system": "template=chat or template=plain-chat",
     "tools": "template=chat or template=plain-chat",
+    "functions": "template=chat or template=plain-chat",
+    "system_prompt": "dataset.columns.system=system_prompt",
+    "chat_template_kwargs": "template.kwargs, which are the same for all rows",
+    "documents": "rows that hold them in a message",
     **dict.fromkeys(MEDIA, _MEDIA_FIX),
     **dict.fromkeys((*MASKS, "labels"), _TOKENS_FIX),
+    "prompt_mask": _TOKENS_FIX + ", and completion_mask or labels",
+    "reasoning_content": "template=chat or template=plain-chat",
     "seq_lengths": "rows of one document each; dataset.packing joins them",
 }
-_KNOWN_OF_TOKENS = frozenset((*MEDIA, "seq_lengths"))
+# Keys of messages that say, in other words than FLAGS_OF_MESSAGES, what of them is trained.
+KNOWN_OF_MESSAGES = KNOWN | dict.fromkeys(
+    ("mask", "masked", "loss_mask", "loss_scale", "train_detail"),
+    "train: true or train: false in each message",
+)
+_KNOWN_OF_TOKENS = frozenset((*MEDIA, "prompt_mask", "seq_lengths"))
 _TRUE, _FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
 _PLAIN = frozenset((str, int, bool, list, dict, bytes, type(None)))
 
@@ -122,7 +139,7 @@ def flag_of(
     Raises:
         DataError: A flag is neither 0 nor 1, or two flags disagree.
     """
-    if FLAGS.isdisjoint(values):
+    if names.isdisjoint(values):
         return None
     found: dict[str, bool] = {}
     for name in sorted(names & values.keys()):
@@ -173,12 +190,17 @@ def unused(
     known = _KNOWN_OF_TOKENS if tokens else KNOWN.keys()
     if not known.isdisjoint(left):
         refuse(sorted(known & set(left)), template)
+    if row.get("label") is False:  # of a pair that was judged, as for KTO
+        raise DataError(
+            "the row has label=false: its completion is one not to learn\n"
+            "    fix: leave such rows out, or dataset.ignore_columns=[label]"
+        )
     return tuple(sorted(left))
 
 
 def is_known(name: str) -> bool:
-    """Return whether a column, or a key of a message (COLUMN.KEY), has a known meaning."""
-    return name.rpartition(".")[2] in KNOWN
+    """Return whether a key of a message (COLUMN.KEY) has a known meaning."""
+    return name.rpartition(".")[2] in KNOWN_OF_MESSAGES
 
 
 def refuse(names: list[str], template: str) -> None:
@@ -188,7 +210,7 @@ def refuse(names: list[str], template: str) -> None:
         DataError: There are any.
     """
     if names:
-        fix = KNOWN[names[0].rpartition(".")[2]]
+        fix = KNOWN_OF_MESSAGES[names[0].rpartition(".")[2]]
         raise DataError(
             f"template={template} does not use the column {names[0]}, which the row fills\n"
             f"    fix: {fix}; or dataset.ignore_columns=[{','.join(names)}]"
@@ -205,6 +227,9 @@ def without(row: dict[str, Any], ignored: Iterable[str]) -> tuple[dict[str, Any]
     for name in ignored:
         column, _, key = name.partition(".")
         items = kept.get(column)
+        if key and isinstance(items, str):  # a table holds messages as JSON text
+            with contextlib.suppress(ValueError):
+                items = json.loads(items)
         if name in kept:
             if is_filled(kept.pop(name)):
                 removed.append(name)
