@@ -59,8 +59,7 @@ class DatasetConfig:
         at_least(1),
     )
     streaming: bool = setting(
-        False,
-        "true: read only the rows that train.max_steps needs; for data larger than the disk",
+        False, "true: read only the rows that train.max_steps needs; for data larger than the disk"
     )
     mix: dict[str, Any] = setting(
         {},

@@ -144,11 +144,13 @@ def _tool(tool: dict[str, Any], mark: Mark) -> dict[str, Any]:
     if function.get("description"):
         made["description"] = mark(ANYWHERE, "the description of a tool")
     schema = function.get("parameters")
-    if isinstance(schema, dict) and schema and "properties" not in schema and "type" not in schema:
+    if isinstance(schema, dict) and (
+        not schema or "properties" in schema or isinstance(schema.get("type"), str)
+    ):
+        made["parameters"] = {"properties": {}} | _schema({"type": "object", **schema}, mark)
+    elif isinstance(schema, dict):
         # Some data has the parameters themselves in the place of their JSON schema.
         made["parameters"] = _properties(schema, mark)
-    elif isinstance(schema, dict):
-        made["parameters"] = {"type": "object", "properties": {}} | _schema(schema, mark)
     return {"type": "function", "function": made}
 
 

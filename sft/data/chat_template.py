@@ -247,7 +247,8 @@ def _with_reasoning(message: Message, empty: bool) -> Message:
     thought = None if message.get("reasoning_content") else thought_of(message)
     if thought is None or not (thought[2].strip() or empty):
         return message
-    return {**message, "content": thought[4].strip(), "reasoning_content": thought[2].strip()}
+    made = {**message, "content": thought[4].strip()}
+    return made | {"reasoning_content": thought[2].strip()} if thought[2].strip() else made
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,9 @@ class Conversation(NamedTuple):
 def recognise(row: dict[str, Any]) -> str:
     """Return the name of a row's format, detected from the columns that are filled."""
     filled = {
-        column for column, value in row.items() if value is not None and value not in ("", [])
+        column
+        for column, value in row.items()
+        if value is not None and value != "" and (value != [] or column == "input_ids")
     }
     for name, columns in FORMATS.items():
         if filled.issuperset(columns):

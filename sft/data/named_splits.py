@@ -24,8 +24,8 @@ def choose(root: str, split: str | None, splits: Sequence[str]) -> str:
         DataError: The folder does not have it.
     """
     split = split or splits[0]
-    if split not in splits:
-        split = next((name for name, words in SPLITS.items() if split in words), split)
+    meant = next((name for name, words in SPLITS.items() if split in words), split)
+    split = meant if meant in splits else split
     if split not in splits:
         raise DataError(
             f"{root} has no split {split}; it has {', '.join(splits)}\n"

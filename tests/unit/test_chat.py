@@ -128,6 +128,9 @@ def test_train_false_and_last_assistant() -> None:
     assert joined(chat("llama3_training"), {"messages": messages})[1] == ["A1<|eot_id|>"]
     with pytest.raises(DataError, match="no message is trained"):
         chat("llama3", train_on="last_assistant").render({"messages": messages})
+    with pytest.raises(DataError, match=r"template\.train_on=all trains every token"):
+        chat("llama3", train_on="all").render({"messages": messages})
+    messages[3].pop("train")
     text, trained = joined(chat("llama3", train_on="all"), {"messages": messages})
     assert trained == [text]
 

@@ -76,7 +76,7 @@ def test_empty_completions_and_blank_lines_are_dropped_and_counted(
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}]
     counts = build(rows, template(tokenizer, "completion")).counts
     assert (counts.rows, counts.samples, counts.dropped) == (2, 1, 1)
-    with pytest.raises(DataError, match="no document is left of the data"):
+    with pytest.raises(DataError, match=r"none of the 1 rows is left: .*the completion is empty"):
         build(rows[1:], template(tokenizer, "completion"))
     lines = build([{"text": ""}, {"text": "ab\n"}, {"text": ""}], template(tokenizer, "lines"))
     assert (lines.counts.rows, lines.counts.dropped, lines.counts.tokens) == (3, 2, 3)
@@ -145,13 +145,13 @@ def test_chat_trains_every_assistant_turn_with_its_end(tokenizer: PreTrainedToke
 def test_prompt_is_the_same_text_in_training_and_generation(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    row = {"instruction": "I", "input": "X", "output": "Y", "prompt": "P", "completion": "C"}
+    row = {"instruction": "I", "output": "Y", "prompt": "P", "completion": "C"}
     for name in ("alpaca", "chat", "completion"):
         made = template(tokenizer, name)
         [segments] = made.render(row)
         prompt = "".join(segment.text for segment in segments if not segment.trained)
         assert made.render_prompt(row) == prompt
-        unanswered = {key: row[key] for key in ("instruction", "input", "prompt")}
+        unanswered = {key: row[key] for key in ("instruction", "prompt")}
         assert made.render_prompt(unanswered) == prompt
 
 

@@ -304,6 +304,44 @@ def test_what_separates_columns_is_detected(
     assert texts == ["a, b; c|d\te\n⟦x;y, z\n|<|end|>⟧", "f\n⟦g<|end|>⟧"]
 
 
+@pytest.mark.parametrize("rest", ['\n[{"prompt": "b", "completion": "B"}]', " and more"])
+def test_nothing_may_follow_an_array(folder: Path, audit: Run, rest: str) -> None:
+    (folder / "a.json").write_text(json.dumps(pairs("a")) + rest)
+    said = audit(f"dataset.path={folder}").refusal()
+    assert "a.json:1: the array ends, but the file goes on" in said
+
+
+def test_what_stands_beside_the_rows_of_an_object_is_named(folder: Path, audit: Run) -> None:
+    (folder / "a.json").write_text(json.dumps({"data": pairs("a"), "more": {"rows": pairs("b")}}))
+    found = audit(f"dataset.path={folder}")
+    assert found.texts() == trained("a")
+    assert "a.json: its rows are in data; not read: more" in found.error
+
+
+def test_tables_of_spreadsheets(folder: Path, audit: Run) -> None:
+    (folder / "a.csv").write_text("prompt,completion,,\na,A,,\nb,B,note,\n")
+    (folder / "b.csv").write_text("sep=;\nprompt;completion\nc;C\nd\n")
+    found = audit(f"dataset.path={folder}", "dataset.max_bad_fraction=0.5")
+    assert found.texts() == trained("a", "b", "c")
+    assert found.train["unused_columns"] == {"column 3": 1}
+    assert found.bad() == [("b.csv", 4, "the row has 1 fields, the header 2")]
+    (folder / "c.csv").write_bytes("prompt,completion\né,E\n".encode("cp1252"))
+    said = audit(f"dataset.path={folder}").refusal()
+    assert "it is not UTF-8" in said and "iconv -f WINDOWS-1252 -t UTF-8" in said
+
+
+def test_only_files_about_the_data_hold_no_rows(folder: Path, audit: Run) -> None:
+    names = ("a.jsonl", "license_qa.jsonl", "notice.jsonl", "readme_rows.jsonl")
+    for name, row in zip(names, "abcd", strict=True):
+        (folder / name).write_text(lines(pairs(row)))
+    for name in ("LICENSE", "README.md", "readme_zh.md", "NOTICE.txt"):
+        (folder / name).write_text("text")
+    found = audit(f"dataset.path={folder}")
+    assert found.texts() == trained(*"abcd")
+    assert found.train["unused_files"] == ["LICENSE", "NOTICE.txt", "README.md", "readme_zh.md"]
+    assert "unknown endings" not in found.error
+
+
 # 23: remote folders
 
 

@@ -17,7 +17,8 @@ CONTROL = (
     *("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|endoftext2|>", "<tool_call>"),
     *("<|tool_call_start|>", "<|tool_call_end|>", "<｜Assistant｜>", "<｜User｜>"),  # noqa: RUF001
     *("<｜end▁of▁sentence｜>", "<|tool_list_start|>", "<|tool_list_end|>", "<table>"),  # noqa: RUF001
-    *("<start_of_turn>", "<end_of_turn>", "<|start|>", "<|message|>", "<|return|>", "<|call|>"),
+    *("<｜tool▁calls▁begin｜>", "<|channel|>", "<|constrain|>", "<start_of_turn>"),  # noqa: RUF001
+    *("<end_of_turn>", "<|start|>", "<|message|>", "<|return|>", "<|call|>"),
 )
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -252,3 +253,80 @@ def test_a_tag_within_an_answer_is_text(audit: Any) -> None:
     [text], figures = audit([{"messages": [ASK, opened]}], "template.chat_template=qwen3")
     assert text.endswith("⟦<think>\nR\n</think>\n\nA<|im_end|>⟧\n")
     assert figures["checks"]["control_tokens"] == 0
+
+
+def test_an_answer_begins_with_a_whole_control_token(audit: Any) -> None:
+    """DeepSeek-V3's generation prompt goes on with <think>, an answer with another token."""
+    call = {"id": "call12345", "type": "function", "function": {"name": "f", "arguments": {}}}
+    turn = [ASK, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    [text], figures = audit([{"messages": turn}], "template.chat_template=deepseekv3")
+    begin = "<｜Assistant｜>⟦<｜tool▁calls▁begin｜>"  # noqa: RUF001
+    assert begin in text and figures["checks"]["prompt_differs"] == 1
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss"])
+def test_only_reasoning_at_the_beginning_is_reasoning(audit: Any, name: str) -> None:
+    said = "Example:\n<think>\nfoo\n</think>\nThat is it."
+    turn = [ASK, {"role": "assistant", "content": said}]
+    [text], figures = audit([{"messages": turn}], f"template.chat_template={name}")
+    assert said in text and text.count("Example:") == 1
+    assert figures["checks"]["control_tokens"] == (name == "qwen3")
+
+
+def test_no_reasoning_is_written_as_the_template_does(audit: Any) -> None:
+    turn = [ASK, {"role": "assistant", "content": "<think>\n\n</think>\n\nb"}]
+    [text], _ = audit([{"messages": turn}], "template.chat_template=gptoss")
+    assert text.endswith("⟦<|channel|>final<|message|>b<|return|>⟧")
+    [text], _ = audit([{"messages": turn}], "template.chat_template=qwen3")
+    assert text.endswith("<|im_start|>assistant\n⟦<think>\n\n</think>\n\nb<|im_end|>⟧\n")
+
+
+def test_an_answer_after_reasoning_calls_and_results(audit: Any) -> None:
+    """gpt-oss drops the reasoning before a call once the final answer follows it."""
+    call = {"function": {"name": "look", "arguments": {}}}
+    messages = [
+        ASK,
+        {"role": "assistant", "content": "", "reasoning_content": "R", "tool_calls": [call]},
+        {"role": "tool", "name": "look", "content": "sun"},
+        {"role": "assistant", "content": "b", "reasoning_content": "S"},
+    ]
+    row = {"messages": messages, "tools": [TOOL]}
+    texts, figures = audit([row], "template.chat_template=gptoss")
+    assert len(texts) == 2 and figures["checks"]["prompt_differs"] == 0
+    thought = "<|start|>assistant{}<|channel|>analysis<|message|>R<|end|><|start|>assistant"
+    assert thought.format("⟦") in texts[0] and texts[0].endswith("<|call|>⟧")
+    # The answer's prompt is that of generation, which sees the reasoning before the call.
+    assert thought.format("") in texts[1]
+    assert texts[1].endswith(
+        '"sun"<|end|><|start|>assistant⟦<|channel|>analysis<|message|>S<|end|>'
+        "<|start|>assistant<|channel|>final<|message|>b<|return|>⟧"
+    )
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"city": {"type": "str", "description": "C"}},
+        {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {}}}}},
+    ],
+)
+def test_no_parameter_of_a_tool_is_lost(audit: Any, parameters: dict[str, Any]) -> None:
+    row = {"messages": TURNS, "tools": [{**TOOL, "parameters": parameters}]}
+    shallow = (
+        "{% for t in tools or [] %}{{ t.function.name }} {{ t.function.description }}"
+        "{% for name in t.function.parameters.properties %} {{ name }}{% endfor %}{% endfor %}"
+    )
+    _, error = audit([row], jinja=shallow + CHATML)
+    assert "does not write a parameter of a tool" in str(error)
+    [text], _ = audit([row], jinja="{{ tools | tojson }}" + CHATML)
+    assert text.startswith("[{") and text.endswith("⟦b<|im_end|>⟧\n")
+
+
+def test_a_name_that_is_not_written_is_counted(audit: Any) -> None:
+    row = {"messages": [{**ASK, "name": "Alice"}, TURNS[1]]}
+    _, figures = audit([row], jinja=CHATML)
+    assert figures["unused_columns"] == {"messages.name": 1}
+    [text], figures = audit(
+        [row], jinja=CHATML.replace("{{ m.content }}", "{{ m.name }}: {{ m.content }}")
+    )
+    assert "Alice: a" in text and figures["unused_columns"] == {}

@@ -385,3 +385,123 @@ def test_a_column_with_a_dot_is_a_column_and_no_attribute(audit: Any) -> None:
         with pytest.raises(SystemExit) as refused:
             audit(rows, f"template.prompts=['{field}']")
         assert refused.value.code == 2
+
+
+def test_arguments_of_calls_and_schemas_of_tools_have_other_names(audit: Any) -> None:
+    for key in ("arguments", "parameters", "args", "input"):
+        call = {"name": "f", key: {"city": "Oslo"}, "thought": "t"}
+        turn = [{"role": "user", "content": "u"}, {"role": "assistant", "tool_calls": [call]}]
+        tool = {"name": "f", "input_schema": {"type": "object"}}
+        texts, figures, _ = audit([{"messages": turn, "functions": [tool]}], "template=plain-chat")
+        assert texts == [
+            'TOOLS: [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"'
+            "}}}]\n\nUSER: u\nASSISTANT:⟦ CALL "
+            '{"name": "f", "arguments": {"city": "Oslo"}}<|end|>⟧\n'
+        ]
+        assert figures["unused_columns"] == {"messages.tool_calls.thought": 1}
+
+
+def test_the_columns_of_a_format_are_preferred(audit: Any) -> None:
+    """Some data has the whole text, answer included, in a column of its own."""
+    rows = [
+        {"instruction": "i", "input": "n", "output": "o", "prompt": "i n o"},
+        {"question": "q", "answer": "a", "response": "r", "instruction": "i"},
+    ]
+    texts, figures, _ = audit(rows, "template=completion")
+    assert texts == ["i\n\nn\n⟦o<|end|>⟧", "q\n⟦a<|end|>⟧"]
+    assert figures["unused_columns"] == {"instruction": 1, "prompt": 1, "response": 1}
+    texts, _, _ = audit(rows, "template=plain-chat")
+    assert texts == [f"USER: {p}\nASSISTANT:⟦ {a}<|end|>⟧\n" for p, a in (("i\n\nn", "o"), "qa")]
+    texts, _, _ = audit(rows[:1], "template=plain-chat", "dataset.format=alpaca")
+    assert texts == ["USER: i\n\nn\nASSISTANT:⟦ o<|end|>⟧\n"]
+
+
+def test_a_renamed_column_hides_no_other(audit: Any) -> None:
+    rows = [
+        {"instruction": "i", "response": "r"},
+        {"instruction": "i", "context": "c", "response": "r"},
+        {"instruction": "i", "input": "n", "response": "r", "context": None},
+        {"instruction": "i", "input": "n", "context": "c", "response": "r"},
+    ]
+    texts, figures, _ = audit(
+        rows, "template=completion", "dataset.columns={input: context, output: response}"
+    )
+    answer = "\n⟦r<|end|>⟧"
+    assert texts == [f"i{given}{answer}" for given in ("", "\n\nc", "\n\nn", "\n\nc")]
+    assert figures["unused_columns"] == {"input, replaced by context": 1}
+
+
+@pytest.mark.parametrize("name", ["loss_mask", "response_mask", "assistant_mask", "label_mask"])
+def test_masks_have_other_names(audit: Any, name: str) -> None:
+    ids = [*TOKENIZER.encode("abcd", add_special_tokens=False), 258]
+    row = {"input_ids": ids, name: [0, 0, 1, 1, 1]}
+    assert audit([row], *UNSTOPPED)[0] == ["ab⟦cd<|end|>⟧"]
+    assert audit([{**row, "position_ids": [0, 1, 2, 3, 4]}], *UNSTOPPED)[0] == ["ab⟦cd<|end|>⟧"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [97, 98, 97], "position_ids": [0, 1, 0]}, "position_ids begin again"),
+        ({"input_ids": [97, 98, 97], "prompt_mask": [0, 1, 0]}, "the column prompt_mask, which"),
+        ({**GOOD, "label": False}, "label=false: its completion is one not to learn"),
+        ({"question": "q", "response": "r", "system_prompt": "S"}, "columns.system=system_prompt"),
+        ({**GOOD, "reasoning_content": "R"}, "does not use the column reasoning_content"),
+        ({**GOOD, "input": "x"}, "does not use the column input"),
+        (
+            {"prompt": "p", "completion": [{"role": "user", "content": "p"}, CALL]},
+            "the completion begins with a message of role user",
+        ),
+        ({"messages": [{**CALL, "loss_scale": 0}]}, "does not use the column messages.loss_scale"),
+    ],
+)
+def test_what_says_more_than_is_used_is_refused(
+    audit: Any, capsys: pytest.CaptureFixture[str], row: dict[str, Any], message: str
+) -> None:
+    template = "plain-chat" if "messages" in row or message.endswith("user") else "completion"
+    assert message in refused(audit, capsys, [row], f"template={template}")
+
+
+def test_the_loss_of_a_message_and_the_reasoning_of_a_pair(audit: Any) -> None:
+    asked = {"role": "user", "content": "u"}
+    turns = [asked, {"role": "assistant", "content": "a", "loss": False}, asked]
+    rows = [
+        {"messages": [*turns, {"role": "assistant", "content": "b", "loss": True}]},
+        {**GOOD, "messages": [], "reasoning_content": "R"},
+    ]
+    assert audit(rows, "template=plain-chat")[0] == [
+        "USER: u\nASSISTANT: a<|end|>\nUSER: u\nASSISTANT:⟦ b<|end|>⟧\n",
+        "USER: p\nASSISTANT:⟦ <think>\nR\n</think>\n c<|end|>⟧\n",
+    ]
+
+
+def test_control_text_of_a_pair_is_text(audit: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "<|user|>p", "completion": "c<|end|>d"}]
+    for given in ("null", "token"):
+        texts, figures, _ = audit(rows, f"template.control_tokens={given}")
+        assert texts == ["<|user|>p\n⟦c<|end|>d<|end|>⟧"]
+        assert figures["checks"]["control_tokens"]["documents"] == 1
+        # <|user|>, p, the newline, c, <|end|>, d and EOS; as text, the tokens are several each.
+        assert (figures["tokens"] == 7) == (given == "token")
+    message = refused(audit, capsys, [GOOD], "template=plain-chat", "template.control_tokens=token")
+    assert "only the chat template writes control tokens" in message
+
+
+def test_ignored_keys_of_messages_in_a_table(audit: Any) -> None:
+    turn = [
+        {"role": "user", "content": "u", "images": ["x"]},
+        {"role": "assistant", "content": "a"},
+    ]
+    rows = [{"messages": json.dumps(turn)}]
+    ignored = "dataset.ignore_columns=[messages.images]"
+    texts, figures, _ = audit(rows, "template=plain-chat", ignored)
+    assert texts == ["USER: u\nASSISTANT:⟦ a<|end|>⟧\n"]
+    assert figures["unused_columns"] == {"messages.images": 1}
+
+
+def test_a_column_may_be_absent_from_the_first_row(audit: Any) -> None:
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c", "said": "s"}]
+    texts, _, _ = audit(
+        rows, "template.prompts=['{prompt}{more}:', '{prompt}:']", "dataset.columns={more: said}"
+    )
+    assert texts == ["p:⟦c<|end|>⟧", "ps:⟦c<|end|>⟧"]
