@@ -227,7 +227,8 @@ def check(setting: Setting, made: Made) -> None:
     beside = made.row.get("source")
     assert beside is None or beside not in whole
     unused = done.unused[int(done.documents["unused"][0])]
-    assert unused == (("source",) if beside else ())
+    # Few templates write the name of a message's author.
+    assert [name for name in unused if not name.endswith(".name")] == ["source"] * bool(beside)
     asked = {*made.context, *made.trained}
     kept = [t for t in made.texts if "think>" not in t and asked.issuperset(MARK.findall(t))]
     assert all(holds(setting, whole, text) for text in kept)
