@@ -153,6 +153,7 @@ def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
 
     if trainer.args.process_index == 0:
         run.claim()
+        trainer.fingerprint = run.fingerprint
         run.keep_audit(prepared.folder)
         probes.keep(prepared, run.dir / probes.FILE)
     trainer.accelerator.wait_for_everyone()
