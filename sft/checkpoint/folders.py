@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from sft.errors import CheckpointError
+from sft.errors import CheckpointError, RunError
 from sft.files import PARTIAL, damage_of, delete_folder, finish_folder, inventory, write_text
 
 TRAINER_STATE = "trainer_state.json"  # the name that the Trainer reads
@@ -29,6 +29,20 @@ def step_of(path: Path) -> int:
     """Return the step in a checkpoint's name; -1 if it is not the name of a checkpoint."""
     number = path.name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() else -1
+
+
+def require_run(output_dir: Path) -> None:
+    """Check that the run's folder still exists; writing into it would make a new, empty one.
+
+    Raises:
+        RunError: It was removed or renamed while the run trained.
+    """
+    if not output_dir.is_dir():
+        raise RunError(
+            f"the run's folder {output_dir} is gone: it was removed or renamed while the run "
+            "trained\n    fix: give the folder its name back, then give the same command again to "
+            "resume the run; without the folder that command starts from step 0"
+        )
 
 
 def finish(partial: Path, final: Path, facts: dict[str, Any]) -> None:

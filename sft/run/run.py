@@ -232,7 +232,8 @@ class Run:
         """Record that the run ``failed`` or was ``stopped``, and why; it can be resumed."""
         if self._record:
             self._record |= {"status": status, "reason": reason}
-            with contextlib.suppress(OSError):  # a full disk; the error in progress says so
+            # A full disk or a removed folder; the error in progress says so.
+            with contextlib.suppress(OSError, RunError):
                 self._write()
 
     def log_to_file(self, rank: int) -> None:
@@ -252,4 +253,5 @@ class Run:
         self._lock.release()
 
     def _write(self) -> None:
+        folders.require_run(self.dir)
         record.write(self.dir, self._record)

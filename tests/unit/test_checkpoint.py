@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -207,3 +208,21 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, name: str, text: str) 
     read = record.read if name == record.RECORD else record.settings
     with pytest.raises(RunError, match=rf"{name} is damaged\n    fix: restore the file, or over"):
         read(tmp_path)
+
+
+def test_a_folder_that_is_removed_while_the_run_trains_is_said_to_be_gone(tmp_path: Path) -> None:
+    """By what writes into it: a logged line, a checkpoint, and the weights at the end."""
+    from types import SimpleNamespace
+
+    from sft.checkpoint.rank_zero import RankZero
+    from sft.watch.callbacks import MetricsFile
+
+    run, gone = tmp_path / "run", r"the run's folder .*run is gone: it was removed or renamed"
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=3)
+    with pytest.raises(RunError, match=gone):
+        MetricsFile(run / record.METRICS).on_log(None, state, None, {"loss": 1.0})
+    for path in (folders.path_of(run, 3), run / record.ADAPTER):
+        with pytest.raises(CheckpointError, match=gone) as error, RankZero(path) as main:
+            main.do(begin_folder, path)
+        assert "space" not in str(error.value)
+    assert not run.exists()
