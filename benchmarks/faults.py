@@ -22,10 +22,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from psutil import Process, wait_procs
 from rich.console import Console
 from rich.table import Table
 
@@ -91,6 +93,26 @@ def tear_log(run: Path) -> None:
         file.write('{"step": 7, "lo')
 
 
+def copy_in(folder: Path, **told: object) -> None:
+    """Put a checkpoint of step 7 into the folder, with the files of the newest one."""
+    copied = folders.path_of(folder, 7)
+    shutil.copytree(newest(folder), copied)
+    manifest = folders.manifest(copied)
+    (copied / folders.MANIFEST).write_text(json.dumps({**manifest, **told}))
+
+
+def prepared(run: Path) -> Path:
+    """Return the training samples in the cache, which the runs of a stage share."""
+    [path] = (run.parents[1] / "cache" / "data").glob("*/train.arrow")
+    return path
+
+
+def flip_sample(run: Path) -> None:
+    content = bytearray(prepared(run).read_bytes())
+    content[len(content) // 2] ^= 1
+    prepared(run).write_bytes(content)
+
+
 LAST = "SIGKILL:sft.training.guard.Guard.on_step_end:before:7:all"  # two steps after a checkpoint
 FAULTS = [
     Fault(
@@ -126,6 +148,10 @@ FAULTS = [
     Fault("a file of the newest deleted", LAST, remove("random.safetensors")),
     Fault("manifest of the newest deleted", LAST, remove("manifest.json")),
     Fault("last line of the log torn", LAST, tear_log),
+    Fault("a checkpoint of a different run", LAST, lambda run: copy_in(run, step=7, run="0" * 32)),
+    Fault("a checkpoint renamed to a later step", LAST, copy_in),
+    Fault("prepared data truncated", LAST, lambda run: os.truncate(prepared(run), 400)),
+    Fault("one bit of the prepared data flipped", LAST, flip_sample),
     Fault(
         "a damaged checkpoint is named",
         LAST,
@@ -143,7 +169,8 @@ FAULTS = [
     Fault("another seed", LAST, None, "seed: 42 there, 7 here", ["seed=7"]),
 ]
 ONCE = ("killed while tokenising", "disk full", "read-only folder", "two runs at once")
-ONCE += ("every checkpoint damaged", "killed while merging")
+ONCE += ("every checkpoint damaged", "killed while merging", "the run's folder removed")
+ONCE += ("torchrun alone killed", "the driver of a sweep killed")
 
 
 def command(stage: str, ranks: int, run: Path, inject: str = "") -> list[str]:
@@ -325,6 +352,48 @@ def once(stage: str, ranks: int, folder: Path, straight: Path) -> Iterator[Resul
     said = "refused clearly, nothing touched" if clear and kept else refused.stderr[-300:]
     yield Result(stage, ONCE[4], "ended after step 6", said, 0, 0, clear and kept)
     yield merging(stage, folder, straight)
+    yield from disturbed(stage, ranks, folder, straight)
+
+
+def disturbed(stage: str, ranks: int, folder: Path, straight: Path) -> Iterator[Result]:
+    """Remove the folder of a run, or kill what started it, while it trains its second epoch."""
+    cache = folder / "cache"
+
+    def until_step_4(words: list[str], run: Path) -> tuple[subprocess.Popen[str], list[Process]]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "SFT_CACHE_DIR": str(cache)}
+        child = subprocess.Popen(
+            words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        while logged_steps(run) < 4:
+            assert child.poll() is None, child.communicate()[1]
+            time.sleep(0.005)
+        return child, Process(child.pid).children(recursive=True)
+
+    run = folder / "removed"
+    child, _ = until_step_4(command(stage, ranks, run), run)
+    shutil.rmtree(run)
+    said = child.communicate()[1]
+    clear = child.returncode != 0 and f"the run's folder {run} is gone" in said
+    result = go_on(stage, ranks, ONCE[6], run, cache, straight, 4, [], clear)
+    yield replace(result, good=result.good and clear)
+
+    run = folder / "orphaned"
+    child, started = until_step_4(command(stage, ranks, run), run)
+    child.kill()
+    _, alive = wait_procs(started, timeout=60)
+    reached, torn = logged_steps(run), broken(run)
+    result = go_on(stage, ranks, ONCE[7], run, cache, straight, reached, torn, False)
+    yield replace(result, good=result.good and not alive)
+
+    run = folder / "sweep" / "seed=42"
+    words = [sys.executable, "-m", "sft.train", "-m", "seed=42,7", f"zero={stage}", *SETTINGS]
+    words += [f"hydra.sweep.dir={run.parent}", f"hydra.launcher.nproc_per_node={ranks}"]
+    child, _ = until_step_4(words, run)
+    child.kill()
+    again = call(words, cache)
+    exact = again.returncode == 0 and outcome(run) == outcome(straight)
+    said = "both trials finished, the first: exact" if exact else again.stdout[-300:]
+    yield Result(stage, ONCE[8], "in its first trial", said, 0, len(broken(run)), exact)
 
 
 def merging(stage: str, folder: Path, straight: Path) -> Result:

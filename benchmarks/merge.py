@@ -18,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -140,6 +141,10 @@ def call(command: list[str]) -> tuple[float, float, str]:
     On Linux a new program inherits the peak memory of the process that started it (exec preserves
     ru_maxrss), so this process must stay small: it imports torch only after the last measurement.
     """
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert own < 100, (
+        f"this process has used {own:.0f} MiB, which its children's peak would include"
+    )
     began = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     output = child.stdout.read()

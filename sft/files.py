@@ -151,6 +151,35 @@ def hash_of(file: str | Path) -> str:
     return hasher.hexdigest()
 
 
+def inventory(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and hash of every file in a folder, by its path in the folder."""
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3": hash_of(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def damage_of(folder: Path, listed: Any) -> str | None:
+    """Compare a folder's files with their inventory, which was read from a file.
+
+    Returns:
+        The first file that is missing or damaged, and how; None: all are as they were written.
+    """
+    try:
+        for name, said in listed.items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != said["bytes"]:
+                return f"{name} has {file.stat().st_size:,} bytes, not {said['bytes']:,}"
+            if hash_of(file) != said["xxh3"]:
+                return f"{name} is damaged: its hash is not the one that was written"
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "the list of its files is damaged"
+    return None
+
+
 def stamp(file: str) -> str:
     """Return a text that changes with the file: its size, modification time and inode."""
     stat = os.stat(file)

@@ -133,13 +133,18 @@ def _where(steps: int | None, epoch: int) -> tuple[int, int]:
 
 
 def _one_and_two(config: ProveConfig) -> list[int]:
-    """List the numbers of ranks that the global batch and the GPUs allow."""
+    """List one and two ranks, or say why two are not possible."""
     import torch
 
-    train = config.train
-    divides = train.global_batch_size % (2 * train.per_device_train_batch_size) == 0
-    fits = not torch.cuda.is_available() or torch.cuda.device_count() > 1
-    return [1, 2] if divides and fits else [1]
+    whole, each = config.train.global_batch_size, config.train.per_device_train_batch_size
+    if torch.cuda.device_count() == 1:
+        reason = "this machine has one GPU"
+    elif whole % (2 * each):
+        reason = f"two ranks need train.global_batch_size to be a multiple of {2 * each}"
+    else:
+        return [1, 2]
+    logger.info("warning: this is proven on one rank only: %s", reason)
+    return [1]
 
 
 def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from sft.errors import CheckpointError
-from sft.files import PARTIAL, delete_folder, finish_folder, hash_of, write_text
+from sft.errors import CheckpointError, RunError
+from sft.files import PARTIAL, damage_of, delete_folder, finish_folder, inventory, write_text
 
 TRAINER_STATE = "trainer_state.json"  # the name that the Trainer reads
 MANIFEST = "manifest.json"  # written last: names, sizes and hashes of all other files
@@ -30,6 +31,20 @@ def step_of(path: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
+def require_run(output_dir: Path) -> None:
+    """Check that the run's folder still exists; writing into it would make a new, empty one.
+
+    Raises:
+        RunError: It was removed or renamed while the run trained.
+    """
+    if not output_dir.is_dir():
+        raise RunError(
+            f"the run's folder {output_dir} is gone: it was removed or renamed while the run "
+            "trained\n    fix: give the folder its name back, then give the same command again to "
+            "resume the run; without the folder that command starts from step 0"
+        )
+
+
 def finish(partial: Path, final: Path, facts: dict[str, Any]) -> None:
     """Write the manifest, and rename the folder to its final name.
 
@@ -38,12 +53,8 @@ def finish(partial: Path, final: Path, facts: dict[str, Any]) -> None:
         final: The checkpoint's path; a folder that exists there is replaced.
         facts: Stored in the manifest with the sizes and hashes of the files.
     """
-    listed = {
-        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "xxh3": hash_of(path)}
-        for path in sorted(partial.rglob("*"))
-        if path.is_file()
-    }
-    write_text(partial / MANIFEST, json.dumps({**facts, "files": listed}, indent=2) + "\n")
+    content = {**facts, "files": inventory(partial)}
+    write_text(partial / MANIFEST, json.dumps(content, indent=2) + "\n")
     finish_folder(partial, final)
 
 
@@ -97,24 +108,26 @@ def _manifest(path: Path) -> dict[str, Any] | str:
     return content
 
 
-def damage(path: Path) -> str | None:
-    """Compare the size and hash of every file with the manifest.
+def damage(path: Path, fingerprints: Collection[str] = ()) -> str | None:
+    """Compare step and run, and the size and hash of every file, with the manifest.
+
+    Args:
+        path: The checkpoint.
+        fingerprints: Those of the run that it must belong to; empty: of any run.
 
     Returns:
-        The first file that is missing or damaged, and how; None: the checkpoint is complete.
+        Why the checkpoint cannot be used, such as the first file that is damaged; None: it can.
     """
     content = _manifest(path)
     if isinstance(content, str):
         return content
-    for name, said in content["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != said["bytes"]:
-            return f"{name} has {file.stat().st_size:,} bytes, not {said['bytes']:,}"
-        if hash_of(file) != said["xxh3"]:
-            return f"{name} is damaged: its hash is not the manifest's"
-    return None
+    step = content.get("step", step_of(path))
+    if step != step_of(path):
+        return f"its {MANIFEST} is that of step {step}, so the folder was renamed"
+    # The manifests of earlier versions do not name the run.
+    if fingerprints and content.get("run") not in (None, *fingerprints):
+        return "it is a checkpoint of a different run, which was copied into this folder"
+    return damage_of(path, content["files"])
 
 
 def verify(path: Path) -> None:
@@ -134,15 +147,18 @@ def _unusable(path: Path, reason: str) -> CheckpointError:
     )
 
 
-def choose(output_dir: Path, named: str | None) -> tuple[Path | None, list[tuple[Path, str]]]:
+def choose(
+    output_dir: Path, named: str | None, fingerprints: Collection[str] = ()
+) -> tuple[Path | None, list[tuple[Path, str]]]:
     """Choose the checkpoint to resume from, and list the ones that are skipped, with the reason.
 
     Args:
         output_dir: The run's folder.
         named: The value of ``resume.checkpoint``; None: the newest complete checkpoint.
+        fingerprints: Those of the run; empty: checkpoints of any run are taken.
 
     Raises:
-        CheckpointError: The named checkpoint is missing or damaged, or all checkpoints are damaged.
+        CheckpointError: The named checkpoint is missing or cannot be used, or none can be used.
     """
     if named is not None:
         path = output_dir / Path(named).name
@@ -152,7 +168,7 @@ def choose(output_dir: Path, named: str | None) -> tuple[Path | None, list[tuple
                 f"resume.checkpoint={named}: {output_dir} has {there}\n"
                 "    fix: name one of these, or leave out resume.checkpoint to use the newest"
             )
-        if reason := damage(path):
+        if reason := damage(path, fingerprints):
             raise CheckpointError(
                 f"resume.checkpoint={named}: {reason}\n"
                 f"    fix: name a different one ({there}), or leave out resume.checkpoint to use "
@@ -161,13 +177,13 @@ def choose(output_dir: Path, named: str | None) -> tuple[Path | None, list[tuple
         return path, []
     passed_over: list[tuple[Path, str]] = []
     for path in checkpoints(output_dir):
-        reason = damage(path)
+        reason = damage(path, fingerprints)
         if reason is None:
             return path, passed_over
         passed_over.append((path, reason))
     if passed_over:
         raise CheckpointError(
-            f"no checkpoint in {output_dir} is complete and undamaged:\n"
+            f"no checkpoint in {output_dir} can be used:\n"
             + "\n".join(f"    {path.name}: {why}" for path, why in passed_over)
             + "\n    fix: restore the files, or use overwrite=true to start again from step 0"
         )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from sft.checkpoint import folders
-from sft.errors import CheckpointError
+from sft.errors import CheckpointError, SftError
 from sft.files import abandon_folder
 from sft.ranks import gather
 
@@ -38,6 +38,7 @@ class RankZero:
         return None
 
     def __enter__(self) -> RankZero:
+        self.do(folders.require_run, self.path.parent)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -48,7 +49,7 @@ class RankZero:
             return
         if self.here:
             abandon_folder(self.path)
-            if not isinstance(self.error, (OSError, SafetensorError, CheckpointError)):
+            if not isinstance(self.error, (OSError, SafetensorError, SftError)):
                 raise self.error  # type: ignore[misc]
         before = next(iter(folders.checkpoints(self.path.parent)), None)
         there = f"the newest checkpoint is {before}" if before else "there is no other checkpoint"

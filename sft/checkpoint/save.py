@@ -28,7 +28,7 @@ def save(
         live: The objects whose state is saved.
         counts: What this rank has counted since the last logged line.
         trainer_state: The Trainer's own state; its best checkpoint is not deleted.
-        facts: Facts for the manifest: step, ranks and ZeRO stage.
+        facts: Facts for the manifest: the run's fingerprint, step, ranks and ZeRO stage.
         keep: The number of checkpoints to keep.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sft.config.artefact_meta import META, meta_of
 from sft.config.settings import DatasetConfig, TemplateConfig
 from sft.errors import DataError
-from sft.files import new_folder, without_protocol, write_text
+from sft.files import damage_of, inventory, new_folder, without_protocol, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +43,7 @@ def save(prepared: Prepared, folder: Path) -> None:
     with new_folder(folder) as partial:
         DatasetDict(sets).save_to_disk(str(partial))
         shutil.copyfile(prepared.folder / "dropped.jsonl", partial / "dropped.jsonl")
+        meta["files"] = inventory(partial)
         write_text(partial / META, json.dumps(meta, indent=2) + "\n")
 
 
@@ -50,7 +51,7 @@ def load(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared 
     """Load the artefact at ``dataset.path``; None if that is not an artefact.
 
     Raises:
-        DataError: Its tokenizer is not the model's, or ``dataset.streaming`` is set.
+        DataError: It is damaged, its tokenizer is not the model's, or ``dataset.streaming`` is set.
     """
     from datasets import load_from_disk
 
@@ -70,6 +71,12 @@ def load(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared 
         raise DataError(
             f"dataset.path={folder} was tokenised with a tokenizer that is not the model's\n"
             "    fix: the model it was prepared for, or prepare it for this one: "
+            "python -m sft.data model=... output=FOLDER"
+        )
+    if reason := damage_of(folder, meta.get("files", {})):  # earlier versions list no files
+        raise DataError(
+            f"dataset.path={folder} cannot be used: {reason}\n"
+            "    fix: restore the file, or prepare the data again: "
             "python -m sft.data model=... output=FOLDER"
         )
     sets = load_from_disk(str(folder))

@@ -19,11 +19,11 @@ from sft.data import artefact, sources
 from sft.data.audit import Counts, gate
 from sft.data.blocks import weighted, write_blocks
 from sft.data.folders import few
-from sft.data.prepared import Prepared, Samples, tokenizer_hash
+from sft.data.prepared import INVENTORY, Prepared, Samples, damage, tokenizer_hash
 from sft.data.splits import Split, held_out
 from sft.data.store import Dropped, encoded
 from sft.data.template import Template
-from sft.files import cache_dir, new_folder, write_text
+from sft.files import cache_dir, inventory, new_folder, write_text
 
 logger = logging.getLogger("sft")
 
@@ -94,10 +94,12 @@ def _cached(
     key = _key(config, given, template, seed, samples, tokenizer)
     folder = cache_dir() / "data" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if not (folder / "data.json").is_file():
+    if damage(folder) is not None:
         lock = FileLock(f"{folder}.lock")  # the kernel releases it when its owner dies
         with lock:
-            if not (folder / "data.json").is_file():
+            if reason := damage(folder):  # a different rank may have made it meanwhile
+                if folder.exists():
+                    logger.info("the prepared data in %s is made again: %s", folder, reason)
                 with new_folder(folder) as partial:
                     _make(config, given, template, seed, samples, partial, tokenizer)
     from datasets import Dataset
@@ -148,7 +150,7 @@ def _make(
     folder: Path,
     tokenizer: str,
 ) -> None:
-    """Write train and eval to a folder; ``data.json`` is written last."""
+    """Write train and eval to a folder; the inventory of its files is written last."""
     with (folder / "dropped.jsonl").open("w", encoding="utf-8") as file:
         dropped = Dropped(file)
         store = encoded(given, template, config, folder, dropped, samples)
@@ -176,3 +178,4 @@ def _make(
         "parts": {name: dataclasses.asdict(counts) for name, counts in parts.items()},
     }
     write_text(folder / "data.json", json.dumps(meta, indent=2) + "\n")
+    write_text(folder / INVENTORY, json.dumps(inventory(folder), indent=2) + "\n")

@@ -6,10 +6,12 @@ import collections
 import itertools
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from sft import process
 from sft.data.row_encoder import Encoded, RowEncoder
 from sft.data.rows import BadRow, Row
 from sft.errors import DataError
@@ -39,6 +41,8 @@ _maker: RowEncoder | None = None
 
 def _begin_worker(maker: RowEncoder) -> None:
     global _maker
+    # Otherwise a worker whose run was killed would wait for its next batch for ever.
+    process.end_with_parent(signal.SIGKILL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers already use all cores
     _maker = maker
 

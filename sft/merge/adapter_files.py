@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from sft.checkpoint import weights
 from sft.errors import MergeError
 from sft.inference.card import ADAPTER_SETTINGS
+from sft.merge import refusals
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
@@ -18,13 +19,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft")
 
 WEIGHTS = "adapter_model.safetensors"
-# Settings that cannot be expressed as weights, or that this module does not support.
-REFUSED = (
-    *("layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora"),
-    *("monteclora_config", "kasa_config", "megatron_config"),
-)
-# These initialisations change the base before the first step, with data that only training had.
-UNKNOWN_STARTS = ("corda", "lora_ga", "loftq")
 
 
 def check_file(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -89,19 +83,8 @@ def read_config(folder: Path) -> LoraConfig:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
         raise MergeError(f"{folder} is {kind}, not LoRA\n    fix: merge it in memory, with PEFT")
-    for name in REFUSED:
-        if getattr(config, name, None):
-            raise MergeError(
-                f"{folder} uses {name}, which cannot be merged\n"
-                "    fix: use the adapter without merging it"
-            )
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.startswith((*UNKNOWN_STARTS, "pissa_niter")):
-        raise MergeError(
-            f"{folder} has init_lora_weights={start}, which changed the base in a way that the "
-            "adapter's files do not record\n"
-            "    fix: save it with PEFT's path_initial_model_for_weight_conversion"
-        )
+    if found := refusals.of_adapter(str(folder), config):
+        raise MergeError("{}\n    fix: {}".format(*found))
     return config
 
 

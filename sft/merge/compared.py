@@ -35,9 +35,10 @@ def base_and_adapter(prepared: PreparedMerge, resident: bool) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def written(folder: Path, resident: bool) -> Iterator[Any]:
+def written(prepared: PreparedMerge, folder: Path, resident: bool) -> Iterator[Any]:
     """Yield the merged model, loaded as a whole (resident) or read layer by layer."""
-    here = ModelConfig(name_or_path=str(folder.resolve()))
+    consent = prepared.sources.base.trust_remote_code  # the code is the base's
+    here = ModelConfig(name_or_path=str(folder.resolve()), trust_remote_code=consent)
     if resident:
         yield load_frozen(here, QuantizationConfig(), torch.float32)
     else:

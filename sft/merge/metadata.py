@@ -60,8 +60,10 @@ def check(prepared: PreparedMerge, folder: Path) -> None:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    wanted, written = prepared.tokenizer, AutoTokenizer.from_pretrained(folder)
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    # Code in the folder is the base's, which write() has copied.
+    consent = {"trust_remote_code": prepared.sources.base.trust_remote_code}
+    wanted, written = prepared.tokenizer, AutoTokenizer.from_pretrained(folder, **consent)
+    config = AutoConfig.from_pretrained(folder, **consent).get_text_config()
     before = prepared.model.config.get_text_config()
     tied = bool(before.tie_word_embeddings) and not prepared.layout.untied
     pairs = {

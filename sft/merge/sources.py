@@ -14,6 +14,7 @@ import torch
 from sft.config.settings import ModelConfig, QuantizationConfig
 from sft.errors import MergeError
 from sft.inference.card import ADAPTER_SETTINGS, Card, base_of, read_card
+from sft.merge import refusals
 from sft.merge.adapter_files import check_file, read_config, restarts
 from sft.run import record
 
@@ -90,11 +91,8 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
         config = AutoConfig.from_pretrained(**source(base))
     if commit := commit_of(base):  # so that all files are read from the same commit
         base = dataclasses.replace(base, revision=commit)
-    if getattr(config, "quantization_config", None) is not None:
-        raise MergeError(
-            f"the files of {base.name_or_path} are already quantised\n"
-            "    fix: base=THE_MODEL_THAT_WAS_QUANTISED"
-        )
+    if reason := refusals.of_base(str(base.name_or_path), config):
+        raise MergeError(f"{reason}\n    fix: base=THE_MODEL_THAT_WAS_QUANTISED")
     stored = config.dtype or torch.float32
     precision = card.identity.get("precision") if card else None
     return Sources(

@@ -8,7 +8,7 @@ from sft.config.settings import QuantizationConfig
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> Any:
@@ -24,6 +24,16 @@ def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.d
         bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
         **{"bnb_4bit_compute_dtype": compute_dtype, **quantization.extra},
     )
+
+
+def stored_method(config: PreTrainedConfig) -> str | None:
+    """Return how a model's own files are quantised, such as mxfp4 or fp8; None if they are not."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    values = settings if isinstance(settings, dict) else vars(settings)
+    method = values.get("quant_method", "unknown method")
+    return str(getattr(method, "value", method))
 
 
 def keep_training_layout(model: PreTrainedModel) -> None:

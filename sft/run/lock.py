@@ -29,6 +29,14 @@ class Lock:
         with (self.folder / LOCK).open() as file:
             self._lock(file, fcntl.LOCK_SH)
 
+    def is_taken(self) -> bool:
+        """Return whether a process holds the lock."""
+        try:
+            self.refuse_if_taken()
+        except RunError:
+            return True
+        return False
+
     def take(self) -> None:
         """Take the lock.
 

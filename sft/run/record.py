@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from sft.config.compare import training_settings
 from sft.errors import RunError
 from sft.files import to_json, write_text
 
@@ -33,7 +35,10 @@ def read(folder: str | Path) -> dict[str, Any]:
         content = json.loads(text(folder) or "{}")
     except ValueError:
         content = None
-    if not isinstance(content, dict) or not isinstance(content.get("identity", {}), dict):
+    kinds = {"identity": dict, "fingerprints": list}
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key, kind()), kind) for key, kind in kinds.items()
+    ):
         raise _damaged(Path(folder) / RECORD)
     return content
 
@@ -47,6 +52,17 @@ def _damaged(file: Path) -> RunError:
 def write(folder: Path, content: dict[str, Any]) -> None:
     """Write ``run.json``."""
     write_text(folder / RECORD, to_json(content, indent=2) + "\n")
+
+
+def fingerprint(settings: dict[str, Any], identity: dict[str, str]) -> str:
+    """Hash what the trained weights depend on; the manifests of a run's checkpoints name it.
+
+    Args:
+        settings: All settings, nested as in config.yaml.
+        identity: The base model, the data and the precision.
+    """
+    what = json.dumps([training_settings(settings), identity], sort_keys=True, default=str)
+    return hashlib.sha256(what.encode()).hexdigest()[:32]
 
 
 def settings(folder: str | Path) -> Any:

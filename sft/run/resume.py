@@ -19,7 +19,7 @@ NOTED = ("products",)
 
 
 def changed(path: Path, ranks: int, stage: int) -> str:
-    """Describe how ranks or ZeRO stage differ from those of a checkpoint; empty if they do not.
+    """Describe how ranks or ZeRO stage differ from a checkpoint's; empty if nothing is to be said.
 
     Raises:
         CheckpointError: The optimizer's state cannot be restored on these ranks and this stage.
@@ -40,7 +40,8 @@ def changed(path: Path, ranks: int, stage: int) -> str:
             "    fix: use the same number of ranks and the same zero=, or run_name=NAME for a new "
             "run"
         )
-    return "" if same else f" (made by {there}; now {here})"
+    unnamed = "; an earlier version of sft made it, and its manifest does not name its run"
+    return ("" if same else f" (made by {there}; now {here})") + unnamed * ("run" not in made)
 
 
 def require_same_checkpoint(folder: Path, checkpoint: Path | None) -> None:

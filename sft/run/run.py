@@ -40,6 +40,7 @@ class Run:
         self.began = time.time()
         self.identity: dict[str, str] = {}
         self.choices: dict[str, Any] = {}
+        self.fingerprint = ""  # see record.fingerprint; claim() sets it, on rank 0
         self.resumed: Path | None = None
         self._accepted: list[str] = []
         self._record: dict[str, Any] = {}
@@ -92,7 +93,8 @@ class Run:
                 f"the run in {self.dir} is finished\n"
                 "    fix: run_name=NAME for a new run, or overwrite=true to replace this one"
             )
-        found, passed_over = folders.choose(self.dir, named)
+        own = record.read(self.dir).get("fingerprints", [])
+        found, passed_over = folders.choose(self.dir, named, own)
         for path, why in passed_over:
             logger.info("%s is not used: %s", path, why)
         if found is None:
@@ -167,11 +169,16 @@ class Run:
             if self.config.overwrite:
                 self._empty()
             folders.tidy(self.dir, self.resumed)
+            content = {k: v for k, v in self.identity.items() if k not in resume.NOTED}
+            self.fingerprint = record.fingerprint(dataclasses.asdict(self.config), content)
+            # A run has several where a start was allowed to change settings, data or base.
+            fingerprints = [*before.get("fingerprints", []), self.fingerprint]
             self._record = {
                 "status": "running",
                 "command": " ".join(sys.orig_argv),
                 "ranks": process.world_size(),
                 "identity": self.identity,
+                "fingerprints": list(dict.fromkeys(fingerprints)),
                 "choices": self.choices,
                 **provenance(),
                 "resumed": before.get("resumed", []),
@@ -225,7 +232,8 @@ class Run:
         """Record that the run ``failed`` or was ``stopped``, and why; it can be resumed."""
         if self._record:
             self._record |= {"status": status, "reason": reason}
-            with contextlib.suppress(OSError):  # a full disk; the error in progress says so
+            # A full disk or a removed folder; the error in progress says so.
+            with contextlib.suppress(OSError, RunError):
                 self._write()
 
     def log_to_file(self, rank: int) -> None:
@@ -245,4 +253,5 @@ class Run:
         self._lock.release()
 
     def _write(self) -> None:
+        folders.require_run(self.dir)
         record.write(self.dir, self._record)

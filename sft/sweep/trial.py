@@ -7,6 +7,7 @@ when a rank fails, the other ranks wait in a collective that the next trial's wo
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,11 @@ from sft.config.compare import training_settings
 from sft.config.settings import Config, fill_names
 from sft.errors import RunError
 from sft.run import record
+from sft.run.lock import Lock
+
+logger = logging.getLogger("sft")
+
+POLL = 0.5  # seconds between two looks at a lock
 
 
 @dataclass
@@ -51,6 +57,18 @@ class Trial:
 
     def __str__(self) -> str:
         return " ".join(self.overrides) or "(no setting is swept)"
+
+    def wait(self, title: str) -> None:
+        """Wait until no other process trains in the trial's folder.
+
+        Linux ends the trial of a sweep that was killed: see ``child.run``. It saves first, which
+        takes some time, and the same sweep may have been started again meanwhile.
+        """
+        lock = Lock(Path(self.output_dir))
+        if lock.is_taken():
+            logger.info("%s  waits: another process trains in %s", title, self.output_dir)
+        while lock.is_taken():
+            time.sleep(POLL)
 
     def train(self) -> None:
         """Train in a new process and read the result from its files.

@@ -129,6 +129,7 @@ def run(trials: Sequence[Trial], sweep_dir: Path) -> int:
 
 
 def _train(trial: Trial, title: str) -> None:
+    trial.wait(title)
     if trial.take_over():
         logger.info("%s  finished before%s", title, _loss(trial))
         return

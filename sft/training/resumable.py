@@ -32,6 +32,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     _total_train_tokens: int
     guard: Guard | None = None
+    fingerprint = ""  # the run's; the manifest of each checkpoint names it
     _saved_counts: list[dict[str, Any]] | None = None  # by rank, of the checkpoint resumed from
     updates = 0  # steps in which this process changed the weights
     _saved: int | None = None  # the step of the newest checkpoint
@@ -120,13 +121,14 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             if best and (best == step or folders.path_of(args.output_dir, best).is_dir()):
                 self.state.best_model_checkpoint = str(folders.path_of(args.output_dir, best))
             self.store_flos()
+            facts = {"run": self.fingerprint, "step": step, "ranks": args.world_size}
             save(
                 path,
                 self._write_weights,
                 self._live(),
                 self._kept_counts(),
                 self.state,
-                {"step": step, "ranks": args.world_size, "stage": zero.stage(args.deepspeed)},
+                facts | {"stage": zero.stage(args.deepspeed)},
                 args.save_total_limit,
             )
             self._saved = step

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from sft.checkpoint import sharded
+from sft.checkpoint import folders, sharded
 from sft.errors import RunError
 from sft.files import read_records, to_json, write_text
 from sft.ranks import gather, trained_bits
@@ -89,6 +89,7 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(to_json(record) + "\n")
             except OSError as error:
+                folders.require_run(self.path.parent)
                 raise RunError(
                     f"{self.path} cannot be written: {error}\n"
                     "    fix: free disk space, then give the same command again to resume the run"

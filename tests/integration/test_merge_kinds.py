@@ -1,6 +1,8 @@
 """Every kind of adapter that is merged, against PEFT's own merge and against base + adapter."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +266,97 @@ def test_what_is_not_merged_is_refused_by_name(
     with pytest.raises(MergeError, match=message):
         merged(f"adapter={adapter}", f"output={tmp_path / 'out'}", f"base={base}")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "reason"),
+    [
+        ("mxfp4", {}, r"the files of .*base are already quantised \(mxfp4\)"),
+        ("fp8", {}, r"the files of .*base are already quantised \(fp8\)"),
+        (None, {"use_qalora": True}, "this run's adapter uses use_qalora, which cannot be merged"),
+        (None, {"init_lora_weights": "corda"}, "this run's adapter has init_lora_weights=corda"),
+        (None, {}, None),
+    ],
+)
+def test_what_a_merge_would_refuse_is_said_before_training(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    method: str | None,
+    settings: dict[str, Any],
+    reason: str | None,
+) -> None:
+    from peft import LoraConfig
+    from transformers import AutoConfig
+
+    from sft.merge import refusals
+    from sft.train import main
+
+    caplog.set_level("INFO", "sft")
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    content = json.loads((base / "config.json").read_text())
+    if method:
+        content["quantization_config"] = {"quant_method": method}
+        (base / "config.json").write_text(json.dumps(content))
+    architecture, lora = AutoConfig.from_pretrained(base), LoraConfig(**settings)
+    config = main.compose(["model=hf", f"model.name_or_path={base}"])
+    refusals.say_before_training(config, architecture, lora)
+    said = [line for line in caplog.messages if "sft merge will refuse" in line]
+    assert len(said) == (reason is not None)
+    refusals.say_before_training(config, architecture, None)  # no adapter, nothing to merge
+    config.train.merge = True
+    if reason is None:
+        refusals.say_before_training(config, architecture, lora)
+        return
+    assert re.search(f"warning: .*: {reason}(.|\n)*fix: ", said[0])
+    with pytest.raises(
+        MergeError, match=f"train.merge=true: {reason}(.|\n)*fix: train.merge=false"
+    ):
+        refusals.say_before_training(config, architecture, lora)
+
+
+def test_a_base_whose_files_are_quantised_is_refused_by_training_and_by_the_merge(
+    tmp_path: Path, bases: Path
+) -> None:
+    from sft.train import main, train
+
+    base = tmp_path / "base"
+    shutil.copytree(base_of(bases, "llama", False), base)
+    adapter = build_adapter(tmp_path / "adapter", base, target_modules=ATTENTION)
+    content = json.loads((base / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "mxfp4"}
+    (base / "config.json").write_text(json.dumps(content))
+    with pytest.raises(MergeError, match="already quantised"):
+        merged(f"adapter={adapter}", f"output={tmp_path / 'out'}", f"base={base}")
+    config = ["model=hf", f"model.name_or_path={base}", "train.merge=true"]
+    with pytest.raises(MergeError, match="already quantised"):
+        train(main.compose([*config, f"output_dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_with_its_own_code_is_merged_and_verified(
+    tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft.config.settings import ModelConfig
+    from sft.merge import sources
+
+    base = tmp_path / "base"
+    shutil.copytree(base_of(bases, "llama", False), base)
+    adapter = build_adapter(tmp_path / "adapter", base, target_modules=ATTENTION)
+    (base / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    content = json.loads((base / "config.json").read_text())
+    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    content |= {"model_type": "own", "architectures": ["Own"], "auto_map": names}
+    (base / "config.json").write_text(json.dumps(content))
+    agreed = ModelConfig(name_or_path=str(base), trust_remote_code=True)
+    monkeypatch.setattr(sources, "base_of", lambda *_: agreed)
+    report = merged(f"adapter={adapter}", f"output={tmp_path / 'out'}", f"base={base}")
+    assert report["passed"] and report["weights_loaded"] == "whole"
+    assert (tmp_path / "out" / "modeling_own.py").is_file()
 
 
 def test_another_kind_of_adapter_generates_and_is_not_merged(tmp_path: Path, bases: Path) -> None:

@@ -13,6 +13,7 @@ from warm import run_warm
 from sft import prove
 from sft.checkpoint import folders
 from sft.errors import CheckpointError, ConfigError, RunError
+from sft.files import hash_of
 
 pytestmark = pytest.mark.usefixtures("warm_ranks")
 WORKERS = ["train.dataloader_num_workers=2", "train.extra.dataloader_persistent_workers=true"]
@@ -77,7 +78,7 @@ def test_the_proof_can_fail(
         name = next(key for key in tensors if key.startswith("exp_avg/") and "lora_B" in key)
         save_file({**tensors, name: tensors[name] * 1.001}, file)
         listed = folders.manifest(path)
-        listed["files"][file.name]["xxh3"] = folders.hash_of(file)
+        listed["files"][file.name]["xxh3"] = hash_of(file)
         (path / folders.MANIFEST).write_text(json.dumps(listed))
 
     monkeypatch.setattr(prove, "cut_back", dishonest)
@@ -86,6 +87,20 @@ def test_the_proof_can_fail(
     monkeypatch.setattr(sys, "argv", ["prove", *command])
     with pytest.raises(RunError, match=r"(?s)differs from the uninterrupted one:.*step 5: loss"):
         prove.prove(prove.main.compose(command))
+
+
+def test_why_two_ranks_are_not_proven_is_said(
+    saving: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "sft")
+    batch = "train.global_batch_size"
+    given = [item for item in saving if not item.startswith(batch)]
+    assert prove._one_and_two(prove.main.compose([*given, f"{batch}=4"])) == [1, 2]
+    assert prove._one_and_two(prove.main.compose([*given, f"{batch}=2"])) == [1]
+    assert caplog.messages == [
+        "warning: this is proven on one rank only: two ranks need train.global_batch_size to be a "
+        "multiple of 4"
+    ]
 
 
 def test_what_cannot_be_proven_is_refused(tmp_path: Path, saving: list[str]) -> None:

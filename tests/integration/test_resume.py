@@ -301,6 +301,7 @@ def test_checkpoints_hold_no_pickle_and_the_best_is_kept(tmp_path: Path, saving:
 def test_what_is_trained_may_not_change_unnoticed(
     tmp_path: Path, saving: list[str], rows: Path
 ) -> None:
+    from sft.checkpoint import folders
     from sft.errors import RunError
 
     run, own = tmp_path / "run", tmp_path / "own.jsonl"
@@ -322,6 +323,10 @@ def test_what_is_trained_may_not_change_unnoticed(
     assert 0 < rates[5] < 0.002 < rates[4] < 0.01
     [resumed] = json.loads((run / "run.json").read_text())["resumed"]
     assert [line.split(":")[0] for line in resumed["allowed"]] == ["train.learning_rate", "data"]
+    # Each checkpoint names its run as it was when it was saved.
+    fingerprints = json.loads((run / "run.json").read_text())["fingerprints"]
+    named = [folders.manifest(path)["run"] for path in reversed(folders.checkpoints(run))]
+    assert named == fingerprints and len(set(named)) == 2
 
 
 def test_prepared_data_is_resumed_with_the_template_that_it_was_made_with(

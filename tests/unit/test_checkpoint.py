@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +16,8 @@ from sft.files import begin_folder
 from sft.run import record, resume
 
 
-def make(run: Path, step: int, **facts: object) -> Path:
-    final = folders.path_of(run, step)
+def make(folder: Path, step: int, **facts: object) -> Path:
+    final = folders.path_of(folder, step)
     partial = begin_folder(final)
     (partial / "a.bin").write_bytes(bytes(1000))
     (partial / "b.json").write_text("{}")
@@ -71,7 +73,7 @@ def test_the_newest_whole_one_is_chosen(tmp_path: Path, name: str, harm, why: st
         folders.choose(tmp_path, "checkpoint-10")
     assert folders.choose(tmp_path, str(older)) == (older, [])
     harm(older / name)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is complete"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used"):
         folders.choose(tmp_path, None)
 
 
@@ -80,6 +82,40 @@ def test_one_that_is_named_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has checkpoint-2\n    fix: name one of these"):
         folders.choose(tmp_path, "checkpoint-3")
     assert folders.choose(tmp_path / "nothing", None) == (None, [])
+
+
+def test_a_checkpoint_of_a_different_run_is_not_used(tmp_path: Path) -> None:
+    """Copied into the folder, or renamed in it; one without the run's name is of an older sft."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    own, foreign = make(run, 10, run="a"), make(other, 30, run="c")
+    shutil.copytree(foreign, run / foreign.name)
+    shutil.copytree(own, run / "checkpoint-20")
+    found, passed_over = folders.choose(run, None, ["a", "b"])
+    assert found == own
+    assert passed_over == [
+        (run / "checkpoint-30", "it is a checkpoint of a different run, which was copied into this "
+                                "folder"),
+        (run / "checkpoint-20", "its manifest.json is that of step 10, so the folder was renamed"),
+    ]  # fmt: skip
+    assert folders.choose(run, None, ["c"])[0] == run / "checkpoint-30"
+    with pytest.raises(CheckpointError, match=r"checkpoint-30: it is a checkpoint of a different"):
+        folders.choose(run, "checkpoint-30", ["a", "b"])
+    shutil.rmtree(own)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used:\n.*-30: it is a"):
+        folders.choose(run, None, ["a", "b"])
+    old = make(run, 40)
+    assert folders.choose(run, None, ["a", "b"])[0] == old
+    assert resume.changed(old, 2, 1).endswith("its manifest does not name its run")
+
+
+def test_a_run_is_known_by_what_its_weights_depend_on() -> None:
+    settings = {"seed": 1, "output_dir": "a", "train": {"learning_rate": 1e-4, "save_steps": 5}}
+    identity = {"base": "x", "data": "y", "precision": "fp32"}
+    one = record.fingerprint(settings, identity)
+    moved = {**settings, "output_dir": "b", "train": {"learning_rate": 1e-4, "save_steps": 9}}
+    assert record.fingerprint(moved, identity) == one
+    assert record.fingerprint({**settings, "seed": 2}, identity) != one
+    assert record.fingerprint(settings, {**identity, "data": "z"}) != one
 
 
 @pytest.mark.parametrize(
@@ -161,6 +197,7 @@ def test_a_restarted_command_is_known() -> None:
             ("run.json", "[]"),
             ("run.json", "\udcff"),
             ("run.json", '{"identity": 3}'),
+            ("run.json", '{"fingerprints": "a"}'),
         ),
         *(("config.yaml", "a: ["), ("config.yaml", ""), ("config.yaml", "[1]")),
     ],
@@ -171,3 +208,21 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, name: str, text: str) 
     read = record.read if name == record.RECORD else record.settings
     with pytest.raises(RunError, match=rf"{name} is damaged\n    fix: restore the file, or over"):
         read(tmp_path)
+
+
+def test_a_folder_that_is_removed_while_the_run_trains_is_said_to_be_gone(tmp_path: Path) -> None:
+    """By what writes into it: a logged line, a checkpoint, and the weights at the end."""
+    from types import SimpleNamespace
+
+    from sft.checkpoint.rank_zero import RankZero
+    from sft.watch.callbacks import MetricsFile
+
+    run, gone = tmp_path / "run", r"the run's folder .*run is gone: it was removed or renamed"
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=3)
+    with pytest.raises(RunError, match=gone):
+        MetricsFile(run / record.METRICS).on_log(None, state, None, {"loss": 1.0})
+    for path in (folders.path_of(run, 3), run / record.ADAPTER):
+        with pytest.raises(CheckpointError, match=gone) as error, RankZero(path) as main:
+            main.do(begin_folder, path)
+        assert "space" not in str(error.value)
+    assert not run.exists()

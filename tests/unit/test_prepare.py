@@ -108,6 +108,45 @@ def test_the_same_is_read_from_the_cache_and_any_change_is_not(
     assert names == {"", "lock"}
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "why"),
+    [
+        ("train.arrow", lambda file: os.truncate(file, 400), "train.arrow has 400 bytes, not "),
+        ("train.arrow", flip, "train.arrow is damaged: its hash is not"),
+        ("eval.arrow", Path.unlink, "eval.arrow is missing"),
+        ("data.json", lambda file: os.truncate(file, 30), "data.json has 30 bytes, not "),
+        ("data.json", flip, "data.json is damaged"),
+        ("dropped.jsonl", Path.unlink, "dropped.jsonl is missing"),
+        ("files.json", Path.unlink, "files.json is missing"),
+        ("files.json", lambda file: os.truncate(file, 30), "files.json is damaged"),
+        ("files.json", lambda file: file.write_text('{"a": 1}'), "a is missing"),
+        ("files.json", lambda file: file.write_text("[]"), "the list of its files is damaged"),
+    ],
+)
+def test_damaged_data_in_the_cache_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, harm: Any, why: str
+) -> None:
+    caplog.set_level("INFO", "sft")
+    path = write(tmp_path / "rows.jsonl", [pair(n) for n in range(20)])
+    first = made(path, eval_fraction=0.2)
+    whole = {file.name: file.read_bytes() for file in first.folder.iterdir()}
+    harm(first.folder / name)
+    caplog.clear()
+    again = made(path, eval_fraction=0.2)
+    [said] = [line for line in caplog.messages if "made again" in line]
+    assert said.startswith(f"the prepared data in {first.folder} is made again: {why}")
+    assert {file.name: file.read_bytes() for file in again.folder.iterdir()} == whole
+    assert len(again.train.dataset) == 16
+    caplog.clear()
+    assert made(path, eval_fraction=0.2).folder == first.folder and not caplog.messages
+
+
 def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path: Path, own_cache: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [pair(n) for n in range(20_000)])
     script = (
@@ -284,6 +323,9 @@ def test_an_artefact_trains_the_same_and_knows_its_tokenizer(tmp_path: Path) -> 
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(DataError, match="tokenised with a tokenizer that is not the model's"):
         prepare.prepare(DatasetConfig(path=str(folder)), Template(PAIRS, tokenizer), 0)
+    flip(next((folder / "train").glob("*.arrow")))
+    with pytest.raises(DataError, match=r"cannot be used: train/.*arrow is damaged(.|\n)*again: "):
+        made(str(folder))
 
 
 def test_lengths_are_described() -> None:

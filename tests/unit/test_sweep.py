@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from sft.config import saved
 from sft.config.paths import CONF_DIR
 from sft.config.settings import Config, fill_names
 from sft.errors import ConfigError, RunError
+from sft.run.lock import Lock
 from sft.sweep import trials as sweep
 from sft.sweep.trial import Trial
 
@@ -369,6 +371,32 @@ def test_a_command_ends_with_the_process_that_started_it(tmp_path: Path) -> None
     parent.kill()
     parent.wait()
     wait_until(lambda: not alive(int(pid_file.read_text())))
+
+
+def test_a_trial_waits_for_the_one_that_a_killed_sweep_has_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That one holds the folder's lock until it has saved; two would train beside each other."""
+    start_logging()
+    ended = tmp_path / "ended"
+    trial = finishing(tmp_path, "x=1", 2.5)
+    trial.command[2] = f"assert __import__('os').path.exists({str(ended)!r})" + FINISHED
+    Path(trial.output_dir).mkdir()
+    orphan = Lock(Path(trial.output_dir))
+    orphan.take()
+
+    def end() -> None:
+        ended.touch()
+        orphan.release()
+
+    timer = threading.Timer(0.3, end)
+    timer.start()
+    assert sweep.run([trial], tmp_path) == 0
+    timer.join()
+    said = capsys.readouterr().out.splitlines()[1:4]
+    folder = trial.output_dir
+    assert said[0] == f"trial 1/1  x=1  waits: another process trains in {folder}"
+    assert said[1] == "trial 1/1  x=1  started" and "finished in" in said[2]
 
 
 def test_a_trial_that_ignores_the_interrupt_is_killed(
