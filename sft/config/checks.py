@@ -1,7 +1,7 @@
 """Check which settings, and which combinations of settings, cannot be used. Imports no torch.
 
 Checks that need the model's architecture (does ``target_modules`` match anything?) are in
-``sft.model.adapter`` and run on a model without weights.
+``sft.model.adapter_checks`` and run on a model without weights.
 """
 
 from __future__ import annotations

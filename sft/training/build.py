@@ -117,6 +117,7 @@ def make_trainer(
     """Build the trainer with the base model and the adapter, and install the chosen fast layers."""
     from sft.fast import linear
     from sft.fast import lora as fast_lora
+    from sft.training import first_pass
     from sft.training.trainer import Trainer
 
     trainer = Trainer(
@@ -139,4 +140,6 @@ def make_trainer(
         linear.install(trainer.model)
     if choices.fused_adapters:
         fast_lora.install(trainer.model)
+    if choices.stage < 3:
+        first_pass.leave_out(trainer, prepared)
     return trainer
