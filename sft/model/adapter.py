@@ -45,7 +45,7 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
     refused = sorted(_refused_names(architecture, targeted(lora, architecture)))
     found = list(problems(lora, architecture, zero.stage(zero.read(config.zero))))
     if refused and lora.target_modules not in GROUPS:
-        found.append(_cannot_carry(lora, refused))
+        found.append(_cannot_carry(lora, refused, targeted(lora, architecture)))
     if found:
         raise ConfigError(found)
     values = dataclasses.asdict(lora)  # copies, because PEFT writes into its config
@@ -82,7 +82,8 @@ def _try(lora: LoraSection, made: LoraConfig, architecture: PreTrainedModel) -> 
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         written = f"lora.target_modules={lora.target_modules}"
-        fix = "lora.target_modules=attention"
+        excluded = "exclude_modules" in lora.extra
+        fix = f"remove {EXCLUDE}" if excluded else "lora.target_modules=attention"
         if "ParamWrapper" in reason:  # PEFT's adapter of a parameter, such as stacked experts
             fix += ", which leaves the experts out"
             for name in ("lora_dropout", "use_dora"):
@@ -151,11 +152,15 @@ def _refused_names(model: PreTrainedModel, paths: Iterable[str]) -> set[str]:
     return refused
 
 
-def _cannot_carry(lora: LoraSection, refused: list[str]) -> Problem:
+def _cannot_carry(lora: LoraSection, refused: list[str], paths: list[str]) -> Problem:
     targets, names = lora.target_modules, ",".join(refused)
     rule = f"PEFT refuses adapters on {names} in this architecture"
+    fix = "lora.target_modules=all-linear"
     if isinstance(targets, str):
-        return Problem(f"lora.target_modules={targets}", rule, f"{EXCLUDE}=[{names}]")
+        if any(path.rpartition(".")[2] not in refused for path in paths):
+            fix = f"{EXCLUDE}=[{names}]"
+        return Problem(f"lora.target_modules={targets}", rule, fix)
     kept = [name for name in targets if name.rpartition(".")[2] not in refused]
-    fix = f"lora.target_modules=[{','.join(kept)}]" if kept else "lora.target_modules=all-linear"
+    if kept:
+        fix = f"lora.target_modules=[{','.join(kept)}]"
     return Problem(f"lora.target_modules=[{','.join(targets)}]", rule, fix)

@@ -15,6 +15,7 @@ from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
 from sft.fast import head, linear
 from sft.fast import lora as fast_lora
+from sft.model import experts
 from sft.model import precision as precisions
 from sft.model.precision import Precision, dtype_of, needs_masters
 from sft.plan import kernel, memory
@@ -144,6 +145,7 @@ def decide(
     Raises:
         ConfigError: A value that is set cannot be used with this model, data or machine.
     """
+    experts.check_balance(config, architecture)
     name = precision.value
     zero_choice, ds_config = zero.choose(config, architecture)
     stage = zero.stage(ds_config)

@@ -79,7 +79,9 @@ def require_reached(trainer: Trainer, prepared: Prepared) -> None:
     pattern = _checked(model, missing, layers)
     rule = f"no gradient reaches {len(layers)} of the adapters"
     everything = excluding(model.peft_config[model.active_adapter].exclude_modules, [pattern])
-    raise ConfigError([Problem("lora.target_modules", rule, f"'{EXCLUDE}=\"{everything}\"'")])
+    raise ConfigError(
+        [Problem("lora.target_modules", rule, f"'{EXCLUDE}=\"{everything}\"' overwrite=true")]
+    )
 
 
 def unreached(trainer: Trainer, wrapped: Any, prepared: Prepared) -> list[str]:
@@ -196,18 +198,25 @@ def _checked(model: PeftModel, missing: list[str], layers: dict[str, LoraLayer])
         rule, fix = "no gradient reaches any of its adapters", "lora.target_modules=all-linear"
         raise ConfigError([Problem("lora.target_modules", rule, fix)])
     if others:
-        name = others[0].removeprefix("base_model.model.")
-        saved = ".modules_to_save." in name
-        path = name.partition(".modules_to_save.")[0]
-        setting = "lora.modules_to_save" if saved else "lora.target_modules"
-        fix = f"leave {path} out of it" if saved else "lora.target_modules=attention"
-        raise ConfigError([Problem(setting, f"no gradient reaches {path}", fix)])
+        raise ConfigError([_problem(model, others[0].removeprefix("base_model.model."))])
     kept = {
         path
         for path, module in model.base_model.model.named_modules()
         if isinstance(module, LoraLayer) and path not in layers
     }
     return "|".join(patterns(layers, kept))
+
+
+def _problem(model: PeftModel, name: str) -> Problem:
+    """Return the problem of a trained parameter that no gradient reaches, outside LoRA layers."""
+    path, _, inside = name.partition(".modules_to_save.")
+    rule = f"no gradient reaches {path}"
+    if not inside:
+        return Problem("lora.target_modules", rule, "lora.target_modules=attention")
+    names = model.peft_config[model.active_adapter].modules_to_save or ()
+    kept = [entry for entry in names if not (path == entry or path.endswith(f".{entry}"))]
+    fix = f"[{','.join(kept)}]" if kept else "null"
+    return Problem("lora.modules_to_save", rule, f"lora.modules_to_save={fix}")
 
 
 def patterns(left: Iterable[str], kept: Iterable[str]) -> list[str]:

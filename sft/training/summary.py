@@ -10,6 +10,7 @@ from sft.checkpoint import sharded
 from sft.data import audit
 from sft.data.prepared import Prepared
 from sft.data.preview import marked
+from sft.model import experts
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -40,11 +41,13 @@ def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer
         f"{steps:,}",
         f"{counts.tokens * steps // per_epoch:,}",
     )
+    of_experts = experts.describe(trainer.model) if config.lora.enabled else ""
     logger.info(
-        "parameters: %s of %s are trained (%.2f %%)",
+        "parameters: %s of %s are trained (%.2f %%)%s",
         f"{trained:,}",
         f"{total:,}",
         100 * trained / total,
+        of_experts and f"; {of_experts}",
     )
     if config.quantization.load_in_8bit:
         logger.info(
