@@ -50,6 +50,8 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
     train, precision = dataclasses.asdict(config.train), choices.precision.value
     fields = {name: train[name] for name in sorted(named(TrainConfig, ours=False))}
     fields["gradient_checkpointing"] = choices.checkpointing.value
+    if choices.warmup is not None:
+        fields["warmup_steps"] = choices.warmup.value
     if not choices.evaluates:
         fields |= {"eval_strategy": "no", "eval_steps": None}
     per_forward = train["per_device_train_batch_size"] * world_size()
