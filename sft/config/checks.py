@@ -72,7 +72,7 @@ def _resume(config: Config) -> Iterator[Problem]:
             known = [*settings, *CONTENTS]
             yield Problem(
                 f"resume.allow=[{name}]",
-                f"{name} is neither a setting, nor base, nor data",
+                f"{name} is neither a setting, nor base, data or adapter",
                 upstream.did_you_mean(name, known),
             )
 

@@ -72,13 +72,8 @@ def _try(lora: LoraSection, made: LoraConfig, architecture: PreTrainedModel) -> 
     Raises:
         ConfigError: PEFT refuses the adapter.
     """
-    from peft import get_peft_model
-
-    made = copy.deepcopy(made)
-    made.init_lora_weights = True  # the others compute with the model's weights
     try:
-        with warnings.catch_warnings(action="ignore"):  # training shows them
-            return get_peft_model(copy.deepcopy(architecture), made, low_cpu_mem_usage=True)
+        return attached(made, architecture)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         written = f"lora.target_modules={lora.target_modules}"
@@ -92,6 +87,16 @@ def _try(lora: LoraSection, made: LoraConfig, architecture: PreTrainedModel) -> 
                     fix = f"lora.{name}={type(value)(0)}, or {fix}".lower()
         rule = f"PEFT cannot put this adapter on {type(architecture).__name__}: {reason}"
         raise ConfigError([Problem(written, rule, fix)]) from error
+
+
+def attached(made: LoraConfig, architecture: PreTrainedModel) -> PeftModel:
+    """Put an adapter on a copy of the model without weights."""
+    from peft import get_peft_model
+
+    made = copy.deepcopy(made)
+    made.init_lora_weights = True  # the others compute with the model's weights
+    with warnings.catch_warnings(action="ignore"):  # training shows them
+        return get_peft_model(copy.deepcopy(architecture), made, low_cpu_mem_usage=True)
 
 
 def count_parameters(config: Config) -> int | None:
