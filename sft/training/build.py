@@ -151,7 +151,7 @@ def make_trainer(
     """Build the trainer with the base model and the adapter, and install the chosen fast layers."""
     from sft.fast import linear
     from sft.fast import lora as fast_lora
-    from sft.training import first_pass
+    from sft.training import left_out
     from sft.training.trainer import Trainer
 
     _name_experts(base.config.get_text_config())
@@ -180,5 +180,5 @@ def make_trainer(
     if choices.fused_adapters:
         fast_lora.install(trainer.model)
     if choices.stage < 3:
-        first_pass.leave_out(trainer, prepared)
+        left_out.leave_out(trainer, prepared)
     return trainer
