@@ -25,6 +25,7 @@ class Need:
         holds: Whether a value of ``other`` lets it have an effect.
         fix: What to set instead; None: leave the setting out.
         rule: What is wrong otherwise.
+        same: A value besides the default that asks for what happens anyway.
     """
 
     setting: str
@@ -32,6 +33,7 @@ class Need:
     holds: Callable[[Any], bool]
     fix: str | None = None
     rule: str = "has no effect"
+    same: Any = None
 
 
 def _is(*values: Any) -> Callable[[Any], bool]:
@@ -52,6 +54,7 @@ NEEDS = (
         "train.lr_scheduler_type",
         _is_not("constant"),
         "train.lr_scheduler_type=constant_with_warmup",
+        same=0,
     ),
     Need("train.extra.eval_delay", "train.eval_strategy", _is("steps", "epoch")),
     *(
@@ -106,7 +109,7 @@ def problems(config: Config) -> Iterator[Problem]:
     for need in NEEDS:
         value, other = value_of(config, need.setting), value_of(config, need.other)
         item = settings.get(need.setting)
-        if value == (None if item is None else default_of(item)) or need.holds(other):
+        if value in (None if item is None else default_of(item), need.same) or need.holds(other):
             continue
         default = "leave it out" if item is None else written(need.setting, default_of(item))
         yield Problem(
