@@ -78,13 +78,14 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.model.precision import dtype_of
         from sft.plan import choices
         from sft.run import resume
-        from sft.training import build, loop, summary
+        from sft.training import build, loop, start, summary
 
     tokenizer = load_tokenizer(config.model)
     architecture = load_architecture(config.model)
     precision = choices.choose_precision(config, architecture, run.begun_identity())
     lora = adapter.lora_config(config, architecture)
     refusals.say_before_training(config, architecture.config, lora)
+    start.require(config, lora, architecture, resume_from)
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
@@ -101,6 +102,8 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         base = load_base(config, architecture.config, precision.value, chosen.attention.value)
         collator = build.make_collator(config, chosen, tokenizer)
         trainer = build.make_trainer(base, args, chosen, prepared, collator, tokenizer, lora)
+        if resume_from is None:
+            start.load(config, trainer)
         summary.describe_run(config, trainer, prepared, tokenizer)
         with Signals() as signals:
             claim(run, trainer, prepared)

@@ -127,7 +127,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "peft.tuners.lora": ("Linear", "LoraConfig"),
     "peft.tuners.lora.layer": (
         "Linear(base_layer, adapter_name, config, r, lora_alpha)",
-        "LoraLayer",
+        *("LoraLayer", "ParamWrapper"),
     ),
     "peft.tuners.lora.layer:LoraLayer": (
         *("lora_A", "lora_B", "lora_dropout", "lora_embedding_A", "lora_embedding_B"),
@@ -152,7 +152,9 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "peft.tuners.trainable_tokens.layer:TrainableTokensLayer": (
         *("token_indices", "trainable_tokens_delta"),
     ),
-    "peft.tuners.tuners_utils": ("BaseTunerLayer",),
+    "peft.tuners.tuners_utils": (
+        *("BaseTunerLayer", "_check_lora_target_modules_mamba(peft_config, model, target_name)"),
+    ),
     "peft.utils.other": ("AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"),
     "peft.utils.other:ModulesToSaveWrapper": ("modules_to_save", "original_module"),
     "bitsandbytes.functional": (

@@ -1,7 +1,7 @@
 """Check which settings, and which combinations of settings, cannot be used. Imports no torch.
 
 Checks that need the model's architecture (does ``target_modules`` match anything?) are in
-``sft.model.adapter`` and run on a model without weights.
+``sft.model.adapter_checks`` and run on a model without weights.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from sft.config import data_checks, lora_checks, names, upstream, zero_checks
+from sft.config import data_checks, lora_checks, names, no_effect, upstream, zero_checks
 from sft.config.compare import CONTENTS, flatten
 from sft.config.rules import rule_problems
 from sft.config.settings import Config, TrainConfig
@@ -34,6 +34,7 @@ def check(config: Config) -> list[Problem]:
         lora_checks.lora,
         lora_checks.quantization,
         names.extra_problems,
+        no_effect.problems,
     ):
         problems += find(config)
     problems += zero_checks.problems(config.zero, config.train.optim, not config.lora.enabled)
@@ -71,7 +72,7 @@ def _resume(config: Config) -> Iterator[Problem]:
             known = [*settings, *CONTENTS]
             yield Problem(
                 f"resume.allow=[{name}]",
-                f"{name} is neither a setting, nor base, nor data",
+                f"{name} is neither a setting, nor base, data or adapter",
                 upstream.did_you_mean(name, known),
             )
 
@@ -95,12 +96,6 @@ def _schedule(config: Config) -> Iterator[Problem]:
     held_out = held_out or "eval" in data_checks.prepared_parts(data)
     if train.eval_strategy == "steps" and train.eval_steps is None:
         yield Problem("train.eval_strategy=steps", "needs train.eval_steps", "train.eval_steps=100")
-    if train.eval_steps is not None and train.eval_strategy != "steps":
-        yield Problem(
-            f"train.eval_steps={train.eval_steps}",
-            f"has no effect with eval_strategy={train.eval_strategy}",
-            "train.eval_strategy=steps",
-        )
     if train.eval_strategy == "steps" and not held_out:
         yield Problem(
             "train.eval_strategy=steps", "there are no held-out rows", "dataset.eval_fraction=0.05"

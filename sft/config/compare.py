@@ -8,7 +8,7 @@ from sft.config.rules import named
 from sft.config.settings import Config
 
 # Values of resume.allow besides names of settings.
-CONTENTS = ("base", "data")
+CONTENTS = ("base", "data", "adapter")
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -103,6 +103,14 @@ class LoraSection:
     use_dora: bool = setting(
         False, "true: train the magnitude and direction of weights separately (DoRA; slower)"
     )
+    init_from: str | None = setting(
+        None,
+        "folder of an adapter, or of the run that made it, whose weights the run's adapter starts "
+        "from; null: PEFT's initial values",
+        ours=True,
+        path="read",
+        example="lora.init_from=FOLDER",
+    )
     extra: dict[str, Any] = setting({}, "any other fields of peft.LoraConfig, by name", ours=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sft.config import upstream
+from sft.config import upstream, verdicts
 from sft.config.rules import declared, example_of
 from sft.config.settings import Config
 from sft.errors import Problem
@@ -23,58 +23,12 @@ def _examples(fact: str, section: str = "") -> dict[str, str]:
 
 # Fields of upstream classes that ``extra`` refuses, and what to do instead. A field that one of our
 # settings decides is declared with that setting.
-TRAIN_OWNED = _examples("decides", "train.") | {
-    "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
-    "local_rank": "torchrun --nproc_per_node N",
-    "hub_token": "set HF_TOKEN in the environment, so that the token is not in a saved config",
-    "save_only_model": "remove it: a run could not resume from such a checkpoint",
-    "ignore_data_skip": "remove it: a resumed run would train on some rows twice",
-    "restore_callback_states_from_checkpoint": "remove it: sft always restores its counts",
-    "save_on_each_node": "remove it: rank 0 saves, to a folder that all nodes share",
-    **dict.fromkeys(
-        ("push_to_hub", "hub_strategy", "hub_always_push", "hub_model_id"),
-        "hf upload USER/NAME outputs/RUN/adapter, after the run has finished",
-    ),
-    "dataloader_multiprocessing_context": "remove it: sft forks workers, which ignore signals",
-    "accelerator_config": "remove it: each rank makes its own batches",
-    "load_best_model_at_end": "remove it: sft writes the adapter of the last step",
-    "enable_jit_checkpoint": "remove it: a run that it stops would look finished",
-    "average_tokens_across_devices": "remove it: the loss is the mean over the tokens of all ranks",
-    "label_smoothing_factor": "remove it: the LM head computes nll and dft (train.extra.loss_type)",
-    "dataloader_drop_last": "remove it: rows would be left out without a message",
-    "disable_tqdm": "remove it: the progress bar is shown on a terminal only",
-    **dict.fromkeys(
-        (
-            "assistant_only_loss",
-            "chat_template_path",
-            "completion_only_loss",
-            "dataset_kwargs",
-            "dataset_num_proc",
-            "dataset_text_field",
-            "eos_token",
-            "eval_packing",
-            "label_names",
-            "packing",
-            "packing_strategy",
-            "pad_token",
-            "padding_free",
-            "remove_unused_columns",
-            "shuffle_dataset",
-            "truncation_mode",
-        ),
-        "template=... and dataset=..., which decide what is trained",
-    ),
-}
-LORA_OWNED = _examples("decides", "lora.") | {
-    "task_type": "remove it: CAUSAL_LM",
-    "peft_type": "remove it: LORA",
-    "inference_mode": "remove it",
-    "fan_in_fan_out": "remove it: PEFT detects the layout of each layer",
-}
+TRAIN_OWNED = _examples("decides", "train.") | verdicts.TRAIN_OWNED
+LORA_OWNED = _examples("decides", "lora.") | verdicts.LORA_OWNED
 # Names of other tools and of older releases, and what to write instead. A name that belongs to one
 # setting is declared with that setting.
 RENAMED = _examples("called") | {
-    "group_by_length": "train.extra.train_sampling_strategy=group_by_length",
+    "group_by_length": "remove it: train.padding_free joins rows of any length without padding",
     **dict.fromkeys(
         ("train_ratio", "val_ratio", "val_size", "val_set_size", "test_size"),
         "dataset.eval_fraction=0.05",
@@ -87,12 +41,14 @@ RENAMED = _examples("called") | {
 
 def extra_problems(config: Config) -> Iterator[Problem]:
     """Check the sections' ``extra``: refuse unknown names and names that our settings decide."""
-    sections: list[tuple[str, Any, Callable[[], frozenset[str]], dict[str, str]]] = [
-        ("train", config.train, upstream.sft_config_names, TRAIN_OWNED),
-        ("lora", config.lora, upstream.lora_config_names, LORA_OWNED),
-        ("quantization", config.quantization, upstream.bnb_config_names, {}),
+    sections: list[
+        tuple[str, Any, Callable[[], frozenset[str]], dict[str, str], dict[str, str]]
+    ] = [
+        ("train", config.train, upstream.sft_config_names, TRAIN_OWNED, verdicts.TRAIN_REFUSED),
+        ("lora", config.lora, upstream.lora_config_names, LORA_OWNED, verdicts.LORA_REFUSED),
+        ("quantization", config.quantization, upstream.bnb_config_names, {}, {}),
     ]
-    for name, section, legal, owned in sections:
+    for name, section, legal, owned, refused in sections:
         own_fields = set(section.__dataclass_fields__)
         for key, value in section.extra.items():
             written = f"{name}.extra.{key}={value}"
@@ -100,13 +56,15 @@ def extra_problems(config: Config) -> Iterator[Problem]:
                 yield Problem(written, "has a setting of its own", f"{name}.{key}={value}")
             elif key in owned:
                 yield Problem(written, "is set by sft itself", owned[key])
+            elif key in refused:
+                yield Problem(written, f"has no effect: {refused[key]}", "remove it")
             elif key in RENAMED and key not in legal():
                 yield Problem(written, f"the installed version has no setting {key}", RENAMED[key])
             elif key not in legal():
                 yield Problem(
                     written,
                     f"the installed version has no setting {key}",
-                    upstream.did_you_mean(key, legal() - owned.keys()),
+                    upstream.did_you_mean(key, legal() - owned.keys() - refused.keys()),
                 )
 
 

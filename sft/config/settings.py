@@ -127,6 +127,10 @@ def fill_names(config: Config) -> None:
     # An absolute path stays valid when a later command runs in a different folder.
     if config.model.name_or_path and Path(config.model.name_or_path).is_dir():
         config.model.name_or_path = str(Path(config.model.name_or_path).resolve())
+    if config.lora.init_from and Path(config.lora.init_from).is_dir():
+        folder = Path(config.lora.init_from).resolve()
+        within = folder / "adapter"  # of a run
+        config.lora.init_from = str(within if within.is_dir() else folder)
     if config.dataset.name is None and config.dataset.mix:
         config.dataset.name = "+".join(config.dataset.mix)
     if config.run_name is None:

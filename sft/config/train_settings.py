@@ -194,6 +194,6 @@ class ResumeConfig:
     allow: list[str] = setting(
         [],
         "what may differ from the run that is resumed: names of settings such as "
-        "train.learning_rate, base (the base model) or data",
+        "train.learning_rate, base (the base model), data, or adapter (that of lora.init_from)",
         changes_training=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,8 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         below = result.get(key)
         both = isinstance(below, dict) and isinstance(value, dict)
-        result[key] = _merged(below, value) if both and below is not None else value
+        # A copy, because Transformers and DeepSpeed write into what they are given.
+        result[key] = _merged(below, value) if both and below is not None else copy.deepcopy(value)
     return result
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from sft.config import upstream
 from sft.config.paths import DS_CONFIG_DIR
 from sft.config.settings import ZeroConfig
+from sft.config.verdicts import DEEPSPEED_PASSED
+from sft.config.verdicts import DEEPSPEED_REFUSED as REFUSED
 from sft.config.zero import json_path, read
 from sft.errors import Problem
 
@@ -34,80 +36,8 @@ SECTIONS = {
     "fp16": ("runtime/precision_config.py", "DeepSpeedFP16Config"),
     "comms_logger": ("comm/config.py", "CommsLoggerConfig"),
 }
-# Sections that DeepSpeed reads key by key (runtime/constants.py and the docs of each).
-KEYS = {
-    "activation_checkpointing": {
-        "partition_activations",
-        "cpu_checkpointing",
-        "contiguous_memory_optimization",
-        "number_checkpoints",
-        "synchronize_checkpoint_boundary",
-        "profile",
-    },
-    "aio": {
-        "block_size",
-        "queue_depth",
-        "intra_op_parallelism",
-        "single_submit",
-        "overlap_events",
-        "use_gds",
-    },
-    "data_types": {"grad_accum_dtype"},
-    "flops_profiler": {
-        "enabled",
-        "recompute_fwd_factor",
-        "profile_step",
-        "module_depth",
-        "top_modules",
-        "detailed",
-        "output_file",
-    },
-}
-SCALARS = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "steps_per_print",
-    "dump_state",
-    "disable_allgather",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-}
-TOP_LEVEL = SCALARS | {name for name in (*SECTIONS, *KEYS) if "." not in name}
-# Keys that DeepSpeed knows but that are refused here: the reason, and what to do instead.
-REFUSED = {
-    "optimizer": (
-        "an optimizer in the JSON would replace train.optim",
-        "train.optim=adamw_torch",
-    ),
-    "scheduler": (
-        "a scheduler in the JSON would silently replace train.lr_scheduler_type",
-        "train.lr_scheduler_type=cosine",
-    ),
-    "tensor_parallel": (
-        "AutoTP computes a wrong loss: the fused LM head reads one shard of the vocabulary",
-        "zero=stage3",
-    ),
-    "zero_optimization.zenflow": (
-        "ZenFlow changes the losses of the stage",
-        "remove the key",
-    ),
-    "autotuning": (
-        "autotuning would change the batch, which train.global_batch_size sets",
-        "remove the key",
-    ),
-    "zero_optimization.cpu_offload": ("the key is deprecated", "zero=stage2_offload"),
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": (
-        "the key is deprecated",
-        "rename it to stage3_gather_16bit_weights_on_model_save",
-    ),
-}
+# Sections that are JSON objects.
+OBJECTS = DEEPSPEED_PASSED.keys() - {""}
 # Keys that must be "auto": the Trainer fills them in from these settings, so that both agree.
 AUTO = {
     "train_batch_size": "train.global_batch_size",
@@ -161,12 +91,11 @@ def _walk(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{prefix}{key}.")
 
 
-def _legal_keys(section: str) -> frozenset[str] | set[str] | None:
-    if not section:
-        return TOP_LEVEL
-    if section in SECTIONS:
-        return upstream.field_names("deepspeed", *SECTIONS[section])
-    return KEYS.get(section)
+def _legal_keys(section: str) -> frozenset[str] | None:
+    passed = DEEPSPEED_PASSED.get(section)
+    if passed is not None and section in SECTIONS:
+        return passed & upstream.field_names("deepspeed", *SECTIONS[section])
+    return passed
 
 
 def _key_problems(key: str, value: Any, origin: str) -> Iterator[Problem]:
@@ -184,7 +113,7 @@ def _key_problems(key: str, value: Any, origin: str) -> Iterator[Problem]:
     elif name not in legal:
         rule = f"{section} has no key {name}" if section else f"sft knows no DeepSpeed key {name}"
         yield Problem(origin, rule, upstream.did_you_mean(name, legal))
-    elif (key in SECTIONS or key in KEYS) and not isinstance(value, dict | None):
+    elif key in OBJECTS and not isinstance(value, dict | None):
         yield Problem(origin, "must be a JSON object", f"{key}.KEY=VALUE")
     elif key in AUTO and value != "auto":
         yield Problem(origin, f'must be "auto": {AUTO[key]} sets it', f"{AUTO[key]}=...")

@@ -159,6 +159,8 @@ def choose(config: Config, architecture: PreTrainedModel) -> Choice:
     text = architecture.config.get_text_config()
     coefficient = config.train.extra.get("router_aux_loss_coef")
     # The same condition as in SFTTrainer.
+    if coefficient is None:
+        coefficient = getattr(text, "router_aux_loss_coef", 0.0)
     balances = hasattr(text, "output_router_logits") and coefficient != 0
     if balances and asked in ("chunked", "plain"):
         rule = "only TRL's head adds the loss that balances this model's experts"

@@ -1,32 +1,30 @@
-"""Check the LoRA settings against the model's architecture, before any weight loads.
-
-PEFT ignores a name in ``target_modules`` that matches no module if a different one matches, and
-ignores typos in ``rank_pattern`` and ``modules_to_save``: the run would train other parameters.
-"""
+"""Make PEFT's config of the adapter, and try it on the architecture before any weight loads."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
-import re
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from sft.config import zero
-from sft.config.lora_checks import head_targeted
 from sft.config.rules import named
 from sft.config.settings import Config, LoraSection
-from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
+from sft.model.adapter_checks import attention_names, problems, targeted
 from sft.model.base import load_architecture
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-    from torch import nn
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
 
 logger = logging.getLogger("sft")
+
+EXCLUDE = "lora.extra.exclude_modules"
+GROUPS = ("all-linear", "attention")  # values of lora.target_modules that stand for many modules
 
 
 def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | None:
@@ -44,13 +42,61 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
     lora = config.lora
     if not lora.enabled:
         return None
+    refused = sorted(_refused_names(architecture, targeted(lora, architecture)))
     found = list(problems(lora, architecture, zero.stage(zero.read(config.zero))))
+    if refused and lora.target_modules not in GROUPS:
+        found.append(_cannot_carry(lora, refused, targeted(lora, architecture)))
     if found:
         raise ConfigError(found)
-    fields = {name: getattr(lora, name) for name in named(LoraSection, ours=False)}
+    values = dataclasses.asdict(lora)  # copies, because PEFT writes into its config
+    fields = {name: values[name] for name in named(LoraSection, ours=False)} | values["extra"]
     if lora.target_modules == "attention":
         fields["target_modules"] = attention_names(architecture)
-    return LoraConfig(task_type="CAUSAL_LM", **fields, **lora.extra)
+    if refused:
+        fields["exclude_modules"] = excluding(
+            fields.get("exclude_modules"), map(ending_in, refused)
+        )
+        logger.info(
+            "lora.target_modules=%s: %s left out, because PEFT refuses adapters there",
+            lora.target_modules,
+            ", ".join(refused),
+        )
+    made = LoraConfig(task_type="CAUSAL_LM", **fields)
+    _try(lora, made, architecture)
+    return made
+
+
+def _try(lora: LoraSection, made: LoraConfig, architecture: PreTrainedModel) -> PeftModel:
+    """Put the adapter on a copy of the model without weights, where PEFT checks it.
+
+    Raises:
+        ConfigError: PEFT refuses the adapter.
+    """
+    try:
+        return attached(made, architecture)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        written = f"lora.target_modules={lora.target_modules}"
+        excluded = "exclude_modules" in lora.extra
+        fix = f"remove {EXCLUDE}" if excluded else "lora.target_modules=attention"
+        if "ParamWrapper" in reason:  # PEFT's adapter of a parameter, such as stacked experts
+            fix += ", which leaves the experts out"
+            for name in ("lora_dropout", "use_dora"):
+                if value := getattr(lora, name):
+                    written = f"lora.{name}={value}".lower()
+                    fix = f"lora.{name}={type(value)(0)}, or {fix}".lower()
+        rule = f"PEFT cannot put this adapter on {type(architecture).__name__}: {reason}"
+        raise ConfigError([Problem(written, rule, fix)]) from error
+
+
+def attached(made: LoraConfig, architecture: PreTrainedModel) -> PeftModel:
+    """Put an adapter on a copy of the model without weights."""
+    from peft import get_peft_model
+
+    made = copy.deepcopy(made)
+    made.init_lora_weights = True  # the others compute with the model's weights
+    with warnings.catch_warnings(action="ignore"):  # training shows them
+        return get_peft_model(copy.deepcopy(architecture), made, low_cpu_mem_usage=True)
 
 
 def count_parameters(config: Config) -> int | None:
@@ -62,15 +108,11 @@ def count_parameters(config: Config) -> int | None:
     """
     if not config.lora.enabled:
         return None
-    from peft import get_peft_model
-
     try:
         architecture = load_architecture(config.model)
         lora = lora_config(config, architecture)
         assert lora is not None
-        lora.init_lora_weights = True  # the others compute with the model's weights
-        with warnings.catch_warnings(action="ignore"):  # training shows them
-            model = get_peft_model(architecture, lora, low_cpu_mem_usage=True)
+        model = _try(config.lora, lora, architecture)
     except Exception as error:  # an audit of the data needs no adapter, so PEFT must not stop it
         logger.info("the adapter's parameters are not counted: %s", error)
         return None
@@ -78,130 +120,52 @@ def count_parameters(config: Config) -> int | None:
     return int(sum(trained))
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer; GPT-2's are Conv1D."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
+def excluding(given: str | Iterable[str] | None, patterns: Iterable[str]) -> str:
+    """Add patterns to PEFT's ``exclude_modules``.
 
-    return isinstance(module, (nn.Linear, Conv1D))
+    Args:
+        given: What is excluded already: a regular expression, or names that PEFT compares with the
+            end of a module's path.
+        patterns: Regular expressions that match the whole path of a module.
 
-
-def attention_names(model: PreTrainedModel) -> list[str]:
-    """List the linear layers of the attention modules, as suffixes that PEFT matches."""
-    names = set()
-    for path, module in model.named_modules():
-        if type(module).__name__.endswith("Attention"):
-            parent = path.rpartition(".")[2]
-            for child, layer in module.named_modules():
-                if child and is_linear(layer):
-                    names.add(f"{parent}.{child}")
-    return sorted(names)
+    Returns:
+        One regular expression.
+    """
+    first = [given] if isinstance(given, str) else map(ending_in, sorted(given or ()))
+    return "|".join([*first, *patterns])
 
 
-def _matches(path: str, name: str) -> bool:
-    """Match a module's path with a list's entry as PEFT does: equal, or a suffix of the path."""
-    return path == name or path.endswith(f".{name}")
+def ending_in(name: str) -> str:
+    """Return a regular expression of the paths that end in a name; it has no backslash."""
+    return f"(.*[.])?{name.replace('.', '[.]')}"
 
 
-def targeted(lora: LoraSection, model: PreTrainedModel) -> list[str]:
-    """List the paths of the modules that get an adapter."""
-    head = model.get_output_embeddings()
-    linear = [path for path, module in model.named_modules() if is_linear(module)]
-    targets = lora.target_modules
-    if targets == "all-linear":
-        return [path for path in linear if model.get_submodule(path) is not head]
-    if targets == "attention":
-        targets = attention_names(model)
-    paths = [path for path, _ in model.named_modules()]
+def _refused_names(model: PreTrainedModel, paths: Iterable[str]) -> set[str]:
+    """List the last parts of the paths at which PEFT refuses an adapter in this architecture.
+
+    Mamba's kernels read the weight of such a layer without calling the layer (peft#2556).
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    refused = set()
+    for name in {path.rpartition(".")[2] for path in paths}:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, name)
+        except ValueError:
+            refused.add(name)
+    return refused
+
+
+def _cannot_carry(lora: LoraSection, refused: list[str], paths: list[str]) -> Problem:
+    targets, names = lora.target_modules, ",".join(refused)
+    rule = f"PEFT refuses adapters on {names} in this architecture"
+    fix = "lora.target_modules=all-linear"
     if isinstance(targets, str):
-        return [path for path in paths if re.fullmatch(targets, path)]
-    return [path for path in paths if any(_matches(path, name) for name in targets)]
-
-
-def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[Problem]:
-    """Yield the settings of the adapter that do not fit the architecture."""
-    paths = [path for path, _ in model.named_modules() if path]
-    leaves = {path.rpartition(".")[2] for path in paths}
-    adapted = targeted(lora, model)
-    linear_names = sorted({path.rpartition(".")[2] for path in adapted})
-
-    if not adapted:
-        known = sorted({p.rpartition(".")[2] for p in paths if is_linear(model.get_submodule(p))})
-        yield Problem(
-            f"lora.target_modules={lora.target_modules}",
-            f"matches no module of {type(model).__name__}; its linear layers are "
-            + ", ".join(known),
-            f"lora.target_modules=[{lora.target_modules}]"
-            if lora.target_modules in known
-            else "lora.target_modules=all-linear",
-        )
-    entries = {"target_modules": lora.target_modules, "modules_to_save": lora.modules_to_save}
-    for setting, names in entries.items():
-        for name in names if isinstance(names, list) else []:
-            if adapted and not any(_matches(path, name) for path in paths):
-                yield Problem(
-                    f"lora.{setting}: {name}",
-                    f"matches no module of {type(model).__name__}",
-                    did_you_mean(name, leaves),
-                )
-    patterns: dict[str, Any] = {
-        "rank_pattern": lora.rank_pattern,
-        "alpha_pattern": lora.alpha_pattern,
-    }
-    for setting, pattern in patterns.items():
-        for name in pattern:
-            # As PEFT does (tuners_utils.get_pattern_key): the path's end must match the pattern.
-            if not any(re.match(rf"(.*\.)?({name})$", path) for path in adapted):
-                yield Problem(
-                    f"lora.{setting}: {name}",
-                    "matches no module that gets an adapter",
-                    did_you_mean(name, linear_names),
-                )
-    for name, rank in lora.rank_pattern.items():
-        if rank < 1:
-            yield Problem(f"lora.rank_pattern.{name}={rank}", "must be at least 1", "remove it")
-    yield from _shared_weights(lora, model, adapted, stage)
-
-
-def _shared_weights(
-    lora: LoraSection, model: PreTrainedModel, adapted: list[str], stage: int
-) -> Iterator[Problem]:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
-    written = f"lora.target_modules={lora.target_modules}"
-    for path in adapted:
-        module = model.get_submodule(path)
-        if module is head:
-            yield head_targeted(lora.target_modules, path)
-        elif module is embedding and tied:
-            yield Problem(
-                written,
-                f"LoRA on {path} cannot be merged correctly: the head shares its weight",
-                f"lora.modules_to_save=[{path.rpartition('.')[2]}]",
-            )
-    if lora.extra.get("trainable_token_indices") is not None:
-        if tied:
-            yield Problem(
-                "lora.extra.trainable_token_indices",
-                "TRL's fused head cannot train single tokens of a tied embedding",
-                f"lora.modules_to_save=[{_leaf(model, embedding)}]",
-            )
-        elif stage == 3:
-            yield Problem(
-                "lora.extra.trainable_token_indices", "does not work under ZeRO-3", "zero=stage2"
-            )
-    if lora.extra.get("lora_bias"):
-        bare = [
-            path for path in adapted if getattr(model.get_submodule(path), "bias", None) is None
-        ]
-        if bare:
-            yield Problem(
-                "lora.extra.lora_bias=true",
-                f"{bare[0]} has no bias into which the adapter's can be merged",
-                "lora.extra.lora_bias=false",
-            )
-
-
-def _leaf(model: PreTrainedModel, wanted: Any) -> str:
-    paths = (str(path) for path, module in model.named_modules() if module is wanted)
-    return next(paths).rpartition(".")[2]
+        if any(path.rpartition(".")[2] not in refused for path in paths):
+            fix = f"{EXCLUDE}=[{names}]"
+        return Problem(f"lora.target_modules={targets}", rule, fix)
+    kept = [name for name in targets if name.rpartition(".")[2] not in refused]
+    if kept:
+        fix = f"lora.target_modules=[{','.join(kept)}]"
+    return Problem(f"lora.target_modules=[{','.join(targets)}]", rule, fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from sft.config.settings import QuantizationConfig
@@ -22,7 +23,7 @@ def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.d
         load_in_4bit=quantization.load_in_4bit,
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-        **{"bnb_4bit_compute_dtype": compute_dtype, **quantization.extra},
+        **{"bnb_4bit_compute_dtype": compute_dtype, **copy.deepcopy(quantization.extra)},
     )
 
 

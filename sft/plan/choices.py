@@ -15,9 +15,10 @@ from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
 from sft.fast import head, linear
 from sft.fast import lora as fast_lora
+from sft.model import experts
 from sft.model import precision as precisions
 from sft.model.precision import Precision, dtype_of, needs_masters
-from sft.plan import kernel, memory
+from sft.plan import kernel, memory, schedule
 from sft.ranks import TIMEOUT, exchange, from_rank_zero
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Choices:
         lm_head: How the loss is computed.
         checkpointing: Whether the backward pass recomputes activations, on every rank.
         evaluation: When held-out rows are evaluated; ``no`` where there are none.
+        warmup: The warm-up of a run of one step; None if the run has several.
         ds_config: The DeepSpeed configuration, sized to the model; None without ZeRO.
         packed: Whether a sample holds several documents.
         fused_adapters: Whether ``sft.fast.lora`` computes the adapters instead of PEFT.
@@ -62,6 +64,7 @@ class Choices:
     lm_head: Choice
     checkpointing: Choice
     evaluation: Choice
+    warmup: Choice | None
     ds_config: dict[str, Any] | None
     packed: bool
     fused_adapters: bool
@@ -144,6 +147,7 @@ def decide(
     Raises:
         ConfigError: A value that is set cannot be used with this model, data or machine.
     """
+    experts.check_balance(config, architecture)
     name = precision.value
     zero_choice, ds_config = zero.choose(config, architecture)
     stage = zero.stage(ds_config)
@@ -172,6 +176,7 @@ def decide(
         lm_head=head.choose(config, architecture),
         checkpointing=_same_on_all_ranks(config, recomputes),
         evaluation=_evaluation(config, prepared),
+        warmup=schedule.choose_warmup(config.train, prepared.train.counts.samples),
         ds_config=ds_config,
         packed=packed,
         fused_adapters=not by_peft,

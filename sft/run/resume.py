@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.checkpoint import folders
-from sft.config.settings import ModelConfig
+from sft.config.settings import Config, ModelConfig
 from sft.errors import CheckpointError, RunError
 from sft.files import digest
+from sft.plan.schedule import planned_steps
+from sft.run import record
 
 if TYPE_CHECKING:
     from sft.data.prepared import Prepared
 
+logger = logging.getLogger("sft")
+
+LENGTH = ("train.max_steps", "train.num_train_epochs")  # settings that extend a finished run
 # Entries of the identity that may differ when a run is resumed; the difference is logged. How bf16
 # products are computed on a CPU depends on the processor, and changes only the order of sums.
 NOTED = ("products",)
@@ -78,14 +85,70 @@ def base_identity(model: ModelConfig) -> str:
     return digest(sorted(map(str, [folder / "config.json", *weights])), folder)
 
 
-def identity(model: ModelConfig, prepared: Prepared) -> dict[str, str]:
-    """Identify the base model and the data by their content.
+def identity(config: Config, prepared: Prepared) -> dict[str, str]:
+    """Identify by their content the base model, the data and the adapter that the run starts from.
 
     Returns:
-        ``base``: see ``base_identity``; ``data``: a hash of the samples as they were tokenised.
-        The run adds ``precision`` and ``products`` of ``model.Precision``.
+        ``base``: see ``base_identity``; ``data``: a hash of the samples as they were tokenised;
+        ``adapter``: a hash of the weights in ``lora.init_from``, unless a resumed run no longer has
+        that folder. The run adds ``precision`` and ``products`` of ``model.Precision``.
     """
     sets = [prepared.train.dataset] + ([prepared.eval.dataset] if prepared.eval else [])
     files = [file["filename"] for dataset in sets for file in dataset.cache_files]
     data = digest(files, Path(files[0]).parent)
-    return {"base": base_identity(model), "data": data}
+    found = {"base": base_identity(config.model), "data": data}
+    if config.lora.init_from is not None:
+        folder = Path(config.lora.init_from)
+        weights = sorted(map(str, folder.glob("*.safetensors")))
+        found |= {"adapter": digest(weights, folder)} if weights else {}
+    return found
+
+
+def require_extended(folder: Path, differences: Iterable[str]) -> None:
+    """Refuse a finished run, unless more epochs or steps are asked for.
+
+    Args:
+        folder: The run's folder.
+        differences: The names of the settings that differ, all of them allowed.
+
+    Raises:
+        RunError: The run is finished and cannot go on.
+    """
+    if record.read(folder).get("status") != "finished":
+        return
+    if not set(LENGTH) & set(differences):
+        raise RunError(
+            f"the run in {folder} is finished\n"
+            "    fix: run_name=NAME for a new run, or overwrite=true to replace this one, or a "
+            "larger train.max_steps and 'resume.allow=[train.max_steps]' to continue it (or the "
+            "same with train.num_train_epochs)"
+        )
+    if not folders.checkpoints(folder):
+        raise RunError(
+            f"the run in {folder} is finished, and has no checkpoint to continue from\n"
+            f"    fix: run_name=NAME lora.init_from={folder} for a new run that starts from its "
+            "weights"
+        )
+
+
+def require_steps_left(folder: Path, config: Config, samples: int) -> None:
+    """Check that a finished run has more steps to make, and say how it goes on.
+
+    Raises:
+        RunError: It has made as many steps as are asked for, or more.
+    """
+    before = record.read(folder)
+    done = before.get("final", {}).get("steps", 0) if before.get("status") == "finished" else 0
+    if not done:
+        return
+    _, steps = planned_steps(config.train, samples)
+    if steps <= done:
+        raise RunError(
+            f"the run in {folder} is finished: it has made {done} steps, and {steps} are asked "
+            f"for\n    fix: train.max_steps={2 * done}, or more train.num_train_epochs"
+        )
+    logger.info(
+        "the finished run is extended from %d to %d steps; from here on, the learning rate is that "
+        "of a run of %d steps",
+        *(done, steps, steps),
+    )

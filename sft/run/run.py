@@ -88,11 +88,7 @@ class Run:
         now = dataclasses.asdict(self.config)
         differences = compare.differences(before, now)
         self._accept(f"{self.dir} holds a run with different settings", differences, allowed)
-        if record.read(self.dir).get("status") == "finished":
-            raise RunError(
-                f"the run in {self.dir} is finished\n"
-                "    fix: run_name=NAME for a new run, or overwrite=true to replace this one"
-            )
+        resume.require_extended(self.dir, differences)
         own = record.read(self.dir).get("fingerprints", [])
         found, passed_over = folders.choose(self.dir, named, own)
         for path, why in passed_over:
@@ -120,11 +116,13 @@ class Run:
         if process.rank() != 0:
             return
         self.choices = choices.record()
-        self.identity = resume.identity(self.config.model, prepared)
+        self.identity = resume.identity(self.config, prepared)
         self.identity |= choices.precision.identity()
         if self.config.overwrite or not (self.dir / record.SETTINGS).is_file():
             return
+        resume.require_steps_left(self.dir, self.config, prepared.train.counts.samples)
         before = record.read(self.dir).get("identity", {})
+        self.identity = {**before, **self.identity}
         changed = {
             what: f"{what}: {before[what]} there, {now} here"
             for what, now in self.identity.items()

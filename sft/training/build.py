@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from sft import environment
@@ -40,6 +42,7 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
         ConfigError: TRL or Transformers refuses a combination of settings.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from trl import SFTConfig
 
     from sft.errors import ConfigError, Problem
@@ -47,6 +50,8 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
     train, precision = dataclasses.asdict(config.train), choices.precision.value
     fields = {name: train[name] for name in sorted(named(TrainConfig, ours=False))}
     fields["gradient_checkpointing"] = choices.checkpointing.value
+    if choices.warmup is not None:
+        fields["warmup_steps"] = choices.warmup.value
     if not choices.evaluates:
         fields |= {"eval_strategy": "no", "eval_steps": None}
     per_forward = train["per_device_train_batch_size"] * world_size()
@@ -77,16 +82,45 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
                 "accelerator_config": {"non_blocking": torch.cuda.is_available()},
                 "tf32": choices.tf32.value,
                 "log_level_replica": "error",
-                **train["extra"],
+                **_floats(train["extra"]),
             },
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        lines = str(error).strip().splitlines()
         raise ConfigError(
-            [Problem("train", str(error).strip().splitlines()[0], "correct the setting named here")]
+            [Problem("train", " ".join(lines[:2]), "correct the setting named here")]
         ) from error
     if choices.ds_config is not None:
         _start_deepspeed(choices.stage)
     return args
+
+
+def _floats(extra: dict[str, Any]) -> dict[str, Any]:
+    """Turn whole numbers into floats where SFTConfig declares a float and refuses an int."""
+    from trl import SFTConfig
+
+    hints = typing.get_type_hints(SFTConfig)
+    return {
+        name: float(value)
+        if type(value) is int and {float, int} & set(_kinds(hints.get(name))) == {float}
+        else value
+        for name, value in extra.items()
+    }
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) or (hint,)
+
+
+def _name_experts(text: Any) -> None:
+    """Let TRL find the number of experts, which it reads as ``num_experts`` for the balancing loss.
+
+    Granite-MoE and Phi-MoE call it ``num_local_experts``. Transformers maps names of a config by
+    its class, as it does for Mixtral, so that the saved config does not change.
+    """
+    if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
+        kind = type(text)
+        kind.attribute_map = {**kind.attribute_map, "num_experts": "num_local_experts"}
 
 
 def _start_deepspeed(stage: int) -> None:
@@ -117,17 +151,23 @@ def make_trainer(
     """Build the trainer with the base model and the adapter, and install the chosen fast layers."""
     from sft.fast import linear
     from sft.fast import lora as fast_lora
+    from sft.training import left_out
     from sft.training.trainer import Trainer
 
-    trainer = Trainer(
-        model=base,
-        args=args,
-        data_collator=collator,
-        train_dataset=prepared.train.dataset,
-        eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
+    _name_experts(base.config.get_text_config())
+    with warnings.catch_warnings():
+        # PEFT writes patterns for stacked experts, and compares them with modules only.
+        # model.adapter_checks checks the patterns that are set.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
+        trainer = Trainer(
+            model=base,
+            args=args,
+            data_collator=collator,
+            train_dataset=prepared.train.dataset,
+            eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
     if args.deepspeed is None and not getattr(base, "is_quantized", False):
         # PEFT keeps LoRA in float32, and modules_to_save in the base's precision, in which AdamW
         # would lose small updates. DeepSpeed keeps its own float32 copies.
@@ -139,4 +179,6 @@ def make_trainer(
         linear.install(trainer.model)
     if choices.fused_adapters:
         fast_lora.install(trainer.model)
+    if choices.stage < 3:
+        left_out.leave_out(trainer, prepared)
     return trainer

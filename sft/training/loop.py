@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.config import zero
 from sft.fast import proof
 from sft.inference.answers import exact_match
+from sft.training import left_out
 from sft.training.guard import Guard
 from sft.training.signals import Signals
 from sft.watch import callbacks
@@ -60,6 +62,8 @@ def add_checks(
             run.correct(padded)
 
     before_training(trainer.resume_counts)
+    if zero.stage(trainer.args.deepspeed) == 3:
+        before_training(lambda: left_out.require_reached(trainer, prepared))
     if trainer.lm_head != "plain":
         before_training(check_head)
     if packed or trainer.data_collator.padding_free:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING, Any
 
 from sft.checkpoint import sharded
 from sft.data import audit
 from sft.data.prepared import Prepared
 from sft.data.preview import marked
+from sft.plan.schedule import planned_steps
+from sft.training import experts
 
 if TYPE_CHECKING:
-    from trl import SFTConfig
-
     from sft.config.settings import Config
     from sft.training.trainer import Trainer
 
@@ -23,7 +22,7 @@ logger = logging.getLogger("sft")
 def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer: Any) -> None:
     """Print what will be trained: the batch's arithmetic, the trainable share, one sample."""
     args, counts = trainer.args, prepared.train.counts
-    per_epoch, steps = planned_steps(args, counts.samples)
+    per_epoch, steps = planned_steps(config.train, counts.samples)
     trained, total = parameter_counts(trainer.model)
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     for line in audit.lines(prepared.parts):
@@ -40,11 +39,13 @@ def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer
         f"{steps:,}",
         f"{counts.tokens * steps // per_epoch:,}",
     )
+    of_experts = experts.describe(trainer.model, config.lora) if config.lora.enabled else ""
     logger.info(
-        "parameters: %s of %s are trained (%.2f %%)",
+        "parameters: %s of %s are trained (%.2f %%)%s",
         f"{trained:,}",
         f"{total:,}",
         100 * trained / total,
+        of_experts and f"; {of_experts}",
     )
     if config.quantization.load_in_8bit:
         logger.info(
@@ -55,15 +56,6 @@ def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer
     if len(sample) > 2000:
         sample = f"{sample[:1000]} [...] {sample[-1000:]}"
     logger.info("first sample; the tokens between the brackets are trained:\n%s", sample)
-
-
-def planned_steps(args: SFTConfig, samples: int) -> tuple[int, int]:
-    """Count the optimizer steps of an epoch and of the run, as the Trainer does."""
-    forwards = math.ceil(samples / (args.per_device_train_batch_size * args.world_size))
-    per_epoch = math.ceil(forwards / args.gradient_accumulation_steps)
-    return per_epoch, args.max_steps if args.max_steps > 0 else math.ceil(
-        args.num_train_epochs * per_epoch
-    )
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:

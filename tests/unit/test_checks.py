@@ -235,7 +235,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"train__eval_steps": 5},
             (
                 "train.eval_steps=5",
-                "has no effect with eval_strategy=epoch",
+                "has no effect with train.eval_strategy=epoch",
                 "train.eval_strategy=steps",
             ),
         ),
@@ -546,7 +546,6 @@ def test_impossible_combinations(settings: dict[str, Any], problem: tuple[str, s
         {"lora__modules_to_save": ["lm_head"]},
         {"lora__extra": {"init_lora_weights": "pissa"}},
         {"lora__extra": {"init_lora_weights": "mica"}, "zero__config": "stage2.json"},
-        {"lora__enabled": False, "lora__target_modules": ["lm_head"]},
         {"quantization__load_in_4bit": True, "zero__config": "stage3.json"},
         {"template__kind": "chat", "template__system": "Be brief."},
     ],
@@ -661,6 +660,7 @@ def test_extra_is_checked(section: str, key: str, rule: str, fix: str) -> None:
 
 def test_extra_takes_what_upstream_has() -> None:
     settings = {
+        "train__padding_free": False,
         "train__extra": {"adam_beta2": 0.95, "neftune_noise_alpha": 5, "tf32": True},
         "lora__extra": {"bias": "none", "layers_to_transform": [0]},
         "quantization__extra": {"bnb_4bit_quant_storage": "bfloat16"},

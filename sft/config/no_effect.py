@@ -1,0 +1,127 @@
+"""Refuse a setting that another setting switches off; ``NEEDS`` says what each of them needs.
+
+Settings of the data are checked in ``data_checks``. ``train.num_train_epochs`` may be set together
+with ``train.max_steps``, whose help says that it decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sft.config.rules import declared, default_of, named, written
+from sft.config.settings import Config, LoraSection
+from sft.errors import Problem
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a setting needs to have an effect.
+
+    Attributes:
+        setting: The setting's full name; one of an ``extra`` too.
+        other: The setting that may switch it off.
+        holds: Whether a value of ``other`` lets it have an effect.
+        fix: What to set instead; None: leave the setting out.
+        rule: What is wrong otherwise.
+        same: A value besides the default that asks for what happens anyway.
+    """
+
+    setting: str
+    other: str
+    holds: Callable[[Any], bool]
+    fix: str | None = None
+    rule: str = "has no effect"
+    same: Any = None
+
+
+def _is(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+def _is_not(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in values
+
+
+LORA = sorted(named(LoraSection) - {"enabled"})
+NEEDS = (
+    Need("train.eval_steps", "train.eval_strategy", _is("steps"), "train.eval_strategy=steps"),
+    Need("train.save_steps", "train.save_strategy", _is("steps"), "train.save_strategy=steps"),
+    Need("train.save_total_limit", "train.save_strategy", _is("steps", "epoch")),
+    Need(
+        "train.warmup_steps",
+        "train.lr_scheduler_type",
+        _is_not("constant"),
+        "train.lr_scheduler_type=constant_with_warmup",
+        same=0,
+    ),
+    Need("train.extra.eval_delay", "train.eval_strategy", _is("steps", "epoch")),
+    *(
+        Need(f"train.extra.dataloader_{name}", "train.dataloader_num_workers", lambda n: n > 0)
+        for name in ("persistent_workers", "prefetch_factor")
+    ),
+    *(
+        Need(
+            f"train.extra.{name}_checkpointing_kwargs",
+            "train.gradient_checkpointing",
+            _is_not(False),
+        )
+        for name in ("gradient", "activation")
+    ),
+    *(
+        Need(f"train.extra.ddp_{name}", "zero.config", _is(None), "zero=none")
+        for name in ("broadcast_buffers", "bucket_cap_mb", "static_graph", "find_unused_parameters")
+    ),
+    *(
+        Need(
+            f"train.extra.{name}", "train.extra.report_to", lambda to: to not in (None, "none", [])
+        )
+        for name in ("project", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id")
+    ),
+    # The noise is scaled by the length of a row, which joined rows change (transformers#34659).
+    Need(
+        "train.extra.neftune_noise_alpha",
+        "train.padding_free",
+        _is(False),
+        "train.padding_free=false",
+        "scales its noise by the length of joined rows",
+    ),
+    Need(
+        "train.extra.neftune_noise_alpha",
+        "dataset.packing",
+        _is_not("bfd", "bfd_split"),
+        "dataset.packing=none",
+        "scales its noise by the length of joined rows",
+    ),
+    *(Need(f"lora.{name}", "lora.enabled", _is(True), "lora=all-linear") for name in LORA),
+    *(
+        Need(f"quantization.{name}", "quantization.load_in_4bit", _is(True), "quantization=nf4")
+        for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    ),
+    Need("dataset.max_eval_rows", "dataset.eval_fraction", _is(0), "dataset.eval_fraction=0"),
+)
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """Find the settings that are set and have no effect."""
+    settings = dict(declared(Config))
+    for need in NEEDS:
+        value, other = value_of(config, need.setting), value_of(config, need.other)
+        item = settings.get(need.setting)
+        if value in (None if item is None else default_of(item), need.same) or need.holds(other):
+            continue
+        default = "leave it out" if item is None else written(need.setting, default_of(item))
+        yield Problem(
+            written(need.setting, value),
+            f"{need.rule} with {written(need.other, other)}",
+            need.fix or default,
+        )
+
+
+def value_of(config: Config, name: str) -> Any:
+    """Return a setting's value by its full name; None for an entry that an ``extra`` lacks."""
+    node: Any = config
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, dict) else getattr(node, part)
+    return node

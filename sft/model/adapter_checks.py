@@ -1,0 +1,161 @@
+"""Check which modules the LoRA settings choose, against the model's architecture.
+
+PEFT ignores a name in ``target_modules`` that matches no module if a different one matches, and
+ignores typos in ``rank_pattern`` and ``modules_to_save``: the run would train other parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from sft.config.lora_checks import head_targeted
+from sft.config.settings import LoraSection
+from sft.config.upstream import did_you_mean
+from sft.errors import Problem
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer; GPT-2's are Conv1D."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def attention_names(model: PreTrainedModel) -> list[str]:
+    """List the linear layers of the attention modules, as suffixes that PEFT matches."""
+    names = set()
+    for path, module in model.named_modules():
+        if type(module).__name__.endswith("Attention"):
+            parent = path.rpartition(".")[2]
+            for child, layer in module.named_modules():
+                if child and is_linear(layer):
+                    names.add(f"{parent}.{child}")
+    return sorted(names)
+
+
+def _matches(path: str, name: str) -> bool:
+    """Match a module's path with a list's entry as PEFT does: equal, or a suffix of the path."""
+    return path == name or path.endswith(f".{name}")
+
+
+def targeted(lora: LoraSection, model: PreTrainedModel) -> list[str]:
+    """List the paths of the modules that get an adapter."""
+    exclude = lora.extra.get("exclude_modules")
+    return [path for path in _chosen(lora, model) if not _excluded(path, exclude)]
+
+
+def _excluded(path: str, exclude: Any) -> bool:
+    """Match a module's path with ``exclude_modules`` as PEFT does."""
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, path) is not None
+    return any(_matches(path, name) for name in exclude or ())
+
+
+def _chosen(lora: LoraSection, model: PreTrainedModel) -> list[str]:
+    head = model.get_output_embeddings()
+    linear = [path for path, module in model.named_modules() if is_linear(module)]
+    targets = lora.target_modules
+    if targets == "all-linear":
+        return [path for path in linear if model.get_submodule(path) is not head]
+    if targets == "attention":
+        targets = attention_names(model)
+    paths = [path for path, _ in model.named_modules()]
+    if isinstance(targets, str):
+        return [path for path in paths if re.fullmatch(targets, path)]
+    return [path for path in paths if any(_matches(path, name) for name in targets)]
+
+
+def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[Problem]:
+    """Yield the settings of the adapter that do not fit the architecture."""
+    paths = [path for path, _ in model.named_modules() if path]
+    leaves = {path.rpartition(".")[2] for path in paths}
+    adapted = targeted(lora, model)
+    linear_names = sorted({path.rpartition(".")[2] for path in adapted})
+
+    if not adapted:
+        known = sorted({p.rpartition(".")[2] for p in paths if is_linear(model.get_submodule(p))})
+        yield Problem(
+            f"lora.target_modules={lora.target_modules}",
+            f"matches no module of {type(model).__name__}; its linear layers are "
+            + ", ".join(known),
+            f"lora.target_modules=[{lora.target_modules}]"
+            if lora.target_modules in known
+            else "lora.target_modules=all-linear",
+        )
+    entries = {"target_modules": lora.target_modules, "modules_to_save": lora.modules_to_save}
+    for setting, names in entries.items():
+        for name in names if isinstance(names, list) else []:
+            if adapted and not any(_matches(path, name) for path in paths):
+                yield Problem(
+                    f"lora.{setting}: {name}",
+                    f"matches no module of {type(model).__name__}",
+                    did_you_mean(name, leaves),
+                )
+    patterns: dict[str, Any] = {
+        "rank_pattern": lora.rank_pattern,
+        "alpha_pattern": lora.alpha_pattern,
+    }
+    for setting, pattern in patterns.items():
+        for name in pattern:
+            # As PEFT does (tuners_utils.get_pattern_key): the path's end must match the pattern.
+            if not any(re.match(rf"(.*\.)?({name})$", path) for path in adapted):
+                yield Problem(
+                    f"lora.{setting}: {name}",
+                    "matches no module that gets an adapter",
+                    did_you_mean(name, linear_names),
+                )
+    for name, rank in lora.rank_pattern.items():
+        if rank < 1:
+            yield Problem(f"lora.rank_pattern.{name}={rank}", "must be at least 1", "remove it")
+    yield from _shared_weights(lora, model, adapted, stage)
+
+
+def _shared_weights(
+    lora: LoraSection, model: PreTrainedModel, adapted: list[str], stage: int
+) -> Iterator[Problem]:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    written = f"lora.target_modules={lora.target_modules}"
+    for path in adapted:
+        module = model.get_submodule(path)
+        if module is head:
+            yield head_targeted(lora.target_modules, path)
+        elif module is embedding and tied:
+            yield Problem(
+                written,
+                f"LoRA on {path} cannot be merged correctly: the head shares its weight",
+                f"lora.modules_to_save=[{path.rpartition('.')[2]}]",
+            )
+    if lora.extra.get("trainable_token_indices") is not None:
+        if tied:
+            yield Problem(
+                "lora.extra.trainable_token_indices",
+                "TRL's fused head cannot train single tokens of a tied embedding",
+                f"lora.modules_to_save=[{_leaf(model, embedding)}]",
+            )
+        elif stage == 3:
+            yield Problem(
+                "lora.extra.trainable_token_indices", "does not work under ZeRO-3", "zero=stage2"
+            )
+    if lora.extra.get("lora_bias"):
+        bare = [
+            path for path in adapted if getattr(model.get_submodule(path), "bias", None) is None
+        ]
+        if bare:
+            yield Problem(
+                "lora.extra.lora_bias=true",
+                f"{bare[0]} has no bias into which the adapter's can be merged",
+                "lora.extra.lora_bias=false",
+            )
+
+
+def _leaf(model: PreTrainedModel, wanted: Any) -> str:
+    paths = (str(path) for path, module in model.named_modules() if module is wanted)
+    return next(paths).rpartition(".")[2]
