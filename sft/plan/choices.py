@@ -49,6 +49,7 @@ class Choices:
         packed: Whether a sample holds several documents.
         fused_adapters: Whether ``sft.fast.lora`` computes the adapters instead of PEFT.
         evaluates: Whether there are held-out rows.
+        balances: Whether the loss that balances experts is added.
     """
 
     precision: Precision
@@ -66,6 +67,7 @@ class Choices:
     packed: bool
     fused_adapters: bool
     evaluates: bool
+    balances: bool
 
     @property
     def stage(self) -> int:
@@ -176,6 +178,7 @@ def decide(
         packed=packed,
         fused_adapters=not by_peft,
         evaluates=prepared.eval is not None,
+        balances=head.balances(config, architecture),
     )
 
 

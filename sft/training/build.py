@@ -78,6 +78,8 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
                 "tf32": choices.tf32.value,
                 "log_level_replica": "error",
                 **train["extra"],
+                # TRL would add a loss that the architecture lacks, and refuses an integer.
+                **({} if choices.balances else {"router_aux_loss_coef": 0.0}),
             },
         )
     except (TypeError, ValueError) as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.fast import proof
+from sft.fast import isolation, proof
+from sft.fast.isolation import Probe
+from sft.model.precision import dtype_of
 from sft.inference.answers import exact_match
 from sft.training.guard import Guard
 from sft.training.signals import Signals
@@ -48,20 +50,26 @@ def add_checks(
             trainer.use_head(plain.value)
             run.correct(plain)
 
-    def check_isolation() -> None:
-        padded = proof.prove_isolation(
+    def probe() -> Probe:
+        mixed = trainer.accelerator.mixed_precision
+        return Probe(
             trainer.model_wrapped,
             trainer.data_collator,
             device,
             vocabulary,
-            may_pad=settings.padding_free == "auto" and not packed,
+            dtype_of("fp32" if mixed == "no" else mixed),
+            prepared.train.counts.longest,
         )
-        if padded:
+
+    def check_isolation() -> None:
+        may_pad = settings.padding_free == "auto" and not packed
+        if padded := isolation.prove_isolation(probe(), may_pad):
             run.correct(padded)
 
     before_training(trainer.resume_counts)
     if trainer.lm_head != "plain":
         before_training(check_head)
+    before_training(lambda: isolation.require_rows(probe()))
     if packed or trainer.data_collator.padding_free:
         before_training(check_isolation)
     count = run.config.dataset.exact_match

@@ -1,0 +1,264 @@
+"""Check on the model itself, before the first step, that no prediction sees what it must not see.
+
+A token's prediction may depend on earlier tokens of its own document only. Three properties of the
+model are checked: it is causal; padding changes nothing; and, if a row holds several documents, one
+document does not change another, which is then computed as it is alone with the model's own
+attention. The checks run the model as training does, with its weights, kernels and precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sft.config.rules import Choice
+from sft.data.collator import Collator
+from sft.data.row_encoder import IGNORE_INDEX
+from sft.errors import ModelError
+from sft.fast.attention import NAME, UNPACKED, kernel_of
+from sft.fast.mixers import experts, mixers, reach
+
+logger = logging.getLogger("sft")
+
+FIRST = 6  # tokens of the document before the one that is observed
+EXPLAINED = 64  # rounding errors of the largest output: that many are explained by other sums
+# Of the effect that seeing the other tokens has: less is not a leak but rounding. A module that
+# leaks in one of 32 layers still reaches a larger share.
+SHARE = 1 / 64
+
+
+@dataclasses.dataclass
+class Probe:
+    """Runs the model on short rows, as training does.
+
+    Attributes:
+        model: The model as training wrapped it.
+        collator: The run's collator.
+        device: The model's device.
+        vocabulary: The number of tokens.
+        computed_in: The precision of the arithmetic, which may be lower than that of the weights.
+        longest: Tokens in the longest document of the data; windows beyond it have no effect.
+    """
+
+    model: Any
+    collator: Collator
+    device: torch.device
+    vocabulary: int
+    computed_in: torch.dtype = torch.float32
+    longest: int = 1 << 16
+
+    @property
+    def inner(self) -> Any:
+        """The model without the wrapper of DDP or DeepSpeed."""
+        return getattr(self.model, "module", self.model)
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding error of the arithmetic."""
+        dtype = next(p.dtype for p in self.inner.parameters() if p.is_floating_point())
+        eps = max(torch.finfo(dtype).eps, torch.finfo(self.computed_in).eps)
+        tf32 = self.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        return max(eps, 2.0**-10) if tf32 else eps
+
+    def document(self, seed: int, length: int) -> list[int]:
+        """Return token ids of a document."""
+        return [((5 + 2 * seed) * place + 3 * seed + 1) % self.vocabulary for place in range(length)]
+
+    def run(self, samples: list[dict[str, Any]], collator: Collator | None = None) -> torch.Tensor:
+        """Return the log-probabilities of the trained labels, (N,), in the order of the rows."""
+        batch = (collator or self.collator)(samples)
+        inputs = {
+            key: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+        }
+        try:
+            # Called as in training: under ZeRO-3 a different order of layers would disturb
+            # prefetching.
+            output = self.model(**inputs, use_cache=False, fused_lm_head=True)
+        except ValueError as error:  # Transformers' own refusal, without the kernels of a mixer
+            if "packed sequences" not in str(error):
+                raise
+            raise ModelError(f"{str(error).strip()}\n    fix: {UNPACKED}") from error
+        labels = inputs["labels"][:, 1:]
+        if getattr(output, "log_probs", None) is None:  # a model without a head of training
+            scores = output.logits[:, :-1].float().log_softmax(-1)
+            found = scores.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+            return found[labels != IGNORE_INDEX]
+        found = output.log_probs.float()
+        return found if found.ndim == 1 else found[output.label_mask.bool()]
+
+    def bound(self, scale: float, effect: float, share: float) -> float:
+        """Return the difference that rounding explains.
+
+        Args:
+            scale: The size of the largest output.
+            effect: The difference that seeing the other tokens makes.
+            share: The share of it below which a difference is not a leak.
+        """
+        rounding = self.eps * scale
+        return max(rounding / 4, min(EXPLAINED * rounding, share * effect))
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the mean difference between two outputs; infinite if they are not finite."""
+    found = float((one - other).abs().mean())
+    return found if found == found else float("inf")
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout off, and compute no gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def own_attention(inner: Any) -> Iterator[None]:
+    """Compute with the model's own attention where ours replaces it."""
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if kernel_of(base.config) != NAME:
+        yield
+        return
+    base.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(NAME)
+
+
+def prove_isolation(probe: Probe, may_pad: bool) -> Choice | None:
+    """Check that documents in one row do not attend to each other in this model.
+
+    Args:
+        probe: The model and the run's collator, which is set to pad samples if the check fails and
+            ``may_pad`` allows it.
+        may_pad: Whether samples may be padded instead of joined.
+
+    Returns:
+        None if the check passes; else the choice that replaces ``train.padding_free``.
+
+    Raises:
+        ModelError: The check fails, and samples must be joined.
+    """
+    try:
+        require_isolation(probe)
+    except ModelError as error:
+        if not may_pad:
+            raise
+        probe.collator.padding_free = probe.collator.documents = False
+        choice = Choice("train.padding_free", False, str(error).splitlines()[0])
+        logger.info("train.padding_free=false: %s", choice.reason)
+        return choice
+    return None
+
+
+def require_isolation(probe: Probe) -> None:
+    """Require that a document in a row is computed as it is alone.
+
+    Two documents are packed into a row, and a third one makes a row of its own. If the tokens of
+    the first and third change, the output for the second must not. The outputs must be equal to the
+    last bit, except where other tokens change the order of a sum: then their difference must be
+    small beside the effect of the change on a text that does see these tokens. The output must also
+    be that of the second document alone, computed with the model's own attention. The second
+    document is longer than all windows and chunks, unless no document of the data is.
+
+    All ranks must call this function.
+
+    Raises:
+        ModelError: The documents attend to each other, or windows or positions are wrong.
+    """
+    inner = probe.inner
+    length = max(min(reach(inner) + FIRST - 1, probe.longest), FIRST - 1)
+    second = probe.document(0, length)
+    head = slice(0, 2 * FIRST)  # the tokens after a boundary, which a leak reaches first
+
+    def seen(seed: int, apart: bool = True) -> torch.Tensor:
+        """Return the output for the second document, after a first one that depends on the seed."""
+        ids = probe.document(seed, FIRST) + second
+        labels = [IGNORE_INDEX] * (FIRST + 1) + second[1:]
+        lengths = [FIRST, length] if apart else [FIRST + length]
+        third = probe.document(seed, FIRST - 2)
+        other = {"input_ids": third, "labels": [IGNORE_INDEX] * len(third)}
+        sample = {"input_ids": ids, "labels": labels, "seq_lengths": lengths}
+        return probe.run([sample, other | {"seq_lengths": [len(third)]}])
+
+    with evaluating(probe.model):
+        packed, changed = seen(1), seen(2)
+        visible, moved = seen(1, apart=False), seen(2, apart=False)
+        alone = dataclasses.replace(probe.collator, padding_free=False, documents=False)
+        with own_attention(inner):
+            wanted = probe.run([{"input_ids": second, "labels": second}], alone)
+    scale = float(wanted.abs().max())
+    between = distance(packed[head], changed[head])
+    # LLM.int8 searches all tokens for outliers, experts get tokens of all documents, and scans over
+    # states subtract sums over the row. All three change the order of summation.
+    reorders = getattr(inner, "is_loaded_in_8bit", False) or experts(inner) or mixers(inner)
+    if reorders:
+        allowed = probe.bound(scale, distance(visible[head], moved[head]), SHARE)
+        leaks = not between <= allowed
+    else:
+        leaks = not torch.equal(packed, changed)
+        between = float((packed - changed).abs().max())
+    with_kernel = f"with attn_implementation={kernel_of(inner.config)}, documents that are packed"
+    if leaks:
+        raise ModelError(
+            f"{with_kernel} together attend to each other in this model (outputs differ by "
+            f"{between:.2g})\n    fix: {UNPACKED}"
+        )
+    apart = distance(packed, wanted)
+    if not apart <= probe.bound(scale, distance(visible[head], packed[head]), 8 * SHARE):
+        raise ModelError(
+            f"{with_kernel} together are not computed as they are alone in this model, whose "
+            f"positions, windows or chunks are its own (outputs differ by {apart:.2g})\n"
+            f"    fix: {UNPACKED}"
+        )
+
+
+def require_rows(probe: Probe) -> None:
+    """Require that a token's prediction depends on neither later tokens nor padding.
+
+    All ranks must call this function.
+
+    Raises:
+        ModelError: The model sees later tokens, or padding changes its outputs.
+    """
+    inner = probe.inner
+    kind = inner.config.model_type
+    collator = dataclasses.replace(probe.collator, padding_free=False, documents=False)
+
+    def seen(ids: list[int], *others: list[int]) -> torch.Tensor:
+        labels = [*ids[: FIRST + 2], *[IGNORE_INDEX] * (len(ids) - FIRST - 2)]
+        rows = [{"input_ids": ids, "labels": labels}]
+        rows += [{"input_ids": row, "labels": [IGNORE_INDEX] * len(row)} for row in others]
+        return probe.run(rows, collator)
+
+    with evaluating(probe.model), own_attention(inner):
+        ids, longer = probe.document(0, FIRST + 4), probe.document(1, 3 * FIRST)
+        plain = seen(ids)
+        later = seen([*ids[: FIRST + 2], *probe.document(1, 2)])
+        earlier = seen([*probe.document(1, 2), *ids[2:]])[2:]
+        padded = seen(ids, longer)
+    effect, scale = distance(plain[2:], earlier), float(plain.abs().max())
+    allowed = probe.bound(scale, effect, 8 * SHARE)
+    if not (between := distance(plain, later)) <= allowed:
+        raise ModelError(
+            f"{kind} is not causal: the prediction of a token changes with the tokens after it "
+            f"(by {between:.2g}), so the loss would measure copying\n"
+            "    fix: model.name_or_path of a model that was trained to predict the next token; a "
+            "decoder of this type has is_decoder=true in its config.json"
+        )
+    if not (between := distance(plain, padded)) <= allowed:
+        raise ModelError(
+            f"{kind} computes a row in a padded batch differently from the row alone (outputs "
+            f"differ by {between:.2g})\n    fix: train.per_device_train_batch_size=1"
+        )
