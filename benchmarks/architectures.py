@@ -46,6 +46,7 @@ from transformers.models.auto.modeling_auto import (  # noqa: E402
 
 from sft import generate, train  # noqa: E402
 from sft.errors import SftError  # noqa: E402
+from sft.fast.isolation import ALONE  # noqa: E402
 from sft.inference.answers import continuations  # noqa: E402
 from sft.merge import __main__ as merge  # noqa: E402
 from sft.training import build, loop, trainer  # noqa: E402, F401
@@ -253,7 +254,15 @@ def compare(kind: str, precision: str, folder: Path) -> dict[str, Any]:
 
         def trained(way: str = way, watched: Watched = watched) -> dict[str, Any]:
             settings = settings_of(base, folder, way, precision, result.get("joined", True))
-            run = watched.fit([*settings, *extra])
+            try:
+                run = watched.fit([*settings, *extra])
+            except SftError as error:  # the fix that it names must help
+                if way != "default" or ALONE not in str(error):
+                    raise
+                result["alone"] = one_line(error)
+                extra.extend(ALONE.split())
+                shutil.rmtree(folder / way, ignore_errors=True)
+                run = watched.fit([*settings, *extra])
             runs[way] = run
             record = json.loads((run / "run.json").read_text())
             chosen = {name: item["value"] for name, item in record["choices"].items()}
@@ -273,7 +282,7 @@ def compare(kind: str, precision: str, folder: Path) -> dict[str, Any]:
 
         result[way] = verdict(trained)
         if way == "default" and watched.aux:
-            extra = ["train.extra.router_aux_loss_coef=0.0"]
+            extra += ["train.extra.router_aux_loss_coef=0.0"]
         if first is None and way in runs:
             first, run = watched, runs[way]
     if first is None:

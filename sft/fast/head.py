@@ -89,7 +89,9 @@ def install(model: PreTrainedModel, kind: str) -> None:
             scores = before(*args, **kwargs).logits
             scores = scores.flatten(0, 1)[(loss_positions - 1).to(scores.device)].float()
             return _scored(scores, labels.to(scores.device), head_dft, head_metrics)
-        states = self.base_model(*args, **kwargs).last_hidden_state
+        # Llama-4's text model is its own base_model, because its prefix names no module of it.
+        backbone = self.base_model if self.base_model is not self else self.get_decoder()
+        states = backbone(*args, **kwargs).last_hidden_state
         states = states.flatten(0, 1)[(loss_positions - 1).to(states.device)]
         head = self.get_output_embeddings()
         states, labels = states.to(head.weight.device), labels.to(head.weight.device)
@@ -206,7 +208,8 @@ def balances(config: Config, architecture: PreTrainedModel) -> bool:
     for wanted, others in EXPERT_NAMES.items():
         other = next((each for each in others if getattr(text, each, None)), None)
         if not hasattr(text, wanted) and other is not None:
-            type(text).attribute_map = {**type(text).attribute_map, wanted: other}
+            known = type(text).attribute_map
+            type(text).attribute_map = {**known, wanted: known.get(other, other)}
     return True
 
 

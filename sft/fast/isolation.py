@@ -21,11 +21,12 @@ from sft.data.collator import Collator
 from sft.data.row_encoder import IGNORE_INDEX
 from sft.errors import ModelError
 from sft.fast.attention import NAME, UNPACKED, kernel_of
-from sft.fast.mixers import experts, mixers, reach
+from sft.fast.mixers import INDEXED, experts, largest, mixers, reach, text_config
 
 logger = logging.getLogger("sft")
 
 FIRST = 6  # tokens of the document before the one that is observed
+ALONE = "train.per_device_train_batch_size=1 train.per_device_eval_batch_size=1"
 EXPLAINED = 64  # rounding errors of the largest output: that many are explained by other sums
 # Of the effect that seeing the other tokens has: less is not a leak but rounding. A module that
 # leaks in one of 32 layers still reaches a larger share.
@@ -136,6 +137,21 @@ def own_attention(inner: Any) -> Iterator[None]:
         base.set_attn_implementation(NAME)
 
 
+def _refuse_indexed(probe: Probe, where: str, fix: str) -> None:
+    """Raise if the model chooses some tokens to attend to, and a row holds others beside them.
+
+    The indexer of DeepSeek-V3.2 gives many tokens the same score, 0, and topk chooses among these
+    by their place in the row, so that padding or other documents change the choice.
+    """
+    chosen = largest(text_config(probe.inner), *INDEXED)
+    if chosen and probe.longest > chosen:
+        raise ModelError(
+            f"{probe.inner.config.model_type} attends to {chosen} tokens that its indexer chooses, "
+            f"and the data has documents of {probe.longest}: {where} would change the choice "
+            f"between equal scores\n    fix: {fix}"
+        )
+
+
 def prove_isolation(probe: Probe, may_pad: bool) -> Choice | None:
     """Check that documents in one row do not attend to each other in this model.
 
@@ -178,6 +194,7 @@ def require_isolation(probe: Probe) -> None:
         ModelError: The documents attend to each other, or windows or positions are wrong.
     """
     inner = probe.inner
+    _refuse_indexed(probe, "other documents in the row", UNPACKED)
     length = max(min(reach(inner) + FIRST - 1, probe.longest), FIRST - 1)
     second = probe.document(0, length)
     head = slice(0, 2 * FIRST)  # the tokens after a boundary, which a leak reaches first
@@ -224,41 +241,49 @@ def require_isolation(probe: Probe) -> None:
         )
 
 
-def require_rows(probe: Probe) -> None:
+def require_rows(probe: Probe, batched: bool = True) -> None:
     """Require that a token's prediction depends on neither later tokens nor padding.
 
-    All ranks must call this function.
+    The row is longer than all windows and chunks, unless no document of the data is. All ranks must
+    call this function.
+
+    Args:
+        probe: The model.
+        batched: Whether rows are padded to the length of others.
 
     Raises:
         ModelError: The model sees later tokens, or padding changes its outputs.
     """
     inner = probe.inner
+    if batched:
+        _refuse_indexed(probe, "padding", ALONE)
     kind = inner.config.model_type
     collator = dataclasses.replace(probe.collator, padding_free=False, documents=False)
+    length = max(min(reach(inner) + 2 * FIRST, probe.longest), FIRST + 4)
 
     def seen(ids: list[int], *others: list[int]) -> torch.Tensor:
-        labels = [*ids[: FIRST + 2], *[IGNORE_INDEX] * (len(ids) - FIRST - 2)]
+        labels = [*ids[:-2], IGNORE_INDEX, IGNORE_INDEX]
         rows = [{"input_ids": ids, "labels": labels}]
         rows += [{"input_ids": row, "labels": [IGNORE_INDEX] * len(row)} for row in others]
         return probe.run(rows, collator)
 
     with evaluating(probe.model), own_attention(inner):
-        ids, longer = probe.document(0, FIRST + 4), probe.document(1, 3 * FIRST)
+        ids = probe.document(0, length)
         plain = seen(ids)
-        later = seen([*ids[: FIRST + 2], *probe.document(1, 2)])
         earlier = seen([*probe.document(1, 2), *ids[2:]])[2:]
-        padded = seen(ids, longer)
+        padded = seen(ids, probe.document(1, length + FIRST)) if batched else plain
+        later = seen([*ids[:-2], *probe.document(1, 2)])
     effect, scale = distance(plain[2:], earlier), float(plain.abs().max())
     allowed = probe.bound(scale, effect, 8 * SHARE)
+    if not (between := distance(plain, padded)) <= allowed:
+        raise ModelError(
+            f"{kind} computes a row in a padded batch differently from the row alone (outputs "
+            f"differ by {between:.2g})\n    fix: {ALONE}"
+        )
     if not (between := distance(plain, later)) <= allowed:
         raise ModelError(
             f"{kind} is not causal: the prediction of a token changes with the tokens after it "
             f"(by {between:.2g}), so the loss would measure copying\n"
             "    fix: model.name_or_path of a model that was trained to predict the next token; a "
             "decoder of this type has is_decoder=true in its config.json"
-        )
-    if not (between := distance(plain, padded)) <= allowed:
-        raise ModelError(
-            f"{kind} computes a row in a padded batch differently from the row alone (outputs "
-            f"differ by {between:.2g})\n    fix: train.per_device_train_batch_size=1"
         )

@@ -14,6 +14,11 @@ REACHES = (
     *("window_size", "local_attention", "keep_window_size", "index_topk", "rel_extent"),
     *("local_attn_chunk_length", "lsh_attn_chunk_length", "chunk_size", "mamba_chunk_size"),
 )
+# How many tokens an indexer chooses for a token to attend to.
+INDEXED = ("index_topk", "index_topk_blocks", "indexer_budget")
+# Types that train, but for which Transformers itself cannot generate, so that a merge cannot be
+# verified either.
+REFUSED = {"blt": "Transformers makes no cache for it, so that it can generate no text"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Kinds of layers, as configs name them, whose mixing of positions is not attention.
 KINDS = ("linear", "conv", "mamba", "recurrent", "ssm", "kda", "hybrid")

@@ -125,7 +125,7 @@ def choose_precision(
     Raises:
         ConfigError: The precision that is set cannot be used here.
     """
-    width = architecture.config.get_text_config().hidden_size
+    width = int(architecture.get_input_embeddings().weight.shape[1])
     chosen = from_rank_zero(
         lambda: dataclasses.asdict(precisions.choose(config.precision, begun, width))
     )

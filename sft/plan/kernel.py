@@ -37,6 +37,11 @@ def choose(
     Raises:
         ConfigError: Documents in one row would attend to each other.
     """
+    kind = architecture.config.model_type
+    if kind in mixers.REFUSED:
+        rule = f"the architecture {kind} is not supported: {mixers.REFUSED[kind]}"
+        fix = "model.name_or_path of a model of a different architecture"
+        raise ConfigError([Problem(f"model.name_or_path={config.model.name_or_path}", rule, fix)])
     asked, joined = config.model.attn_implementation, config.train.padding_free
     why = AS_SET
     if joined == "auto":

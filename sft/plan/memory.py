@@ -32,13 +32,14 @@ def activation_bytes(config: Any, tokens: int, itemsize: int, scored: int = 0) -
         itemsize: Bytes of a number.
         scored: Attention scores that are stored per token and head; 0 if they are not stored.
     """
-    width = config.hidden_size
+    width = largest(config, "hidden_size", "d_model", "n_embd") or 1
     heads = largest(config, "num_attention_heads", "n_head") or 1
     size = largest(config, "head_dim") or width // heads
     shared = largest(config, "num_key_value_heads") or heads
     inner = largest(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * width
+    layers = largest(config, "num_hidden_layers", "n_layer") or 1
     numbers = 6 * width + 2 * heads * size + 2 * shared * size + 4 * inner + heads * scored
-    return int(tokens * config.num_hidden_layers * numbers * itemsize)
+    return int(tokens * layers * numbers * itemsize)
 
 
 def state_bytes(config: Config, parameters: int, itemsize: int, stage: int) -> int:

@@ -69,7 +69,9 @@ def add_checks(
     before_training(trainer.resume_counts)
     if trainer.lm_head != "plain":
         before_training(check_head)
-    before_training(lambda: isolation.require_rows(probe()))
+    per_device = settings.per_device_train_batch_size, settings.per_device_eval_batch_size
+    batched = max(per_device) > 1 and not (packed or trainer.data_collator.padding_free)
+    before_training(lambda: isolation.require_rows(probe(), batched))
     if packed or trainer.data_collator.padding_free:
         before_training(check_isolation)
     count = run.config.dataset.exact_match
