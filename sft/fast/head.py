@@ -90,7 +90,7 @@ def install(model: PreTrainedModel, kind: str) -> None:
             scores = scores.flatten(0, 1)[(loss_positions - 1).to(scores.device)].float()
             return _scored(scores, labels.to(scores.device), head_dft, head_metrics)
         # Llama-4's text model is its own base_model, because its prefix names no module of it.
-        backbone = self.base_model if self.base_model is not self else self.get_decoder()
+        backbone = self.base_model if self.base_model is not self else self.model
         states = backbone(*args, **kwargs).last_hidden_state
         states = states.flatten(0, 1)[(loss_positions - 1).to(states.device)]
         head = self.get_output_embeddings()

@@ -15,7 +15,7 @@ REACHES = (
     *("local_attn_chunk_length", "lsh_attn_chunk_length", "chunk_size", "mamba_chunk_size"),
 )
 # How many tokens an indexer chooses for a token to attend to.
-INDEXED = ("index_topk", "index_topk_blocks", "indexer_budget")
+INDEXED = ("index_topk", "index_topk_blocks", "indexer_budget", "keep_window_size")
 # Types that train, but for which Transformers itself cannot generate, so that a merge cannot be
 # verified either.
 REFUSED = {"blt": "Transformers makes no cache for it, so that it can generate no text"}

@@ -43,6 +43,7 @@ def add_checks(
 
     device, vocabulary = trainer.args.device, len(trainer.processing_class)
     packed = "seq_lengths" in prepared.train.dataset.column_names
+    per_device = settings.per_device_train_batch_size, settings.per_device_eval_batch_size
 
     def check_head() -> None:
         precision = trainer.accelerator.mixed_precision
@@ -65,11 +66,11 @@ def add_checks(
         may_pad = settings.padding_free == "auto" and not packed
         if padded := isolation.prove_isolation(probe(), may_pad):
             run.correct(padded)
+            isolation.require_rows(probe(), max(per_device) > 1)
 
     before_training(trainer.resume_counts)
     if trainer.lm_head != "plain":
         before_training(check_head)
-    per_device = settings.per_device_train_batch_size, settings.per_device_eval_batch_size
     batched = max(per_device) > 1 and not (packed or trainer.data_collator.padding_free)
     before_training(lambda: isolation.require_rows(probe(), batched))
     if packed or trainer.data_collator.padding_free:
