@@ -181,7 +181,7 @@ def _fields(kind: type, vocabulary: int) -> dict[str, Any]:
             fields[name] = 8
         elif name in SIZE and isinstance(value, int) and not isinstance(value, bool):
             fields[name] = min(SIZE[name], value) if value > 0 else value
-        elif "dropout" in name or name.endswith("pdrop") or name == "layerdrop":
+        elif "dropout" in name or "jitter" in name or name.endswith("pdrop") or name == "layerdrop":
             fields[name] = 0.0 if isinstance(value, float) else value
     if "kv_lora_rank" in values or "encoder_layers" in values:
         for name, like in {"num_key_value_heads": 4, "encoder_layers": layers}.items():

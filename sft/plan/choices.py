@@ -13,7 +13,7 @@ from sft.config import zero
 from sft.config.artefact_meta import meta_of
 from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
-from sft.fast import head, linear
+from sft.fast import head, linear, mixers
 from sft.fast import lora as fast_lora
 from sft.model import precision as precisions
 from sft.model.precision import Precision, dtype_of, needs_masters
@@ -50,6 +50,7 @@ class Choices:
         fused_adapters: Whether ``sft.fast.lora`` computes the adapters instead of PEFT.
         evaluates: Whether there are held-out rows.
         balances: Whether the loss that balances experts is added.
+        boundaries: Whether convolutions or states need the boundaries of documents.
     """
 
     precision: Precision
@@ -68,6 +69,7 @@ class Choices:
     fused_adapters: bool
     evaluates: bool
     balances: bool
+    boundaries: bool
 
     @property
     def stage(self) -> int:
@@ -179,6 +181,7 @@ def decide(
         fused_adapters=not by_peft,
         evaluates=prepared.eval is not None,
         balances=head.balances(config, architecture),
+        boundaries=(packed or joined.value) and bool(mixers.mixers(architecture)),
     )
 
 

@@ -132,6 +132,8 @@ def unjoinable(architecture: PreTrainedModel, asked: str | None, precision: str)
     if reason := mixers.lacking(architecture):
         return reason
     if not takes_ours(architecture):
+        if mixers.mixers(architecture) and architecture._supports_sdpa and asked == "auto":
+            return ""  # sdpa separates documents by their positions, and kernels by the boundaries
         kind = architecture.config.model_type
         return f"{kind} has its own attention, which cannot separate joined rows"
     if not torch.cuda.is_available():

@@ -29,7 +29,7 @@ def make_collator(config: Config, choices: Choices, tokenizer: Any) -> Collator:
         tokenizer.pad_token_id,
         padding_free=choices.padding_free.value or (choices.packed and kernel in attention.FLASH),
         pad_to_multiple_of=config.train.pad_to_multiple_of,
-        documents=kernel == attention.NAME,
+        documents=kernel == attention.NAME or choices.boundaries,
     )
 
 
