@@ -1,6 +1,6 @@
 """Train, merge and answer with a small model of every type, and compare with Transformers + PEFT.
 
-    python benchmarks/architectures.py [--only NAME ...] [--workers 2] [--write docs/architectures.md]
+    python benchmarks/architectures.py [--only NAME ...] [--workers 2] [--write PAGE]
 
 For every type of causal language model that the installed Transformers builds, in float32 and in
 bf16, a model of a few thousand parameters is trained for one step by ``sft.train``, in three ways:
@@ -34,12 +34,14 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import architectures_page  # noqa: E402
 import datasets  # noqa: E402
 import small_models  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from architectures_page import PARTS, cell, total  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402, F401
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
@@ -58,8 +60,8 @@ EXACT = 1e-5
 # A gradient in bf16 is compared with that of the same weights in float32. Plain Transformers is
 # also away from it, by the rounding of every product. Another order of the same roundings may be
 # twice as far away; in these random models a leak moves the gradient by several times that.
-# Where the rounding of plain Transformers in float32 is larger than this, as a distance from float64,
-# another order of sums may be as far away on the other side.
+# Where plain Transformers in float32 is further away from float64 than that, another order of sums
+# may be as far away on the other side.
 FP32_FACTOR = 4.0
 BF16_FACTOR, BF16_LEAST = 2.0, 2.0**-7
 WAYS = ("default", "other", "packed")
@@ -86,7 +88,10 @@ def write_rows(path: Path, rows: list[dict[str, list[int]]]) -> Path:
 def plain(base: Path, adapter: dict[str, torch.Tensor], lora: Any, dtype: torch.dtype) -> Any:
     """Load base and adapter with Transformers and PEFT alone, with eager attention if there is."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, **options), lora)
+    model = AutoModelForCausalLM.from_pretrained(base, **options)
+    with contextlib.suppress(ValueError):  # a type without experts, or whose experts are its own
+        model.set_experts_implementation("eager")
+    model = get_peft_model(model, lora)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert weights.keys() == adapter.keys(), weights.keys() ^ adapter.keys()
     for name, weight in weights.items():
@@ -113,7 +118,9 @@ def balancing_loss(model: Any, rows: list[dict[str, list[int]]], bf16: bool) -> 
     ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["labels"])) for row in rows])
     mask = torch.tensor([[1] * n + [0] * (width - n) for n in LENGTHS])
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = model(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True)
+        output = model(
+            input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True
+        )
     return output.aux_loss
 
 
@@ -226,14 +233,23 @@ def verdict(action: Any) -> dict[str, Any]:
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
         traceback.print_exc()
-        return {"verdict": "wrong", "message": f"{type(error).__name__}: {one_line(error)} ({place})"}
+        return {
+            "verdict": "wrong",
+            "message": f"{type(error).__name__}: {one_line(error)} ({place})",
+        }
 
 
 def judged(figure: float, bound: float, **more: Any) -> dict[str, Any]:
-    return {"verdict": "exact" if figure <= bound else "wrong", "figure": figure, "bound": bound} | more
+    return {
+        "verdict": "exact" if figure <= bound else "wrong",
+        "figure": figure,
+        "bound": bound,
+    } | more
 
 
-def compare(kind: str, precision: str, folder: Path) -> dict[str, Any]:
+def compare(
+    kind: str, precision: str, folder: Path, ways: tuple[str, ...] = WAYS
+) -> dict[str, Any]:
     """Do all comparisons for one type in one precision."""
     bf16 = precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -255,10 +271,12 @@ def compare(kind: str, precision: str, folder: Path) -> dict[str, Any]:
     extra: list[str] = []
     runs: dict[str, Path] = {}
     first: Watched | None = None
-    for way in WAYS:
+    for way in ways:
         watched = Watched()
 
-        def trained(way: str = way, watched: Watched = watched) -> dict[str, Any]:
+        def trained(
+            way: str = way, watched: Watched = watched, extra: list[str] = extra
+        ) -> dict[str, Any]:
             given = (base, folder, way, precision, result.get("joined", True))
             try:
                 run = watched.fit(settings_of(*given, extra))
@@ -374,7 +392,9 @@ def in_child(kind: str, precision: str, folder: Path, seconds: int) -> int:
         os._exit(0)
 
 
-def every(kinds: list[str], precisions: list[str], workers: int, keep: Path) -> list[dict[str, Any]]:
+def every(
+    kinds: list[str], precisions: list[str], workers: int, keep: Path
+) -> list[dict[str, Any]]:
     """Compare all types, ``workers`` at a time."""
     waiting = [(kind, precision) for kind in kinds for precision in precisions]
     running: dict[int, tuple[str, str, Path]] = {}
@@ -402,32 +422,13 @@ def every(kinds: list[str], precisions: list[str], workers: int, keep: Path) -> 
     return sorted(results, key=lambda item: (item["kind"], item["precision"]))
 
 
-PARTS = (*WAYS, "eval", "merge", "answers")
-
-
-def total(result: dict[str, Any]) -> str:
-    """Return the verdict on a type in one precision."""
-    if "build" in result:
-        return "not built"
-    found = [result[part]["verdict"] for part in PARTS if part in result]
-    if "wrong" in found:
-        return "wrong"
-    return "refused" if result["default"]["verdict"] == "refused" else "exact"
-
-
-def cell(part: dict[str, Any] | None) -> str:
-    if part is None:
-        return ""
-    if "figure" not in part:
-        return str(part["verdict"])
-    return f"{part['figure']:.0e}" + ("" if part["verdict"] == "exact" else " **wrong**")
-
-
 def line(result: dict[str, Any]) -> str:
     """Format a result for the terminal."""
-    cells = [f"{part}={cell(result[part])}" for part in PARTS if part in result]
+    cells = [f"{part}={cell(result, part)}" for part in PARTS if part in result]
     said = [result["build"]] if "build" in result else []
-    said += [item["message"] for item in result.values() if isinstance(item, dict) and "message" in item]
+    said += [
+        item["message"] for item in result.values() if isinstance(item, dict) and "message" in item
+    ]
     how = f" joined={result.get('joined')} {result.get('attention')} {result.get('seconds')}s"
     return " ".join([total(result), result["kind"], result["precision"], *cells, how, *said[:2]])
 
@@ -437,7 +438,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="types; the default is every one")
     parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"])
     parser.add_argument("--workers", type=int, default=1, help="types at a time")
-    parser.add_argument("--write", type=Path, help="the page to write, such as docs/architectures.md")
+    parser.add_argument(
+        "--write", type=Path, help="the page to write, such as docs/architectures.md"
+    )
     parser.add_argument("--keep", type=Path, help="a folder for the logs of every type")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -451,11 +454,11 @@ def main() -> None:
     results = every(kinds, given.precision, given.workers, keep)
     counts = Counter(map(total, results))
     seconds = time.perf_counter() - began
-    print(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())), f"{seconds:.0f} s")
+    print(
+        ", ".join(f"{name}: {count}" for name, count in sorted(counts.items())), f"{seconds:.0f} s"
+    )
     (keep / "results.json").write_text(json.dumps(results, indent=1))
     if given.write:
-        import architectures_page
-
         given.write.write_text(architectures_page.page(results, seconds))
     if not given.keep:
         with contextlib.suppress(OSError):

@@ -215,9 +215,7 @@ def balances(config: Config, architecture: PreTrainedModel) -> bool:
 
 def _has_balancing_loss(architecture: PreTrainedModel) -> bool:
     """Return whether the model's own forward pass adds Mixtral's loss to that of the labels."""
-    function = getattr(
-        sys.modules[type(architecture).__module__], "load_balancing_loss_func", None
-    )
+    function = getattr(sys.modules[type(architecture).__module__], "load_balancing_loss_func", None)
     if function is None or "top_k" not in list(inspect.signature(function).parameters)[:3]:
         return False
     recorded: Any = {}

@@ -1,4 +1,4 @@
-"""Check on the model itself, before the first step, that the fast head agrees with the plain one."""
+"""Check on the model itself, before the first step, that the head agrees with the plain one."""
 
 from __future__ import annotations
 

@@ -53,7 +53,11 @@ def choose(
         if config.train.padding_free is False:
             rule = "kernels that separate documents in states and convolutions take one row"
             raise ConfigError(
-                [Problem("train.padding_free=false", rule, f"train.padding_free=auto, or {UNPACKED}")]
+                [
+                    Problem(
+                        "train.padding_free=false", rule, f"train.padding_free=auto, or {UNPACKED}"
+                    )
+                ]
             )
         joined, why = True, "samples hold several documents, and the kernels take one row"
     if asked != "auto":

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.fast import isolation, proof
-from sft.fast.isolation import Probe
-from sft.model.precision import dtype_of
+from sft.fast.probe import Probe
 from sft.inference.answers import exact_match
+from sft.model.precision import dtype_of
 from sft.training.guard import Guard
 from sft.training.signals import Signals
 from sft.watch import callbacks

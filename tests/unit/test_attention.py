@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from sft.data.collator import Collator
 from sft.errors import ConfigError, ModelError
 from sft.fast import attention, isolation
+from sft.fast.probe import Probe
 from sft.plan import kernel as kernels
 
 LENGTHS = [[9, 4, 1, 7], [5, 12]]
@@ -40,8 +41,8 @@ def model_of(tmp_path: Path, family: str, changed: dict[str, Any], kernel: str |
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
-def probe_of(model: Any, collator: Collator, **changed: Any) -> isolation.Probe:
-    return isolation.Probe(model, collator, torch.device("cpu"), 256, **changed)
+def probe_of(model: Any, collator: Collator, **changed: Any) -> Probe:
+    return Probe(model, collator, torch.device("cpu"), 256, **changed)
 
 
 def samples(seed: int = 0) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ OPTIONS = {
     },
 }
 COUNTS = {
-    "model": 19,
+    "model": 28,
     "dataset": 13,
     "template": 7,
     "lora": 3,
@@ -107,7 +107,7 @@ def combinations() -> list[dict[str, str]]:
             {group: lists[group][row % COUNTS[group]] for group in groups} for row in range(count)
         ]
 
-    data = cycle(19, "model", "dataset")
+    data = cycle(28, "model", "dataset")
     # gsm8k asks for no exact match, so that any template suits it.
     rest = cycle(7, "template", "lora", "quantization", "zero", "train")
     return data + [{"dataset": "gsm8k", **row} for row in rest]

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
-    Gemma2Config,
     DogeConfig,
+    Gemma2Config,
     GraniteConfig,
     GraniteMoeConfig,
     Llama4TextConfig,

@@ -12,6 +12,7 @@ from sft import train
 from sft.data.collator import Collator
 from sft.errors import ConfigError, ModelError
 from sft.fast import attention, head, isolation, mixers
+from sft.fast.probe import Probe
 from sft.plan import kernel
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -25,10 +26,10 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32, **changed: Any) -> A
     return model.to(dtype).eval()
 
 
-def probe_of(model: Any, **options: Any) -> isolation.Probe:
+def probe_of(model: Any, **options: Any) -> Probe:
     collator = Collator(0, **{"padding_free": True, "documents": True, **options})
     head.install(model, "chunked")
-    return isolation.Probe(model, collator, torch.device("cpu"), 250)
+    return Probe(model, collator, torch.device("cpu"), 250)
 
 
 def packed(kind: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Any:
@@ -62,7 +63,9 @@ def test_a_leak_outside_of_attention_is_caught(kind: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["lfm2", "lfm2_moe", "granitemoehybrid", "qwen3_next", "nemotron_h"])
+@pytest.mark.parametrize(
+    "kind", ["lfm2", "lfm2_moe", "granitemoehybrid", "qwen3_next", "nemotron_h"]
+)
 def test_convolutions_and_states_without_boundaries_are_caught(
     kind: str, dtype: torch.dtype
 ) -> None:
@@ -150,5 +153,3 @@ def test_each_tokens_document_is_numbered() -> None:
     assert batch["seq_idx"].tolist() == [[0, 0, 1], [0, 0, 1]]
     assert batch["seq_idx"].dtype == torch.int32
     assert Collator(0, True, documents=True)(samples)["seq_idx"].tolist() == [[0, 0, 1, 2, 2]]
-
-
