@@ -106,7 +106,10 @@ class Probe:
                 ),
             ):
                 output, _ = self.call(inner, samples)
-                gradient = torch.autograd.grad(output.loss, embedded[0])[0]
+                # TRL's loss includes that of the balance of experts, which sees all tokens.
+                own = output.log_probs.requires_grad
+                loss = output.log_probs.sum() if own else output.loss
+                gradient = torch.autograd.grad(loss, embedded[0])[0]
         finally:
             handle.remove()
         return float(gradient[0, :count].abs().max())

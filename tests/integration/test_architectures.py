@@ -12,11 +12,9 @@ from architectures_page import PARTS, total
 # What a family stands for, and whether its rows are joined by default on a CPU.
 SAMPLE = {
     "llama": ("dense", True),
-    "gemma2": ("capped scores and logits", False),
+    "hyperclovax": ("custom scaling", True),
     "gemma3_text": ("sliding windows", True),
     "gemma4_text": ("layers of different shapes", True),
-    "granite": ("custom scaling", True),
-    "camembert": ("positions of its own", False),
     "llama4_text": ("chunks", False),
     "mixtral": ("experts", True),
     "granitemoe": ("experts under other names", True),
@@ -27,7 +25,6 @@ SAMPLE = {
     "qwen3_next": ("delta rule and attention", False),
     "granitemoehybrid": ("states and experts", False),
     "rwkv": ("a state, without attention masks", False),
-    "bart": ("positions that count padding", False),
 }
 
 
