@@ -175,7 +175,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_buckets": 4,
     },
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
-    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 4, "v_head_dim": 32},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {"mamba_headdim": 16, "hybrid_layer_ids": [1]},
 }

@@ -16,9 +16,11 @@ REACHES = (
 )
 # How many tokens an indexer chooses for a token to attend to.
 INDEXED = ("index_topk", "index_topk_blocks", "indexer_budget", "keep_window_size")
-# Types that train, but for which Transformers itself cannot generate, so that a merge cannot be
-# verified either.
-REFUSED = {"blt": "Transformers makes no cache for it, so that it can generate no text"}
+# Types that train, but whose merge cannot be verified.
+REFUSED = {
+    "blt": "Transformers makes no cache for it, so that it can generate no text",
+    "prophetnet": "its head predicts several tokens at once, so that no merge can be verified",
+}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Kinds of layers, as configs name them, whose mixing of positions is not attention.
 KINDS = ("linear", "conv", "mamba", "recurrent", "ssm", "kda", "hybrid")
