@@ -313,26 +313,16 @@ def compare(
             if way == "default":
                 result["joined"] = chosen["train.padding_free"]
                 result["attention"] = chosen["model.attn_implementation"]
-            wanted = gradient(
-                plain(base, watched.weights, watched.lora, torch.float32),
-                rows,
-                False,
-                watched.aux,
-                alone,
-            )
+            balance = (watched.aux, alone)
+            same = (base, watched.weights, watched.lora)
+            wanted = gradient(plain(*same, torch.float32), rows, False, *balance)
             figure, bound = apart(watched.gradient, wanted), EXACT
             if not bf16 and figure > EXACT:  # float32 itself may be further away from float64
                 model = plain(*same, torch.float32).double()
                 own = apart(wanted, gradient(model, rows, False, *balance))
                 bound = max(EXACT, FP32_FACTOR * own)
             if bf16:
-                own = gradient(
-                    plain(base, watched.weights, watched.lora, dtype),
-                    rows,
-                    True,
-                    watched.aux,
-                    alone,
-                )
+                own = gradient(plain(*same, dtype), rows, True, *balance)
                 bound = max(BF16_FACTOR * apart(own, wanted), BF16_LEAST)
             if not bf16 and figure > bound:
                 # A ReLU whose input is 0 but for rounding has another slope under Transformers'
