@@ -33,6 +33,8 @@ OPTIONS = {
         *("tiny", "opt-125m", "opt-350m", "opt-1.3b", "opt-6.7b", "gpt2", "gpt-j-6b", "hf"),
         *("gpt-neox-20b", "pythia-160m", "pythia-2.8b", "llama-3.2-1b", "llama-3.1-8b"),
         *("llama-3.1-70b", "qwen3-0.6b", "qwen3-8b", "mistral-7b", "gemma-3-1b", "smollm2-135m"),
+        *("lfm2-1.2b", "granite-4.0-h-tiny", "falcon-h1-0.5b", "qwen3-next-80b-a3b"),
+        *("nemotron-h-8b", "olmoe-1b-7b", "mixtral-8x7b", "gpt-oss-20b", "qwen3-30b-a3b"),
     },
     "dataset": {
         *("demo", "alpaca", "dolly", "gsm8k", "tiny-shakespeare", "wikitext", "jsonl", "text"),
