@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sft.config.rules import Choice
 from sft.data.row_encoder import IGNORE_INDEX
@@ -136,7 +137,7 @@ def require_isolation(probe: Probe) -> None:
     scans = bool(mixers(inner))
     reorders = scans or getattr(inner, "is_loaded_in_8bit", False) or experts(inner)
     # Under ZeRO-3 a backward pass would gather weights; scans leave the rounding of a difference.
-    partitioned = any(hasattr(weight, "ds_id") for weight in inner.parameters())
+    partitioned = is_deepspeed_zero3_enabled()
     influence = 0.0
     with evaluating(probe.model):
         packed, changed = probe.run(rows(1)), probe.run(rows(2))

@@ -137,7 +137,7 @@ def test_every_model_is_named_after_its_file() -> None:
     models = CONF_DIR.glob("model/*.yaml")
     names = {file.stem: yaml.safe_load(file.read_text()).get("name") for file in models}
     assert names.pop("hf") is None
-    assert len(names) == 18
+    assert len(names) == 27
     assert all(name == stem for stem, name in names.items())
 
 
