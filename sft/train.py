@@ -72,6 +72,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.data.prepare import prepare
         from sft.data.template import Template
         from sft.fast import cpu_products
+        from sft.fast import lora as fast_lora
         from sft.merge import refusals
         from sft.model import adapter
         from sft.model.base import check_fits, load_architecture, load_base, load_tokenizer
@@ -84,6 +85,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     architecture = load_architecture(config.model)
     precision = choices.choose_precision(config, architecture, run.begun_identity())
     lora = adapter.lora_config(config, architecture)
+    fast_lora.leave_out_unusual(lora, architecture)
     refusals.say_before_training(config, architecture.config, lora)
     start.require(config, lora, architecture, resume_from)
     template = Template(config.template, tokenizer, config.dataset.format)

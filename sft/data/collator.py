@@ -39,6 +39,7 @@ class Collator:
 
         cu_seq_lens_q   [0, 2, 3, 5, 6]   int32, and cu_seq_lens_k; padding is [5, 6)
         max_length_q    2                 and max_length_k
+        seq_idx         [[0, 0, 1], [0, 0, 1]]   int32: each token's document within its row
 
     With ``loss_positions``, for ``sft.fast.head``, also the positions of trained labels in all
     rows; finding them on the GPU would make the CPU wait for it::
@@ -96,6 +97,8 @@ class Collator:
             bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
             batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.from_numpy(bounds)
             batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
+            numbers = [np.repeat(np.arange(len(row)), row) for row in sizes]
+            batch["seq_idx"] = torch.from_numpy(np.stack(numbers).astype(np.int32))
         return batch
 
 

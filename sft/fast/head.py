@@ -6,6 +6,8 @@ The full logits of a batch, (tokens, vocabulary), are never in memory.
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
     from sft.config.settings import Config
 
+COEFFICIENT = "router_aux_loss_coef"
+EXPERT_NAMES = {
+    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("moe_k", "moe_topk", "num_experts_per_token"),
+}
 TILE = 32768  # vocabulary entries at once, as in TRL's trainer
 
 
@@ -82,7 +89,9 @@ def install(model: PreTrainedModel, kind: str) -> None:
             scores = before(*args, **kwargs).logits
             scores = scores.flatten(0, 1)[(loss_positions - 1).to(scores.device)].float()
             return _scored(scores, labels.to(scores.device), head_dft, head_metrics)
-        states = self.base_model(*args, **kwargs).last_hidden_state
+        # Llama-4's text model is its own base_model, because its prefix names no module of it.
+        backbone = self.base_model if self.base_model is not self else self.model
+        states = backbone(*args, **kwargs).last_hidden_state
         states = states.flatten(0, 1)[(loss_positions - 1).to(states.device)]
         head = self.get_output_embeddings()
         states, labels = states.to(head.weight.device), labels.to(head.weight.device)
@@ -156,17 +165,11 @@ def choose(config: Config, architecture: PreTrainedModel) -> Choice:
         ConfigError: The model's experts need the load-balancing loss, which only TRL's head adds.
     """
     name, asked = "model.lm_head", config.model.lm_head
-    text = architecture.config.get_text_config()
-    coefficient = config.train.extra.get("router_aux_loss_coef")
-    # The same condition as in SFTTrainer.
-    if coefficient is None:
-        coefficient = getattr(text, "router_aux_loss_coef", 0.0)
-    balances = hasattr(text, "output_router_logits") and coefficient != 0
-    if balances and asked in ("chunked", "plain"):
-        rule = "only TRL's head adds the loss that balances this model's experts"
-        fix = f"{name}=auto, or train.extra.router_aux_loss_coef=0"
-        raise ConfigError([Problem(f"{name}={asked}", rule, fix)])
-    if balances:
+    if balances(config, architecture):
+        if asked in ("chunked", "plain"):
+            rule = "only TRL's head adds the loss that balances this model's experts"
+            fix = f"{name}=auto, or train.extra.{COEFFICIENT}=0"
+            raise ConfigError([Problem(f"{name}={asked}", rule, fix)])
         reason = "only TRL's head adds the loss that balances the experts"
         return Choice(name, "trl", AS_SET if asked == "trl" else reason)
     if asked != "auto":
@@ -174,3 +177,56 @@ def choose(config: Config, architecture: PreTrainedModel) -> Choice:
     if torch.cuda.is_available():
         return Choice(name, "trl", "TRL's Triton kernel runs on this GPU")
     return Choice(name, "chunked", "there is no GPU for TRL's Triton kernel")
+
+
+def balances(config: Config, architecture: PreTrainedModel) -> bool:
+    """Return whether training adds the loss that balances the load of experts.
+
+    TRL adds Mixtral's loss with the coefficient of ``train.extra`` or of the model's config. This
+    holds for architectures whose own forward pass adds it too, and whose routers exist: a config
+    may have the fields without any layer of experts.
+
+    Args:
+        config: The run's config.
+        architecture: The model, with or without weights.
+
+    Raises:
+        ConfigError: A coefficient is set, and the architecture has no such loss.
+    """
+    text = architecture.config.get_text_config()
+    asked = config.train.extra.get(COEFFICIENT)
+    coefficient = getattr(text, COEFFICIENT, None) if asked is None else asked
+    if not coefficient or not hasattr(text, "output_router_logits"):
+        return bool(coefficient) and asked is not None  # TRL refuses it by name
+    if not _has_balancing_loss(architecture):
+        if asked:
+            rule = f"{architecture.config.model_type} adds no loss that balances its experts"
+            problem = Problem(f"train.extra.{COEFFICIENT}={asked}", rule, "leave it out")
+            raise ConfigError([problem])
+        return False
+    # TRL reads the number of experts by Mixtral's names.
+    for wanted, others in EXPERT_NAMES.items():
+        other = next((each for each in others if getattr(text, each, None)), None)
+        if not hasattr(text, wanted) and other is not None:
+            known = type(text).attribute_map
+            type(text).attribute_map = {**known, wanted: known.get(other, other)}
+    return True
+
+
+def _has_balancing_loss(architecture: PreTrainedModel) -> bool:
+    """Return whether the model's own forward pass adds Mixtral's loss to that of the labels."""
+    function = getattr(sys.modules[type(architecture).__module__], "load_balancing_loss_func", None)
+    if function is None or "top_k" not in list(inspect.signature(function).parameters)[:3]:
+        return False
+    recorded: Any = {}
+    for module in architecture.modules():
+        recorded = recorded or (getattr(module, "_can_record_outputs", None) or {}).get(
+            "router_logits"
+        )
+    recorders = recorded if isinstance(recorded, list) else [recorded]
+    routers = tuple(
+        kind
+        for kind in (getattr(each, "target_class", each) for each in recorders)
+        if isinstance(kind, type)
+    )
+    return any(isinstance(module, routers) for module in architecture.modules())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora.layer import ParamWrapper
 
 from sft.config.rules import AS_SET, Choice
 from sft.errors import ConfigError, Problem
@@ -99,12 +100,14 @@ def extra_bytes(architecture: PreTrainedModel) -> int:
 def frozen(model: Any) -> list[torch.nn.Linear]:
     """List the base's frozen linear layers, without the LM head, whose weight the loss uses."""
     head = model.get_output_embeddings()
-    heads = {head, getattr(head, "original_module", None)}  # PEFT's modules_to_save wraps it
+    left = {head, getattr(head, "original_module", None)}  # PEFT's modules_to_save wraps it
+    # PEFT adds a ParamWrapper's change to the layer's weight, which a packed copy would not show.
+    left |= {item.get_base_layer() for item in model.modules() if isinstance(item, ParamWrapper)}
     return [
         layer
         for name, layer in model.named_modules()
         if type(layer) is torch.nn.Linear
-        and layer not in heads
+        and layer not in left
         # Loading a checkpoint replaces the weights of LoRA layers: a packed copy would be stale.
         and ".lora_" not in name
         and layer.weight.dtype == torch.float32

@@ -8,6 +8,8 @@ for the backward pass unconverted, once for all layers that share it.
 
 from __future__ import annotations
 
+import logging
+import re
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,12 @@ import torch
 from peft.tuners.lora import Linear
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from torch import nn
 
     from sft.config.settings import Config
+
+logger = logging.getLogger("sft")
 
 
 class Adapted(torch.autograd.Function):
@@ -77,6 +82,45 @@ def left_to_peft(config: Config, stage: int) -> str:
     if extra.get("torch_compile") or any(extra.get(name) is not None for name in named):
         return "torch.compile fuses PEFT's operations itself"
     return ""
+
+
+def leave_out_unusual(lora: LoraConfig | None, architecture: nn.Module) -> None:
+    """Exclude linear layers from an adapter whose forward pass is not that of a linear layer.
+
+    Llama-4's router is a linear layer that returns a tuple, and DeepSeek-V4's grouped layer takes
+    one input for each group. PEFT adds its product to the output of either, which fails.
+
+    Args:
+        lora: PEFT's config, which is changed; None if no adapter is trained.
+        architecture: The model on the meta device.
+    """
+    if lora is None:
+        return
+    found = [path for path, module in architecture.named_modules() if _is_unusual(module)]
+    names = sorted({path.rpartition(".")[2] for path in found})
+    if names:
+        given = lora.exclude_modules or []
+        if not isinstance(given, str):
+            given = "|".join(rf"(.*\.)?{re.escape(name)}" for name in sorted(given))
+        # Whole paths, because usual layers may have the same name; one entry for all layers.
+        ours = "|".join(sorted({re.sub(r"\.\d+\.", r"[.]\\d+[.]", path) for path in found}))
+        lora.exclude_modules = f"{given}|{ours}" if given else ours
+        logger.info(
+            "lora.target_modules: %s left out, whose output is not that of a linear layer",
+            ", ".join(names),
+        )
+
+
+def _is_unusual(module: nn.Module) -> bool:
+    """Return whether a linear layer of its own class gives more or other than a linear layer."""
+    if not isinstance(module, torch.nn.Linear) or type(module).forward is torch.nn.Linear.forward:
+        return False
+    try:
+        given = torch.empty(2, module.in_features, device="meta", dtype=module.weight.dtype)
+        output = module(given)
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return True
+    return not (isinstance(output, torch.Tensor) and output.shape == (2, module.out_features))
 
 
 def install(model: nn.Module) -> int:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 
 from sft.data.row_encoder import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = logging.getLogger("sft")
 
 
 def complete(
@@ -52,6 +58,13 @@ def continuations(
     Returns:
         Token ids that follow the prompts, shape (prompts, tokens), padded on the right.
     """
+    if len(set(map(len, prompts))) > 1 and not takes_padding(model, tokenizer, device):
+        options["stop_ids"] = stop_ids
+        each = [
+            continuations(model, tokenizer, [prompt], max_new_tokens, device, **options)[0]
+            for prompt in prompts
+        ]
+        return pad_sequence(each, batch_first=True, padding_value=tokenizer.pad_token_id)
     width = max(map(len, prompts))
     ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -70,6 +83,57 @@ def continuations(
         )
     model.train(was_training)
     return output[:, width:]
+
+
+_takes_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def takes_padding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> bool:
+    """Return whether padding on the left of a prompt leaves the model's next tokens as they are.
+
+    Some architectures count positions from the padding on, or let it into their state. The answer
+    is found once per model, with a prompt alone, padded, and after as many visible tokens.
+    """
+    if model in _takes_padding:
+        return _takes_padding[model]
+    rows = model.get_input_embeddings().weight.shape[0]
+    prompt = [(7 * place + 5) % min(rows, len(tokenizer)) for place in range(9)]
+    padding = [tokenizer.pad_token_id] * 7
+    was_training = model.training
+    model.eval()
+
+    def scores(ids: list[int], hidden: int) -> torch.Tensor:
+        """Return the logits of two new tokens, shape (2, vocabulary)."""
+        with torch.no_grad():
+            found: Any = model.generate(
+                input_ids=torch.tensor([ids], device=device),
+                attention_mask=torch.tensor([[0] * hidden + [1] * (len(ids) - hidden)]).to(device),
+                pad_token_id=tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **{"min_new_tokens": 2, "max_new_tokens": 2, "do_sample": False},
+                **{"repetition_penalty": 1.0, "use_cache": True},
+            )
+        return torch.cat(found.logits).float().log_softmax(-1)
+
+    alone = scores(prompt, 0)
+    padded, visible = scores(padding + prompt, 7), scores(padding + prompt, 0)
+    model.train(was_training)
+    # Rounding may choose a different first token of two that are as likely, and with it the second.
+    count = 2 if alone[0].argmax() == padded[0].argmax() else 1
+    apart = float((padded - alone)[:count].abs().mean())
+    effect = float((visible - alone)[:count].abs().mean())
+    rounding = 16 * torch.finfo(model.dtype).eps * float(alone.abs().max())
+    exact = bool(apart <= min(max(effect / 8, rounding / 64), rounding))
+    if not exact:
+        logger.info(
+            "prompts are answered one at a time: %s computes padded prompts differently",
+            model.config.model_type,
+        )
+    _takes_padding[model] = exact
+    return exact
 
 
 def all_stop_ids(
@@ -110,6 +174,8 @@ def exact_match(
     answers = [text.strip() for text in tokenizer.batch_decode(wanted, skip_special_tokens=True)]
     # Allow two tokens more than the longest answer: an answer that is longer is wrong anyway.
     longest = max(map(len, wanted)) + 2
+    if not takes_padding(model, tokenizer, device):
+        batch_size = 1  # every rank must generate as often as the others
     rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     right = torch.zeros(1, dtype=torch.int64, device=device)

@@ -150,7 +150,7 @@ def check_fits(
         )
     longest = max(part.longest for part in counts)
     positions = getattr(architecture.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
+    if positions is not None and 0 < positions < longest:  # XLNet has -1
         raise ModelError(
             f"a sample has {longest} tokens, but the model has {positions} positions\n"
             f"    fix: dataset.max_length={positions}, or a model with a longer context"

@@ -13,7 +13,7 @@ from sft.config import zero
 from sft.config.artefact_meta import meta_of
 from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
-from sft.fast import head, linear
+from sft.fast import head, linear, mixers
 from sft.fast import lora as fast_lora
 from sft.model import experts
 from sft.model import precision as precisions
@@ -51,6 +51,8 @@ class Choices:
         packed: Whether a sample holds several documents.
         fused_adapters: Whether ``sft.fast.lora`` computes the adapters instead of PEFT.
         evaluates: Whether there are held-out rows.
+        balances: Whether the loss that balances experts is added.
+        boundaries: Whether convolutions or states need the boundaries of documents.
     """
 
     precision: Precision
@@ -69,6 +71,8 @@ class Choices:
     packed: bool
     fused_adapters: bool
     evaluates: bool
+    balances: bool
+    boundaries: bool
 
     @property
     def stage(self) -> int:
@@ -126,7 +130,7 @@ def choose_precision(
     Raises:
         ConfigError: The precision that is set cannot be used here.
     """
-    width = architecture.config.get_text_config().hidden_size
+    width = int(architecture.get_input_embeddings().weight.shape[1])
     chosen = from_rank_zero(
         lambda: dataclasses.asdict(precisions.choose(config.precision, begun, width))
     )
@@ -181,6 +185,8 @@ def decide(
         packed=packed,
         fused_adapters=not by_peft,
         evaluates=prepared.eval is not None,
+        balances=head.balances(config, architecture),
+        boundaries=(packed or joined.value) and bool(mixers.mixers(architecture)),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from sft.config.rules import AS_SET, Choice, typed
 from sft.errors import ConfigError, Problem
+from sft.fast import mixers
 from sft.fast.attention import FLASH, NAME, UNPACKED, register
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ def choose(
     Raises:
         ConfigError: Documents in one row would attend to each other.
     """
+    kind = architecture.config.model_type
+    if kind in mixers.REFUSED:
+        rule = f"the architecture {kind} is not supported: {mixers.REFUSED[kind]}"
+        fix = "model.name_or_path of a model of a different architecture"
+        raise ConfigError([Problem(f"model.name_or_path={config.model.name_or_path}", rule, fix)])
     asked, joined = config.model.attn_implementation, config.train.padding_free
     why = AS_SET
     if joined == "auto":
@@ -43,6 +49,17 @@ def choose(
         joined = not why
         why = why or "attention separates the joined rows"
     used = resolve(architecture, asked, packed or joined)
+    if packed and not joined and mixers.mixers(architecture):
+        if config.train.padding_free is False:
+            rule = "kernels that separate documents in states and convolutions take one row"
+            raise ConfigError(
+                [
+                    Problem(
+                        "train.padding_free=false", rule, f"train.padding_free=auto, or {UNPACKED}"
+                    )
+                ]
+            )
+        joined, why = True, "samples hold several documents, and the kernels take one row"
     if asked != "auto":
         reason = AS_SET
     elif joined:
@@ -71,6 +88,10 @@ def resolve(architecture: PreTrainedModel, asked: str | None, several: bool) -> 
     register()
     kind = architecture.config.model_type
     ours = takes_ours(architecture)
+    if several and (reason := mixers.lacking(architecture)):
+        rule = f"documents in one row would change each other in {kind}: {reason}"
+        fix = f"{UNPACKED} and train.padding_free=auto"
+        raise ConfigError([Problem("dataset.packing or train.padding_free=true", rule, fix)])
     if asked == NAME and not ours:
         raise ConfigError(
             [
@@ -112,14 +133,19 @@ def unjoinable(architecture: PreTrainedModel, asked: str | None, precision: str)
         return ""
     if asked not in ("auto", NAME):
         return f"model.attn_implementation={typed(asked)} cannot separate joined rows"
+    if reason := mixers.lacking(architecture):
+        return reason
     if not takes_ours(architecture):
+        if mixers.mixers(architecture) and architecture._supports_sdpa and asked == "auto":
+            return ""  # sdpa separates documents by their positions, and kernels by the boundaries
         kind = architecture.config.model_type
         return f"{kind} has its own attention, which cannot separate joined rows"
     if not torch.cuda.is_available():
         return ""
     text = architecture.config.get_text_config()
     names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = mixers.largest(text, "num_attention_heads", "n_head") or 1
+    size = mixers.largest(text, "head_dim") or text.hidden_size // heads
     lacks = {
         "precision=fp32": precision == "fp32",
         "attention dropout": any(getattr(text, name, None) for name in names),

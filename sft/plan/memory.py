@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sft.config.rules import AS_SET, Choice
+from sft.fast.mixers import largest
 from sft.hardware import available
 from sft.process import world_size
 
@@ -31,15 +32,14 @@ def activation_bytes(config: Any, tokens: int, itemsize: int, scored: int = 0) -
         itemsize: Bytes of a number.
         scored: Attention scores that are stored per token and head; 0 if they are not stored.
     """
-    width = config.hidden_size
-    heads = getattr(config, "num_attention_heads", None) or 1
-    size = getattr(config, "head_dim", None) or width // heads
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
-    inner = inner or getattr(config, "n_inner", None) or 4 * width
-    inner = max(inner) if isinstance(inner, list) else inner  # one for each layer
+    width = largest(config, "hidden_size", "d_model", "n_embd") or 1
+    heads = largest(config, "num_attention_heads", "n_head") or 1
+    size = largest(config, "head_dim") or width // heads
+    shared = largest(config, "num_key_value_heads") or heads
+    inner = largest(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * width
+    layers = largest(config, "num_hidden_layers", "n_layer") or 1
     numbers = 6 * width + 2 * heads * size + 2 * shared * size + 4 * inner + heads * scored
-    return int(tokens * config.num_hidden_layers * numbers * itemsize)
+    return int(tokens * layers * numbers * itemsize)
 
 
 def state_bytes(config: Config, parameters: int, itemsize: int, stage: int) -> int:

@@ -31,7 +31,7 @@ def make_collator(config: Config, choices: Choices, tokenizer: Any) -> Collator:
         tokenizer.pad_token_id,
         padding_free=choices.padding_free.value or (choices.packed and kernel in attention.FLASH),
         pad_to_multiple_of=config.train.pad_to_multiple_of,
-        documents=kernel == attention.NAME,
+        documents=kernel == attention.NAME or choices.boundaries,
     )
 
 
@@ -83,6 +83,8 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
                 "tf32": choices.tf32.value,
                 "log_level_replica": "error",
                 **_floats(train["extra"]),
+                # TRL would add a loss that the architecture lacks.
+                **({} if choices.balances else {"router_aux_loss_coef": 0.0}),
             },
         )
     except (TypeError, ValueError, StrictDataclassError) as error:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.config import zero
-from sft.fast import proof
+from sft.fast import isolation, proof
+from sft.fast.probe import Probe
 from sft.inference.answers import exact_match
+from sft.model.precision import dtype_of
 from sft.training import left_out
 from sft.training.guard import Guard
 from sft.training.signals import Signals
@@ -43,6 +45,7 @@ def add_checks(
 
     device, vocabulary = trainer.args.device, len(trainer.processing_class)
     packed = "seq_lengths" in prepared.train.dataset.column_names
+    per_device = settings.per_device_train_batch_size, settings.per_device_eval_batch_size
 
     def check_head() -> None:
         precision = trainer.accelerator.mixed_precision
@@ -50,22 +53,30 @@ def add_checks(
             trainer.use_head(plain.value)
             run.correct(plain)
 
-    def check_isolation() -> None:
-        padded = proof.prove_isolation(
+    def probe() -> Probe:
+        mixed = trainer.accelerator.mixed_precision
+        return Probe(
             trainer.model_wrapped,
             trainer.data_collator,
             device,
             vocabulary,
-            may_pad=settings.padding_free == "auto" and not packed,
+            dtype_of("fp32" if mixed == "no" else mixed),
+            prepared.train.counts.longest,
         )
-        if padded:
+
+    def check_isolation() -> None:
+        may_pad = settings.padding_free == "auto" and not packed
+        if padded := isolation.prove_isolation(probe(), may_pad):
             run.correct(padded)
+            isolation.require_rows(probe(), max(per_device) > 1)
 
     before_training(trainer.resume_counts)
     if zero.stage(trainer.args.deepspeed) == 3:
         before_training(lambda: left_out.require_reached(trainer, prepared))
     if trainer.lm_head != "plain":
         before_training(check_head)
+    batched = max(per_device) > 1 and not (packed or trainer.data_collator.padding_free)
+    before_training(lambda: isolation.require_rows(probe(), batched))
     if packed or trainer.data_collator.padding_free:
         before_training(check_isolation)
     count = run.config.dataset.exact_match

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from sft.data.collator import Collator
 from sft.errors import ConfigError, ModelError
-from sft.fast import attention, proof
+from sft.fast import attention, isolation
+from sft.fast.probe import Probe
 from sft.plan import kernel as kernels
 
 LENGTHS = [[9, 4, 1, 7], [5, 12]]
@@ -38,6 +39,10 @@ def model_of(tmp_path: Path, family: str, changed: dict[str, Any], kernel: str |
     attention.register()
     options = {} if kernel is None else {"attn_implementation": kernel}
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def probe_of(model: Any, collator: Collator, **changed: Any) -> Probe:
+    return Probe(model, collator, torch.device("cpu"), 256, **changed)
 
 
 def samples(seed: int = 0) -> list[dict[str, Any]]:
@@ -112,7 +117,7 @@ def test_opt_leaks_with_stock_kernels_and_is_refused(tmp_path: Path, kernel: str
     with pytest.raises(
         ModelError, match=rf"attn_implementation={kernel}, documents .* attend to each"
     ):
-        proof.require_isolation(model, Collator(0), torch.device("cpu"), 256)
+        isolation.require_isolation(probe_of(model, Collator(0)))
     with pytest.raises(ConfigError, match=rf"attn_implementation={kernel}\n.*in opt\n.*=packed"):
         kernels.resolve(model, kernel, several=True)
     assert kernels.resolve(model, kernel, several=False) == kernel
@@ -124,7 +129,7 @@ def test_opt_leaks_with_stock_kernels_and_is_refused(tmp_path: Path, kernel: str
 
 def test_proof_holds_with_our_kernel_and_restores_the_mode(tmp_path: Path) -> None:
     model = model_of(tmp_path, "opt", {}, "packed").train()
-    proof.require_isolation(model, Collator(0, documents=True), torch.device("cpu"), 256)
+    isolation.require_isolation(probe_of(model, Collator(0, documents=True)))
     assert model.training
 
 

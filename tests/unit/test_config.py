@@ -33,6 +33,8 @@ OPTIONS = {
         *("tiny", "opt-125m", "opt-350m", "opt-1.3b", "opt-6.7b", "gpt2", "gpt-j-6b", "hf"),
         *("gpt-neox-20b", "pythia-160m", "pythia-2.8b", "llama-3.2-1b", "llama-3.1-8b"),
         *("llama-3.1-70b", "qwen3-0.6b", "qwen3-8b", "mistral-7b", "gemma-3-1b", "smollm2-135m"),
+        *("lfm2-1.2b", "granite-4.0-h-tiny", "falcon-h1-0.5b", "qwen3-next-80b-a3b"),
+        *("nemotron-h-8b", "olmoe-1b-7b", "mixtral-8x7b", "gpt-oss-20b", "qwen3-30b-a3b"),
     },
     "dataset": {
         *("demo", "alpaca", "dolly", "gsm8k", "tiny-shakespeare", "wikitext", "jsonl", "text"),
@@ -49,7 +51,7 @@ OPTIONS = {
     },
 }
 COUNTS = {
-    "model": 19,
+    "model": 28,
     "dataset": 13,
     "template": 7,
     "lora": 3,
@@ -107,7 +109,7 @@ def combinations() -> list[dict[str, str]]:
             {group: lists[group][row % COUNTS[group]] for group in groups} for row in range(count)
         ]
 
-    data = cycle(19, "model", "dataset")
+    data = cycle(28, "model", "dataset")
     # gsm8k asks for no exact match, so that any template suits it.
     rest = cycle(7, "template", "lora", "quantization", "zero", "train")
     return data + [{"dataset": "gsm8k", **row} for row in rest]
@@ -135,7 +137,7 @@ def test_every_model_is_named_after_its_file() -> None:
     models = CONF_DIR.glob("model/*.yaml")
     names = {file.stem: yaml.safe_load(file.read_text()).get("name") for file in models}
     assert names.pop("hf") is None
-    assert len(names) == 18
+    assert len(names) == 27
     assert all(name == stem for stem, name in names.items())
 
 

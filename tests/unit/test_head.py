@@ -1,7 +1,6 @@
 """The chunked head gives the loss, the gradients and the metrics of the model's own logits."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DogeConfig,
     Gemma2Config,
     GraniteConfig,
+    GraniteMoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
 )
@@ -187,6 +189,11 @@ def test_a_factor_that_is_not_known_is_seen(tmp_path: Path, monkeypatch: Any) ->
     assert model.training
 
 
+def architecture_of(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config(num_hidden_layers=1))
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "config", "chosen"),
     [
@@ -200,7 +207,7 @@ def test_which_head(
     monkeypatch: pytest.MonkeyPatch, asked: str, device: str, config: Any, chosen: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
-    architecture: Any = SimpleNamespace(config=config())
+    architecture = architecture_of(config)
     run = Config(model=ModelConfig(lm_head=asked))
     found = head.choose(run, architecture)
     assert (found.setting, found.value) == ("model.lm_head", chosen)
@@ -210,7 +217,7 @@ def test_which_head(
 def test_a_head_that_would_lose_the_experts_loss_is_refused() -> None:
     run = Config(model=ModelConfig(lm_head="chunked"))
     run.train.extra = {"router_aux_loss_coef": 0.001}
-    architecture: Any = SimpleNamespace(config=MixtralConfig())
+    architecture = architecture_of(MixtralConfig)
     with pytest.raises(ConfigError, match="balances this model's experts"):
         head.choose(run, architecture)
     run.train.extra = {"router_aux_loss_coef": 0}
@@ -234,3 +241,15 @@ def test_a_trained_copy_of_the_head_gets_the_gradient(tmp_path: Path) -> None:
     torch.testing.assert_close(
         grads["chunked"][name], grads["plain"][name], rtol=1e-4, atol=1e-6 * float(largest)
     )
+
+
+def test_experts_that_are_named_otherwise_are_balanced_and_missing_ones_are_not() -> None:
+    """TRL asks for num_experts; a config may have the fields of experts without any."""
+    granite = architecture_of(GraniteMoeConfig)
+    assert head.balances(Config(), granite)
+    assert granite.config.num_experts == granite.config.num_local_experts == 8
+    assert not head.balances(Config(), architecture_of(DogeConfig))
+    run = Config()
+    run.train.extra = {"router_aux_loss_coef": 0.1}
+    with pytest.raises(ConfigError, match="llama4_text adds no loss"):
+        head.balances(run, architecture_of(Llama4TextConfig))

@@ -1,0 +1,123 @@
+"""Write docs/architectures.md from the results of architectures.py.
+
+python benchmarks/architectures_page.py FOLDER ... > docs/architectures.md
+
+Each folder is what ``--keep`` of that script left; a later folder's result replaces an earlier one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+PARTS = ("default", "other", "packed", "eval", "merge", "answers")
+HEAD = """# Architectures
+
+Every type of causal language model that Transformers {version} lists, as a model of a few thousand
+parameters with random weights, on a CPU. One step of `sft.train` is compared with Transformers and
+PEFT alone: eager attention, one document at a time, autograd on the model's own logits. Documents
+are longer than all windows and chunks.
+
+- **gradient**: the distance of the adapter's gradients, as a share of their length, with the
+  default settings, and whether these join documents into one row or pad them. The bound is 1e-5 in
+  float32, or 4 times the distance of plain float32 from float64 where that is more; in bf16 it is
+  twice the distance of plain bf16 from float32, or 2^-7.
+- **other** and **packed**: the same with the other value of `train.padding_free`, and with
+  `dataset.packing=bfd`. "refused" is said before the first step; with the default settings the rows
+  are then padded.
+- **eval**: the first evaluation loss. **merge**: the largest difference of a logit between the
+  merged model and base + adapter. **answers**: prompts answered in a batch and alone; 0 is equal.
+
+{counts}
+
+    python benchmarks/architectures.py --workers 2 --write docs/architectures.md
+
+Convolutions and recurrent states (LFM2, Qwen3.5, Qwen3-Next, Granite 4, Falcon-H1, Nemotron-H)
+get the boundaries of documents (`cu_seq_lens_q`, `seq_idx`) on a GPU where their kernels
+(`causal_conv1d`, `fla`, `mamba_ssm`) are installed; elsewhere their rows are padded. Before the
+first step, sft proves on the model itself that it is causal, that padding changes nothing, and that
+no document in a row changes another.
+
+"""
+
+
+def total(result: dict[str, Any]) -> str:
+    if "build" in result:
+        return "not built"
+    found = [result[part]["verdict"] for part in PARTS if part in result]
+    if "wrong" in found:
+        return "wrong"
+    return "refused" if result["default"]["verdict"] == "refused" else "exact"
+
+
+def cell(result: dict[str, Any], part: str) -> str:
+    found = result.get(part)
+    if found is None:
+        return ""
+    if "figure" not in found:
+        return str(found["verdict"])
+    figure = "0" if found["figure"] == 0 else f"{found['figure']:.0e}"
+    return figure if found["verdict"] == "exact" else f"**wrong** {figure}"
+
+
+def notes(result: dict[str, Any]) -> str:
+    said = [result["alone"]] if "alone" in result else []
+    said += [
+        f"{part}: {result[part]['message']}"
+        for part in ("default", "eval", "merge", "answers")
+        if "message" in result.get(part, {})
+    ]
+    if result.get("merge", {}).get("rounded"):
+        said.append("the merge needs dtype=float32")
+    return "; ".join(said).replace("|", "/").replace(" fix:", "; fix:")[:300]
+
+
+def page(results: list[dict[str, Any]], seconds: float | None = None) -> str:
+    lines = []
+    for precision, name in (("fp32", "float32"), ("bf16", "bf16")):
+        counts = Counter(total(item) for item in results if item["precision"] == precision)
+        listed = ", ".join(f"{counts[key]} {key}" for key in ("exact", "refused", "wrong"))
+        if counts:
+            lines.append(f"- {name}: {listed}; {counts['not built']} could not be built")
+    if seconds is not None:
+        lines.append(f"- the table took {seconds / 60:.0f} minutes")
+    text = HEAD.format(version=transformers.__version__, counts="\n".join(lines))
+    columns = ["type", "precision", "verdict", "rows", "gradient", *PARTS[1:]]
+    text += f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+    built = [item for item in results if "build" not in item]
+    for item in built:
+        rows = {True: "joined", False: "padded"}.get(item.get("joined"), "")
+        cells = [item["kind"], item["precision"], total(item), rows]
+        cells += [cell(item, part) for part in PARTS]
+        text += "| " + " | ".join(cells) + " |\n"
+    text += "\n## What is said\n\n| type | precision | message |\n|---|---|---|\n"
+    for item in built:
+        if said := notes(item):
+            text += f"| {item['kind']} | {item['precision']} | {said} |\n"
+    text += (
+        "\n## Not built\n\nThe small config does not fit these types, or a package is missing.\n\n"
+    )
+    text += "| type | reason |\n|---|---|\n"
+    for kind, reason in {
+        item["kind"]: item["build"] for item in results if "build" in item
+    }.items():
+        text += f"| {kind} | {reason[:160].replace('|', '/')} |\n"
+    return text
+
+
+def collect(folders: list[Path]) -> list[dict[str, Any]]:
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for folder in folders:
+        for file in sorted(folder.glob("*/result.json"), key=lambda path: path.stat().st_mtime):
+            result = json.loads(file.read_text().replace(str(folder.absolute()), "RUNS"))
+            found[result["kind"], result["precision"]] = result
+    return [found[key] for key in sorted(found)]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page(collect([Path(name) for name in sys.argv[1:]])))
