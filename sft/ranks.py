@@ -74,7 +74,14 @@ def _meeting(whom: str, timeout: float) -> Iterator[tuple[Any, str]]:
     key = str(next(_meetings))
     try:
         _store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        yield PrefixStore(f"sft/{process.restarts()}", _store), key
+        store = PrefixStore(f"sft/{process.restarts()}", _store)
+        yield store, key
+        # Without a launcher the store is in the process of rank 0, which must not end before the
+        # others have read.
+        if store.add(f"{key}/read", 1) == process.world_size():
+            store.set(f"{key}/read by all", "")
+        if process.rank() == 0:
+            store.wait([f"{key}/read by all"])
     except (ValueError, dist.DistError) as error:
         raise RunError(
             f"rank {process.rank()} cannot reach {whom}: {str(error).splitlines()[0]}\n"

@@ -260,9 +260,10 @@ def check_text(setting: Setting, made: Made, texts: list[str]) -> None:
     end = setting.encoder.eos_id
     eos = decoded(setting, [end]) if end is not None else ""
     for sample, text in zip(samples, texts, strict=True):
-        rendered = "".join(segment.text for segment in sample).replace(TOKEN_BREAK, "")
+        rendered = "".join(segment.text for segment in sample)
         rendered = rendered if rendered.startswith(bos) else bos + rendered
         rendered = rendered if rendered.endswith(eos) else rendered + eos
+        rendered = rendered.replace(TOKEN_BREAK, "")
         if setting.spaces:
             rendered, text = (re.sub(r"[\s\u2581]", "", part) for part in (rendered, text))
         assert text == rendered
