@@ -19,6 +19,7 @@ from typing import Any
 PARTIAL = ".partial"  # the suffix of a folder that is being written, or being deleted
 # Errors of the disk or of its permissions, which the user can correct.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+LARGEST_JSON = 1 << 26  # bytes; a run.json, card or manifest has a few thousand
 FRESH = 2.0  # seconds; a file that is younger may change again without a new time stamp
 
 
@@ -127,6 +128,23 @@ def to_json(record: dict[str, Any], indent: int | None = None) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(finite(record), indent=indent)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that may come from anywhere.
+
+    Raises:
+        ValueError: It cannot be read, is larger than ``LARGEST_JSON``, or is no JSON; the message
+            gives the reason.
+    """
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, more than {LARGEST_JSON:,}")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    except RecursionError as error:
+        raise ValueError("its lists and mappings are nested too deeply") from error
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,63 @@
+"""A limit of time for what a file from elsewhere makes the process do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+
+class OutOfTime(BaseException):
+    """The limit is over. Not an Exception, so that no library takes it for an error of its own."""
+
+
+class TimeLimit:
+    """Raises OutOfTime in its block when that has taken too long.
+
+    A timer raises it, between two instructions of Python or within a regular expression. Setting a
+    timer takes as long as a short block, so a timer that runs is left running when a block ends:
+    when it rings, it is set again for the rest of the block of that moment, if there is one. There
+    is no limit where the process gets no signals (another thread) or uses this timer otherwise.
+
+    Args:
+        seconds: The limit.
+    """
+
+    current: TimeLimit | None = None
+    timer_of: int | None = None  # the process in which the timer runs; a fork has none
+    rings: float = 0.0  # when it rings
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        self.end = time.monotonic() + self.seconds
+        self.outer, TimeLimit.current = TimeLimit.current, self
+        if TimeLimit.timer_of != os.getpid() or TimeLimit.rings > self.end:
+            _start(self.seconds)
+
+    def __exit__(self, *_: object) -> None:
+        TimeLimit.current = self.outer
+
+
+def _start(seconds: float) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGALRM) not in (_ring, signal.SIG_DFL):
+        return
+    signal.signal(signal.SIGALRM, _ring)
+    signal.siginterrupt(signal.SIGALRM, False)  # else a system call of a C library would fail
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    TimeLimit.timer_of, TimeLimit.rings = os.getpid(), time.monotonic() + seconds
+
+
+def _ring(number: int, frame: FrameType | None) -> None:
+    TimeLimit.timer_of = None
+    limit = TimeLimit.current
+    if limit is None:
+        return
+    if time.monotonic() >= limit.end:
+        raise OutOfTime
+    _start(limit.end - time.monotonic())
