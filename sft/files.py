@@ -140,11 +140,15 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, more than {LARGEST_JSON:,}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_finite)
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
     except RecursionError as error:
         raise ValueError("its lists and mappings are nested too deeply") from error
+
+
+def _not_finite(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

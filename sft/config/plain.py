@@ -34,7 +34,7 @@ def from_json(schema: type[T], values: Any, prefix: str = "") -> T:
         if name not in known:
             raise ValueError(f"there is no entry {prefix}{name}")
         kind = hints[name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             given[name] = from_json(kind, value, f"{prefix}{name}.")
         elif is_of(value, kind):
             given[name] = value

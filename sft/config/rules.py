@@ -65,6 +65,7 @@ class Choice:
         return {self.setting: {"value": self.value, "reason": self.reason}}
 
 
+SEEDS = 1 << 32  # NumPy takes a seed below this
 AS_SET = "as set"  # the reason of a value that the user gave
 
 

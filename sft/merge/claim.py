@@ -34,6 +34,17 @@ def check_output(output: Path, overwrite: bool) -> None:
             )
 
 
+def bytes_of(size: str) -> int | None:
+    """Parse a size as Transformers does; None if it is not a size."""
+    from transformers.utils.hub import convert_file_size_to_int
+
+    try:
+        found: int = convert_file_size_to_int(size)
+    except ValueError:
+        return None
+    return found if found > 0 else None
+
+
 def check_space(size: int, output: Path) -> None:
     """Check that the disk has room for the merged model.
 
