@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import environment
 from sft.cli.command import Command
-from sft.config.rules import SEEDS, above, at_least, rule_problems, setting, share, within
+from sft.config.rules import LARGEST_SEED, above, at_least, between, rule_problems, setting, share
 from sft.config.settings import ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import DataError, ModelError, Problem
 from sft.inference.card import ADAPTER_SETTINGS
@@ -51,11 +51,11 @@ class GenerateConfig:
         None, "JSONL file for the answers; null: print them", path="written"
     )
     raw: bool = setting(False, "true: use the prompt without a template")
-    max_new_tokens: int = setting(256, "tokens in an answer, at most", within(1, MOST_TOKENS))
+    max_new_tokens: int = setting(256, "tokens in an answer, at most", between(1, MOST_TOKENS))
     temperature: float | None = setting(None, "temperature of sampling; null: greedy", above(0))
     top_p: float = setting(1.0, "sample from the tokens of this total probability", share())
     batch_size: int = setting(8, "prompts per batch", at_least(1))
-    seed: int = setting(0, "seed of the sampling", within(0, SEEDS))
+    seed: int = setting(0, "seed of the sampling", between(0, LARGEST_SEED))
 
 
 def check(config: GenerateConfig) -> list[Problem]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import child, environment, process
+from sft.checkpoint import folders
 from sft.cli.command import Command
 from sft.config.checks import check
 from sft.config.settings import Config, fill_names, streamed_samples
@@ -121,6 +122,8 @@ def _ending(run: Run) -> Iterator[None]:
             status = "stopped" if isinstance(error, Stopped) else "failed"
             ours = isinstance(error, SftError)
             run.end(status, str(error) if ours else f"{type(error).__name__}: {error}")
+        if isinstance(error, KeyboardInterrupt) and folders.checkpoints(run.dir):
+            raise KeyboardInterrupt("give the same command again to resume the run") from None
         if environment.lost_a_rank(error):
             raise RunError(
                 "contact with another rank was lost: the rank or its machine died\n"

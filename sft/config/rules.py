@@ -25,6 +25,11 @@ def at_least(bound: float) -> Rule:
     return Rule(f"must be at least {bound}", lambda value: value >= bound)
 
 
+def between(low: int, high: int) -> Rule:
+    """Allow both bounds and what is between them."""
+    return Rule(f"must be from {low} to {high}", lambda value: low <= value <= high)
+
+
 def above(bound: float) -> Rule:
     """Allow values larger than the bound."""
     return Rule(f"must be greater than {bound}", lambda value: value > bound)
@@ -65,7 +70,8 @@ class Choice:
         return {self.setting: {"value": self.value, "reason": self.reason}}
 
 
-SEEDS = 1 << 32  # NumPy takes a seed below this
+LARGEST_SEED = (1 << 32) - 1  # NumPy's
+LARGEST_RANK = 1 << 16  # more than the width of any layer of a model
 AS_SET = "as set"  # the reason of a value that the user gave
 
 

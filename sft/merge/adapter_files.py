@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from sft.checkpoint import weights
+from sft.config.rules import LARGEST_RANK
 from sft.errors import MergeError
 from sft.files import read_json
 from sft.inference.card import ADAPTER_SETTINGS, damaged
@@ -36,7 +37,6 @@ REFUSED = (
 FOREIGN = ("megatron_config", "adapters", "prompt_tuning_init_state_dict_path")
 EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")
 NOT_FLOAT = "numbers that are not floating-point"
-LARGEST_RANK = 1 << 16
 MATCHING = 10  # seconds for all modules; real expressions take milliseconds
 # These initialisations change the base before the first step, with data that only training had.
 UNKNOWN_STARTS = ("corda", "lora_ga", "loftq")

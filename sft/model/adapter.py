@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.config import zero
 from sft.config.lora_checks import head_targeted
-from sft.config.rules import named
+from sft.config.rules import LARGEST_RANK, named
 from sft.config.settings import Config, LoraSection
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
@@ -158,8 +158,9 @@ def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[
                     did_you_mean(name, linear_names),
                 )
     for name, rank in lora.rank_pattern.items():
-        if rank < 1:
-            yield Problem(f"lora.rank_pattern.{name}={rank}", "must be at least 1", "remove it")
+        if not 1 <= rank <= LARGEST_RANK:
+            rule = f"must be from 1 to {LARGEST_RANK}"
+            yield Problem(f"lora.rank_pattern.{name}={rank}", rule, "remove it")
     yield from _shared_weights(lora, model, adapted, stage)
 
 
