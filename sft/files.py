@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sft.errors import DataError
+
 PARTIAL = ".partial"  # the suffix of a folder that is being written, or being deleted
 # Errors of the disk or of its permissions, which the user can correct.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -26,6 +28,23 @@ FRESH = 2.0  # seconds; a file that is younger may change again without a new ti
 def cache_dir() -> Path:
     """Return the cache folder, which may be deleted: $SFT_CACHE_DIR, or ~/.cache/sft."""
     return Path(os.environ.get("SFT_CACHE_DIR") or Path.home() / ".cache" / "sft")
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder of the cache.
+
+    Raises:
+        DataError: It cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {folder} cannot be written to: {error.strerror}\n"
+            "    fix: SFT_CACHE_DIR=FOLDER in the environment"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

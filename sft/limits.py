@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from types import FrameType
+
+MATCHING = 10  # seconds; real expressions take milliseconds
 
 
 class OutOfTime(BaseException):
@@ -40,6 +44,28 @@ class TimeLimit:
 
     def __exit__(self, *_: object) -> None:
         TimeLimit.current = self.outer
+
+
+def slow_pattern(patterns: Iterable[str], texts: Sequence[str]) -> str | None:
+    """Match regular expressions with all texts, as PEFT does with the paths of a model's modules.
+
+    An expression such as ``(a+)+b`` would take it years.
+
+    Returns:
+        The first one that is not valid, or with which more than ``MATCHING`` seconds are over, and
+        the reason; None if there is none.
+    """
+    with TimeLimit(MATCHING):
+        for pattern in patterns:
+            try:
+                matches = re.compile(pattern).fullmatch
+                for text in texts:
+                    matches(text)
+            except OutOfTime:
+                return f"{pattern} takes more than {MATCHING} s to match the names of all modules"
+            except (re.error, RecursionError, OverflowError) as error:
+                return f"{pattern} is not a regular expression: {error}"
+    return None
 
 
 def _start(seconds: float) -> None:

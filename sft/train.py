@@ -12,7 +12,7 @@ from sft.checkpoint import folders
 from sft.cli.command import Command
 from sft.config.checks import check
 from sft.config.settings import Config, fill_names, streamed_samples
-from sft.errors import MergeError, RunError, SftError, Stopped
+from sft.errors import ConfigError, MergeError, Problem, RunError, SftError, Stopped
 from sft.run import record
 from sft.training.signals import Signals, end_with_launcher
 
@@ -87,6 +87,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
+    check_batch(config, prepared)
     chosen = choices.decide(config, architecture, precision, prepared)
     run.identify(chosen, prepared)
     logger.info("%s", "\n".join(chosen.lines()))
@@ -106,6 +107,20 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
             loop.add_checks(run, trainer, prepared, template.stop_ids, resume_from, signals)
             final = loop.train(trainer, config, template.stop_ids, resume_from)
             save(run, trainer, config, final)
+
+
+def check_batch(config: Config, prepared: Prepared) -> None:
+    """Refuse a large micro-batch that the data cannot fill: the rest of it would be computed, too.
+
+    Raises:
+        ConfigError: It is larger than the data.
+    """
+    micro, samples = config.train.per_device_train_batch_size, prepared.train.counts.samples
+    if micro > max(64, samples):
+        rule = f"is more than the {samples:,} samples of the data"
+        fix = "train.per_device_train_batch_size=8 train.global_batch_size=8"
+        setting = f"train.per_device_train_batch_size={micro}"
+        raise ConfigError([Problem(setting, rule, fix)])
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ Generation and merging read adapters here and with ``attach.attach``; so both re
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ from sft.config.rules import LARGEST_RANK
 from sft.errors import MergeError
 from sft.files import read_json
 from sft.inference.card import ADAPTER_SETTINGS, damaged
-from sft.limits import OutOfTime, TimeLimit
+from sft.limits import slow_pattern
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +34,9 @@ REFUSED = (
 )
 # With these PEFT imports a module that the file names, or loads other adapters and pickled tensors.
 FOREIGN = ("megatron_config", "adapters", "prompt_tuning_init_state_dict_path")
+PATTERNS = ("rank_pattern", "alpha_pattern")
 EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")
 NOT_FLOAT = "numbers that are not floating-point"
-MATCHING = 10  # seconds for all modules; real expressions take milliseconds
 # These initialisations change the base before the first step, with data that only training had.
 UNKNOWN_STARTS = ("corda", "lora_ga", "loftq")
 
@@ -154,9 +153,7 @@ def require_known_start(folder: Path, config: PeftConfig) -> None:
 
 
 def require_quick_patterns(folder: Path, config: PeftConfig, paths: Iterable[str]) -> None:
-    """Match the settings that are regular expressions with all modules, within ``MATCHING``.
-
-    PEFT matches them in the same way, and an expression such as ``(a+)+b`` would take it years.
+    """Refuse settings that are regular expressions and would take PEFT too long.
 
     Args:
         folder: The adapter's folder.
@@ -166,23 +163,12 @@ def require_quick_patterns(folder: Path, config: PeftConfig, paths: Iterable[str
     Raises:
         MergeError: An expression is not valid, or takes too long.
     """
-    given = {name: getattr(config, name, None) for name in EXPRESSIONS}
-    whole = {name: [text] for name, text in given.items() if isinstance(text, str)}
-    for name in ("rank_pattern", "alpha_pattern"):
-        whole[name] = [rf"(?:.*\.)?(?:{key})" for key in getattr(config, name, None) or {}]
-    known = list(paths)
-    for name, texts in whole.items():
-        try:
-            with TimeLimit(MATCHING):
-                for matches in [re.compile(text).fullmatch for text in texts]:
-                    for path in known:
-                        matches(path)
-        except OutOfTime:
-            reason = f"{name} is a regular expression that takes more than {MATCHING} s to match"
-            raise MergeError(str(damaged(folder / ADAPTER_SETTINGS, reason))) from None
-        except (re.error, RecursionError, OverflowError) as error:
-            reason = f"{name} is not a regular expression: {error}"
-            raise MergeError(str(damaged(folder / ADAPTER_SETTINGS, reason))) from error
+    texts = [getattr(config, name, None) for name in EXPRESSIONS]
+    keys = [key for name in PATTERNS for key in getattr(config, name, None) or {}]
+    patterns = [text for text in texts if isinstance(text, str)]
+    patterns += [rf"(?:.*\.)?(?:{key})" for key in keys]
+    if reason := slow_pattern(patterns, list(paths)):
+        raise MergeError(str(damaged(folder / ADAPTER_SETTINGS, reason)))
 
 
 def is_lora(config: PeftConfig) -> bool:

@@ -18,6 +18,7 @@ from sft.config.rules import LARGEST_RANK, named
 from sft.config.settings import Config, LoraSection
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
+from sft.limits import slow_pattern
 from sft.model.base import load_architecture
 
 if TYPE_CHECKING:
@@ -121,6 +122,11 @@ def targeted(lora: LoraSection, model: PreTrainedModel) -> list[str]:
 def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[Problem]:
     """Yield the settings of the adapter that do not fit the architecture."""
     paths = [path for path, _ in model.named_modules() if path]
+    texts = [lora.target_modules] if isinstance(lora.target_modules, str) else []
+    keys = [rf"(?:.*\.)?(?:{key})" for key in {**lora.rank_pattern, **lora.alpha_pattern}]
+    if reason := slow_pattern([*texts, *keys], paths):
+        yield Problem("lora", reason, "lora.target_modules=all-linear lora.rank_pattern={}")
+        return
     leaves = {path.rpartition(".")[2] for path in paths}
     adapted = targeted(lora, model)
     linear_names = sorted({path.rpartition(".")[2] for path in adapted})

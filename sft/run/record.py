@@ -31,9 +31,12 @@ def read(folder: str | Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(text(folder) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict) or not isinstance(content.get("identity", {}), dict):
+    kinds = {"status": str, "identity": dict, "choices": dict, "resumed": list, "final": dict}
+    if not isinstance(content, dict) or not all(
+        isinstance(content[name], kind) for name, kind in kinds.items() if name in content
+    ):
         raise _damaged(Path(folder) / RECORD)
     return content
 
