@@ -15,7 +15,8 @@ from sft.config.settings import ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import DataError, ModelError, Problem
 from sft.inference.card import ADAPTER_SETTINGS
 from sft.inference.output import written
-from sft.model.source import named_by
+from sft.merge import claim
+from sft.model.source import named_by, source
 from sft.run import record
 
 if TYPE_CHECKING:
@@ -91,6 +92,12 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     folder = _folder(config)
     if config.file is not None and not Path(config.file).is_file():
         raise DataError(f"there is no file {config.file}\n    fix: file=ROWS.jsonl")
+    is_adapter = (folder / ADAPTER_SETTINGS).is_file()
+    with named_by("base" if is_adapter else "model"):
+        if is_adapter:
+            claim.check_adapters([folder], config.base)
+        else:
+            source(ModelConfig(name_or_path=config.model or str(folder.resolve())))
     environment.prepare()
     from transformers import set_seed
 

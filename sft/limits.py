@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import signal
@@ -20,21 +21,22 @@ class OutOfTime(BaseException):
 class TimeLimit:
     """Raises OutOfTime in its block when that has taken too long.
 
-    A timer raises it, between two instructions of Python or within a regular expression. Setting a
-    timer takes as long as a short block, so a timer that runs is left running when a block ends:
-    when it rings, it is set again for the rest of the block of that moment, if there is one. There
-    is no limit where the process gets no signals (another thread) or uses this timer otherwise.
+    A timer raises it, between two instructions of Python or within a regular expression. There is
+    no limit where the process gets no signals (another thread) or uses this timer otherwise.
 
     Args:
         seconds: The limit.
+        often: The block is short and runs often, and setting a timer would take as long. So the
+            timer is left running when the block ends; when it rings, it is set again for the rest
+            of the block of that moment, if there is one.
     """
 
     current: TimeLimit | None = None
     timer_of: int | None = None  # the process in which the timer runs; a fork has none
     rings: float = 0.0  # when it rings
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, often: bool = False) -> None:
+        self.seconds, self.often = seconds, often
 
     def __enter__(self) -> None:
         self.end = time.monotonic() + self.seconds
@@ -44,6 +46,8 @@ class TimeLimit:
 
     def __exit__(self, *_: object) -> None:
         TimeLimit.current = self.outer
+        if self.outer is None and not self.often:
+            _stop()
 
 
 def slow_pattern(patterns: Iterable[str], texts: Sequence[str]) -> str | None:
@@ -77,6 +81,13 @@ def _start(seconds: float) -> None:
     signal.siginterrupt(signal.SIGALRM, False)  # else a system call of a C library would fail
     signal.setitimer(signal.ITIMER_REAL, seconds)
     TimeLimit.timer_of, TimeLimit.rings = os.getpid(), time.monotonic() + seconds
+
+
+@atexit.register  # Python's own handlers end first, and then the signal would kill the process
+def _stop() -> None:
+    if TimeLimit.timer_of == os.getpid():
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        TimeLimit.timer_of = None
 
 
 def _ring(number: int, frame: FrameType | None) -> None:

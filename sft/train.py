@@ -59,12 +59,29 @@ def fit(config: Config) -> Path:
 
     end_with_launcher()
     fill_names(config)
-    config.template = artefact.template_of(config.dataset.path) or config.template
+    prepared = artefact.template_of(config.dataset.path)
+    config.template = prepared or config.template
+    require_files(config, prepared is not None)
     run = Run(config)
     resume_from = run.resume_point()
     with environment.prepared(distributed=config.zero.config is not None):
         fit_in(run, config, resume_from)
     return run.dir
+
+
+def require_files(config: Config, prepared: bool) -> None:
+    """Check that the model's folder and the data exist, before torch is imported.
+
+    Args:
+        config: The run's config.
+        prepared: Whether the data is a folder of prepared samples, which has been read.
+    """
+    from sft.data import sources
+    from sft.model.source import source
+
+    source(config.model)
+    if not prepared:
+        sources.require_paths(config.dataset)
 
 
 def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:

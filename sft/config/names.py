@@ -97,6 +97,7 @@ TRACKERS: dict[str, tuple[str, ...]] = {
     "dagshub": ("dagshub",),
     "dvclive": ("dvclive",),
     "flyte": ("flytekit",),
+    "kubeflow": ("kubeflow",),
     "mlflow": ("mlflow",),
     "neptune": ("neptune",),
     "swanlab": ("swanlab",),

@@ -153,7 +153,7 @@ class ChatTemplate:
             compiled = _compile_jinja_template(source)
             compiled.globals["strftime_now"] = self.date.strftime
         try:
-            with TimeLimit(LIMIT):
+            with TimeLimit(LIMIT, often=True):
                 texts, spans = render_jinja_template(
                     conversations=[messages],
                     tools=tools,

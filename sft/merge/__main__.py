@@ -106,6 +106,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     adapters, output = _places(config)
     claim.check_output(output, config.overwrite)
     with contextlib.ExitStack() as until_written, named_by("base"):
+        claim.check_adapters(adapters, config.base)
         until_written.enter_context(environment.heap_frozen(collect_new=False))
         environment.prepare()
         import torch

@@ -13,9 +13,8 @@ import torch
 
 from sft.config.settings import ModelConfig, QuantizationConfig
 from sft.errors import MergeError
-from sft.inference.card import ADAPTER_SETTINGS, Card, base_of, read_card
+from sft.inference.card import Card, base_of, read_card
 from sft.merge.adapter_files import check_file, parsed_config, read_config, restarts
-from sft.run import record
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -70,18 +69,12 @@ def find(
         merging: Whether the adapters will be merged; otherwise they generate text with the base.
 
     Raises:
-        MergeError: An adapter is missing, damaged, empty or of a kind that cannot be merged.
+        MergeError: An adapter is damaged, empty or of a kind that cannot be merged.
         ModelError: The adapter does not name a base, or the base cannot be reached.
     """
     from sft.model.base import commit_of, load_config
     from sft.model.precision import dtype_of
 
-    for folder in folders:
-        if not (folder / ADAPTER_SETTINGS).is_file():
-            fix = "run=FOLDER of a finished LoRA run, or adapter=FOLDER with adapter_config.json"
-            if record.weights(folder):
-                fix = f"run={folder}"
-            raise MergeError(f"there is no adapter in {folder}\n    fix: {fix}")
     cards = [read_card(folder) for folder in folders]
     bases = [base_of(*one, asked, trust) for one in zip(folders, cards, strict=True)]
     card = cards[0]

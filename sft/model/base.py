@@ -68,15 +68,24 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_config(model: ModelConfig) -> PreTrainedConfig:
-    """Load the model's config, and refuse numbers with which nothing could be built.
+    """Load the model's config, and refuse one with which nothing could be built.
 
     Raises:
-        ModelError: It does not exist, cannot be reached, or has more layers than any model.
+        ModelError: It does not exist, cannot be reached, has more layers than any model, or there
+            is an adapter beside it, which Transformers would load with the model, unchecked.
     """
     from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
 
     with loading("config", model):
         config = AutoConfig.from_pretrained(**source(model))
+        name = str(model.name_or_path)
+        beside = find_adapter_config_file(name, revision=model.revision)
+    if beside is not None:
+        raise ModelError(
+            f"{name} holds an adapter beside the model (adapter_config.json)\n"
+            "    fix: put the adapter into a folder of its own, and merge it into the model"
+        )
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
         raise ModelError(
@@ -216,6 +225,7 @@ def load_frozen(
     import torch
 
     options: dict[str, Any] = {"dtype": dtype}
+    load_config(model)
     with loading("weights", model):
         quantized = quantization_config(quantization, torch.float32 if dtype == "auto" else dtype)
         if quantized is not None:
