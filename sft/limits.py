@@ -97,4 +97,4 @@ def _ring(number: int, frame: FrameType | None) -> None:
         return
     if time.monotonic() >= limit.end:
         raise OutOfTime
-    _start(limit.end - time.monotonic())
+    _start(max(limit.end - time.monotonic(), 0.01))  # zero would stop the timer
