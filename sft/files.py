@@ -16,15 +16,35 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sft.errors import DataError
+
 PARTIAL = ".partial"  # the suffix of a folder that is being written, or being deleted
 # Errors of the disk or of its permissions, which the user can correct.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+LARGEST_JSON = 1 << 26  # bytes; a run.json, card or manifest has a few thousand
 FRESH = 2.0  # seconds; a file that is younger may change again without a new time stamp
 
 
 def cache_dir() -> Path:
     """Return the cache folder, which may be deleted: $SFT_CACHE_DIR, or ~/.cache/sft."""
     return Path(os.environ.get("SFT_CACHE_DIR") or Path.home() / ".cache" / "sft")
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder of the cache.
+
+    Raises:
+        DataError: It cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {folder} cannot be written to: {error.strerror}\n"
+            "    fix: SFT_CACHE_DIR=FOLDER in the environment"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -127,6 +147,27 @@ def to_json(record: dict[str, Any], indent: int | None = None) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(finite(record), indent=indent)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that may come from anywhere.
+
+    Raises:
+        ValueError: It cannot be read, is larger than ``LARGEST_JSON``, or is no JSON; the message
+            gives the reason.
+    """
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, more than {LARGEST_JSON:,}")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_finite)
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    except RecursionError as error:
+        raise ValueError("its lists and mappings are nested too deeply") from error
+
+
+def _not_finite(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

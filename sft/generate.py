@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import environment
 from sft.cli.command import Command
-from sft.config.rules import above, at_least, rule_problems, setting
+from sft.config.rules import LARGEST_SEED, above, at_least, between, rule_problems, setting, share
 from sft.config.settings import ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import DataError, ModelError, Problem
 from sft.inference.card import ADAPTER_SETTINGS
+from sft.inference.output import written
+from sft.merge import claim
+from sft.model.source import named_by, source
 from sft.run import record
 
 if TYPE_CHECKING:
     from sft.data.template import Template
 
 logger = logging.getLogger("sft")
+MOST_TOKENS = 1 << 24  # more than any model has positions
 
 
 @dataclass
@@ -38,6 +40,10 @@ class GenerateConfig:
     base: str | None = setting(
         None, "the adapter's base model; null: the one that it names", path="read"
     )
+    trust_remote_code: bool = setting(
+        False, "true: run the Python code in the model's repository or folder"
+    )
+    check_base: bool = setting(True, "check that the adapter's base is the one of training")
     prompt: str | None = setting(None, "one prompt, rendered with the run's template")
     file: str | None = setting(
         None, "or a file of rows (.jsonl, .csv, ...) to answer in order", path="read"
@@ -46,11 +52,11 @@ class GenerateConfig:
         None, "JSONL file for the answers; null: print them", path="written"
     )
     raw: bool = setting(False, "true: use the prompt without a template")
-    max_new_tokens: int = setting(256, "tokens in an answer, at most", at_least(1))
+    max_new_tokens: int = setting(256, "tokens in an answer, at most", between(1, MOST_TOKENS))
     temperature: float | None = setting(None, "temperature of sampling; null: greedy", above(0))
-    top_p: float = setting(1.0, "sample from the tokens of this total probability", above(0))
+    top_p: float = setting(1.0, "sample from the tokens of this total probability", share())
     batch_size: int = setting(8, "prompts per batch", at_least(1))
-    seed: int = setting(0, "seed of the sampling", at_least(0))
+    seed: int = setting(0, "seed of the sampling", between(0, LARGEST_SEED))
 
 
 def check(config: GenerateConfig) -> list[Problem]:
@@ -62,7 +68,7 @@ def check(config: GenerateConfig) -> list[Problem]:
         problems.append(Problem("prompt=", "the prompt is empty", "prompt='...'"))
     if (config.prompt is None) == (config.file is None):
         problems.append(Problem("prompt, file", "set exactly one", "prompt='...'"))
-    if config.output is not None:
+    if config.output is not None and "://" not in config.output:
         output = Path(config.output)
         if output.exists():
             problems.append(Problem(f"output={output}", "the file exists", "output=FILE"))
@@ -73,24 +79,31 @@ def check(config: GenerateConfig) -> list[Problem]:
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
-    """Answer the prompts, in order.
+    """Answer the prompts, in order; each batch is written as it comes.
 
     Returns:
         The rows with their answers, or the file that holds them and their number, for ``--json``.
 
     Raises:
         ModelError: There is no such model or adapter.
-        DataError: A row does not fit the template.
+        MergeError: The adapter is damaged, or does not fit its base.
+        DataError: A row does not fit the template, or has more tokens than the model has positions.
     """
     folder = _folder(config)
     if config.file is not None and not Path(config.file).is_file():
         raise DataError(f"there is no file {config.file}\n    fix: file=ROWS.jsonl")
+    is_adapter = (folder / ADAPTER_SETTINGS).is_file()
+    with named_by("base" if is_adapter else "model"):
+        if is_adapter:
+            claim.check_adapters([folder], config.base)
+        else:
+            source(ModelConfig(name_or_path=config.model or str(folder.resolve())))
     environment.prepare()
     from transformers import set_seed
 
     from sft.data.text_encoder import Encoder
     from sft.fast import cpu_products
-    from sft.inference.answers import complete
+    from sft.inference.answers import complete, room
 
     model, template = _load(config, folder)
     cpu_products.widen_products(model.dtype)
@@ -102,6 +115,9 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         else encoder.prompt(template.render_prompt(row), bos=template.adds_bos)
         for row in rows
     ]
+    longest = room(model, prompts, config.max_new_tokens)
+    if longest < config.max_new_tokens:
+        logger.info("max_new_tokens=%d: more do not fit into the model's positions", longest)
     options: dict[str, Any] = {}
     if config.temperature is not None:
         options = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
@@ -109,18 +125,14 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     stop_ids = [] if config.raw else template.stop_ids
     set_seed(config.seed)
     texts: list[str] = []
-    for start in range(0, len(prompts), config.batch_size):
-        batch = prompts[start : start + config.batch_size]
-        texts += complete(
-            model,
-            template.tokenizer,
-            batch,
-            config.max_new_tokens,
-            model.device,
-            stop_ids,
-            **options,
-        )
-    _write(config, rows, texts)
+    with written(config.output, len(rows)) as write:
+        for start in range(0, len(prompts), config.batch_size):
+            batch = prompts[start : start + config.batch_size]
+            texts += complete(
+                model, template.tokenizer, batch, longest, model.device, stop_ids, **options
+            )
+            stop = len(texts)
+            write(rows[start:stop], texts[start:stop])
     if config.output is not None:
         return {"output": config.output, "count": len(texts)}
     pairs = zip(rows, texts, strict=True)
@@ -149,28 +161,45 @@ def _folder(config: GenerateConfig) -> Path:
 
 def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
     """Load the model, with its adapter, and the template it was trained with."""
-    from peft import PeftModel
-
     from sft.data.template import Template
-    from sft.inference.card import base_of, read_card
-    from sft.merge.adapter_files import check_file, parsed_config
+    from sft.inference.card import read_card
     from sft.model.base import load_frozen, load_tokenizer
 
+    here = ModelConfig(
+        name_or_path=config.model or str(folder.resolve()),
+        trust_remote_code=config.trust_remote_code,
+    )
     card = read_card(folder)
-    here = ModelConfig(name_or_path=config.model or str(folder.resolve()))
-    tokenizer = load_tokenizer(here)
-    if (folder / ADAPTER_SETTINGS).is_file():
-        parsed_config(folder)
-        check_file(folder)
-        base = base_of(folder, card, config.base)
-        model = load_frozen(base, card.quantization if card else QuantizationConfig())
-        model = PeftModel.from_pretrained(model, str(folder)).eval()
-    else:
-        model = load_frozen(here, QuantizationConfig())
+    with named_by("model" if config.model else "base"):
+        tokenizer = load_tokenizer(here)
+        if (folder / ADAPTER_SETTINGS).is_file():
+            model = _adapted(config, folder)
+        else:
+            model = load_frozen(here, QuantizationConfig())
     chat = TemplateConfig(name="chat", kind="chat", prompts=["{prompt}"], completions=["{answer}"])
     plain = TemplateConfig(name="plain", prompts=["{prompt}"], completions=["{answer}"])
     fallback = chat if tokenizer.chat_template else plain
     return model, Template(card.template if card else fallback, tokenizer)
+
+
+def _adapted(config: GenerateConfig, folder: Path) -> Any:
+    """Load the base and the adapter; what a merge refuses is refused, before any weight loads."""
+    from sft.merge.adapter_files import is_lora
+    from sft.merge.attach import attach, resize_embedding
+    from sft.merge.placeholders import with_placeholders
+    from sft.merge.sources import check_base, find
+    from sft.model.base import load_architecture, load_frozen
+
+    found = find([folder], [1.0], config.base, config.trust_remote_code, merging=False)
+    if config.check_base:
+        check_base(found)
+    if is_lora(found.configs[0]):  # some other kinds compute with the base's weights
+        architecture = load_architecture(found.base)
+        resize_embedding(architecture, found.shapes)
+        attach(with_placeholders(architecture), [folder], found.configs)
+    model = load_frozen(found.base, found.quantization)
+    resize_embedding(model, found.shapes)
+    return attach(model, [folder], found.configs, str(model.device), loaded=True).eval()
 
 
 def _rows(config: GenerateConfig, template: Template) -> list[dict[str, Any]]:
@@ -190,20 +219,6 @@ def _rows(config: GenerateConfig, template: Template) -> list[dict[str, Any]]:
     if config.raw and "prompt" not in rows[0]:
         raise DataError(f"{config.file} has no column prompt\n    fix: raw=false")
     return rows
-
-
-def _write(config: GenerateConfig, rows: list[dict[str, Any]], texts: list[str]) -> None:
-    if config.output is None:
-        sys.stdout.write("".join(f"{text}\n" for text in texts))
-        return
-    from sft.files import write_text
-
-    lines = [
-        json.dumps({**row, "generated": text}, ensure_ascii=False)
-        for row, text in zip(rows, texts, strict=True)
-    ]
-    write_text(Path(config.output), "\n".join(lines) + "\n")
-    logger.info("%d answers written to %s", len(texts), config.output)
 
 
 main = Command(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import child, environment, process
+from sft.checkpoint import folders
 from sft.cli.command import Command
 from sft.config.checks import check
 from sft.config.settings import Config, fill_names, streamed_samples
-from sft.errors import MergeError, RunError, SftError, Stopped
+from sft.errors import ConfigError, MergeError, Problem, RunError, SftError, Stopped
 from sft.run import record
 from sft.training.signals import Signals, end_with_launcher
 
@@ -58,12 +59,29 @@ def fit(config: Config) -> Path:
 
     end_with_launcher()
     fill_names(config)
-    config.template = artefact.template_of(config.dataset.path) or config.template
+    prepared = artefact.template_of(config.dataset.path)
+    config.template = prepared or config.template
+    require_files(config, prepared is not None)
     run = Run(config)
     resume_from = run.resume_point()
     with environment.prepared(distributed=config.zero.config is not None):
         fit_in(run, config, resume_from)
     return run.dir
+
+
+def require_files(config: Config, prepared: bool) -> None:
+    """Check that the model's folder and the data exist, before torch is imported.
+
+    Args:
+        config: The run's config.
+        prepared: Whether the data is a folder of prepared samples, which has been read.
+    """
+    from sft.data import sources
+    from sft.model.source import source
+
+    source(config.model)
+    if not prepared:
+        sources.require_paths(config.dataset)
 
 
 def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
@@ -91,6 +109,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
+    check_batch(config, prepared)
     chosen = choices.decide(config, architecture, precision, prepared)
     run.identify(chosen, prepared)
     logger.info("%s", "\n".join(chosen.lines()))
@@ -114,6 +133,20 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
             save(run, trainer, config, final)
 
 
+def check_batch(config: Config, prepared: Prepared) -> None:
+    """Refuse a large micro-batch that the data cannot fill: the rest of it would be computed, too.
+
+    Raises:
+        ConfigError: It is larger than the data.
+    """
+    micro, samples = config.train.per_device_train_batch_size, prepared.train.counts.samples
+    if micro > max(64, samples):
+        rule = f"is more than the {samples:,} samples of the data"
+        fix = "train.per_device_train_batch_size=8 train.global_batch_size=8"
+        setting = f"train.per_device_train_batch_size={micro}"
+        raise ConfigError([Problem(setting, rule, fix)])
+
+
 @contextlib.contextmanager
 def _ending(run: Run) -> Iterator[None]:
     """Record why a run ended early; end its process group and release its folder in any case.
@@ -128,6 +161,8 @@ def _ending(run: Run) -> Iterator[None]:
             status = "stopped" if isinstance(error, Stopped) else "failed"
             ours = isinstance(error, SftError)
             run.end(status, str(error) if ours else f"{type(error).__name__}: {error}")
+        if isinstance(error, KeyboardInterrupt) and folders.checkpoints(run.dir):
+            raise KeyboardInterrupt("give the same command again to resume the run") from None
         if environment.lost_a_rank(error):
             raise RunError(
                 "contact with another rank was lost: the rank or its machine died\n"

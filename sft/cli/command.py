@@ -54,9 +54,11 @@ class Command(Described[C]):
             end(stopped.exit_code, str(stopped), as_json, speaks=process.rank() == 0)
         except SftError as error:
             end(error.exit_code, str(error), as_json)
-        except KeyboardInterrupt:
-            fix = "; give the same command again to resume the run" if self.name == "train" else ""
-            end(130, f"interrupted{fix}", as_json)
+        except KeyboardInterrupt as interrupt:
+            if sys.stderr.isatty():  # a progress bar, or the ^C, is on the line
+                sys.stderr.write("\n")
+            # A run that goes on from a checkpoint has said so itself.
+            end(130, "; ".join(["interrupted", *map(str, interrupt.args)]), as_json)
         except SystemExit:  # from a sweep, which has printed its table
             if as_json and sweep_result:
                 _print_once(to_json(sweep_result) + "\n")

@@ -18,17 +18,19 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from sft.config.grammar import number_of, parse
 from sft.config.groups import groups, missing_plugin, plugin_problems
 from sft.config.names import suggest
 from sft.config.overrides import Override
 from sft.config.paths import CONF_DIR
-from sft.config.rules import default_of, written
-from sft.config.saved import escaped
+from sft.config.rules import written
 from sft.config.settings_file import field_of, holds_text
+from sft.config.typed import UNKNOWN_SETTING, merge, wrong_type
 from sft.errors import ConfigError, Problem
 
 C = TypeVar("C")
-UNKNOWN_SETTING = "there is no such setting"
+CONSENT = "model.trust_remote_code"
+MOST_TRIALS = 10_000
 CORRECT = "correct the YAML file or the command line"
 LITERAL = r"name a setting, as in ${seed}, or write \${...} for text"
 
@@ -53,9 +55,18 @@ def typed_config(
     composed, grid, problems = _compose(schema, name, given, config_dir)
     problems += _grid_problems(grid, {item.key for item in given})
     typed = OmegaConf.structured(schema)
-    problems += _merge(typed, composed, schema)
+    problems += merge(typed, composed, schema)
     config: Any = OmegaConf.to_object(typed)
+    problems += _consent_problems(config, given)
     return config, problems
+
+
+def _consent_problems(config: Any, given: list[Override]) -> Iterator[Problem]:
+    """Refuse consent to run a model's code that a file gives: it may be a stranger's file."""
+    asked = any(item.key == CONSENT and not item.source for item in given)
+    if config.model.trust_remote_code and not asked:
+        rule = "is taken from the command line only, because it runs the model's Python code"
+        yield Problem(f"{CONSENT}=true", rule, f"read that code, then add {CONSENT}=true")
 
 
 def plain_config(schema: type[C], given: list[Override]) -> tuple[C, list[Problem]]:
@@ -73,7 +84,7 @@ def plain_config(schema: type[C], given: list[Override]) -> tuple[C, list[Proble
     }
     typed = OmegaConf.structured(schema)
     others = {item.key: item.value for item in given if item.key not in texts}
-    problems = _merge(typed, others, schema)
+    problems = merge(typed, others, schema)
     config: Any = OmegaConf.to_object(typed)
     for key, text in texts.items():
         setattr(config, key, text)
@@ -99,11 +110,15 @@ def sweep_overrides(
         if item.kind == "sweep" and item.key not in options
     ]
     composed, grid, problems = _compose(schema, name, fixed + swept, config_dir)
+    alike = {item.key for item in fixed}  # in every trial
     problems += [
         problem
-        for problem in _merge(OmegaConf.structured(schema), composed, schema)
-        if problem.rule == UNKNOWN_SETTING
+        for problem in merge(OmegaConf.structured(schema), composed, schema)
+        if problem.rule == UNKNOWN_SETTING or problem.setting.partition("=")[0] in alike
     ]
+    values = {str(key).lstrip("+"): f"{key}={values}" for key, values in grid.items()}
+    values |= {item.key: item.hydra() for item in given if item.kind == "sweep"}
+    problems += _number_problems(values)
     if problems:
         raise ConfigError(problems)
     # The command line replaces a grid's values only if it spells the key, with its plus signs, as
@@ -117,8 +132,22 @@ def sweep_overrides(
     ]
 
 
+def _number_problems(swept: dict[str, str]) -> Iterator[Problem]:
+    """Refuse values that cannot be listed, and a sweep of more trials than ``MOST_TRIALS``."""
+    trials = 1.0
+    for key, text in swept.items():
+        parsed = parse(text)
+        count = None if parsed is None else number_of(parsed)
+        if count is None:
+            yield Problem(text.lstrip("+"), "does not list the values to try", f"{key}=ONE,OTHER")
+        trials *= count or 1
+    if trials > MOST_TRIALS:
+        rule = f"the sweep would have {trials:,.0f} trials; it may have {MOST_TRIALS:,}"
+        yield Problem(" ".join(swept.values()).replace("++", ""), rule, "sweep over fewer values")
+
+
 def register_schema(schema: Any, name: str) -> None:
-    """Register the defaults with Hydra, untyped: ``_merge`` checks all types later, together."""
+    """Register the defaults with Hydra, untyped: ``typed.merge`` checks all types later."""
     from hydra.core.config_store import ConfigStore
 
     node = dataclasses.asdict(schema())
@@ -177,7 +206,7 @@ def _set(composed: Any, given: list[Override], schema: Any) -> Iterator[Problem]
         except (OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
             field = field_of(schema, item.key)
             yield (
-                _wrong_type(item.key, item.value, field)
+                wrong_type(item.key, item.value, field)
                 if isinstance(field, dataclasses.Field)
                 else Problem(
                     written(item.key, item.value),
@@ -202,51 +231,3 @@ def _grid_problems(grid: dict[str, str], given: set[str]) -> Iterator[Problem]:
             yield Problem(
                 f"{key}={values}", "this config defines a sweep", f"add -m, or {key}={one}"
             )
-
-
-def _merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> list[Problem]:
-    """Merge plain values into the typed config, key by key, and return the problems."""
-    problems: list[Problem] = []
-    known = {field.name: field for field in dataclasses.fields(schema)}
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        field = known.get(key)
-        if field is None:
-            problems.append(
-                Problem(
-                    written(path, value), UNKNOWN_SETTING, suggest(path, OmegaConf.get_type(typed))
-                )
-            )
-            continue
-        section = field.default_factory
-        if dataclasses.is_dataclass(section):
-            if isinstance(value, dict):
-                problems += _merge(typed, value, section, f"{path}.")
-            else:
-                problems.append(
-                    Problem(
-                        written(path, value),
-                        f"{path} is a section of settings",
-                        f"{path}.NAME=VALUE",
-                    )
-                )
-            continue
-        if value == "???":
-            problems.append(Problem(f"{path}=???", "a value must be given", f"{path}=VALUE"))
-            continue
-        try:
-            # The value is resolved already, and OmegaConf must not resolve it again.
-            OmegaConf.update(typed, path, escaped(value), merge=False)
-        except OmegaConfBaseException:
-            problems.append(_wrong_type(path, value, field))
-    return problems
-
-
-def _wrong_type(path: str, value: Any, field: dataclasses.Field[Any]) -> Problem:
-    kind = str(field.type).replace(" | None", " or null")
-    one_of_many = kind.startswith("list") and not isinstance(value, list | dict | None)
-    if not one_of_many or kind.startswith("list[str]") != isinstance(value, str):
-        return Problem(
-            written(path, value), f"must be of type {kind}", written(path, default_of(field))
-        )
-    return Problem(written(path, value), f"must be of type {kind}", written(path, f"[{value}]"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from sft.config.rules import at_least, one_of, setting, share, within
+from sft.config.rules import at_least, between, one_of, setting, share, within
 
 FORMAT_NAMES = (
     "prompt_completion",
@@ -166,7 +166,7 @@ class DatasetConfig:
     num_proc: int | None = setting(
         None,
         "number of processes that tokenise; null: one per CPU core",
-        at_least(1),
+        between(1, 1024),
         changes_training=False,
         in_data_key=False,
     )

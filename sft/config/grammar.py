@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -82,3 +83,24 @@ def options_of(parsed: Any) -> list[str]:
     value = parsed.value()
     chosen = value.list if isinstance(value, ChoiceSweep) else [value]
     return ["null" if item is None else str(item) for item in chosen]
+
+
+def number_of(parsed: Any) -> float | None:
+    """Count the values that an override gives a sweep, without listing them.
+
+    Returns:
+        None if they cannot be listed: an interval, or a range that does not end.
+    """
+    from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
+
+    value = parsed.value()
+    if isinstance(value, IntervalSweep):
+        return None
+    if isinstance(value, ChoiceSweep):
+        return len(value.list)
+    if not isinstance(value, RangeSweep):
+        return 1
+    start, stop, step = (float(item or 0) for item in (value.start, value.stop, value.step))
+    if not step or not all(map(math.isfinite, (start, stop, step))):
+        return None
+    return max(0.0, math.ceil((stop - start) / step))

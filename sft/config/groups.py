@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from sft.config import upstream
 from sft.config.paths import CONF_DIR
+from sft.config.yaml_files import loaded
 from sft.errors import Problem
 
 # Names that other tools use for an option of ours.
@@ -62,7 +63,7 @@ def config_dir_problems(config_dir: str | None) -> Iterator[Problem]:
                 f"rename it, for example to {name.with_stem(f'my-{name.stem}')}",
             )
         try:
-            OmegaConf.load(file)
+            loaded(file)
         except Exception as error:  # a YAML error, or bytes that are not text
             reason = " ".join(str(error).split())
             yield Problem(
@@ -81,6 +82,28 @@ def plugin_problems(hydra: Any) -> Iterator[Problem]:
         if used.rpartition(".")[2] != name:
             option = hydra.runtime.choices[f"hydra/{kind}"]
             yield Problem(f"hydra/{kind}={option} ({used})", rule, fix)
+    for section in ("callbacks", "hydra_logging", "job_logging"):
+        if maker := _maker(OmegaConf.to_container(hydra[section], resolve=False)):
+            rule = f"makes Hydra call {maker}, and settings run no code"
+            yield Problem(f"hydra.{section}", rule, f"remove hydra.{section}")
+    for name in ("sweep.dir", "sweep.subdir", "run.dir"):
+        section, _, leaf = name.partition(".")
+        place = OmegaConf.to_container(hydra[section], resolve=False)[leaf]  # type: ignore[index,call-overload]
+        if "://" in str(place):
+            rule = "must be a local path: sft writes to no URL"
+            yield Problem(f"hydra.{name}={place}", rule, f"hydra.{name}=PATH on this machine")
+
+
+def _maker(node: Any) -> str | None:
+    """Return what a section names as the maker of an object, which would be called."""
+    if not isinstance(node, dict):
+        return None
+    for key, value in node.items():
+        if key in ("_target_", "()") or (key == "class" and not str(value).startswith("logging.")):
+            return str(value)
+        if found := _maker(value):
+            return found
+    return None
 
 
 def missing_plugin(reason: str) -> Problem | None:

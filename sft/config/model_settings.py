@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sft.config.rules import at_least, one_of, setting, within
+from sft.config.rules import LARGEST_RANK, at_least, between, one_of, setting, within
 
 
 @dataclass
@@ -78,7 +78,7 @@ class LoraSection:
     r: int = setting(
         8,
         "rank; a higher rank learns more and takes more memory",
-        at_least(1),
+        between(1, LARGEST_RANK),
         called=("lora_r", "lora_rank"),
     )
     lora_alpha: int = setting(16, "the adapter's output is scaled by lora_alpha / r", at_least(1))

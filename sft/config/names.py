@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from sft.config import upstream, verdicts
@@ -39,6 +40,27 @@ RENAMED = _examples("called") | {
 }
 
 
+# Transformers' names of trackers, and the packages of which each needs one.
+TRACKERS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "all": (),
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": ("kubeflow",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+
+
 def extra_problems(config: Config) -> Iterator[Problem]:
     """Check the sections' ``extra``: refuse unknown names and names that our settings decide."""
     sections: list[
@@ -66,6 +88,19 @@ def extra_problems(config: Config) -> Iterator[Problem]:
                     f"the installed version has no setting {key}",
                     upstream.did_you_mean(key, legal() - owned.keys() - refused.keys()),
                 )
+    yield from _report_problems(config.train.extra.get("report_to", "none"))
+
+
+def _report_problems(value: Any) -> Iterator[Problem]:
+    """Refuse a tracker that is unknown or whose package is not installed."""
+    for name in value if isinstance(value, list) else [value]:
+        packages = TRACKERS.get(str(name))
+        if packages is None:
+            hint = upstream.did_you_mean(str(name), TRACKERS)
+            yield Problem(f"train.extra.report_to={name}", "there is no such tracker", hint)
+        elif packages and not any(find_spec(package) for package in packages):
+            rule = f"the package {packages[0]} is not installed"
+            yield Problem(f"train.extra.report_to={name}", rule, f"pip install {packages[0]}")
 
 
 def suggest(path: str, schema: Any) -> str:

@@ -166,7 +166,7 @@ class Reader:
             fix = f"add -m, or {key}=[{text}]" if kind.startswith(("list", "Any")) else "add -m"
             self._wrong(word, "several values need a sweep (-m)", fix)
         elif interval:
-            self._wrong(word, "interval() does not list the values to try", f"{key}=0.1,0.2")
+            self._wrong(word, "interval() does not list the values to try", f"{key}=ONE,OTHER")
         else:
             yield Override(key, None, f"++{key}={text}", "sweep")
 

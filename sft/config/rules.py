@@ -25,6 +25,11 @@ def at_least(bound: float) -> Rule:
     return Rule(f"must be at least {bound}", lambda value: value >= bound)
 
 
+def between(low: int, high: int) -> Rule:
+    """Allow both bounds and what is between them."""
+    return Rule(f"must be from {low} to {high}", lambda value: low <= value <= high)
+
+
 def above(bound: float) -> Rule:
     """Allow values larger than the bound."""
     return Rule(f"must be greater than {bound}", lambda value: value > bound)
@@ -65,6 +70,9 @@ class Choice:
         return {self.setting: {"value": self.value, "reason": self.reason}}
 
 
+LARGEST = 1 << 40  # for any number: more overflow the libraries' integers
+LARGEST_SEED = (1 << 32) - 1  # NumPy's
+LARGEST_RANK = 1 << 16  # more than the width of any layer of a model
 AS_SET = "as set"  # the reason of a value that the user gave
 
 
@@ -200,5 +208,8 @@ def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
             yield Problem(
                 written(key, value), "must be a finite number", written(key, default_of(item))
             )
+        elif isinstance(value, int | float) and abs(value) > LARGEST:
+            rule_text = f"must be at most {LARGEST:,}"
+            yield Problem(written(key, value), rule_text, written(key, default_of(item)))
         elif rule is not None and value is not None and not rule.holds(value):
             yield Problem(written(key, value), rule.text, written(key, default_of(item)))

@@ -9,6 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from sft.config.yaml_files import loaded
+
 
 def to_yaml(config: Any) -> str:
     """Return a config's settings as YAML; ``sft train FILE`` and ``settings_of`` read it."""
@@ -16,8 +18,28 @@ def to_yaml(config: Any) -> str:
 
 
 def settings_of(path: Path) -> Any:
-    """Read the settings in a run's ``config.yaml``, as ``dataclasses.asdict`` returns them."""
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    """Read the settings in a run's ``config.yaml``, as ``dataclasses.asdict`` returns them.
+
+    Raises:
+        ValueError: A text holds ``${`` that is not escaped. A run writes none, and resolving it
+            could show a secret of the environment.
+    """
+    return _plain(OmegaConf.to_container(loaded(path), resolve=False))
+
+
+def _plain(value: Any) -> Any:
+    """Undo ``escaped``."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", _unescaped, value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    if len(found[1]) % 2 == 0:
+        raise ValueError("an interpolation is not part of saved settings")
+    return found[1][: len(found[1]) // 2] + "${"
 
 
 def escaped(value: Any) -> Any:

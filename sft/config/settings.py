@@ -14,8 +14,9 @@ from pathlib import Path
 
 from sft.config.data_settings import DatasetConfig, TemplateConfig
 from sft.config.model_settings import LoraSection, ModelConfig, QuantizationConfig
-from sft.config.rules import AS_SET, Choice, at_least, one_of, setting
+from sft.config.rules import AS_SET, LARGEST_SEED, Choice, between, one_of, setting
 from sft.config.train_settings import ResumeConfig, TrainConfig, ZeroConfig
+from sft.errors import ConfigError, Problem
 
 __all__ = [
     "Config",
@@ -28,6 +29,7 @@ __all__ = [
     "TrainConfig",
     "ZeroConfig",
     "fill_names",
+    "is_name",
     "packing_of",
     "short_name",
     "streamed_samples",
@@ -63,7 +65,7 @@ class Config:
     seed: int = setting(
         42,
         "seed of the data order, the adapter's initialisation and dropout",
-        at_least(0),
+        between(0, LARGEST_SEED),
         decides=("train.seed", "train.data_seed"),
     )
     precision: str = setting(
@@ -88,6 +90,11 @@ class Config:
 def short_name(path: str) -> str:
     """Return the short name of a model or dataset: ``opt-125m`` for ``facebook/opt-125m``."""
     return Path(path.rstrip("/")).stem if Path(path).is_file() else path.rstrip("/").split("/")[-1]
+
+
+def is_name(text: str) -> bool:
+    """Return whether a text can be the name of a folder: it is in no other, and goes up to none."""
+    return Path(text).name == text and text not in ("", "..")
 
 
 def packing_of(dataset: DatasetConfig, kind: str) -> Choice:
@@ -117,16 +124,20 @@ def streamed_samples(config: Config) -> int | None:
 
 
 def fill_names(config: Config) -> None:
-    """Fill in names and the output folder that are null; without a clock, so that ranks agree."""
+    """Fill in names and the output folder that are null; without a clock, so that ranks agree.
+
+    Raises:
+        ConfigError: A name that follows from a path or a mix is no folder's name.
+    """
+    # An absolute path stays valid when a later command runs in a different folder, and has a name.
+    if config.model.name_or_path and Path(config.model.name_or_path).is_dir():
+        config.model.name_or_path = str(Path(config.model.name_or_path).resolve())
     for section, path in (
         (config.model, config.model.name_or_path),
         (config.dataset, config.dataset.path),
     ):
         if section.name is None and path:
             section.name = short_name(path)
-    # An absolute path stays valid when a later command runs in a different folder.
-    if config.model.name_or_path and Path(config.model.name_or_path).is_dir():
-        config.model.name_or_path = str(Path(config.model.name_or_path).resolve())
     if config.lora.init_from and Path(config.lora.init_from).is_dir():
         folder = Path(config.lora.init_from).resolve()
         within = folder / "adapter"  # of a run
@@ -136,5 +147,8 @@ def fill_names(config: Config) -> None:
     if config.run_name is None:
         size = f"r{config.lora.r}" if config.lora.enabled else "full"
         config.run_name = f"{config.model.name}_{config.dataset.name}_{size}_seed{config.seed}"
+    if not is_name(config.run_name):
+        rule = "follows from the names of model and dataset, and must be a name without a folder"
+        raise ConfigError([Problem(f"run_name={config.run_name}", rule, "run_name=NAME")])
     if config.output_dir is None:
         config.output_dir = str(Path("outputs") / config.run_name)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft.config.paths import CONF_DIR
+from sft.config.yaml_files import loaded
 from sft.errors import ConfigError, Problem
 
 Entry = tuple[str, Any, str]  # dotted key, value, FILE:LINE
@@ -121,14 +122,14 @@ def _loaded(path: str) -> tuple[yaml.MappingNode, dict[Any, Any]]:
         if not isinstance(root, yaml.MappingNode):
             rule = "has no settings: it must be a mapping, such as model: opt-125m"
             raise ConfigError([Problem(path, rule, "write one setting per line, as key: value")])
-        values: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        values: Any = OmegaConf.to_container(loaded(file), resolve=False)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}" if mark else path
         raise ConfigError(
             [Problem(place, f"is not valid YAML: {error.problem}", "correct this line")]
         ) from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeError, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             [Problem(path, f"cannot be read: {reason}", "correct the file")]

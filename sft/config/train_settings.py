@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sft.config.rules import above, at_least, one_of, setting
+from sft.config.rules import above, at_least, between, one_of, setting
 
 
 @dataclass
@@ -149,14 +149,14 @@ class TrainConfig:
     pad_to_multiple_of: int | None = setting(
         None,
         "pad each batch to a length that is a multiple of this number; null: to its longest row",
-        at_least(1),
+        between(1, 1 << 16),
         changes_training=False,
         ours=True,
     )
     dataloader_num_workers: int = setting(
         0,
         "processes per rank that prepare batches; 0: the training process does",
-        at_least(0),
+        between(0, 1024),
         changes_training=False,
     )
     extra: dict[str, Any] = setting({}, "any other fields of trl.SFTConfig, by name", ours=True)

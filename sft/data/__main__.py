@@ -14,7 +14,9 @@ from sft.config.artefact_meta import meta_of
 from sft.config.checks import check
 from sft.config.rules import at_least, setting
 from sft.config.settings import Config, DatasetConfig, fill_names, packing_of, streamed_samples
+from sft.data import sources
 from sft.errors import Problem
+from sft.model.source import source
 
 if TYPE_CHECKING:
     from sft.data.prepared import Prepared
@@ -55,6 +57,9 @@ def data(config: DataConfig) -> dict[str, Any]:
         DataError: The data cannot be read, or a check stops the run.
     """
     fill_names(config)
+    source(config.model)
+    if meta_of(config.dataset.path) is None:
+        sources.require_paths(config.dataset)
     environment.prepare()
 
     from sft.data import artefact, outlook

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft.data.named_template import named_template
 from sft.data.segment import TOKEN_BREAK, as_text, control_of
-from sft.errors import DataError
+from sft.errors import DataError, ModelError
+from sft.limits import OutOfTime, TimeLimit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ Tools = list[dict[str, Any]] | None
 # Reasoning at the beginning of a content. Some models get the first tag with the prompt.
 _TAGGED = re.compile(r"(\s*<think>)(.*?)(</think>)(.*)", re.DOTALL)
 _CLOSED = re.compile(r"()((?:(?!<think>).)*?\n)(</think>)(\s.*|)", re.DOTALL)
+LIMIT = 20  # seconds for one conversation; the longest of real data take less than one
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
@@ -68,9 +70,6 @@ class ChatTemplate:
             )
         self.kwargs = dict(kwargs or {})
         self.date: datetime.date | None = None
-        self._require_known_kwargs()
-
-    def _require_known_kwargs(self) -> None:
         for name in self.kwargs:
             if name in RESERVED or not re.search(rf"\b{re.escape(name)}\b", self.source(None)):
                 raise DataError(
@@ -102,8 +101,7 @@ class ChatTemplate:
     def guarded(self, messages: list[Message]) -> list[Message]:
         """Insert TOKEN_BREAK into the control tokens that messages hold as text.
 
-        The tags around the reasoning at the beginning of an answer stay whole: templates look for
-        them, and the model writes them.
+        The tags around an answer's reasoning stay whole: templates look for them.
         """
         guarded = []
         for message in messages:
@@ -120,9 +118,8 @@ class ChatTemplate:
         if isinstance(value, str):
             return as_text(value, self.control)
         if isinstance(value, dict):
-            return {
-                self.guarded_value(key): self.guarded_value(item) for key, item in value.items()
-            }
+            items = value.items()
+            return {self.guarded_value(key): self.guarded_value(item) for key, item in items}
         if isinstance(value, list):
             return [self.guarded_value(item) for item in value]
         return value
@@ -132,6 +129,7 @@ class ChatTemplate:
 
         Raises:
             DataError: The template refuses the conversation.
+            ModelError: It takes more than ``LIMIT`` seconds.
         """
         return self._rendered(self._adapted(messages), tools, generation)
 
@@ -147,26 +145,30 @@ class ChatTemplate:
             compiled = _compile_jinja_template(source)
             compiled.globals["strftime_now"] = self.date.strftime
         try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=source,
-                add_generation_prompt=generation,
-                return_assistant_tokens_mask=marked,
-                **{**self.tokenizer.special_tokens_map, **self.kwargs},
-            )
+            with TimeLimit(LIMIT, often=True):
+                texts, spans = render_jinja_template(
+                    conversations=[messages],
+                    tools=tools,
+                    chat_template=source,
+                    add_generation_prompt=generation,
+                    return_assistant_tokens_mask=marked,
+                    **{**self.tokenizer.special_tokens_map, **self.kwargs},
+                )
+        except OutOfTime:  # the template is at fault, not the row: the next one would take as long
+            raise ModelError(
+                f"the chat template took more than {LIMIT} s for one conversation\n"
+                "    fix: template.chat_template=FILE.jinja, with a template that ends"
+            ) from None
         except Exception as error:  # the template is arbitrary Jinja: it may raise anything
             raise DataError(f"the chat template refuses the conversation: {error}") from error
         # A template may write JSON in ASCII or Python's text of a list; both escape the character.
         text, escaped = str(texts[0]), json.dumps(TOKEN_BREAK)[1:-1]
-        if escaped not in text:
-            return Rendered(text, [(begin, end) for begin, end in spans[0]] if marked else [])
-
-        def place(at: int) -> int:
-            return len(text[:at].replace(escaped, TOKEN_BREAK))
-
-        marks = [(place(begin), place(end)) for begin, end in spans[0]] if marked else []
-        return Rendered(text.replace(escaped, TOKEN_BREAK), marks)
+        marks = [(begin, end) for begin, end in spans[0]] if marked else []
+        if escaped in text:
+            before = [[text[:at].replace(escaped, TOKEN_BREAK) for at in mark] for mark in marks]
+            marks = [(len(begin), len(end)) for begin, end in before]
+            text = text.replace(escaped, TOKEN_BREAK)
+        return Rendered(text, marks)
 
     def _adapted(self, messages: list[Message]) -> list[Message]:
         """Give contents, reasoning and arguments the form that the template reads."""

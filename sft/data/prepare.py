@@ -23,7 +23,7 @@ from sft.data.prepared import INVENTORY, Prepared, Samples, damage, tokenizer_ha
 from sft.data.splits import Split, held_out
 from sft.data.store import Dropped, encoded
 from sft.data.template import Template
-from sft.files import cache_dir, inventory, new_folder, write_text
+from sft.files import cache_dir, inventory, new_folder, require_writable, write_text
 
 logger = logging.getLogger("sft")
 
@@ -93,7 +93,7 @@ def _cached(
     tokenizer = tokenizer_hash(template.tokenizer)
     key = _key(config, given, template, seed, samples, tokenizer)
     folder = cache_dir() / "data" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(folder.parent)
     if damage(folder) is not None:
         lock = FileLock(f"{folder}.lock")  # the kernel releases it when its owner dies
         with lock:

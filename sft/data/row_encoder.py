@@ -20,7 +20,7 @@ from sft.data.text_encoder import Encoder, TokenSpan
 from sft.data.token_rows import COLUMNS, spans_of
 from sft.data.token_rows import IGNORE_INDEX as IGNORE_INDEX
 from sft.data.values import FLAGS, Empty, present, require_trained, unused, without
-from sft.errors import DataError
+from sft.errors import DataError, ModelError
 
 
 @dataclass
@@ -88,6 +88,8 @@ class RowEncoder:
                 _require_whole_characters(done.samples)
             except Empty as error:
                 empty.append(BadRow(row.file, row.line, str(error), _shown(row.values)))
+            except ModelError:  # no row fits a chat template that does not end
+                raise
             except Exception as error:  # whatever a value does to a template, the row is bad
                 bad.append(BadRow(row.file, row.line, _reason(error), _shown(row.values)))
             else:

@@ -130,6 +130,17 @@ def of(config: DatasetConfig, seed: int) -> list[Source]:
     return found
 
 
+def require_paths(config: DatasetConfig) -> None:
+    """Check that local files and folders exist, before a large library is imported.
+
+    Raises:
+        DataError: One does not, or has no file that can be read.
+    """
+    for source in _of(config):
+        if "://" not in source.path:
+            source.location  # noqa: B018
+
+
 def _of(config: DatasetConfig) -> list[Source]:
     limit = config.max_rows
     if config.mix:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from sft.data.row_encoder import IGNORE_INDEX
+from sft.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -134,6 +135,25 @@ def takes_padding(
         )
     _takes_padding[model] = exact
     return exact
+
+
+def room(model: PreTrainedModel, prompts: Sequence[list[int]], wanted: int) -> int:
+    """Return how many tokens may follow each prompt: ``wanted``, or as many as have a position.
+
+    Raises:
+        DataError: A prompt has as many tokens as the model has positions, or more.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if positions is None or longest + wanted <= positions:
+        return wanted
+    if longest >= positions:
+        number = next(index for index, ids in enumerate(prompts, 1) if len(ids) == longest)
+        raise DataError(
+            f"prompt {number} has {longest} tokens, but the model has {positions} positions\n"
+            "    fix: a shorter prompt, or a model with a longer context"
+        )
+    return int(positions - longest)
 
 
 def all_stop_ids(

@@ -7,19 +7,21 @@ model is quantized as in training.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from sft.config.saved import escaped
+from sft.config import upstream
+from sft.config.data_settings import parts_of
+from sft.config.plain import from_json
 from sft.config.settings import Config, ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import ModelError
-from sft.files import write_text
+from sft.files import read_json, write_text
 
 CARD = "sft.json"
 ADAPTER_SETTINGS = "adapter_config.json"
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclasses.dataclass
@@ -55,41 +57,62 @@ def write_card(folder: Path, content: Card) -> None:
 def read_card(folder: Path) -> Card | None:
     """Read ``sft.json``; None if a different tool made the folder.
 
+    The folder may be a stranger's. So the file is plain JSON with the entries of ``Card``, and two
+    entries are not taken from it: consent to run code, and a chat template, which is a file's name
+    in training and in the tokenizer afterwards.
+
     Raises:
         ModelError: The file is damaged.
     """
     path = folder / CARD
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        card: Card = OmegaConf.to_object(  # type: ignore[assignment]
-            OmegaConf.merge(OmegaConf.structured(Card), escaped(values))
-        )
-    except (ValueError, TypeError, AttributeError, OmegaConfBaseException) as error:
-        raise _damaged(path, error) from error
+        card = from_json(Card, read_json(path))
+        for text in [*card.template.prompts, *card.template.completions]:
+            parts_of(text)
+        if card.template.date is not None:
+            datetime.date.fromisoformat(card.template.date)
+        if card.identity.get("precision", "fp32") not in PRECISIONS:
+            raise ValueError(f"identity.precision must be one of {', '.join(PRECISIONS)}")
+        if unknown := card.quantization.extra.keys() - upstream.bnb_config_names():
+            raise ValueError(f"there is no entry quantization.extra.{min(unknown)}")
+    except ValueError as error:
+        raise damaged(path, error) from error
+    card.model.trust_remote_code = False
+    card.template.chat_template = None
     return card
 
 
-def _damaged(path: Path, error: Exception) -> ModelError:
-    reason = str(error).splitlines()[0]
+def damaged(path: Path, error: object) -> ModelError:
+    """Return the error for a file that another program has written, or an accident."""
+    reason = (str(error) or repr(error)).splitlines()[0]
     return ModelError(f"{path} is damaged: {reason}\n    fix: train or copy it again")
 
 
-def base_of(adapter: Path, card: Card | None, asked: str | None) -> ModelConfig:
+def base_of(adapter: Path, card: Card | None, asked: str | None, trust: bool) -> ModelConfig:
     """Return the base model of an adapter: as asked, as in training, or as PEFT recorded.
+
+    Args:
+        adapter: The adapter's folder.
+        card: Its card.
+        asked: The base that the command names.
+        trust: Whether the command consents to run the base's own Python code.
 
     Raises:
         ModelError: The adapter's settings are damaged, or nothing names a base model.
     """
+    noted: Any = asked
     if card is not None:
-        named = card.model if asked is None else dataclasses.replace(card.model, name_or_path=asked)
-        return named
-    path = adapter / ADAPTER_SETTINGS
-    try:
-        noted = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise _damaged(path, error) from error
-    if not asked and not noted:
-        raise ModelError(f"{path} names no base model\n    fix: base=HUB_ID_OR_FOLDER")
-    return ModelConfig(name_or_path=asked or noted)
+        noted = asked or card.model.name_or_path
+    elif asked is None:
+        path = adapter / ADAPTER_SETTINGS
+        try:
+            noted = dict(read_json(path)).get("base_model_name_or_path")
+        except (ValueError, TypeError) as error:
+            raise damaged(path, error) from error
+    if not noted or not isinstance(noted, str):
+        name = CARD if card is not None else ADAPTER_SETTINGS
+        raise ModelError(f"{adapter / name} names no base model\n    fix: base=HUB_ID_OR_FOLDER")
+    given = card.model if card is not None else ModelConfig()
+    return dataclasses.replace(given, name_or_path=noted, trust_remote_code=trust)

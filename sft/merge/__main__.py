@@ -23,6 +23,7 @@ from sft.errors import MergeError, Problem
 from sft.files import write_text
 from sft.merge import claim
 from sft.merge.report import log_report, write_report
+from sft.model.source import named_by
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,9 @@ class MergeConfig:
     )
     base: str | None = setting(
         None, "the base model; null: the one that the adapter names", path="read"
+    )
+    trust_remote_code: bool = setting(
+        False, "true: run the Python code in the base model's repository or folder"
     )
     check_base: bool = setting(True, "check that the base is the one of training")
     quantized_base: str = setting(
@@ -80,7 +84,7 @@ def check(config: MergeConfig) -> list[Problem]:
     if config.weights and len(config.weights) != len(given):
         rule = f"must have one factor for each adapter: {len(given)}"
         problems.append(Problem(f"weights={config.weights}", rule, "leave it out"))
-    if config.max_shard_size is not None and _bytes(config.max_shard_size) is None:
+    if config.max_shard_size is not None and claim.bytes_of(config.max_shard_size) is None:
         rule = "must be a size"
         fix = "max_shard_size=5GB"
         problems.append(Problem(f"max_shard_size={config.max_shard_size}", rule, fix))
@@ -88,17 +92,6 @@ def check(config: MergeConfig) -> list[Problem]:
         rule = "cannot be reached with HF_HUB_OFFLINE=1"
         problems.append(Problem(f"push_to_hub={config.push_to_hub}", rule, "unset HF_HUB_OFFLINE"))
     return problems
-
-
-def _bytes(size: str) -> int | None:
-    """Parse a size as Transformers does; None if it is not a size."""
-    from transformers.utils.hub import convert_file_size_to_int
-
-    try:
-        found: int = convert_file_size_to_int(size)
-    except ValueError:
-        return None
-    return found if found > 0 else None
 
 
 def merge(config: MergeConfig) -> dict[str, Any]:
@@ -112,7 +105,8 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     """
     adapters, output = _places(config)
     claim.check_output(output, config.overwrite)
-    with contextlib.ExitStack() as until_written:
+    with contextlib.ExitStack() as until_written, named_by("base"):
+        claim.check_adapters(adapters, config.base)
         until_written.enter_context(environment.heap_frozen(collect_new=False))
         environment.prepare()
         import torch
@@ -168,11 +162,12 @@ def _prepare(
     from sft.merge.prepare import prepare
     from sft.merge.sources import check_base, find
 
-    size = None if config.max_shard_size is None else _bytes(config.max_shard_size)
+    size = None if config.max_shard_size is None else claim.bytes_of(config.max_shard_size)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        sources = find(adapters, config.weights or [1.0] * len(adapters), config.base)
+        weights = config.weights or [1.0] * len(adapters)
+        sources = find(adapters, weights, config.base, config.trust_remote_code)
         compared = check_base(sources) if config.check_base else "not compared: check_base=false"
         quantization = sources.quantization
         is_quantized = quantization.load_in_4bit or quantization.load_in_8bit

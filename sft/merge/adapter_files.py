@@ -1,24 +1,38 @@
-"""Read an adapter's folder, and refuse one that is damaged or cannot be merged."""
+"""Read an adapter's folder, and refuse one that is damaged or cannot be merged.
+
+Generation and merging read adapters here and with ``attach.attach``; so both refuse the same.
+"""
 
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from sft.checkpoint import weights
+from sft.config.rules import LARGEST_RANK
 from sft.errors import MergeError
-from sft.inference.card import ADAPTER_SETTINGS
+from sft.files import read_json
+from sft.inference.card import ADAPTER_SETTINGS, damaged
+from sft.limits import slow_pattern
 from sft.merge import refusals
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig, PeftConfig
 
 logger = logging.getLogger("sft")
 
 WEIGHTS = "adapter_model.safetensors"
+# With these PEFT imports a module that the file names, or loads other adapters and pickled tensors.
+FOREIGN = ("megatron_config", "adapters", "prompt_tuning_init_state_dict_path")
+PATTERNS = ("rank_pattern", "alpha_pattern")
+EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")
+NOT_FLOAT = "numbers that are not floating-point"
 
 
 def check_file(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -39,12 +53,16 @@ def check_file(folder: Path) -> dict[str, tuple[int, ...]]:
             )
         raise MergeError(f"there is no {path}\n    fix: adapter=FOLDER with safetensors weights")
     try:
-        found = weights.inspect([path])
+        found = weights.inspect([path], lambda name, tensor: _type_fault(tensor))
     except SafetensorError as error:
         raise MergeError(f"{path} is damaged: {error}\n    fix: train or copy it again") from None
     if not found.shapes or "empty" in found.wrong:
         empty = found.wrong.get("empty", [])
         raise MergeError(f"{path} holds empty tensors {empty[:3]}\n    fix: train it again")
+    if types := [what for what in found.wrong if what.startswith(NOT_FLOAT)]:
+        raise MergeError(
+            f"{path} has {types[0]} in {found.wrong[types[0]][:3]}\n    fix: train or copy it again"
+        )
     if "not finite" in found.wrong:
         raise MergeError(
             f"{path} holds NaN or infinite values in {found.wrong['not finite'][:3]}\n"
@@ -58,19 +76,40 @@ def check_file(folder: Path) -> dict[str, tuple[int, ...]]:
     return found.shapes
 
 
+def _type_fault(tensor: torch.Tensor) -> str | None:
+    return None if tensor.is_floating_point() else f"{NOT_FLOAT} ({tensor.dtype})"
+
+
 def parsed_config(folder: Path) -> PeftConfig:
     """Read an adapter's settings.
 
     Raises:
-        MergeError: The file is damaged.
+        MergeError: The file is damaged, or asks PEFT to import a module or to load other files.
     """
     from peft import PeftConfig
 
+    path = folder / ADAPTER_SETTINGS
     try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        path = folder / ADAPTER_SETTINGS
-        raise MergeError(f"{path} is damaged: {error}\n    fix: train or copy it again") from error
+        content = dict(read_json(path))
+        with warnings.catch_warnings(record=True) as notes:
+            config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # the file may hold anything, and PEFT checks little of it
+        raise MergeError(str(damaged(path, error))) from error
+    require_known_start(folder, config)
+    for name in FOREIGN:
+        if getattr(config, name, None):
+            raise MergeError(
+                f"{folder} uses {name}, with which PEFT loads code or files from elsewhere\n"
+                "    fix: remove it from adapter_config.json, or use PEFT itself"
+            )
+    ranks = {"r": content.get("r", 1), **dict(content.get("rank_pattern") or {})}
+    for name, rank in ranks.items() if config.peft_type == "LORA" else ():
+        if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
+            reason = f"{name}={rank} must be a whole number from 1 to {LARGEST_RANK}"
+            raise MergeError(str(damaged(path, reason)))
+    for note in notes:
+        logger.info("warning: %s: %s", path, str(note.message).splitlines()[0])
+    return config
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -80,14 +119,48 @@ def read_config(folder: Path) -> LoraConfig:
         MergeError: It is not LoRA, or its effect cannot be written as a change of weights.
     """
     config = parsed_config(folder)
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
+    if not is_lora(config):
+        kind = getattr(config.peft_type, "value", config.peft_type)
         raise MergeError(f"{folder} is {kind}, not LoRA\n    fix: merge it in memory, with PEFT")
-    if found := refusals.of_adapter(str(folder), config):
+    if found := refusals.of_settings(str(folder), config):
         raise MergeError("{}\n    fix: {}".format(*found))
     return config
 
 
-def restarts(config: LoraConfig) -> bool:
+def require_known_start(folder: Path, config: PeftConfig) -> None:
+    """Refuse an adapter that belongs to a base which training has changed and nothing records.
+
+    Raises:
+        MergeError: It is one.
+    """
+    if found := refusals.of_start(str(folder), config):
+        raise MergeError("{}\n    fix: {}".format(*found))
+
+
+def require_quick_patterns(folder: Path, config: PeftConfig, paths: Iterable[str]) -> None:
+    """Refuse settings that are regular expressions and would take PEFT too long.
+
+    Args:
+        folder: The adapter's folder.
+        config: Its settings.
+        paths: The paths of the base's modules.
+
+    Raises:
+        MergeError: An expression is not valid, or takes too long.
+    """
+    texts = [getattr(config, name, None) for name in EXPRESSIONS]
+    keys = [key for name in PATTERNS for key in getattr(config, name, None) or {}]
+    patterns = [text for text in texts if isinstance(text, str)]
+    patterns += [rf"(?:.*\.)?(?:{key})" for key in keys]
+    if reason := slow_pattern(patterns, list(paths)):
+        raise MergeError(str(damaged(folder / ADAPTER_SETTINGS, reason)))
+
+
+def is_lora(config: PeftConfig) -> bool:
+    """Return whether an adapter is LoRA or one of its variants."""
+    return bool(config.peft_type == "LORA")
+
+
+def restarts(config: PeftConfig) -> bool:
     """Return whether the initialisation subtracts the adapter's initial product from the base."""
-    return str(config.init_lora_weights).lower() in ("pissa", "olora")
+    return str(getattr(config, "init_lora_weights", None)).lower() in ("pissa", "olora")

@@ -1,16 +1,13 @@
 """Read from PEFT how adapters change each parameter of the base.
 
-PEFT loads the adapters onto an architecture whose weights take no memory, so that its rules for
-patterns, names and tied weights apply. Tensors and settings that PEFT would ignore are refused.
+PEFT has loaded the adapters onto an architecture whose weights take no memory, so that its rules
+for patterns, names and tied weights apply.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,63 +18,16 @@ from torch import nn
 
 from sft.errors import MergeError
 from sft.merge.adapter_files import restarts
+from sft.merge.attach import name_of
 from sft.merge.change import Change, LowRank
 from sft.merge.placeholders import base_name, is_placeholder
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel
 
 # Variants of PEFT's LoRA whose forward pass equals adding a product to the weight.
 PLAIN_VARIANTS = {"MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant"}
 DORA_VARIANTS = {"DoraLinearVariant", "DoraEmbeddingVariant"}
-
-
-def name_of(index: int) -> str:
-    """Return the name that an adapter gets on the model."""
-    return f"adapter{index}"
-
-
-def attach(
-    model: PreTrainedModel, folders: Sequence[Path], configs: Sequence[LoraConfig]
-) -> PeftModel:
-    """Load adapters onto the architecture, under the names of ``name_of``.
-
-    Raises:
-        MergeError: An adapter does not fit the base: modules, shapes or tensors differ.
-    """
-    from peft import PeftModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    peft_model: Any = None
-    for index, (folder, config) in enumerate(zip(folders, configs, strict=True)):
-        config = copy.copy(config)
-        config.inference_mode = True
-        if restarts(config):
-            config.init_lora_weights = True  # skip the initialisation; see _restart
-        try:
-            with warnings.catch_warnings(), no_init_weights():
-                warnings.simplefilter("ignore")
-                if peft_model is None:
-                    peft_model = PeftModelForCausalLM(
-                        model, config, adapter_name=name_of(0), low_cpu_mem_usage=True
-                    )
-                result = peft_model.load_adapter(
-                    str(folder), name_of(index), torch_device="cpu", low_cpu_mem_usage=True
-                )
-        except (ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise MergeError(
-                f"{folder} does not fit the base: {reason}\n    fix: base=THE_ONE_IT_WAS_TRAINED_ON"
-            ) from error
-        wrong = [*result.unexpected_keys, *result.missing_keys]
-        if wrong:
-            raise MergeError(
-                f"{len(result.unexpected_keys)} tensors of {folder} do not exist in the base, and "
-                f"{len(result.missing_keys)} tensors are missing, such as {wrong[0]}\n"
-                "    fix: base=THE_ONE_IT_WAS_TRAINED_ON"
-            )
-    return peft_model
 
 
 def changes(

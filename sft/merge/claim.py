@@ -6,12 +6,15 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sft.errors import MergeError
 from sft.files import DISK, new_folder, partial_of
+from sft.inference.card import ADAPTER_SETTINGS, base_of, read_card
 from sft.merge.report import REPORT
+from sft.model.source import source
+from sft.run import record
 
 FAILED = ".failed"  # suffix of a merged model that failed the verification
 SPARE = 64 << 20  # bytes for the files beside the weights
@@ -32,6 +35,37 @@ def check_output(output: Path, overwrite: bool) -> None:
             raise MergeError(
                 f"{folder} exists without merge_report.json\n    fix: output=NEW_FOLDER"
             )
+
+
+def bytes_of(size: str) -> int | None:
+    """Parse a size as Transformers does; None if it is not a size."""
+    from transformers.utils.hub import convert_file_size_to_int
+
+    try:
+        found: int = convert_file_size_to_int(size)
+    except ValueError:
+        return None
+    return found if found > 0 else None
+
+
+def check_adapters(adapters: Sequence[Path], base: str | None) -> None:
+    """Check that the adapters and local bases exist, before a large library is imported.
+
+    Args:
+        adapters: The adapters' folders.
+        base: The base that the command names.
+
+    Raises:
+        MergeError: There is no adapter in a folder.
+        ModelError: There is no such base.
+    """
+    for folder in adapters:
+        if not (folder / ADAPTER_SETTINGS).is_file():
+            fix = "run=FOLDER of a finished LoRA run, or adapter=FOLDER with adapter_config.json"
+            if record.weights(folder):
+                fix = f"run={folder}"
+            raise MergeError(f"there is no adapter in {folder}\n    fix: {fix}")
+        source(base_of(folder, read_card(folder), base, trust=False))
 
 
 def check_space(size: int, output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft.config.settings import ModelConfig, QuantizationConfig
-from sft.merge.adapters import name_of
+from sft.merge.attach import name_of
 from sft.merge.base_files import Base
 from sft.merge.placeholders import with_placeholders
 from sft.merge.stored import shards
@@ -35,10 +36,9 @@ def base_and_adapter(prepared: PreparedMerge, resident: bool) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def written(prepared: PreparedMerge, folder: Path, resident: bool) -> Iterator[Any]:
+def written(folder: Path, resident: bool, trust: bool) -> Iterator[Any]:
     """Yield the merged model, loaded as a whole (resident) or read layer by layer."""
-    consent = prepared.sources.base.trust_remote_code  # the code is the base's
-    here = ModelConfig(name_or_path=str(folder.resolve()), trust_remote_code=consent)
+    here = ModelConfig(name_or_path=str(folder.resolve()), trust_remote_code=trust)
     if resident:
         yield load_frozen(here, QuantizationConfig(), torch.float32)
     else:
@@ -75,9 +75,10 @@ def reference(
         _restore_others(base, prepared)
     if prepared.resized:
         base.resize_token_embeddings(prepared.resized, mean_resizing=False)
-    model = PeftModel.from_pretrained(base, str(sources.adapters[0]), adapter_name=name_of(0))
-    for index, folder in enumerate(sources.adapters[1:], 1):
-        model.load_adapter(str(folder), adapter_name=name_of(index))
+    with warnings.catch_warnings(action="ignore"):  # the adapters were read before: see attach
+        model = PeftModel.from_pretrained(base, str(sources.adapters[0]), adapter_name=name_of(0))
+        for index, folder in enumerate(sources.adapters[1:], 1):
+            model.load_adapter(str(folder), adapter_name=name_of(index))
     return _weighed(model if quantized else model.float(), prepared)
 
 

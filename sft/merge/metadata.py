@@ -15,7 +15,8 @@ from sft.errors import MergeError
 from sft.files import write_text
 from sft.inference.answers import all_stop_ids
 from sft.inference.card import write_card
-from sft.model.base import loading, source
+from sft.model.base import load_config, load_tokenizer
+from sft.model.source import loading, source
 
 if TYPE_CHECKING:
     from sft.merge.prepare import PreparedMerge
@@ -58,12 +59,10 @@ def check(prepared: PreparedMerge, folder: Path) -> None:
     Raises:
         MergeError: An entry that affects the model's answers differs.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    # Code in the folder is the base's, which write() has copied.
-    consent = {"trust_remote_code": prepared.sources.base.trust_remote_code}
-    wanted, written = prepared.tokenizer, AutoTokenizer.from_pretrained(folder, **consent)
-    config = AutoConfig.from_pretrained(folder, **consent).get_text_config()
+    trust = prepared.sources.base.trust_remote_code
+    here = ModelConfig(name_or_path=str(folder.resolve()), trust_remote_code=trust)
+    wanted, written = prepared.tokenizer, load_tokenizer(here)
+    config = load_config(here).get_text_config()
     before = prepared.model.config.get_text_config()
     tied = bool(before.tie_word_embeddings) and not prepared.layout.untied
     pairs = {

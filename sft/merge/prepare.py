@@ -10,7 +10,8 @@ import torch
 
 from sft.config.settings import ModelConfig
 from sft.merge.adapter_files import restarts
-from sft.merge.adapters import attach, changes
+from sft.merge.adapters import changes
+from sft.merge.attach import attach, resize_embedding
 from sft.merge.base_files import Base
 from sft.merge.layout import Layout, Transform, plan
 from sft.merge.placeholders import with_placeholders
@@ -79,7 +80,7 @@ def prepare(
     architecture = load_architecture(sources.base, buffers=True)
     base = Base.read(shards(sources.base), architecture)
     names = _stored_names(architecture)
-    resized = _resize(architecture, sources)
+    resized = resize_embedding(architecture, sources.shapes)
     model = attach(with_placeholders(architecture), sources.adapters, sources.configs)
     found = changes(model, sources.weights, sources.configs, base.partners)
     transforms: dict[str, Transform] = {}
@@ -91,7 +92,8 @@ def prepare(
         if change.restart is not None:
             transforms[name] = _restart(transforms.get(name), change.restart, sources.dtype)
     layout = plan(base, found, transforms, dtype, shard_size, names)
-    own = ModelConfig(name_or_path=str(sources.adapters[0]))
+    trust = sources.base.trust_remote_code
+    own = ModelConfig(name_or_path=str(sources.adapters[0]), trust_remote_code=trust)
     brings = (sources.adapters[0] / TOKENIZER).is_file()
     tokenizer = load_tokenizer(own if brings else sources.base)
     return PreparedMerge(sources, base, model, transforms, layout, dequantized, resized, tokenizer)
@@ -115,20 +117,3 @@ def _stored_names(architecture: PreTrainedModel) -> Callable[[str], str]:
         return next(iter(named))
 
     return name_of
-
-
-def _resize(architecture: PreTrainedModel, sources: Sources) -> int | None:
-    """Resize the embedding to the adapter's vocabulary.
-
-    Returns:
-        The new number of rows; None if the adapter has no embedding of a different size.
-    """
-    embedding = architecture.get_input_embeddings()
-    name = next(name for name, module in architecture.named_modules() if module is embedding)
-    endings = (f"{name}.weight", f"{name}.base_layer.weight")
-    for shapes in sources.shapes:
-        for tensor, shape in shapes.items():
-            if tensor.endswith(endings) and shape[0] != embedding.weight.shape[0]:
-                architecture.resize_token_embeddings(shape[0], mean_resizing=False)
-                return shape[0]
-    return None

@@ -9,7 +9,7 @@ from sft.errors import MergeError
 from sft.model.quantization import stored_method
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
     from transformers import PreTrainedConfig
 
     from sft.config.settings import Config
@@ -19,7 +19,7 @@ logger = logging.getLogger("sft")
 # Settings that cannot be expressed as weights, or that the merge does not support.
 REFUSED = (
     *("layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora"),
-    *("monteclora_config", "kasa_config", "megatron_config"),
+    *("monteclora_config", "kasa_config"),
 )
 # These initialisations change the base before the first step, with data that only training had.
 UNKNOWN_STARTS = ("corda", "lora_ga", "loftq", "pissa_niter")
@@ -31,13 +31,18 @@ def of_base(name: str, config: PreTrainedConfig) -> str | None:
     return None if method is None else f"the files of {name} are already quantised ({method})"
 
 
-def of_adapter(adapter: str, config: LoraConfig) -> tuple[str, str] | None:
+def of_settings(adapter: str, config: PeftConfig) -> tuple[str, str] | None:
     """Return why an adapter with these settings cannot be merged, and a fix; None if it can."""
     for name in REFUSED:
         if getattr(config, name, None):
             reason = f"{adapter} uses {name}, which cannot be merged"
             return reason, "use the adapter without merging it"
-    start = config.init_lora_weights
+    return None
+
+
+def of_start(adapter: str, config: PeftConfig) -> tuple[str, str] | None:
+    """Return why nothing records the base that an adapter belongs to, and a fix; None if it is."""
+    start = getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.startswith(UNKNOWN_STARTS):
         return (
             f"{adapter} has init_lora_weights={start}, which changes the base in a way that the "
@@ -59,7 +64,7 @@ def say_before_training(
         return
     if reason := of_base(str(config.model.name_or_path), architecture):
         fix = "model.name_or_path=THE_MODEL_THAT_WAS_QUANTISED"
-    elif found := of_adapter("this run's adapter", lora):
+    elif found := of_settings("this adapter", lora) or of_start("this adapter", lora):
         reason, fix = found
     else:
         return

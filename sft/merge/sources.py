@@ -13,10 +13,9 @@ import torch
 
 from sft.config.settings import ModelConfig, QuantizationConfig
 from sft.errors import MergeError
-from sft.inference.card import ADAPTER_SETTINGS, Card, base_of, read_card
+from sft.inference.card import Card, base_of, read_card
 from sft.merge import refusals
-from sft.merge.adapter_files import check_file, read_config, restarts
-from sft.run import record
+from sft.merge.adapter_files import check_file, parsed_config, read_config, restarts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -54,26 +53,31 @@ class Sources:
     stored_dtype: torch.dtype
 
 
-def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -> Sources:
+def find(
+    folders: Sequence[Path],
+    weights: Sequence[float],
+    asked: str | None,
+    trust: bool,
+    merging: bool = True,
+) -> Sources:
     """Read the adapters, and find their base.
 
+    Args:
+        folders: The adapters' folders.
+        weights: The factor of each adapter.
+        asked: The base that the command names.
+        trust: Whether the command consents to run the base's own Python code.
+        merging: Whether the adapters will be merged; otherwise they generate text with the base.
+
     Raises:
-        MergeError: An adapter is missing, damaged, empty or of a kind that cannot be merged.
+        MergeError: An adapter is damaged, empty or of a kind that cannot be merged.
         ModelError: The adapter does not name a base, or the base cannot be reached.
     """
-    from transformers import AutoConfig
-
-    from sft.model.base import commit_of, loading, source
+    from sft.model.base import commit_of, load_config
     from sft.model.precision import dtype_of
 
-    for folder in folders:
-        if not (folder / ADAPTER_SETTINGS).is_file():
-            fix = "run=FOLDER of a finished LoRA run, or adapter=FOLDER with adapter_config.json"
-            if record.weights(folder):
-                fix = f"run={folder}"
-            raise MergeError(f"there is no adapter in {folder}\n    fix: {fix}")
     cards = [read_card(folder) for folder in folders]
-    bases = [base_of(folder, card, asked) for folder, card in zip(folders, cards, strict=True)]
+    bases = [base_of(*one, asked, trust) for one in zip(folders, cards, strict=True)]
     card = cards[0]
     bases = [_as_trained(base, card) for base in bases]
     names = {str(base.name_or_path) for base in bases}
@@ -83,15 +87,14 @@ def find(folders: Sequence[Path], weights: Sequence[float], asked: str | None) -
             "    fix: base=MODEL that fits all of them"
         )
     shapes = [check_file(folder) for folder in folders]
-    configs = [read_config(folder) for folder in folders]
+    configs = [(read_config if merging else parsed_config)(folder) for folder in folders]
     if len(folders) > 1 or list(weights) != [1.0]:
         _check_sum(folders, configs, cards)
     base = bases[0]
-    with loading("config", base):
-        config = AutoConfig.from_pretrained(**source(base))
+    config = load_config(base)
     if commit := commit_of(base):  # so that all files are read from the same commit
         base = dataclasses.replace(base, revision=commit)
-    if reason := refusals.of_base(str(base.name_or_path), config):
+    if merging and (reason := refusals.of_base(str(base.name_or_path), config)):
         raise MergeError(f"{reason}\n    fix: base=THE_MODEL_THAT_WAS_QUANTISED")
     stored = config.dtype or torch.float32
     precision = card.identity.get("precision") if card else None

@@ -16,7 +16,7 @@ import torch
 
 from sft.config.settings import ModelConfig
 from sft.errors import MergeError
-from sft.model.base import loading, source
+from sft.model.source import loading, source
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -61,7 +61,7 @@ def verify(prepared: PreparedMerge, folder: Path, dtype: torch.dtype) -> dict[st
     columns = together.ids.shape[1]
     foretold = greedy.labels != IGNORE_INDEX
     wide = [F.pad(mask, (0, columns - mask.shape[1])) for mask in (chosen, foretold)]
-    with written(prepared, folder, resident) as model:
+    with written(folder, resident, prepared.sources.base.trust_remote_code) as model:
         logits = _logits(model, together, torch.cat(wide))
     got, said = logits[: len(wanted)], logits[len(wanted) :].argmax(-1)
     right = torch.ones_like(greedy.labels, dtype=torch.bool)
@@ -111,7 +111,8 @@ def verify_against_training(prepared: PreparedMerge, folder: Path) -> dict[str, 
     samples = probes.load(prepared.sources.adapters[0], rows)
     chosen = samples.positions(rows)
     wanted = _logits(reference(prepared, prepared.sources.quantization), samples, chosen)
-    with written(prepared, folder, resident=True) as model:
+    trust = prepared.sources.base.trust_remote_code
+    with written(folder, resident=True, trust=trust) as model:
         got = _logits(model, samples, chosen)
     return _differences(got, wanted)
 

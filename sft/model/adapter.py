@@ -13,7 +13,12 @@ from sft.config import zero
 from sft.config.rules import named
 from sft.config.settings import Config, LoraSection
 from sft.errors import ConfigError, Problem
-from sft.model.adapter_checks import attention_names, problems, targeted
+from sft.model.adapter_checks import (
+    attention_names,
+    problems,
+    require_quick_patterns,
+    targeted,
+)
 from sft.model.base import load_architecture
 
 if TYPE_CHECKING:
@@ -42,6 +47,7 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
     lora = config.lora
     if not lora.enabled:
         return None
+    require_quick_patterns(lora, architecture)
     refused = sorted(_refused_names(architecture, targeted(lora, architecture)))
     found = list(problems(lora, architecture, zero.stage(zero.read(config.zero))))
     if refused and lora.target_modules not in GROUPS:

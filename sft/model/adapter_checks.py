@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from sft.config.lora_checks import head_targeted
+from sft.config.rules import LARGEST_RANK
 from sft.config.settings import LoraSection
 from sft.config.upstream import did_you_mean
-from sft.errors import Problem
+from sft.errors import ConfigError, Problem
+from sft.limits import slow_pattern
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,6 +74,20 @@ def _chosen(lora: LoraSection, model: PreTrainedModel) -> list[str]:
     return [path for path in paths if any(_matches(path, name) for name in targets)]
 
 
+def require_quick_patterns(lora: LoraSection, model: PreTrainedModel) -> None:
+    """Refuse regular expressions that are not valid, or take long on the modules' paths.
+
+    Raises:
+        ConfigError: One of them is such.
+    """
+    given = (lora.target_modules, lora.extra.get("exclude_modules"))
+    patterns = [text for text in given if isinstance(text, str)]
+    patterns += [rf"(?:.*\.)?(?:{key})" for key in {**lora.rank_pattern, **lora.alpha_pattern}]
+    if reason := slow_pattern(patterns, [path for path, _ in model.named_modules() if path]):
+        fix = "lora.target_modules=all-linear lora.rank_pattern={}"
+        raise ConfigError([Problem("lora", reason, fix)])
+
+
 def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[Problem]:
     """Yield the settings of the adapter that do not fit the architecture."""
     paths = [path for path, _ in model.named_modules() if path]
@@ -112,8 +128,9 @@ def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[
                     did_you_mean(name, linear_names),
                 )
     for name, rank in lora.rank_pattern.items():
-        if rank < 1:
-            yield Problem(f"lora.rank_pattern.{name}={rank}", "must be at least 1", "remove it")
+        if not 1 <= rank <= LARGEST_RANK:
+            rule = f"must be from 1 to {LARGEST_RANK}"
+            yield Problem(f"lora.rank_pattern.{name}={rank}", rule, "remove it")
     yield from _shared_weights(lora, model, adapted, stage)
 
 

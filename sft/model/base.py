@@ -2,62 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import process
 from sft.config.settings import Config, ModelConfig, QuantizationConfig
 from sft.errors import ModelError
+from sft.limits import OutOfTime, TimeLimit
 from sft.model.precision import dtype_of, needs_masters
 from sft.model.quantization import keep_training_layout, quantization_config
+from sft.model.source import loading, source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sft.data.audit import Counts
 
-
-@contextlib.contextmanager
-def loading(what: str, model: ModelConfig) -> Iterator[None]:
-    """Replace the libraries' long errors by a ModelError that names a fix."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        name = str(model.name_or_path)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-            reason = "the folder has no config.json"
-        if not Path(name).exists():
-            reason = f"it is not a local folder, and the hub did not provide it: {reason}"
-        if Path(name).is_absolute() or name.startswith(".") or Path(name).is_dir():
-            fix = "model.name_or_path=FOLDER with config.json, weights and tokenizer files"
-        else:
-            fix = (
-                "check the name and the network; set HF_TOKEN for gated models; HF_HUB_OFFLINE=1 "
-                "uses only cached files; model=tiny is embedded"
-            )
-        raise ModelError(
-            f"the {what} of {name} cannot be loaded: {reason}\n    fix: {fix}"
-        ) from error
-
-
-def source(model: ModelConfig) -> dict[str, Any]:
-    """Return the arguments of ``from_pretrained`` that name the model."""
-    name = str(model.name_or_path)
-    if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
-        raise ModelError(
-            f"there is no model folder {name}\n    fix: model.name_or_path=HUB_ID_OR_FOLDER, or "
-            "model=tiny"
-        )
-    return {
-        "pretrained_model_name_or_path": name,
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-    }
+MOST_LAYERS = 10_000  # the largest models have some hundreds
+BUILDING = 120  # seconds for a model's modules; those of the largest models take ten
 
 
 def commit_of(model: ModelConfig) -> str | None:
@@ -104,6 +67,34 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(model: ModelConfig) -> PreTrainedConfig:
+    """Load the model's config, and refuse one with which nothing could be built.
+
+    Raises:
+        ModelError: It does not exist, cannot be reached, has more layers than any model, or there
+            is an adapter beside it, which Transformers would load with the model, unchecked.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
+
+    with loading("config", model):
+        config = AutoConfig.from_pretrained(**source(model))
+        name = str(model.name_or_path)
+        beside = find_adapter_config_file(name, revision=model.revision)
+    if beside is not None:
+        raise ModelError(
+            f"{name} holds an adapter beside the model (adapter_config.json)\n"
+            "    fix: put the adapter into a folder of its own, and merge it into the model"
+        )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
+        raise ModelError(
+            f"the config of {model.name_or_path} has num_hidden_layers={layers}, which must be "
+            f"from 1 to {MOST_LAYERS:,}\n    fix: correct its config.json, or download it again"
+        )
+    return config
+
+
 def load_architecture(model: ModelConfig, buffers: bool = False) -> PreTrainedModel:
     """Build the model on the meta device: every module and shape, no weights, no memory.
 
@@ -117,18 +108,22 @@ def load_architecture(model: ModelConfig, buffers: bool = False) -> PreTrainedMo
     """
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with loading("config", model):
-        config = AutoConfig.from_pretrained(**source(model))
-        options: dict[str, Any] = {"dtype": torch.float32} if buffers else {}
-        empty = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
-        with no_init_weights(), empty:
-            architecture = AutoModelForCausalLM.from_config(
+    config = load_config(model)
+    options: dict[str, Any] = {"dtype": torch.float32} if buffers else {}
+    empty = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
+    try:
+        with loading("config", model), no_init_weights(), empty, TimeLimit(BUILDING):
+            return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=model.trust_remote_code, **options
             )
-    return architecture
+    except OutOfTime:
+        raise ModelError(
+            f"the modules of {model.name_or_path} take more than {BUILDING} s to build, without "
+            "any weight\n    fix: correct its config.json, or download it again"
+        ) from None
 
 
 def check_fits(
@@ -230,12 +225,13 @@ def load_frozen(
     import torch
 
     options: dict[str, Any] = {"dtype": dtype}
-    quantized = quantization_config(quantization, torch.float32 if dtype == "auto" else dtype)
-    if quantized is not None:
-        options |= {"quantization_config": quantized, "device_map": _device_map()}
-    elif torch.cuda.is_available() and dtype == "auto":
-        options["device_map"] = _device_map()
+    load_config(model)
     with loading("weights", model):
+        quantized = quantization_config(quantization, torch.float32 if dtype == "auto" else dtype)
+        if quantized is not None:
+            options |= {"quantization_config": quantized, "device_map": _device_map()}
+        elif torch.cuda.is_available() and dtype == "auto":
+            options["device_map"] = _device_map()
         return _whole(model, **options).eval()
 
 

@@ -33,11 +33,14 @@ def read(folder: str | Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(text(folder) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
-    kinds = {"identity": dict, "fingerprints": list}
+    kinds = {
+        **{"status": str, "identity": dict, "choices": dict, "resumed": list, "final": dict},
+        "fingerprints": list,
+    }
     if not isinstance(content, dict) or not all(
-        isinstance(content.get(key, kind()), kind) for key, kind in kinds.items()
+        isinstance(content[name], kind) for name, kind in kinds.items() if name in content
     ):
         raise _damaged(Path(folder) / RECORD)
     return content

@@ -114,7 +114,8 @@ def run(trials: Sequence[Trial], sweep_dir: Path) -> int:
         raise RunError(
             f"the folder of the sweep cannot be made: {error}\n    fix: hydra.sweep.dir=FOLDER"
         ) from error
-    logger.info("%d trials; the output of each is in %s/TRIAL.log", len(trials), sweep_dir)
+    count = "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
+    logger.info("%s; the output of each is in %s/TRIAL.log", count, sweep_dir)
     try:
         with child.signals_as_interrupt():
             for number, trial in enumerate(trials, 1):

@@ -43,7 +43,7 @@ def test_the_base_of_these_tests_is_legal() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("seed", -1, ("seed=-1", "must be at least 0", "seed=42")),
+        ("seed", -1, ("seed=-1", "must be from 0 to 4294967295", "seed=42")),
         (
             "precision",
             "half",
@@ -87,7 +87,7 @@ def test_the_base_of_these_tests_is_legal() -> None:
                 "dataset.overlong=error",
             ),
         ),
-        ("lora__r", 0, ("lora.r=0", "must be at least 1", "lora.r=8")),
+        ("lora__r", 0, ("lora.r=0", "must be from 1 to 65536", "lora.r=8")),
         (
             "lora__lora_dropout",
             1.0,
@@ -675,6 +675,6 @@ def test_the_settings_that_we_own_exist_upstream() -> None:
 
 
 def test_a_problem_reads_as_setting_rule_and_fix() -> None:
-    assert str(Problem("lora.r=0", "must be at least 1", "lora.r=8")) == (
-        "lora.r=0\n    must be at least 1\n    fix: lora.r=8"
+    assert str(Problem("lora.r=0", "must be from 1 to 65536", "lora.r=8")) == (
+        "lora.r=0\n    must be from 1 to 65536\n    fix: lora.r=8"
     )

@@ -180,12 +180,12 @@ def test_a_trial_finishes(tmp_path: Path) -> None:
 def test_the_message_of_a_refused_trial_is_its_own(tmp_path: Path) -> None:
     code = """
         import os, sys
-        open(os.environ["SFT_ERROR_FILE"], "w").write("lora.r=0\\n    must be at least 1\\n")
+        open(os.environ["SFT_ERROR_FILE"], "w").write("lora.r=0\\n    must be from 1 to 65536\\n")
         sys.exit("RANK" in os.environ or 2)
     """
     item = fake(tmp_path, "a", code)
     item.train()
-    assert (item.status, item.message) == ("failed", "lora.r=0\n    must be at least 1")
+    assert (item.status, item.message) == ("failed", "lora.r=0\n    must be from 1 to 65536")
     assert [path.name for path in tmp_path.iterdir()] == ["a.log"]
 
 

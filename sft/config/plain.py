@@ -1,0 +1,67 @@
+"""Read plain JSON values into a dataclass of settings: types and rules are checked, nothing runs.
+
+Unlike a config, such a file comes with an adapter or a model, maybe from a stranger: it is no YAML,
+and OmegaConf, which would resolve ``${oc.env:NAME}``, does not read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from sft.config.rules import rule_problems
+
+T = TypeVar("T")
+
+
+def from_json(schema: type[T], values: Any, prefix: str = "") -> T:
+    """Make an instance of a dataclass; entries that are absent have their defaults.
+
+    Args:
+        schema: The dataclass; its fields are plain values, lists, mappings or dataclasses.
+        values: What JSON was read to.
+        prefix: The name of the entry that holds the values, with a dot, for messages.
+
+    Raises:
+        ValueError: An entry is unknown, missing or of another type, or breaks its rule.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix[:-1] or 'it'} must be a mapping")
+    hints, given = get_type_hints(schema), {}
+    fields: Any = schema
+    known = {field.name: field for field in dataclasses.fields(fields)}
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"there is no entry {prefix}{name}")
+        kind = hints[name]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            given[name] = from_json(kind, value, f"{prefix}{name}.")
+        elif is_of(value, kind):
+            given[name] = value
+        else:
+            raise ValueError(f"{prefix}{name} must be of type {known[name].type}")
+    for name, field in known.items():
+        defaults = (field.default, field.default_factory)
+        if name not in given and defaults == (dataclasses.MISSING, dataclasses.MISSING):
+            raise ValueError(f"the entry {prefix}{name} is missing")
+    made = schema(**given)
+    if problem := next(rule_problems(made), None) if not prefix else None:
+        raise ValueError(f"{problem.setting} {problem.rule}")
+    return made
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Check the type of a JSON value: a whole number is a float too, but true is no number."""
+    if kind is Any:
+        return True
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind in (bool, str, type(None)) or kind is int:
+        return type(value) is kind
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is list:
+        return isinstance(value, list) and all(is_of(item, arguments[0]) for item in value)
+    if origin is dict:
+        items = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(is_of(key, arguments[0]) and is_of(item, arguments[1]) for key, item in items)
+    return any(is_of(value, one) for one in arguments)  # a union, such as str | None

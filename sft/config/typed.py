@@ -1,0 +1,68 @@
+"""Put plain values into a typed config, and collect every problem."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sft.config.names import suggest
+from sft.config.rules import default_of, written
+from sft.config.saved import escaped
+from sft.errors import Problem
+
+UNKNOWN_SETTING = "there is no such setting"
+
+
+def merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> list[Problem]:
+    """Merge plain values into the typed config, key by key, and return the problems."""
+    problems: list[Problem] = []
+    known = {field.name: field for field in dataclasses.fields(schema)}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        field = known.get(key)
+        if field is None:
+            problems.append(
+                Problem(
+                    written(path, value), UNKNOWN_SETTING, suggest(path, OmegaConf.get_type(typed))
+                )
+            )
+            continue
+        section = field.default_factory
+        if dataclasses.is_dataclass(section):
+            if isinstance(value, dict):
+                problems += merge(typed, value, section, f"{path}.")
+            else:
+                problems.append(
+                    Problem(
+                        written(path, value),
+                        f"{path} is a section of settings",
+                        f"{path}.NAME=VALUE",
+                    )
+                )
+            continue
+        if value == "???":
+            problems.append(Problem(f"{path}=???", "a value must be given", f"{path}=VALUE"))
+            continue
+        try:
+            # The value is resolved already, and OmegaConf must not resolve it again.
+            OmegaConf.update(typed, path, escaped(value), merge=False)
+        except OmegaConfBaseException:
+            problems.append(wrong_type(path, value, field))
+    return problems
+
+
+def wrong_type(path: str, value: Any, field: dataclasses.Field[Any]) -> Problem:
+    """Return the problem of a value of another type than its setting's."""
+    kind = str(field.type).replace(" | None", " or null")
+    if value == "":
+        rule = f"has no value; it must be of type {kind}"
+        return Problem(f"{path}=", rule, written(path, default_of(field)))
+    one_of_many = kind.startswith("list") and not isinstance(value, list | dict | None)
+    if not one_of_many or kind.startswith("list[str]") != isinstance(value, str):
+        return Problem(
+            written(path, value), f"must be of type {kind}", written(path, default_of(field))
+        )
+    return Problem(written(path, value), f"must be of type {kind}", written(path, f"[{value}]"))

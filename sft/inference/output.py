@@ -1,0 +1,54 @@
+"""Print or write answers as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft.files import PARTIAL
+
+logger = logging.getLogger("sft")
+Write = Callable[[Sequence[dict[str, Any]], Sequence[str]], None]
+
+
+@contextlib.contextmanager
+def written(output: str | None, count: int) -> Iterator[Write]:
+    """Yield the function that takes some rows and their answers, and prints or writes them.
+
+    Args:
+        output: The JSONL file, which has the suffix ``.partial`` until it is complete; None: the
+            answers are printed.
+        count: The number of all rows.
+    """
+    if output is None:
+        yield _show
+        return
+    partial, done = Path(output + PARTIAL), 0
+    with partial.open("w", encoding="utf-8") as file:
+
+        def write(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> None:
+            nonlocal done
+            for row, text in zip(rows, texts, strict=True):
+                file.write(json.dumps({**row, "generated": text}, ensure_ascii=False) + "\n")
+            file.flush()
+            done += len(texts)
+
+        try:
+            yield write
+            os.fsync(file.fileno())
+        except BaseException:
+            logger.info("%d of %d answers are in %s", done, count, partial)
+            raise
+    partial.replace(output)
+    logger.info("%d answers written to %s", done, output)
+
+
+def _show(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> None:
+    sys.stdout.write("".join(f"{text}\n" for text in texts))
+    sys.stdout.flush()

@@ -1,0 +1,115 @@
+"""Load adapters onto a base with PEFT, for generation and for merging.
+
+Tensors and settings that PEFT would ignore are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.errors import MergeError
+from sft.merge.adapter_files import is_lora, require_quick_patterns, restarts
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+# Tensors that PEFT makes from others as it loads an adapter, and reports as missing.
+MADE_ELSEWHERE = ("vblora_vector_bank", "prompt_encoder")
+
+
+def name_of(index: int) -> str:
+    """Return the name that an adapter gets on the model."""
+    return f"adapter{index}"
+
+
+def attach(
+    model: PreTrainedModel,
+    folders: Sequence[Path],
+    configs: Sequence[PeftConfig],
+    device: str = "cpu",
+    loaded: bool = False,
+) -> PeftModel:
+    """Load adapters onto a base, under the names of ``name_of``.
+
+    Args:
+        model: The base, or its architecture without weights.
+        folders: The adapters' folders.
+        configs: Their settings.
+        device: Where the adapters' tensors are put.
+        loaded: Whether the base has its weights; some adapters change these as they are made.
+
+    Raises:
+        MergeError: An adapter does not fit the base: modules, shapes or tensors differ.
+    """
+    from peft import PeftModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    peft_model: Any = None
+    for index, (folder, config) in enumerate(zip(folders, configs, strict=True)):
+        require_quick_patterns(folder, config, [path for path, _ in model.named_modules()])
+        config = copy.deepcopy(config)
+        config.inference_mode = True
+        # The others take the shapes that the settings name, and real memory for them.
+        empty = is_lora(config) and not (loaded and restarts(config))
+        if restarts(config) and not loaded:
+            config.init_lora_weights = True  # skip the initialisation; see _restart
+        initialised = contextlib.nullcontext() if loaded else no_init_weights()
+        try:
+            with warnings.catch_warnings(), initialised:
+                warnings.simplefilter("ignore")
+                if peft_model is None:
+                    peft_model = PeftModelForCausalLM(
+                        model, config, adapter_name=name_of(0), low_cpu_mem_usage=empty
+                    )
+                result = peft_model.load_adapter(
+                    str(folder), name_of(index), torch_device=device, low_cpu_mem_usage=empty
+                )
+        except Exception as error:  # the settings may hold anything, and PEFT checks little of it
+            raise MergeError(
+                f"{folder} does not fit the base: {_reason(error)}\n"
+                "    fix: base=THE_ONE_IT_WAS_TRAINED_ON"
+            ) from error
+        missing = [name for name in result.missing_keys if not any(map(name.count, MADE_ELSEWHERE))]
+        wrong = [*result.unexpected_keys, *missing]
+        if wrong:
+            raise MergeError(
+                f"{len(result.unexpected_keys)} tensors of {folder} do not exist in the base, and "
+                f"{len(missing)} tensors are missing, such as {wrong[0]}\n"
+                "    fix: base=THE_ONE_IT_WAS_TRAINED_ON"
+            )
+    return peft_model
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line that says something: torch begins with the name of the method."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [repr(error)]
+    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
+def resize_embedding(
+    model: PreTrainedModel, shapes: Sequence[dict[str, tuple[int, ...]]]
+) -> int | None:
+    """Resize the embedding to the adapter's vocabulary.
+
+    Args:
+        model: The base.
+        shapes: The shapes of each adapter's tensors, by name.
+
+    Returns:
+        The new number of rows; None if no adapter has an embedding of a different size.
+    """
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    endings = (f"{name}.weight", f"{name}.base_layer.weight")
+    for tensors in shapes:
+        for tensor, shape in tensors.items():
+            if tensor.endswith(endings) and shape[0] != embedding.weight.shape[0]:
+                model.resize_token_embeddings(shape[0], mean_resizing=False)
+                return shape[0]
+    return None
