@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -171,3 +172,16 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, name: str, text: str) 
     read = record.read if name == record.RECORD else record.settings
     with pytest.raises(RunError, match=rf"{name} is damaged\n    fix: restore the file, or over"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"ranks": None}, {"stage": "1"}, {"kind": "new"}])
+def test_a_manifest_that_does_not_say_what_made_it_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    made = {"step": 4, "ranks": 1, "stage": 0, "kind": "elementwise"}
+    final = tmp_path / "checkpoint-4"
+    folders.finish(begin_folder(final), final, made)
+    assert resume.changed(final, 1, 0) == ""
+    folders.finish(begin_folder(final), final, {**made, **change})
+    with pytest.raises(CheckpointError, match="does not say which ranks made it"):
+        resume.changed(final, 1, 0)
