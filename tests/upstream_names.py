@@ -92,7 +92,8 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "transformers.pytorch_utils": ("Conv1D",),
     "transformers.utils": (
         "ModelOutput",
-        "find_adapter_config_file(model_id, revision)",
+        "find_adapter_config_file(model_id, cache_dir, force_download, proxies, token, revision, "
+        "local_files_only, subfolder)",
         "is_torch_tf32_available()",
     ),
     "transformers.utils.import_utils": ("enable_tf32",),
