@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from types import FrameType
+from typing import Any
 
 MATCHING = 10  # seconds; real expressions take milliseconds
 
@@ -22,7 +23,8 @@ class TimeLimit:
     """Raises OutOfTime in its block when that has taken too long.
 
     A timer raises it, between two instructions of Python or within a regular expression. There is
-    no limit where the process gets no signals (another thread) or uses this timer otherwise.
+    no limit in another thread, which gets no signals. A timer that somebody else has set goes on
+    after the block.
 
     Args:
         seconds: The limit.
@@ -46,7 +48,7 @@ class TimeLimit:
 
     def __exit__(self, *_: object) -> None:
         TimeLimit.current = self.outer
-        if self.outer is None and not self.often:
+        if self.outer is None and (_others is not None or not self.often):
             _stop()
 
 
@@ -72,11 +74,16 @@ def slow_pattern(patterns: Iterable[str], texts: Sequence[str]) -> str | None:
     return None
 
 
+_others: tuple[Any, float] | None = None  # somebody else's handler, and when their timer rings
+
+
 def _start(seconds: float) -> None:
+    global _others
     if threading.current_thread() is not threading.main_thread():
         return
-    if signal.getsignal(signal.SIGALRM) not in (_ring, signal.SIG_DFL):
-        return
+    handler, left = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]
+    if handler not in (_ring, signal.SIG_DFL):
+        _others = handler, time.monotonic() + left if left else 0.0
     signal.signal(signal.SIGALRM, _ring)
     signal.siginterrupt(signal.SIGALRM, False)  # else a system call of a C library would fail
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -85,9 +92,15 @@ def _start(seconds: float) -> None:
 
 @atexit.register  # Python's own handlers end first, and then the signal would kill the process
 def _stop() -> None:
+    global _others
     if TimeLimit.timer_of == os.getpid():
         signal.setitimer(signal.ITIMER_REAL, 0)
         TimeLimit.timer_of = None
+    if _others is not None:
+        handler, rings = _others
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, max(rings - time.monotonic(), 0.01) if rings else 0)
+        _others = None
 
 
 def _ring(number: int, frame: FrameType | None) -> None:

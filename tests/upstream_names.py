@@ -90,7 +90,12 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "transformers.integrations": ("is_deepspeed_zero3_enabled()",),
     "transformers.integrations.deepspeed": ("unset_hf_deepspeed_config()",),
     "transformers.pytorch_utils": ("Conv1D",),
-    "transformers.utils": ("ModelOutput", "is_torch_tf32_available()"),
+    "transformers.utils": (
+        "ModelOutput",
+        "find_adapter_config_file(model_id, cache_dir, force_download, proxies, token, revision, "
+        "local_files_only, subfolder)",
+        "is_torch_tf32_available()",
+    ),
     "transformers.utils.import_utils": ("enable_tf32",),
     "transformers.utils.import_utils.enable_tf32": ("cache_clear",),
     "transformers.utils.logging": ("EmptyTqdm", "set_tqdm_hook(hook)"),
@@ -195,7 +200,13 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     # A key of the state.json that save_to_disk writes.
     "datasets.arrow_dataset": ("_data_files",),
     "hydra.core.override_parser.overrides_parser": ("OverridesParser",),
-    "hydra.core.override_parser.types": ("ChoiceSweep", "Quote", "QuotedString"),
+    "hydra.core.override_parser.types": (
+        "ChoiceSweep",
+        "IntervalSweep",
+        "Quote",
+        "QuotedString",
+        "RangeSweep",
+    ),
     "hydra.core.override_parser.types:Override": ("_value",),
     "hydra.core.utils": ("JobReturn", "JobStatus"),
     "hydra.plugins.launcher": ("Launcher",),

@@ -32,6 +32,13 @@ def changed(path: Path, ranks: int, stage: int) -> str:
         CheckpointError: The optimizer's state cannot be restored on these ranks and this stage.
     """
     made = folders.manifest(path)
+    if not all(type(made.get(name)) is int for name in ("ranks", "stage")) or made.get(
+        "kind"
+    ) not in ("elementwise", "by parameter", "by rank"):
+        raise CheckpointError(
+            f"{path / folders.MANIFEST} does not say which ranks made it: it is not sft's\n"
+            "    fix: restore the file, or delete this checkpoint to use the one before it"
+        )
     there = f"{made['ranks']} ranks under ZeRO stage {made['stage']}"
     here = f"{ranks} ranks under stage {stage}"
     same = (made["ranks"], made["stage"]) == (ranks, stage)

@@ -103,7 +103,7 @@ def test_an_adapter_cannot_allow_the_code_of_its_base(adapter: Path, tmp_path: P
     assert marker.exists()
     marker.unlink()
     merge.run(merge.compose([f"adapter={adapter}", f"output={tmp_path / 'm'}", given[-1]]))
-    assert not marker.exists()  # the module is loaded already, in this process
+    assert marker.exists()
 
 
 @pytest.mark.parametrize("where", ["config", "tokenizer"])
@@ -255,7 +255,7 @@ def test_a_config_of_many_layers_is_refused(layers: Any, tmp_path: Path) -> None
     change(base / "config.json", num_hidden_layers=layers)
     words = ["model=hf", f"model.name_or_path={base}", f"output_dir={tmp_path / 'run'}"]
     for command, given in ((train, words), (generate, [f"model={base}", "prompt=a"])):
-        with pytest.raises(SftError, match=r"the config of .*(must be\s+from 1 to 10,000|layers)"):
+        with pytest.raises(SftError, match="num_hidden_layers"):
             command.run(command.compose(given))
 
 
