@@ -40,7 +40,7 @@ def train(config: Config) -> dict[str, Any] | None:
     if process.rank() != 0:
         return None
     if config.train.merge:
-        merge(folder)
+        merge(folder, config)
     found = record.read(folder)
     return {"run": str(folder), **{key: found[key] for key in ("status", "seconds", "final")}}
 
@@ -175,16 +175,19 @@ def _ending(run: Run) -> Iterator[None]:
         run.release()
 
 
-def merge(folder: Path) -> None:
+def merge(folder: Path, config: Config) -> None:
     """Merge in a separate process, after training has freed its memory; no other rank waits for it.
 
     Raises:
         MergeError: The merge failed and has reported why. The run itself is finished.
     """
-    if child.run([*child.command("sft.merge"), f"run={folder}"]).exit_code:
+    # The command of the run has asked for the base's code, or it would not have trained.
+    consent = ["trust_remote_code=true"] if config.model.trust_remote_code else []
+    if child.run([*child.command("sft.merge"), f"run={folder}", *consent]).exit_code:
         raise MergeError(
             f"the run {folder} is finished, but its adapter could not be merged\n"
-            f"    fix: correct the error above, then: python -m sft.merge run={folder}"
+            "    fix: correct the error above, then: "
+            + " ".join((f"python -m sft.merge run={folder}", *consent))
         )
 
 

@@ -334,12 +334,7 @@ def test_a_base_whose_files_are_quantised_is_refused_by_training_and_by_the_merg
     assert not (tmp_path / "run").exists()
 
 
-def test_a_base_with_its_own_code_is_merged_and_verified(
-    tmp_path: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sft.config.settings import ModelConfig
-    from sft.merge import sources
-
+def test_a_base_with_its_own_code_is_merged_and_verified(tmp_path: Path, bases: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(base_of(bases, "llama", False), base)
     adapter = build_adapter(tmp_path / "adapter", base, target_modules=ATTENTION)
@@ -352,9 +347,8 @@ def test_a_base_with_its_own_code_is_merged_and_verified(
     names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
     content |= {"model_type": "own", "architectures": ["Own"], "auto_map": names}
     (base / "config.json").write_text(json.dumps(content))
-    agreed = ModelConfig(name_or_path=str(base), trust_remote_code=True)
-    monkeypatch.setattr(sources, "base_of", lambda *_: agreed)
-    report = merged(f"adapter={adapter}", f"output={tmp_path / 'out'}", f"base={base}")
+    given = (f"adapter={adapter}", f"output={tmp_path / 'out'}", f"base={base}")
+    report = merged(*given, "trust_remote_code=true")
     assert report["passed"] and report["weights_loaded"] == "whole"
     assert (tmp_path / "out" / "modeling_own.py").is_file()
 
