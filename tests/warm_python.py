@@ -106,6 +106,7 @@ def serve(folder: Path, owner: int) -> None:
     waiting.register(listener, selectors.EVENT_READ)
     waiting.register(os.pidfd_open(owner), selectors.EVENT_READ, "the tests have ended")
     while True:
+        over: set[int] = set()  # a client and its process may end at once
         for key, _ in waiting.select():
             if key.fileobj is listener:
                 accept(listener, waiting, str(folder / "python"))
@@ -114,6 +115,9 @@ def serve(folder: Path, owner: int) -> None:
                 return
             else:
                 client, pid, watch = key.data
+                if pid in over:
+                    continue
+                over.add(pid)
                 if key.fileobj is client:  # closed: the client was killed
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(pid, signal.SIGKILL)
