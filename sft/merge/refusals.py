@@ -45,11 +45,16 @@ def of_start(adapter: str, config: PeftConfig) -> tuple[str, str] | None:
     start = getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.startswith(UNKNOWN_STARTS):
         return (
-            f"{adapter} has init_lora_weights={start}, which changes the base in a way that the "
+            f"{adapter} has init_lora_weights={start}, which changed the base in a way that the "
             "adapter's files do not record",
             "save it with PEFT's path_initial_model_for_weight_conversion",
         )
     return None
+
+
+def of_adapter(adapter: str, config: PeftConfig) -> tuple[str, str] | None:
+    """Return why an adapter cannot be merged, and a fix; None if it can."""
+    return of_settings(adapter, config) or of_start(adapter, config)
 
 
 def say_before_training(
@@ -64,7 +69,7 @@ def say_before_training(
         return
     if reason := of_base(str(config.model.name_or_path), architecture):
         fix = "model.name_or_path=THE_MODEL_THAT_WAS_QUANTISED"
-    elif found := of_settings("this adapter", lora) or of_start("this adapter", lora):
+    elif found := of_adapter("this run's adapter", lora):
         reason, fix = found
     else:
         return

@@ -232,7 +232,7 @@ def test_a_folder_that_is_removed_while_the_run_trains_is_said_to_be_gone(tmp_pa
 def test_a_manifest_that_does_not_say_what_made_it_is_refused(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    made = {"step": 4, "ranks": 1, "stage": 0, "kind": "elementwise"}
+    made = {"step": 4, "run": "r", "ranks": 1, "stage": 0, "kind": "elementwise"}
     final = tmp_path / "checkpoint-4"
     folders.finish(begin_folder(final), final, made)
     assert resume.changed(final, 1, 0) == ""

@@ -604,7 +604,7 @@ def test_every_option_is_described_in_one_line_of_its_yaml() -> None:
         for group, names in options.groups(None).items()
         for option in names
     }
-    assert len(described) == 60
+    assert len(described) == len(list(CONF_DIR.glob("*/*.yaml")))
     for key, text in described.items():
         assert 20 <= len(text) <= 100, key
         assert not text.endswith((",", " the", " a", ":", " and")), key
@@ -644,7 +644,7 @@ def test_words_are_completed(capsys, folder: Path) -> None:
     assert completed(capsys, "sft", "train", "'run_name=a b'", "'model=ti") == ["model=tiny"]
     assert completed(capsys, "sft", "train", "mod") == ["model=", "model."]
     opts = ["model=opt-1.3b", "model=opt-125m", "model=opt-350m", "model=opt-6.7b"]
-    assert completed(capsys, "sft", "train", "model=o") == opts
+    assert completed(capsys, "sft", "train", "model=op") == opts
     assert completed(capsys, "sft", "train", "-m", "model=gpt2,ti") == ["model=gpt2,tiny"]
     assert completed(capsys, "sft", "train", "lora.r") == ["lora.r=", "lora.rank_pattern="]
     assert completed(capsys, "sft", "train", "++lora.use_r") == ["++lora.use_rslora="]
@@ -671,7 +671,7 @@ def test_words_are_completed(capsys, folder: Path) -> None:
 SCRIPTS = {
     "bash": """
 eval "$(sft --completion bash)"
-for line in 'sft tr' 'sft train mod' 'sft train model=o' 'sft train lora.r' 'sft train x'; do
+for line in 'sft tr' 'sft train mod' 'sft train model=op' 'sft train lora.r' 'sft train x'; do
     COMP_LINE=$line COMP_POINT=${#line} COMP_WORDS=(${line//=/ = })
     COMP_CWORD=$(( ${#COMP_WORDS[@]} - 1 ))
     _sft_complete
@@ -684,7 +684,7 @@ compadd() { while [[ $1 == -* && $1 != -- ]]; do [[ $1 == -S ]] && shift; shift;
     shift; printf '%s|' "$@" }
 compset() { }; _files() { }
 eval "$(sft --completion zsh)"
-for line in 'sft tr' 'sft train mod' 'sft train model=o' 'sft train lora.r' 'sft train x'; do
+for line in 'sft tr' 'sft train mod' 'sft train model=op' 'sft train lora.r' 'sft train x'; do
     words=(${=line}) CURRENT=${#words}
     _sft_complete; echo
 done
@@ -692,7 +692,7 @@ done
 """,
     "fish": """
 sft --completion fish | source
-for line in 'sft tr' 'sft train mod' 'sft train model=o' 'sft train lora.r' 'sft train x'
+for line in 'sft tr' 'sft train mod' 'sft train model=op' 'sft train lora.r' 'sft train x'
     complete -C $line | string replace -r '\\t.*' '' | string join '|'
 end
 complete -c sft | string match -q '*_sft_complete*'; and echo registered
