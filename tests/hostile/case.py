@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import warm_python
 
@@ -79,9 +80,10 @@ def run_here(case: Case) -> Ended:
     """
     main = importlib.import_module(_module(case.command)).main
     command = dataclasses.replace(main, run=lambda config: None)
+    sweeps = mock.patch("sft.cli.command._hand_to_hydra")  # it would train what is accepted
     out, err = io.StringIO(), io.StringIO()
     argv = sys.argv
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), sweeps:
         try:
             command(list(case.words))
             code = 0
@@ -169,45 +171,69 @@ def faults_of(case: Case, ended: Ended, here: Path | None = None) -> list[str]:
     return found
 
 
-def literal_fixes(case: Case) -> list[tuple[str, str, list[str]]]:
-    """Find the fixes of a refusal that are overrides, and the words with each of them applied.
+def follow_fixes(case: Case) -> str:
+    """Apply the fixes of a refusal that are overrides, until none is left.
 
     Returns:
-        The refused setting, its rule, and the corrected words.
+        What is wrong with a fix: following it leads back to a setting that was refused before;
+        empty: nothing.
     """
     from sft.errors import ConfigError
 
     main = importlib.import_module(_module(case.command)).main
     words = [word for word in case.words if not word.startswith("-")]
-    try:
-        main.compose(words)
-    except ConfigError as error:
-        problems = error.problems
-    else:
-        return []
-    found = []
-    for problem in problems:
-        match = LITERAL.fullmatch(problem.fix)
-        if match is None or PLACEHOLDER.search(match["word"]):
+    seen: set[tuple[str, str]] = set()
+    for _ in range(4):
+        try:
+            main.compose(words)
+            return ""
+        except ConfigError as error:
+            problems = error.problems
+        again = [item for item in problems if (item.setting, item.rule) in seen]
+        if again:
+            return f"following the fixes leads to {' '.join(words)}, where {again[0]}"
+        applied = words
+        for problem in problems:
+            match = LITERAL.fullmatch(problem.fix)
+            if match and not PLACEHOLDER.search(match["word"]):
+                applied = with_fix(applied, problem.setting, match["word"])
+                seen.add((problem.setting, problem.rule))
+        if applied == words:
+            return ""
+        words = applied
+    return f"following the fixes does not end: {' '.join(words)}"
+
+
+def with_fix(words: list[str], refused: str, fix: str) -> list[str]:
+    """Replace the words that a fix is about by the fix."""
+    for new in split(fix):
+        key = new.partition("=")[0]
+        replaced = (key, f"{key}.", *([refused.partition("=")[0]] if "." not in key else []))
+        words = [
+            word
+            for word in words
+            if (name := word.lstrip("+").partition("=")[0]) not in replaced
+            and not ("." not in key and name.startswith(f"{key}."))
+        ]
+        words = [*words, new]
+    return words
+
+
+def split(text: str) -> tuple[str, ...]:
+    """Split words at spaces that no bracket or quote encloses; a row in quotes is one word."""
+    if text[:1] == text[-1:] == "'" and len(text) > 1:
+        return (text[1:-1],)
+    if text in ("", "\n"):
+        return (text,)
+    words, depth, quoted = [""], 0, False
+    for index, letter in enumerate(text):
+        starts_word = letter == " " and re.match(r"[-~+]?[\w./@]+(=|$)|-", text[index + 1 :])
+        if letter == " " and starts_word and depth <= 0 and not quoted:
+            words.append("")
             continue
-        key = match["word"].partition("=")[0]
-        refused = problem.setting.partition("=")[0]
-        rest = [word for word in words if word.lstrip("+").partition("=")[0] not in (key, refused)]
-        found.append((problem.setting, problem.rule, [*rest, match["word"]]))
-    return found
+        depth += (letter in "[{(") - (letter in ")}]")
+        quoted ^= letter == "'"
+        words[-1] += letter
+    return tuple(words)
 
 
-def still_refused(command: str, setting: str, rule: str, words: list[str]) -> str:
-    """Give the corrected words to the command; return what it says of the same setting."""
-    from sft.errors import ConfigError
-
-    main = importlib.import_module(_module(command)).main
-    fixed = {word.partition("=")[0] for word in words[-1:]}
-    try:
-        main.compose(words)
-    except ConfigError as error:
-        for problem in error.problems:
-            same = (problem.setting, problem.rule) == (setting, rule)
-            if same or problem.setting.partition("=")[0] in fixed:
-                return f"{words[-1]}: {problem}"
-    return ""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-from hostile.case import Case
+from hostile.case import Case, split
 
 WHOLE = r"must be of type int"
 NUMBER = r"must be of type float|must be a finite number"
@@ -28,7 +26,6 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("run_name=", "a name without a folder"),
         ("output_dir=", "must not be empty"),
         ("output_dir=s3://bucket/run", "writes to no URL"),
-        ("output_dir=[a]", ""),
         ("overwrite=maybe", "bool"),
         ("overwrite=2", "bool"),
         ("run_name=a\0b", ""),
@@ -39,8 +36,6 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("model.name_or_path=null", "a base model is needed"),
         ("model.name_or_path=", "a base model is needed"),
         ("model.name=../x", "a name without a folder"),
-        ("model.name_or_path=[a,b]", ""),
-        ("model.revision={a: 1}", ""),
         ("model.pretrained=perhaps", "bool"),
         ("model.trust_remote_code=1.0", "bool"),
         ("model.attn_implementation=flash", "must be one of"),
@@ -87,8 +82,6 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("dataset.num_proc=all", WHOLE),
         ("dataset.exact_match=-1", "at least 0"),
         ("dataset.columns=[prompt]", ""),
-        ("dataset.columns={prompt: 5}", ""),
-        ("dataset.columns={nonsense: a}", ""),
         ("dataset.ignore_columns=history", ""),
         ("dataset.stop_above={nothing: 0.1}", ""),
         ("dataset.stop_above={never_stops: 2}", ""),
@@ -126,17 +119,12 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("template=completion template.prompts=['{prompt']", ""),
         ("template=completion template.prompts=['{}']", ""),
         ("template=completion template.prompts=['{prompt!r}']", ""),
-        ("template=completion template.prompts=['{prompt.__class__}']", ""),
         ("template=completion template.prompts=[] template.completions=[]", ""),
-        ("template=completion template.prompts=[7]", ""),
         ("template.mask_history=true", UNKNOWN),
         ("template.eos_token=x", UNKNOWN),
         ("template=llama3", "no option llama3"),
         ("template.append_eos=never", "bool"),
         ("template.kind=text template.train_on=assistant", ""),
-        ("template.chat_template=no_such_template", ""),
-        ("template.chat_template=none.jinja", ""),
-        ("'template.chat_template={% for'", ""),
     ),
     "lora": (
         ("lora.r=0", "at least 1"),
@@ -171,7 +159,6 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("lora=qlora", "no option qlora"),
         ("lora=none lora.r=4", ""),
         ("lora=none lora.init_from=x", ""),
-        ("lora.init_from=nowhere", ""),
     ),
     "quantization": (
         ("quantization.load_in_4bit=true quantization.load_in_8bit=true", ""),
@@ -181,7 +168,6 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("quantization=gptq", "no option gptq"),
         ("quantization.extra.nonsense=1", "no setting nonsense"),
         ("quantization.extra.load_in_4bit=true", ""),
-        ("quantization=nf4 zero=stage3", ""),
     ),
     "zero": (
         ("zero=stage4", "no option stage4"),
@@ -195,7 +181,6 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("zero=stage2 zero.overrides.train_batch_size=7", ""),
         ("zero=stage2 zero.overrides=[1]", ""),
         ("zero.stage=2", UNKNOWN),
-        ("zero=stage2 train.optim=adamw_8bit", ""),
     ),
     "train": (
         ("train.global_batch_size=0", "at least 1"),
@@ -265,7 +250,6 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("train.save_steps=6", "save_strategy"),
     ),
     "resume": (
-        ("resume.checkpoint=../../x", ""),
         ("resume.allow=[nonsense]", "neither a setting"),
         ("resume.allow=data", ""),
         ("resume.allow=5", ""),
@@ -304,7 +288,6 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("train.extra.x=!!python/object:os.system", ""),
         ("lora.r=*alias", ""),
         ("lora.r=&anchor", ""),
-        ("lora.r=${seed}", ""),
         ("lora.r=${oc.env:HOME}", ""),
         ("model.name=${oc.env:HOME}", ""),
         ("model.name_or_path=${model.name_or_path}", ""),
@@ -356,7 +339,6 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
 COMMANDS = (
     ("train", "-m hydra/launcher=basic lora.r=4,8", "would train nothing"),
     ("train", "-m hydra.sweeper._target_=other.Sweeper lora.r=4,8", ""),
-    ("train", "-m lora.r=4,x", ""),
     ("train", "-m lora.r=0,4", ""),
     ("train", "-m lora.rr=4,8", UNKNOWN),
     ("train", "-m model=tiny,nothing", "no option nothing"),
@@ -367,7 +349,6 @@ COMMANDS = (
     ("train", "-m run_name=a lora.r=4,8", ""),
     ("train", "-m output_dir=a lora.r=4,8", ""),
     ("train", "-m --cfg job lora.r=4,8", "cannot print a sweep"),
-    ("train", "-m lora.r=4,4", ""),
     ("data", "-m lora.r=4,8", "only sft train"),
     ("data", "preview=-1", "at least 0"),
     ("data", "preview=all", WHOLE),
@@ -433,33 +414,15 @@ COMMANDS = (
 )
 
 
-def _split(text: str) -> tuple[str, ...]:
-    """Split words at spaces that no bracket or quote encloses; a row in quotes is one word."""
-    if text[:1] == text[-1:] == "'" and len(text) > 1:
-        return (text[1:-1],)
-    if text in ("", "\n"):
-        return (text,)
-    words, depth, quoted = [""], 0, False
-    for index, letter in enumerate(text):
-        starts_word = letter == " " and re.match(r"[-~+]?[\w./@]+(=|$)|-", text[index + 1 :])
-        if letter == " " and starts_word and depth <= 0 and not quoted:
-            words.append("")
-            continue
-        depth += (letter in "[{(") - (letter in ")}]")
-        quoted ^= letter == "'"
-        words[-1] += letter
-    return tuple(words)
-
-
 def cases() -> list[Case]:
     """List the inputs of these tables."""
     found = [
-        Case(group, row, "train", _split(row), says)
+        Case(group, row, "train", split(row), says)
         for group, rows in SETTINGS.items()
         for row, says in rows
     ]
     found += [
-        Case("commands", f"{command} {row}", command, _split(row) if row else (), says)
+        Case("commands", f"{command} {row}", command, split(row) if row else (), says)
         for command, row, says in COMMANDS
     ]
     return found
