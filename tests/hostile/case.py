@@ -19,12 +19,15 @@ from unittest import mock
 
 import warm_python
 
+from sft.errors import ConfigError, Problem
+
 LIMIT = 60  # seconds for one input
 MARKER = "code-has-run"  # the file that planted code makes in the folder of its input
 CONFINED = Path(__file__).with_name("confined.py")
 ERROR = re.compile(r"^error: ", re.MULTILINE)
 # A fix that can be given to the command as it stands, at the beginning of the text of a fix.
 LITERAL = re.compile(r"(?P<quote>'?)(?P<word>[\w.]+=(?P<value>.*?))(?P=quote)(?:,? or .*| \(.*)?$")
+RENAMES = re.compile("no such setting|a setting of its own|is decided by|has no option")
 PLACEHOLDER = re.compile(r"[A-Z]{3,}|\.\.\.|[<>]|, |\bthat\b")
 
 
@@ -46,7 +49,6 @@ class Case:
         make: Plants files in the folder, from those of the kit.
         env: Environment variables that are added.
         accepted: The input is odd but has one clear meaning, so that it may also be accepted.
-        code: The exit code; None: any but 0.
     """
 
     group: str
@@ -178,8 +180,6 @@ def follow_fixes(case: Case) -> str:
         What is wrong with a fix: following it leads back to a setting that was refused before;
         empty: nothing.
     """
-    from sft.errors import ConfigError
-
     main = importlib.import_module(_module(case.command)).main
     words = [word for word in case.words if not word.startswith("-")]
     seen: set[tuple[str, str]] = set()
@@ -196,7 +196,7 @@ def follow_fixes(case: Case) -> str:
         for problem in problems:
             match = LITERAL.fullmatch(problem.fix)
             if match and not PLACEHOLDER.search(match["word"]):
-                applied = with_fix(applied, problem.setting, match["word"])
+                applied = with_fix(applied, problem, match["word"])
                 seen.add((problem.setting, problem.rule))
         if applied == words:
             return ""
@@ -204,15 +204,20 @@ def follow_fixes(case: Case) -> str:
     return f"following the fixes does not end: {' '.join(words)}"
 
 
-def with_fix(words: list[str], refused: str, fix: str) -> list[str]:
-    """Replace the words that a fix is about by the fix."""
+def with_fix(words: list[str], problem: Problem, fix: str) -> list[str]:
+    """Replace the words that a fix is about by the fix.
+
+    A fix for an unknown setting is another setting, which takes its place; a fix that chooses an
+    option of a group takes the place of the group's settings.
+    """
+    refused, _, _ = problem.setting.partition("=")
     for new in split(fix):
-        key = new.partition("=")[0]
-        replaced = (key, f"{key}.", *([refused.partition("=")[0]] if "." not in key else []))
+        key, _, _ = new.partition("=")
         words = [
             word
             for word in words
-            if (name := word.lstrip("+").partition("=")[0]) not in replaced
+            if (name := word.lstrip("+").partition("=")[0]) != key
+            and not (name == refused and RENAMES.search(problem.rule))
             and not ("." not in key and name.startswith(f"{key}."))
         ]
         words = [*words, new]
