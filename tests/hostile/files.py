@@ -15,7 +15,7 @@ BYTES: tuple[tuple[str, bytes, str], ...] = (
     ("empty.jsonl", b"", ""),
     ("blank.jsonl", b"\n \n\n", ""),
     ("no-json.jsonl", b"hello\n", ""),
-    ("cut.jsonl", GOOD + b'{"prompt": "a", "compl', ":2"),
+    ("cut.jsonl", GOOD + b'{"prompt": "a", "compl', ""),
     ("numbers.jsonl", b"1\n2\n", ""),
     ("text.jsonl", b'"a"\n', ""),
     ("null.jsonl", b"null\n", ""),
@@ -61,7 +61,6 @@ BYTES: tuple[tuple[str, bytes, str], ...] = (
     ("ragged.csv", b"prompt,completion\na,b,c,d\ne\n", ""),
     ("quote.csv", b'prompt,completion\n"a,b\n', ""),
     ("same-columns.csv", b"prompt,prompt\na,b\n", ""),
-    ("nul.csv", b"prompt,completion\n\0,\0\n", ""),
     ("empty.parquet", b"", ""),
     ("text.parquet", b"PAR1 this is no table PAR1", ""),
     ("text.arrow", b"ARROW1 this is no table", ""),
@@ -235,7 +234,7 @@ def cases() -> list[Case]:
     found += [
         Case("generate rows", name, "generate", ("run={kit}/run", f"file={{here}}/{name}"), says,
              _file(name, text))
-        for name, text, says in BYTES[:20:3]
+        for name, text, says in BYTES[:7]
     ]  # fmt: skip
     found += [
         Case(

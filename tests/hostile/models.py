@@ -185,10 +185,6 @@ MODELS: dict[str, tuple[Make, str]] = {
     "a damaged tokenizer": (base(_cut("tokenizer.json", 900)), ""),
     "a tokenizer that is a list": (base(text("tokenizer.json", "[]")), ""),
     "a damaged tokenizer config": (base(text("tokenizer_config.json", "{")), ""),
-    "an unknown tokenizer class": (
-        base(lambda folder: edit(folder / "tokenizer_config.json", tokenizer_class="NewTokenizer")),
-        "",
-    ),
     "an adapter beside the model": (
         base(lambda folder: (folder / SETTINGS).write_text('{"peft_type": "LORA"}')),
         "",
