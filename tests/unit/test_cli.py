@@ -664,8 +664,8 @@ def test_words_are_completed(capsys, folder: Path) -> None:
     assert completed(capsys, "python", "-m", "sft.data", "prev") == ["preview="]
     (folder / "model").mkdir()
     (folder / "model" / "mine.yaml").write_text("name: mine\n")
-    words = ["sft", "train", "--config-dir", str(folder), "model=mi"]
-    assert completed(capsys, *words) == ["model=mine", "model=mistral-7b"]
+    words = ["sft", "train", "--config-dir", str(folder), "model=min"]
+    assert completed(capsys, *words) == ["model=mine"]
 
 
 SCRIPTS = {
