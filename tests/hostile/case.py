@@ -240,5 +240,3 @@ def split(text: str) -> tuple[str, ...]:
         quoted ^= letter == "'"
         words[-1] += letter
     return tuple(words)
-
-

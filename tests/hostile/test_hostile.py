@@ -48,7 +48,9 @@ def test_bad_words_are_refused(group: str) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("case", [case for case in FORKED if chosen(case)], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [case for case in FORKED if chosen(case)], ids=lambda case: case.id
+)
 def test_bad_files_are_refused(case: Case, kit: Path, tmp_path: Path) -> None:
     ended = one.run_confined(case, tmp_path / "input", kit)
     assert not one.faults_of(case, ended, tmp_path / "input"), ended.stderr[-2000:]
