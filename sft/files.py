@@ -19,8 +19,11 @@ from typing import Any
 from sft.errors import DataError
 
 PARTIAL = ".partial"  # the suffix of a folder that is being written, or being deleted
-# Errors of the disk or of its permissions, which the user can correct.
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# Errors of the disk, its permissions or a path on it, which the user can correct.
+DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
 LARGEST_JSON = 1 << 26  # bytes; a run.json, card or manifest has a few thousand
 FRESH = 2.0  # seconds; a file that is younger may change again without a new time stamp
 

@@ -10,30 +10,62 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from sft.errors import Problem
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Loaded here, because a process that was just forked must not load a library.
 PRCTL = ctypes.CDLL(None).prctl
 ERROR_FILE = "SFT_ERROR_FILE"  # the file to which a command that sft started writes its error
+# What a launcher sets: the default and the least value.
+NUMBERS = {
+    "RANK": (0, 0),
+    "WORLD_SIZE": (1, 1),
+    "LOCAL_RANK": (0, 0),
+    "LOCAL_WORLD_SIZE": (1, 1),
+    "TORCHELASTIC_RESTART_COUNT": (0, 0),
+}
+
+
+def _number(name: str, environ: Mapping[str, str]) -> int:
+    """Return a launcher's number, or its default where ``problems`` reports the value."""
+    default, least = NUMBERS[name]
+    text = environ.get(name, "")
+    return int(text) if text.isdecimal() and int(text) >= least else default
+
+
+def problems(environ: Mapping[str, str] = os.environ) -> list[Problem]:
+    """List the variables of a launcher that hold no number, or one that cannot be."""
+    fix = "start the command with torchrun, or unset RANK, WORLD_SIZE and their LOCAL_ forms"
+    found = []
+    for name, (_, least) in NUMBERS.items():
+        text = environ.get(name)
+        if text is not None and not (text.isdecimal() and int(text) >= least):
+            rule = f"this environment variable must be a whole number of at least {least}"
+            found.append(Problem(f"{name}={text}", rule, fix))
+    if not found and rank(environ) >= world_size(environ):
+        rule = f"must be below WORLD_SIZE, which is {world_size(environ)}"
+        found.append(Problem(f"RANK={rank(environ)}", rule, fix))
+    return found
 
 
 def rank(environ: Mapping[str, str] = os.environ) -> int:
     """Return the number of this process among all ranks; 0 without a launcher."""
-    return int(environ.get("RANK", "0"))
+    return _number("RANK", environ)
 
 
 def world_size(environ: Mapping[str, str] = os.environ) -> int:
     """Return the number of ranks on all machines; 1 without a launcher."""
-    return int(environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", environ)
 
 
 def local_rank(environ: Mapping[str, str] = os.environ) -> int:
     """Return the number of this process among the ranks of its machine; also its GPU's number."""
-    return int(environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", environ)
 
 
 def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
     """Return the number of ranks on this machine; 1 without a launcher."""
-    return int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _number("LOCAL_WORLD_SIZE", environ)
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> bool:
@@ -48,7 +80,7 @@ def from_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
 
 def restarts(environ: Mapping[str, str] = os.environ) -> int:
     """Return how often torchrun has restarted the ranks after a failure."""
-    return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _number("TORCHELASTIC_RESTART_COUNT", environ)
 
 
 def restarted(environ: Mapping[str, str] = os.environ) -> bool:

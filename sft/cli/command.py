@@ -78,6 +78,8 @@ class Command(Described[C]):
             _print_once(to_json(result or sweep_result) + "\n")
 
     def _dispatch(self, argv: list[str]) -> dict[str, Any] | None:
+        if unusable := process.problems():
+            raise ConfigError(unusable)
         if "--help" in argv or "-h" in argv:
             return _answer(argv, "help", help_text(self, argv))
         args = parse(argv)

@@ -106,8 +106,8 @@ class _Writer:
             raise DataError(
                 f"none of the first {tally['bad']:,} rows of {source.path} fits the template or "
                 f"dataset.format:\n    {first.file}:{first.line}: {first.reason}\n"
-                "    fix: correct the rows; or choose template=, dataset.format= or dataset.columns= "
-                "as the rows need"
+                "    fix: correct the rows; or choose template=, dataset.format= or "
+                "dataset.columns= as the rows need"
             )
 
 

@@ -27,7 +27,7 @@ CONFINED = Path(__file__).with_name("confined.py")
 ERROR = re.compile(r"^error: ", re.MULTILINE)
 # A fix that can be given to the command as it stands, at the beginning of the text of a fix.
 LITERAL = re.compile(r"(?P<quote>'?)(?P<word>[\w.]+=(?P<value>.*?))(?P=quote)(?:,? or .*| \(.*)?$")
-RENAMES = re.compile("no such setting|a setting of its own|is decided by|has no option")
+RENAMES = re.compile("no such setting|a setting of its own|is set by sft itself|has no option")
 PLACEHOLDER = re.compile(r"[A-Z]{3,}|\.\.\.|[<>]|, |\bthat\b")
 
 

@@ -8,18 +8,20 @@ import zlib
 from pathlib import Path
 
 import pytest
+
 from hostile import case as one
 from hostile import runs, tables
 from hostile.case import Case
 
-SAMPLED = 24  # one input of so many, in the tables whose inputs need a process each
+SAMPLED = 40  # one input of so many, in the tables whose inputs need a process each
+WORDS_SAMPLED = 4  # and of those that are composed, which takes a quarter of a second each
 WORDS = tables.in_process()
 FORKED = tables.with_files()
 
 
-def chosen(case: Case) -> bool:
+def chosen(case: Case, of: int = SAMPLED) -> bool:
     """Choose inputs by their names, so that a new input does not change the choice of others."""
-    return zlib.crc32(case.id.encode()) % SAMPLED == 0
+    return zlib.crc32(case.id.encode(errors="backslashreplace")) % of == 0
 
 
 @pytest.fixture(scope="session")
@@ -32,14 +34,15 @@ def test_the_tables_hold_what_is_promised() -> None:
     every = [*WORDS, *FORKED]
     assert len({case.id for case in every}) == len(every) >= 750
     assert {case.command for case in every} == {"train", "data", "generate", "merge", "prove"}
-    assert len([case for case in FORKED if chosen(case)]) >= 12
+    assert len([case for case in FORKED if chosen(case)]) >= 4
 
 
 @pytest.mark.parametrize("group", sorted({case.group for case in WORDS}))
 def test_bad_words_are_refused(group: str) -> None:
     wrong = {}
     for case in WORDS:
-        if case.group == group:
+        composes = case.command not in ("generate", "merge")
+        if case.group == group and (not composes or chosen(case, WORDS_SAMPLED)):
             ended = one.run_here(case)
             if found := one.faults_of(case, ended):
                 wrong[case.id] = (found, ended.stderr[-500:])

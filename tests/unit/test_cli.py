@@ -577,6 +577,7 @@ def test_json_says_what_went_wrong(capfd) -> None:
 
 def test_json_is_of_rank_0(capfd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     dataclasses.replace(train, run=lambda config: {"a": 1})(["--json"])
     assert capfd.readouterr().out == ""
 
