@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sft import __version__, process
 from sft.cli.helptext import Described, help_text
@@ -25,7 +25,10 @@ from sft.data.rows_option import option_of
 from sft.errors import ConfigError, Problem, SftError, Stopped
 from sft.files import DISK, to_json
 
-C = TypeVar("C")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 sweep_result: dict[str, Any] = {}  # Hydra's launcher fills it, for --json
 
 
@@ -94,7 +97,7 @@ class Command(Described[C]):
         else:
             config = self.compose(args.overrides, args.config_dir)
             if args.cfg and args.json:
-                return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
+                return dataclasses.asdict(config)
             if args.cfg:
                 _print_once(saved.to_yaml(config))
                 return None

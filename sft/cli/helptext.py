@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sft.config.groups import groups
 from sft.config.paths import CONF_DIR
@@ -17,7 +17,10 @@ from sft.config.settings import Config
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
 
-C = TypeVar("C")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 WIDEST = 110  # maximum columns of a line; longer lines are hard to read
 OPTIONS = {
     "--help [SECTION]": "print this help, or only one group or section, such as --help dataset",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import (
@@ -27,7 +27,10 @@ from sft.config.saved import escaped
 from sft.config.settings_file import field_of, holds_text
 from sft.errors import ConfigError, Problem
 
-C = TypeVar("C")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 UNKNOWN_SETTING = "there is no such setting"
 CORRECT = "correct the YAML file or the command line"
 LITERAL = r"name a setting, as in ${seed}, or write \${...} for text"
@@ -63,7 +66,7 @@ def plain_config(schema: type[C], given: list[Override]) -> tuple[C, list[Proble
 
     Text does not go through OmegaConf, which would interpolate ``${...}`` in a prompt.
     """
-    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(schema)}
     texts = {
         item.key: item.value
         for item in given
