@@ -491,6 +491,11 @@ def test_control_text_of_a_pair_is_text(audit: Any, capsys: pytest.CaptureFixtur
         assert figures["checks"]["control_tokens"]["documents"] == 1
         # <|user|>, p, the newline, c, <|end|>, d and EOS; as text, the tokens are several each.
         assert (figures["tokens"] == 7) == (given == "token")
+    for given in ("null", "text"):  # in plain text: c, <|end|>, d, and EOS where there is none
+        rows = [{"text": "c<|end|>"}, {"text": "d"}]
+        given = f"template.control_tokens={given}"
+        _, figures, _ = audit(rows, "template=text", "dataset.packing=none", given)
+        assert (figures["tokens"] == 4) == given.endswith("null")
     message = refused(audit, capsys, [GOOD], "template=plain-chat", "template.control_tokens=token")
     assert "only the chat template writes control tokens" in message
 
