@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sft import __version__, process
 from sft.cli.helptext import Described, help_text
@@ -20,15 +20,12 @@ from sft.cli.options import parse
 from sft.config import compose, saved
 from sft.config.overrides import Override, Reader, located
 from sft.config.paths import CONF_DIR
-from sft.config.rules import expand_paths
+from sft.config.rules import Dataclass, expand_paths
 from sft.data.rows_option import option_of
 from sft.errors import ConfigError, Problem, SftError, Stopped
 from sft.files import DISK, to_json
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-C = TypeVar("C", bound="DataclassInstance")
+C = TypeVar("C", bound=Dataclass)
 sweep_result: dict[str, Any] = {}  # Hydra's launcher fills it, for --json
 
 

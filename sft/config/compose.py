@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import (
@@ -22,15 +22,12 @@ from sft.config.groups import groups, missing_plugin, plugin_problems
 from sft.config.names import suggest
 from sft.config.overrides import Override
 from sft.config.paths import CONF_DIR
-from sft.config.rules import default_of, written
+from sft.config.rules import Dataclass, default_of, written
 from sft.config.saved import escaped
 from sft.config.settings_file import field_of, holds_text
 from sft.errors import ConfigError, Problem
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-C = TypeVar("C", bound="DataclassInstance")
+C = TypeVar("C", bound=Dataclass)
 UNKNOWN_SETTING = "there is no such setting"
 CORRECT = "correct the YAML file or the command line"
 LITERAL = r"name a setting, as in ${seed}, or write \${...} for text"
