@@ -41,7 +41,7 @@ def once(make: Callable[..., Any]) -> Callable[..., Any]:
             if args not in results:
                 try:
                     results[args] = make(*args), None
-                except Exception as error:
+                except Exception as error:  # every stage that needs the result fails with it
                     results[args] = None, error
         value, error = results[args]
         if error is not None:

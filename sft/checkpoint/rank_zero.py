@@ -33,7 +33,7 @@ class RankZero:
             return None
         try:
             return task(*args)
-        except Exception as error:
+        except Exception as error:  # kept, so that all ranks end together in __exit__
             self.error = error
         return None
 
@@ -49,8 +49,9 @@ class RankZero:
             return
         if self.here:
             abandon_folder(self.path)
-            if not isinstance(self.error, (OSError, SafetensorError, SftError)):
-                raise self.error  # type: ignore[misc]
+            known = (OSError, SafetensorError, SftError)
+            if self.error is not None and not isinstance(self.error, known):
+                raise self.error
         before = next(iter(folders.checkpoints(self.path.parent)), None)
         there = f"the newest checkpoint is {before}" if before else "there is no other checkpoint"
         cause, _, fix = reason.partition("\n    fix: ")

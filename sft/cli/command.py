@@ -20,12 +20,12 @@ from sft.cli.options import parse
 from sft.config import compose, saved
 from sft.config.overrides import Override, Reader, located
 from sft.config.paths import CONF_DIR
-from sft.config.rules import expand_paths
+from sft.config.rules import Dataclass, expand_paths
 from sft.data.rows_option import option_of
 from sft.errors import ConfigError, Problem, SftError, Stopped
 from sft.files import DISK, to_json
 
-C = TypeVar("C")
+C = TypeVar("C", bound=Dataclass)
 sweep_result: dict[str, Any] = {}  # Hydra's launcher fills it, for --json
 
 
@@ -98,7 +98,7 @@ class Command(Described[C]):
         else:
             config = self.compose(args.overrides, args.config_dir)
             if args.cfg and args.json:
-                return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
+                return dataclasses.asdict(config)
             if args.cfg:
                 _print_once(saved.to_yaml(config))
                 return None

@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 
 from sft.config.groups import groups
 from sft.config.paths import CONF_DIR
-from sft.config.rules import fields_of, written
+from sft.config.rules import Dataclass, fields_of, written
 from sft.config.settings import Config
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
 
-C = TypeVar("C")
+C = TypeVar("C", bound=Dataclass)
 WIDEST = 110  # maximum columns of a line; longer lines are hard to read
 OPTIONS = {
     "--help [SECTION]": "print this help, or only one group or section, such as --help dataset",

@@ -23,12 +23,12 @@ from sft.config.groups import groups, missing_plugin, plugin_problems
 from sft.config.names import suggest
 from sft.config.overrides import Override
 from sft.config.paths import CONF_DIR
-from sft.config.rules import written
+from sft.config.rules import Dataclass, written
 from sft.config.settings_file import field_of, holds_text
 from sft.config.typed import UNKNOWN_SETTING, merge, wrong_type
 from sft.errors import ConfigError, Problem
 
-C = TypeVar("C")
+C = TypeVar("C", bound=Dataclass)
 CONSENT = "model.trust_remote_code"
 MOST_TRIALS = 10_000
 CORRECT = "correct the YAML file or the command line"
@@ -74,7 +74,7 @@ def plain_config(schema: type[C], given: list[Override]) -> tuple[C, list[Proble
 
     Text does not go through OmegaConf, which would interpolate ``${...}`` in a prompt.
     """
-    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(schema)}
     texts = {
         item.key: item.value
         for item in given

@@ -7,9 +7,15 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from sft.errors import Problem
+
+
+class Dataclass(Protocol):
+    """Any dataclass, as ``dataclasses.fields`` takes it: the schema of a command's settings."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _of_row(row: pa.RecordBatch, clean: Convert, limit: int) -> Values | str:
     try:
         values: Values = clean(row.to_pylist()[0])
         return values
-    except Exception as error:
+    except Exception as error:  # Arrow, Python's dates and decimals: each raises errors of its own
         return f"the row cannot be read: {type(error).__name__}: {error}"
 
 

@@ -227,8 +227,9 @@ class ChatTemplate:
                 {"role": "user", "content": "?"},
                 {"role": "assistant", "content": "", "tool_calls": [call]},
             ]
-            tool = {"type": "function", "function": {"name": "Zq0", "description": "?"}}
-            tool["function"]["parameters"] = {"type": "object", "properties": {}}  # type: ignore[index]
+            schema = {"type": "object", "properties": {}}
+            described = {"name": "Zq0", "description": "?", "parameters": schema}
+            tool = {"type": "function", "function": described}
             try:
                 text = self._rendered(messages, [tool], False).text
             except DataError:

@@ -19,8 +19,8 @@ from sft.files import without_protocol
 
 # The names of files with a known ending that hold no rows, in lower case.
 NO_DATA = re.compile(
-    r"(readme|licen[cs]e|notice|changelog|citation|contributing|code_of_conduct)"
-    r"([-_]\w{2,5})?(\.md|\.txt|\.rst|\.html)?|requirements\.txt"
+    r"(readme([-_]\w{2,5})?|licen[cs]e|notice|changelog|citation|contributing|code_of_conduct)"
+    r"(\.md|\.txt|\.rst|\.html)?|requirements\.txt"
     r"|(dataset_infos?|dataset_dict|state|croissant)\.json"
 )
 IRREGULAR = (

@@ -113,15 +113,25 @@ def conversation_of(row: dict[str, Any], name: str, answered: bool = True) -> Co
     if isinstance(completion, list):
         turns += [("completion", item) for item in completion]
         first = completion[0] if completion else None
-        if isinstance(first, dict) and ROLES.get(str(first.get("role"))) in ("user", "system"):
+        said = (first.get("role") or first.get("from")) if isinstance(first, dict) else None
+        if ROLES.get(str(said)) in ("user", "system"):
             raise DataError(
-                f"the completion begins with a message of role {first['role']}, so it holds the "
+                f"the completion begins with a message of role {said}, so it holds the "
                 "prompt once more\n    fix: dataset.columns.messages=COLUMN, for a column that "
                 "holds the whole conversation"
             )
-    elif is_filled(completion):
-        turns.append(("completion", {"role": "assistant", "content": completion}))
-    return conversation(turns, row, {"prompt", "completion"})
+        return conversation(turns, row, {"prompt", "completion"})
+    if is_filled(completion):
+        turns.append(("completion", answer_of(completion, row)))
+    return conversation(turns, row, {"prompt", "completion", "reasoning_content"})
+
+
+def answer_of(text: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the message of a completion that is text, with the reasoning of its row."""
+    message = {"role": "assistant", "content": text}
+    if is_filled(row.get("reasoning_content")):
+        message["reasoning_content"] = row["reasoning_content"]
+    return message
 
 
 def conversation(

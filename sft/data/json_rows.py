@@ -141,11 +141,17 @@ def _begin_of(key: str, text: str) -> int:
     decoder = json.JSONDecoder()
     place = text.index("{") + 1
     while True:
-        name, place = decoder.raw_decode(text, BLANK.match(text, place).end())  # type: ignore[union-attr]
-        place = COLON.match(text, place).end()  # type: ignore[union-attr]
+        name, place = decoder.raw_decode(text, _after(BLANK, text, place))
+        place = _after(COLON, text, place)
         if name == key and text[place] == "[":
             return place + 1
         _, place = decoder.raw_decode(text, place)
+
+
+def _after(pattern: re.Pattern[str], text: str, place: int) -> int:
+    """Return the position after a pattern at a place; the place if it does not match there."""
+    found = pattern.match(text, place)
+    return found.end() if found else place
 
 
 def _array(
@@ -164,7 +170,7 @@ def _array(
     decoder = json.JSONDecoder()
     line = 1 + text.count("\n", 0, place)
     while True:
-        after = BLANK.match(text, place).end()  # type: ignore[union-attr]
+        after = _after(BLANK, text, place)
         line += text.count("\n", place, after)
         place = after
         if text[place : place + 1] == "]":

@@ -81,7 +81,7 @@ def _hub_rows(path: str, subset: str | None, split: str, stream_seed: int | None
 def _hub_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # Datasets, the hub, the network, a script's absence: any kind
         reason = (str(error) or repr(error)).splitlines()[0]
         raise DataError(
             f"the dataset {path} cannot be loaded from the hub: {reason}\n"

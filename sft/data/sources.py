@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from sft.data.rows import BadRow, Row
 from sft.data.values import is_filled
 from sft.errors import DataError
 
-SEEN = 1000  # rows, of which one must have each of dataset.columns
+SEEN = 100  # rows, of which one must have each of dataset.columns: JSON need not write all
 
 
 @dataclass
@@ -88,16 +88,29 @@ class Source:
                 f"dataset.columns={self.columns} maps two fields to one column\n"
                 "    fix: a template of your own that names the column twice"
             )
-        head = list(itertools.islice(rows, SEEN))  # a row of JSON need not have every column
-        known = dict.fromkeys(key for row in head if isinstance(row, Row) for key in row.values)
+        seen: dict[str, None] = {}
+        for number, row in enumerate(rows, 1):
+            if isinstance(row, Row):
+                if number <= SEEN:
+                    seen |= dict.fromkeys(row.values)
+                row = row._replace(values=self._renamed(row.values))
+            if number == SEEN:
+                self._require_columns(seen)
+            yield row
+        self._require_columns(seen)
+
+    def _require_columns(self, seen: Collection[str]) -> None:
+        """Refuse ``columns`` if none of the rows that were seen has one of them.
+
+        Raises:
+            DataError: None has.
+        """
         for name, column in self.columns.items():
-            if known and column not in known:
+            if seen and column not in seen:
                 raise DataError(
-                    f"{self.path} has no column {column}; it has {', '.join(known)}\n"
+                    f"{self.path} has no column {column}; it has {', '.join(seen)}\n"
                     f"    fix: dataset.columns.{name}=COLUMN"
                 )
-        for row in itertools.chain(head, rows):
-            yield row._replace(values=self._renamed(row.values)) if isinstance(row, Row) else row
 
     def _renamed(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return a row's values by their new names.
@@ -105,19 +118,15 @@ class Source:
         A column that has a new name already stays where the renamed one is not filled. Where both
         are filled, the audit lists it.
         """
-        sources = self.columns.values()
-        kept = {key: v for key, v in values.items() if key not in {*sources, *self.columns}}
+        moved = {*self.columns.values(), *self.columns}
+        renamed = {key: value for key, value in values.items() if key not in moved}
         for name, column in self.columns.items():
-            own = None if name in sources else values.get(name)
-            if is_filled(own) and is_filled(values.get(column)):
-                kept[f"{name}, replaced by {column}"] = own
-            if column in values or name in values:
-                kept[name] = (
-                    own
-                    if is_filled(own) and not is_filled(values.get(column))
-                    else (values.get(column))
-                )
-        return kept
+            value = values.get(column)
+            own = None if name in self.columns.values() else values.get(name)
+            if is_filled(own) and is_filled(value):
+                renamed[f"{name}, replaced by {column}"] = own
+            renamed[name] = value if is_filled(value) or not is_filled(own) else own
+        return renamed
 
 
 def of(config: DatasetConfig, seed: int) -> list[Source]:

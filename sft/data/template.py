@@ -12,6 +12,7 @@ from sft.data.chat import Chat
 from sft.data.chat_template import ChatTemplate
 from sft.data.formats import (
     Conversation,
+    answer_of,
     conversation,
     conversation_of,
     format_of,
@@ -245,10 +246,7 @@ class Template:
         prompt, used = self._filled(self.config.prompts, row, format, "prompt")
         turns = [*history_of(row), ("prompt", {"role": "user", "content": prompt})]
         if completion is not None:
-            answer = {"role": "assistant", "content": completion[0]}
-            if is_filled(row.get("reasoning_content")):
-                answer["reasoning_content"] = row["reasoning_content"]
-            turns.append(("completion", answer))
+            turns.append(("completion", answer_of(completion[0], row)))
             used += (*completion[1], "reasoning_content")
         return conversation(turns, row, {*used, "history"})
 

@@ -31,7 +31,9 @@ def calls_of(value: Any, place: str, unused: set[str]) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DataError(f"{what} has no name")
         key = next((name for name in ARGUMENTS if is_filled(function.get(name))), "arguments")
-        arguments = parsed(function[key], f"{key} in {what}") if function.get(key) else {}
+        arguments = (
+            parsed(function[key], f"{key} in {what}") if is_filled(function.get(key)) else {}
+        )
         entry = {"name": function["name"], "arguments": arguments}
         known = {"function", "name", "id", "type", "index", key}
         unused |= {k for k, v in {**call, **function}.items() if k not in known and is_filled(v)}

@@ -38,7 +38,8 @@ KNOWN = {
     **dict.fromkeys(MEDIA, _MEDIA_FIX),
     **dict.fromkeys((*MASKS, "labels"), _TOKENS_FIX),
     "prompt_mask": _TOKENS_FIX + ", and completion_mask or labels",
-    "reasoning_content": "template=chat or template=plain-chat",
+    "reasoning_content": "template=chat for a text as completion, or reasoning_content within the "
+    "message of the answer",
     "seq_lengths": "rows of one document each; dataset.packing joins them",
 }
 # Keys of messages that say, in other words than FLAGS_OF_MESSAGES, what of them is trained.
@@ -190,7 +191,8 @@ def unused(
     known = _KNOWN_OF_TOKENS if tokens else KNOWN.keys()
     if not known.isdisjoint(left):
         refuse(sorted(known & set(left)), template)
-    if row.get("label") is False:  # of a pair that was judged, as for KTO
+    # A pair that was judged, as for KTO.
+    if "label" in left and row.get("completion") and str(row["label"]).lower() == "false":
         raise DataError(
             "the row has label=false: its completion is one not to learn\n"
             "    fix: leave such rows out, or dataset.ignore_columns=[label]"

@@ -342,6 +342,13 @@ def test_only_files_about_the_data_hold_no_rows(folder: Path, audit: Run) -> Non
     assert "unknown endings" not in found.error
 
 
+def test_a_text_about_something_else_is_read(folder: Path, audit: Run) -> None:
+    for name in ("notice_board.txt", "citations.txt", "README.md"):
+        (folder / name).write_text("a text\n")
+    found = audit(f"dataset.path={folder}", "template=text")
+    assert (found.train["rows"], found.train["unused_files"]) == (2, ["README.md"])
+
+
 # 23: remote folders
 
 

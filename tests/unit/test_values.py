@@ -445,6 +445,7 @@ def test_masks_have_other_names(audit: Any, name: str) -> None:
         ({"input_ids": [97, 98, 97], "position_ids": [0, 1, 0]}, "position_ids begin again"),
         ({"input_ids": [97, 98, 97], "prompt_mask": [0, 1, 0]}, "the column prompt_mask, which"),
         ({**GOOD, "label": False}, "label=false: its completion is one not to learn"),
+        ({**GOOD, "label": "False"}, "label=false: its completion is one not to learn"),
         ({"question": "q", "response": "r", "system_prompt": "S"}, "columns.system=system_prompt"),
         ({**GOOD, "reasoning_content": "R"}, "does not use the column reasoning_content"),
         ({**GOOD, "input": "x"}, "does not use the column input"),
@@ -452,13 +453,19 @@ def test_masks_have_other_names(audit: Any, name: str) -> None:
             {"prompt": "p", "completion": [{"role": "user", "content": "p"}, CALL]},
             "the completion begins with a message of role user",
         ),
+        (
+            {"prompt": "p", "completion": [{"from": "human", "value": "p"}, CALL]},
+            "the completion begins with a message of role human",
+        ),
         ({"messages": [{**CALL, "loss_scale": 0}]}, "does not use the column messages.loss_scale"),
     ],
 )
 def test_what_says_more_than_is_used_is_refused(
     audit: Any, capsys: pytest.CaptureFixture[str], row: dict[str, Any], message: str
 ) -> None:
-    template = "plain-chat" if "messages" in row or message.endswith("user") else "completion"
+    template = (
+        "plain-chat" if "messages" in row or message.endswith(("user", "human")) else "completion"
+    )
     assert message in refused(audit, capsys, [row], f"template={template}")
 
 
@@ -468,10 +475,11 @@ def test_the_loss_of_a_message_and_the_reasoning_of_a_pair(audit: Any) -> None:
     rows = [
         {"messages": [*turns, {"role": "assistant", "content": "b", "loss": True}]},
         {**GOOD, "messages": [], "reasoning_content": "R"},
+        {**GOOD, "prompt": [{"role": "user", "content": "p"}], "reasoning_content": "R"},
     ]
     assert audit(rows, "template=plain-chat")[0] == [
         "USER: u\nASSISTANT: a<|end|>\nUSER: u\nASSISTANT:⟦ b<|end|>⟧\n",
-        "USER: p\nASSISTANT:⟦ <think>\nR\n</think>\n c<|end|>⟧\n",
+        *["USER: p\nASSISTANT:⟦ <think>\nR\n</think>\n c<|end|>⟧\n"] * 2,
     ]
 
 
@@ -483,6 +491,11 @@ def test_control_text_of_a_pair_is_text(audit: Any, capsys: pytest.CaptureFixtur
         assert figures["checks"]["control_tokens"]["documents"] == 1
         # <|user|>, p, the newline, c, <|end|>, d and EOS; as text, the tokens are several each.
         assert (figures["tokens"] == 7) == (given == "token")
+    for given in ("null", "text"):  # in plain text: c, <|end|>, d, and EOS where there is none
+        rows = [{"text": "c<|end|>"}, {"text": "d"}]
+        given = f"template.control_tokens={given}"
+        _, figures, _ = audit(rows, "template=text", "dataset.packing=none", given)
+        assert (figures["tokens"] == 4) == given.endswith("null")
     message = refused(audit, capsys, [GOOD], "template=plain-chat", "template.control_tokens=token")
     assert "only the chat template writes control tokens" in message
 
@@ -497,6 +510,23 @@ def test_ignored_keys_of_messages_in_a_table(audit: Any) -> None:
     texts, figures, _ = audit(rows, "template=plain-chat", ignored)
     assert texts == ["USER: u\nASSISTANT:⟦ a<|end|>⟧\n"]
     assert figures["unused_columns"] == {"messages.images": 1}
+
+
+def test_a_call_without_arguments_has_none(audit: Any) -> None:
+    for nothing in ({}, None, "", float("nan")):
+        call = {"name": "f", "arguments": nothing}
+        turn = [{"role": "user", "content": "u"}, {"role": "assistant", "tool_calls": [call]}]
+        [text] = audit([{"messages": turn}], "template=plain-chat")[0]
+        assert text.endswith('⟦ CALL {"name": "f", "arguments": {}}<|end|>⟧\n')
+
+
+def test_a_column_that_no_row_has_is_named(audit: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    renamed = "dataset.columns={prompt: ask}"
+    for count in (3, 300):
+        rows = [{"asked": "p", "completion": "c"}] * count
+        message = refused(audit, capsys, rows, renamed)
+        assert "has no column ask; it has asked, completion" in message
+        assert "fix: dataset.columns.prompt=COLUMN" in message
 
 
 def test_a_column_may_be_absent_from_the_first_row(audit: Any) -> None:
