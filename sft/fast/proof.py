@@ -62,6 +62,8 @@ def difference(
     model.train(was_training)
     expected = scores.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     dtype = next(p.dtype for p in inner.parameters() if p.is_floating_point())
-    eps = max(torch.finfo(dtype).eps, torch.finfo(computed_in).eps)
-    rounding = 16 * eps * max(1.0, float(scores.abs().max()))
+    # A score is rounded once to 16 bits, half an eps; its sum is made in float32, in another order.
+    eps = {torch.finfo(used).eps for used in (dtype, computed_in)} - {torch.finfo().eps}
+    rounding = 16 * torch.finfo(torch.float32).eps + 4 * max(eps, default=0.0)
+    rounding *= max(1.0, float(scores.abs().max()))
     return float((found - expected.to(found.device)).abs().max()) / rounding
