@@ -89,6 +89,9 @@ def prepare(distributed: bool = False) -> None:
     import huggingface_hub
     import transformers
 
+    # A notebook may have imported huggingface_hub, which reads the variable once: TRL reports runs.
+    if os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1":
+        huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     for library in ("transformers", "torch", "trl", "peft"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     transformers.logging.set_verbosity_error()

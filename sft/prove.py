@@ -108,7 +108,7 @@ def _few_rows(config: ProveConfig) -> int:
     chosen = artefact.template_of(dataset.path) or config.template
     template = Template(chosen, tokenizer, dataset.format)
     config.train.max_steps = config.steps or 3 * EPOCH  # limits what is read with streaming=true
-    if dataset.max_eval_rows is None:
+    if dataset.max_eval_rows is None and not dataset.eval_fraction:
         dataset.max_eval_rows = EPOCH * batch
     given, samples = dataset.max_rows, -1
     dataset.max_rows = given or EPOCH * batch

@@ -6,6 +6,7 @@ connection and any look-up of a name; a look-up is what a request to a host begi
 
 import ipaddress
 import json
+import os
 import sys
 from typing import Any
 
@@ -35,6 +36,10 @@ def forbid(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 if __name__ == "__main__":
+    # TRL reports no run to its hub where CI is set. A notebook may have imported the hub's client.
+    os.environ.pop("CI", None)
+    import huggingface_hub  # noqa: F401
+
     sys.addaudithook(forbid)
     from sft.data.__main__ import main as data
     from sft.generate import main as generate

@@ -117,7 +117,11 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, common: list[str]) -> None
     ("overrides", "code", "messages"),
     [
         (["lora.r=0", "train.learning_rat=1"], 2, ["2 settings are refused", "lora.r=0"]),
-        (["model.name_or_path=./nowhere"], 1, ["there is no model folder ./nowhere", "model=tiny"]),
+        (
+            ["model.name_or_path=./nowhere"],
+            1,
+            ["there is no model folder ./nowhere\n    fix: model.name_or_path="],
+        ),
         (
             ["model.name_or_path=nobody/nothing"],
             1,
@@ -178,7 +182,7 @@ def test_a_bad_setting_is_said_by_one_rank(tmp_path: Path, common: list[str]) ->
     assert result.returncode == 1
     assert result.stderr.count("error: 1 setting is refused") == 1
     # torchrun's own account of the failure comes last; it ends with our message too.
-    assert "lora.r=0\n      must be at least 1" in result.stderr.rpartition("Root Cause")[2]
+    assert "lora.r=0\n      must be from 1 to 65536" in result.stderr.rpartition("Root Cause")[2]
 
 
 def test_evaluation_counts_every_token_once(tmp_path: Path, common: list[str]) -> None:

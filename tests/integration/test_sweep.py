@@ -42,7 +42,7 @@ def test_a_refused_trial_stops_no_other_and_nothing_trains_twice(tmp_path: Path)
     trials = json.loads((folder / "sweep.json").read_text())
     assert [item["overrides"] for item in trials] == [["lora.r=4"], ["lora.r=0"], ["lora.r=8"]]
     assert [item["status"] for item in trials] == ["finished", "failed", "finished"]
-    assert "lora.r=0\n    must be at least 1" in trials[1]["message"]
+    assert "lora.r=0\n    must be from 1 to 65536" in trials[1]["message"]
     assert not (tmp_path / trials[1]["output_dir"]).exists()
     for item, rank in ((trials[0], 4), (trials[2], 8)):
         record = read(tmp_path / item["output_dir"] / "run.json")

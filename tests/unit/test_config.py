@@ -664,6 +664,7 @@ def test_rank_0_speaks_first(capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for argv in (["--help"], ["--cfg", "job"], ["-m", "lora.r=1,2"]):
         main(argv)
     assert capsys.readouterr() == ("", "")
@@ -797,6 +798,7 @@ def test_a_bug_shows_its_traceback(capsys, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # another rank may speak first
     monkeypatch.setenv("RANK", "1")  # whichever rank it happens on
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="1"):
         dataclasses.replace(main, run=fails)([])
     error = capsys.readouterr().err
