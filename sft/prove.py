@@ -27,7 +27,6 @@ OWN = {
     *("dataset.max_rows", "dataset.max_eval_rows"),
 }
 EPOCH = 3  # optimizer steps of an epoch, at most, unless dataset.max_rows is set
-ROWS = ("rows", "eval_rows")
 FOLDER_OPTIONS = ("--config-dir", "-cd")
 LONGEST = 50  # optimizer steps; an epoch that is longer is not trained to its end
 
@@ -159,7 +158,8 @@ def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> dict[str, 
         command += [*_given(), f"output_dir={run}", f"train.max_steps={steps}"]
         command += ["train.save_strategy=steps", f"train.save_steps={stop}"]
         command += ["train.logging_steps=1", f"train.save_total_limit={steps}"]
-        command += [f"dataset.max_{name}={getattr(config.dataset, f'max_{name}')}" for name in ROWS]
+        limits = {name: getattr(config.dataset, name) for name in ("max_rows", "max_eval_rows")}
+        command += [f"dataset.{name}={rows}" for name, rows in limits.items() if rows is not None]
         logger.info("training %s steps without interruption on %s", steps, _counted(ranks))
         straight = _outcome(command, run)
         cut_back(run, stop)

@@ -22,7 +22,12 @@ for line in open(sys.argv[1]):
 SETTINGS = {
     "stage2": ["zero=stage2"],
     "plain": ["lora.r=4", "train.learning_rate=5e-3"],
-    "fails": ["zero=stage2", "train.max_grad_norm=0", "train.learning_rate=1e12"],
+    "fails": [
+        "zero=stage2",
+        "train.max_grad_norm=0",
+        "train.learning_rate=1e12",
+        "lora.lora_alpha=1000000000000",
+    ],
     "stage3": ["zero=stage3", "seed=7", "train.per_device_train_batch_size=1"],
     "bf16": ["precision=bf16", "train.gradient_checkpointing=true"],
 }

@@ -127,8 +127,12 @@ def test_one_rank_with_little_memory_makes_all_recompute(
     assert "stage3.json as set; sizes in elements, chosen for the model: stage3_" in said
 
 
-def test_ranks_that_part_stop_the_run(tmp_path: Path, llama: Path, rows: Path) -> None:
+@pytest.mark.parametrize(("family", "precision"), [("llama", "fp32"), ("qwen3_moe", "bf16")])
+def test_ranks_that_part_stop_the_run(
+    tmp_path: Path, llama: Path, rows: Path, family: str, precision: str
+) -> None:
     """The stock evaluate, called before training, silently switches DDP's gradient sync off."""
+    base = llama if family == "llama" else build_model(tmp_path / family, family, tied=False)
     result = run_script(
         tmp_path,
         "import sys, trl, sft.cli.command, sft.training.summary, sft.train\n"
@@ -139,9 +143,9 @@ def test_ranks_that_part_stop_the_run(tmp_path: Path, llama: Path, rows: Path) -
         "sft.training.summary.describe_run = evaluate_first\n"
         "sft.cli.command.time.sleep = lambda seconds: None\n"  # for another rank to speak first
         "sft.train.main(sys.argv[1:])\n",
-        *("model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"),
+        *("model=hf", f"model.name_or_path={base}", "dataset=jsonl", f"dataset.path={rows}"),
         *("template=chat", "train.per_device_train_batch_size=2", "train.global_batch_size=4"),
-        "train.max_steps=3",
+        *("train.max_steps=3", f"precision={precision}"),
     )
     assert result.returncode == 1
     assert "the trained parameters of ranks [1] differ from rank 0's" in result.stderr
