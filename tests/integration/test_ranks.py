@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support import PLAIN, SAME_LOSS, assert_same_adapter, losses, records
+from support import PLAIN, SAME_LOSS, assert_same_adapter, build_model, losses, records
 from warm import run_warm
 
 STAGES = ("none", "stage1", "stage2", "stage3")
