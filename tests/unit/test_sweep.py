@@ -154,8 +154,8 @@ def test_what_no_trial_can_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="2 settings are refused") as error:
         sweep.plan([["++seed=1"], ["++seed=2"]], configs, asked, Path("s"), 0, [])
     assert "hydra.launcher.nproc_per_node=0\n    must be at least 1" in str(error.value)
-    assert "output_dir=x\n    all trials" in str(error.value)
-    assert "fix: hydra.sweep.dir=x" in str(error.value)
+    assert "output_dir=x\n    2 trials would write" in str(error.value)
+    assert "fix: output_dir=null hydra.sweep.dir=x" in str(error.value)
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
