@@ -213,7 +213,7 @@ def _set(composed: Any, given: list[Override], schema: Any) -> Iterator[Problem]
                 else Problem(
                     written(item.key, item.value),
                     str(error).splitlines()[0],
-                    suggest(item.key, schema),
+                    suggest(item.key, schema, item.value),
                 )
             )
 

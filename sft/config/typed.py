@@ -27,7 +27,9 @@ def merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> 
         if field is None:
             problems.append(
                 Problem(
-                    written(path, value), UNKNOWN_SETTING, suggest(path, OmegaConf.get_type(typed))
+                    written(path, value),
+                    UNKNOWN_SETTING,
+                    suggest(path, OmegaConf.get_type(typed), value),
                 )
             )
             continue

@@ -260,10 +260,10 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("resume=auto", ""),
     ),
     "names of other tools": (
-        ("learning_rate=1e-4", UNKNOWN),
+        ("learning_rate=1e-4", "fix: train.learning_rate=0.0001"),
         ("--learning_rate=1e-4", ""),
         ("num_train_epochs=3", UNKNOWN),
-        ("lora_r=64", UNKNOWN),
+        ("lora_r=64", "fix: lora.r=64"),
         ("lora_target=all", UNKNOWN),
         ("load_in_4bit=true", UNKNOWN),
         ("model_name_or_path=x", UNKNOWN),
