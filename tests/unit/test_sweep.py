@@ -168,8 +168,11 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 # Before the first trial
 
 
+TEMPLATE = {"prompts": ["{prompt}"], "completions": ["{completion}"]}
+
+
 def planned(*swept: str, **values: object) -> Trial:
-    config = settings(**values)
+    config = settings(template=TEMPLATE, **values)
     return Trial([], config, list(swept), "", "")
 
 
@@ -190,9 +193,10 @@ def test_a_value_of_the_wrong_type_and_a_long_name_are_found_too(tmp_path: Path)
     config["lora"]["r"] = "many"  # type: ignore[index]
     with pytest.raises(ConfigError, match=r"lora.r=many\n    must be of type int"):
         beforehand.require([Trial([], config, [], "", "")], 1)
+    parts: dict[str, dict[str, str]]
     parts = {"model": {"name": "x" * 200, "name_or_path": "a/b"}, "dataset": {"name": "y" * 200}}
     parts["dataset"]["path"] = "a/b"
-    with pytest.raises(ConfigError, match=r"follows from the names .* a name has 414 bytes"):
+    with pytest.raises(ConfigError, match=r"follows from the names .* a name has 411 bytes"):
         beforehand.require([planned(**parts)], 1)
 
 
