@@ -61,7 +61,7 @@ class TorchrunLauncher(Launcher):  # type: ignore[misc]
         """
         from sft.cli.command import report_error, start_logging, sweep_result
         from sft.errors import SftError
-        from sft.sweep import trials
+        from sft.sweep import beforehand, trials
 
         start_logging()
         hydra = self.config.hydra
@@ -70,21 +70,26 @@ class TorchrunLauncher(Launcher):  # type: ignore[misc]
         jobs = [list(overrides) for overrides in job_overrides]
         returns = [self._job_return(job, initial_job_idx + i) for i, job in enumerate(jobs)]
         sources = hydra.runtime.config_sources
+        ranks = trials.ranks(self.nproc_per_node)
         try:
             planned = trials.plan(
                 jobs,
                 [OmegaConf.to_container(item.cfg, resolve=True) for item in returns],
                 list(hydra.overrides.task),
                 sweep_dir,
-                trials.ranks(self.nproc_per_node),
+                ranks,
                 [source.path for source in sources if source.provider == "command-line"],
             )
+            beforehand.require(planned, ranks)
             exit_code = trials.run(planned, sweep_dir)
         except SftError as error:
             report_error(str(error))
             sweep_result.update(error=str(error))
             raise SystemExit(error.exit_code) from None
         sweep_result.update(sweep=str(sweep_dir), trials=trials.records(planned))
+        if exit_code and (message := trials.all_failed(planned)):
+            report_error(message)
+            sweep_result.update(error=message)
         if exit_code:
             raise SystemExit(exit_code)
         for item, trial in zip(returns, planned, strict=True):

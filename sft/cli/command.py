@@ -226,11 +226,24 @@ def start_logging() -> None:
 
 
 def _hand_to_hydra(command: Command[Any], argv: list[str]) -> None:
-    import hydra
+    """Run ``hydra.main`` with these words.
 
+    Raises:
+        ConfigError: Hydra refuses them. Its own way would be to print a traceback and to exit.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and those of the disk
     sys.argv = [f"sft.{command.name}", *argv]
     if command.config_name is not None:
         compose.register_schema(command.schema, command.config_name)
-    hydra.main(config_path=str(CONF_DIR), config_name=command.config_name, version_base="1.3")(
-        lambda _: None
-    )()
+    main = hydra.main(
+        config_path=str(CONF_DIR), config_name=command.config_name, version_base="1.3"
+    )
+    try:
+        main(lambda _: None)()
+    except (HydraException, OmegaConfBaseException) as error:
+        problem = Problem(" ".join(argv), ": ".join(compose.reasons(error)), compose.CORRECT)
+        raise ConfigError([problem]) from error

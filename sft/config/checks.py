@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from sft.config import data_checks, lora_checks, names, no_effect, upstream, zero_checks
 from sft.config.compare import CONTENTS, flatten
-from sft.config.rules import rule_problems
-from sft.config.settings import Config, TrainConfig, is_name
+from sft.config.rules import LONGEST_NAME, name_fault, rule_problems
+from sft.config.settings import Config, TrainConfig
 from sft.errors import Problem
 from sft.process import world_size
 
@@ -47,15 +47,15 @@ def _names(config: Config) -> Iterator[Problem]:
         yield Problem(
             "model.name_or_path=null", "a base model is needed", "model.name_or_path=HUB_ID_OR_DIR"
         )
-    if config.run_name is not None and not is_name(config.run_name):
-        yield Problem(
-            f"run_name={config.run_name}", "must be a name without a folder", "output_dir=DIR"
-        )
+    if config.run_name is not None and (fault := name_fault(config.run_name)):
+        short = f"run_name={config.run_name[: LONGEST_NAME // 4]}"
+        fix = short if fault.startswith("a name") else "output_dir=DIR"
+        yield Problem(f"run_name={config.run_name}", fault, fix)
     for key in ("model.name", "dataset.name"):  # parts of run_name if that is null
         section, _, leaf = key.partition(".")
         name = getattr(getattr(config, section), leaf)
-        if name is not None and not is_name(name):
-            yield Problem(f"{key}={name}", "must be a name without a folder", f"{key}=NAME")
+        if name is not None and (fault := name_fault(name)):
+            yield Problem(f"{key}={name}", fault, f"{key}=NAME")
 
 
 def _resume(config: Config) -> Iterator[Problem]:

@@ -96,8 +96,8 @@ def sweep_overrides(
 ) -> list[str]:
     """Return the overrides of a sweep in the form that Hydra's sweeper accepts and expands.
 
-    A trial checks its own config, so that a refused trial does not stop the others. Only problems
-    that every trial would have are refused here: unknown keys and unknown group options.
+    Only unknown keys, unknown group options and problems of values that are not swept are found
+    here; ``sft.sweep.beforehand`` checks each trial's config after Hydra has composed it.
 
     Raises:
         ConfigError: With every such problem.
@@ -111,11 +111,13 @@ def sweep_overrides(
     ]
     composed, grid, problems = _compose(schema, name, fixed + swept, config_dir)
     alike = {item.key for item in fixed}  # in every trial
+    typed = OmegaConf.structured(schema)
     problems += [
         problem
-        for problem in merge(OmegaConf.structured(schema), composed, schema)
+        for problem in merge(typed, composed, schema)
         if problem.rule == UNKNOWN_SETTING or problem.setting.partition("=")[0] in alike
     ]
+    problems += _consent_problems(OmegaConf.to_object(typed), given)
     values = {str(key).lstrip("+"): f"{key}={values}" for key, values in grid.items()}
     values |= {item.key: item.hydra() for item in given if item.kind == "sweep"}
     problems += _number_problems(values)
@@ -179,7 +181,7 @@ def _compose(
         problems += _set(composed, [item for item in given if item.kind == "setting"], schema)
         container = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        rule = ": ".join(_reasons(error))
+        rule = ": ".join(reasons(error))
         if plugin := missing_plugin(rule):
             raise ConfigError([plugin]) from error
         setting = str(getattr(error, "full_key", None) or "the composed config")
@@ -211,12 +213,12 @@ def _set(composed: Any, given: list[Override], schema: Any) -> Iterator[Problem]
                 else Problem(
                     written(item.key, item.value),
                     str(error).splitlines()[0],
-                    suggest(item.key, schema),
+                    suggest(item.key, schema, item.value),
                 )
             )
 
 
-def _reasons(error: BaseException) -> Iterator[str]:
+def reasons(error: BaseException) -> Iterator[str]:
     """Yield the first line of an error and of its cause."""
     for item in (error, error.__cause__):
         if item is not None and str(item):

@@ -41,6 +41,12 @@ def parse(text: str) -> Any:
         return None
 
 
+def unclosed(text: str) -> str:
+    """Return the parentheses that ``key=value`` lacks at its end; "" if they do not complete it."""
+    missing = ")" * (text.count("(") - text.count(")"))
+    return missing if missing and parse(text + missing) is not None else ""
+
+
 def from_yaml(text: str) -> Any:
     """Parse a value as YAML, where ``{a:b}`` needs no space after the colon, as in Hydra's grammar.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sft.config.rules import LARGEST_RANK, at_least, between, one_of, setting, within
+from sft.config.rules import LARGEST_RANK, at_least, between, each, one_of, setting, within
 
 
 @dataclass
@@ -92,10 +92,14 @@ class LoraSection:
         None, "names of modules that are trained in full and saved with the adapter"
     )
     rank_pattern: dict[str, int] = setting(
-        {}, "ranks that differ from r, by module name, such as {q_proj: 16}"
+        {},
+        "ranks that differ from r, by module name, such as {q_proj: 16}",
+        each(between(1, LARGEST_RANK)),
     )
     alpha_pattern: dict[str, int] = setting(
-        {}, "values that differ from lora_alpha, by module name, such as {q_proj: 32}"
+        {},
+        "values that differ from lora_alpha, by module name, such as {q_proj: 32}",
+        each(at_least(1)),
     )
     use_rslora: bool = setting(
         False, "true: scale the adapter's output by lora_alpha / sqrt(r) instead (rsLoRA)"

@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from sft.config import upstream, verdicts
-from sft.config.rules import declared, example_of
+from sft.config.rules import declared, example_of, written
+from sft.config.saved import escaped
 from sft.config.settings import Config
 from sft.errors import Problem
 
@@ -26,19 +30,22 @@ def _examples(fact: str, section: str = "") -> dict[str, str]:
 # settings decides is declared with that setting.
 TRAIN_OWNED = _examples("decides", "train.") | verdicts.TRAIN_OWNED
 LORA_OWNED = _examples("decides", "lora.") | verdicts.LORA_OWNED
+EVAL_FRACTION = ("val_ratio", "val_size", "val_set_size", "test_size")
 # Names of other tools and of older releases, and what to write instead. A name that belongs to one
 # setting is declared with that setting.
 RENAMED = _examples("called") | {
     "group_by_length": "remove it: train.padding_free joins rows of any length without padding",
-    **dict.fromkeys(
-        ("train_ratio", "val_ratio", "val_size", "val_set_size", "test_size"),
-        "dataset.eval_fraction=0.05",
-    ),
+    **dict.fromkeys(("train_ratio", *EVAL_FRACTION), "dataset.eval_fraction=0.05"),
     "cache_dir": "HF_HOME=DIR in the environment, for the hub's files; SFT_CACHE_DIR=DIR for data",
     "fp16": "precision=fp16",
     "tf32": "train.extra.tf32=true",
 }
 
+
+# Names with the same meaning as a setting, which takes their values too.
+CALLED = {name: key for key, item in declared(Config) for name in item.metadata["called"]}
+CALLED |= dict.fromkeys(EVAL_FRACTION, "dataset.eval_fraction")
+OTHER_UNITS = {"gradient_accumulation_steps"}  # names whose values mean something else here
 
 # Transformers' names of trackers, and the packages of which each needs one.
 TRACKERS: dict[str, tuple[str, ...]] = {
@@ -73,18 +80,18 @@ def extra_problems(config: Config) -> Iterator[Problem]:
     for name, section, legal, owned, refused in sections:
         own_fields = set(section.__dataclass_fields__)
         for key, value in section.extra.items():
-            written = f"{name}.extra.{key}={value}"
+            given = f"{name}.extra.{key}={value}"
             if key in own_fields:
-                yield Problem(written, "has a setting of its own", f"{name}.{key}={value}")
+                yield Problem(given, "has a setting of its own", f"{name}.{key}={value}")
             elif key in owned:
-                yield Problem(written, "is set by sft itself", owned[key])
+                yield Problem(given, "is set by sft itself", owned[key])
             elif key in refused:
-                yield Problem(written, f"has no effect: {refused[key]}", "remove it")
+                yield Problem(given, f"has no effect: {refused[key]}", "remove it")
             elif key in RENAMED and key not in legal():
-                yield Problem(written, f"the installed version has no setting {key}", RENAMED[key])
+                yield Problem(given, f"the installed version has no setting {key}", RENAMED[key])
             elif key not in legal():
                 yield Problem(
-                    written,
+                    given,
                     f"the installed version has no setting {key}",
                     upstream.did_you_mean(key, legal() - owned.keys() - refused.keys()),
                 )
@@ -103,16 +110,40 @@ def _report_problems(value: Any) -> Iterator[Problem]:
             yield Problem(f"train.extra.report_to={name}", rule, f"pip install {packages[0]}")
 
 
-def suggest(path: str, schema: Any) -> str:
-    """Suggest the setting that was probably meant, in any section."""
+def _with_value(key: str, value: Any, schema: Any) -> str | None:
+    """Return a setting with a value that it takes; None if it does not take the value."""
+    item = dict(declared(schema)).get(key)
+    if item is None or not isinstance(value, str | int | float):
+        return None
+    typed = OmegaConf.structured(schema)
+    try:
+        OmegaConf.update(typed, key, escaped(value))
+    except OmegaConfBaseException:
+        return None
+    taken, rule = OmegaConf.select(typed, key), item.metadata["rule"]
+    return written(key, value) if rule is None or rule.holds(taken) else None
+
+
+def suggest(path: str, schema: Any, value: Any = None) -> str:
+    """Suggest the setting that was probably meant, in any section.
+
+    Args:
+        path: The unknown setting.
+        schema: The settings of the command.
+        value: The value that it was given; the suggestion keeps it where that is sure to be right.
+    """
     section, _, leaf = path.rpartition(".")
-    if leaf in RENAMED:
+    settings = dict(declared(schema))
+    if CALLED.get(leaf) in settings and leaf not in OTHER_UNITS:
+        return _with_value(CALLED[leaf], value, schema) or RENAMED[leaf]
+    if leaf in RENAMED and (schema is Config or leaf not in CALLED):
         return RENAMED[leaf]
-    paths = [name for name, _ in declared(schema)]
+    paths = list(settings)
     paths += sorted({path.rpartition(".")[0] for path in paths} - {""})  # the sections
     same_leaf = [known for known in paths if known.rpartition(".")[2] == leaf]
     if same_leaf:
-        return f"did you mean {same_leaf[0]}?"
+        kept = _with_value(same_leaf[0], value, schema) if len(same_leaf) == 1 else None
+        return kept or f"did you mean {same_leaf[0]}?"
     owned = {"train": TRAIN_OWNED, "lora": LORA_OWNED}.get(section, {})
     if leaf in owned:
         return owned[leaf]
@@ -122,7 +153,8 @@ def suggest(path: str, schema: Any) -> str:
         "quantization": upstream.bnb_config_names,
     }.get(section)
     if legal and leaf in legal():
-        return f"{section}.extra.{leaf}=..."
+        is_plain = isinstance(value, str | int | float)
+        return written(f"{section}.extra.{leaf}", value if is_plain else "...")
     siblings = [known.rpartition(".")[2] for known in paths if known.startswith(f"{section}.")]
     hint = upstream.did_you_mean(leaf, siblings)
     if hint.startswith("did"):

@@ -18,11 +18,12 @@ from typing import Any
 import yaml
 
 from sft.config import settings_file
-from sft.config.grammar import from_yaml, hydra_text, is_list, options_of, parse, unquoted
+from sft.config.grammar import from_yaml, hydra_text, is_list, options_of, parse, unclosed, unquoted
 from sft.config.groups import config_dir_problems, groups, no_option
 from sft.errors import ConfigError, DataError, Problem
 
 KEY = re.compile(r"[\w$@/.-]+")
+FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|cast)\(")  # of Hydra's grammar
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,10 @@ class Reader:
             yield from self._sweep(word, key, text, parsed.is_interval_sweep())
             return
         if not is_text:
+            if parsed is None and FUNCTION.match(text) and (missing := unclosed(f"{key}={text}")):
+                rule = "cannot be parsed: its brackets do not match"
+                self._wrong(word, rule, f"{key}={text}{missing}")
+                return
             try:
                 value = from_yaml(text) if parsed is None else parsed.value()
             except yaml.YAMLError:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from sft.errors import Problem
@@ -51,6 +52,13 @@ def share() -> Rule:
     return Rule("must be greater than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
+def each(rule: Rule) -> Rule:
+    """Apply a rule to each value of a mapping."""
+    return Rule(
+        f"each value {rule.text}", lambda value: all(rule.holds(item) for item in value.values())
+    )
+
+
 def one_of(*choices: str | bool) -> Rule:
     """Allow only these names or booleans."""
     names = ", ".join(str(choice).lower() for choice in choices)
@@ -79,6 +87,7 @@ class Choice:
 LARGEST = 1 << 40  # for any number: more overflow the libraries' integers
 LARGEST_SEED = (1 << 32) - 1  # NumPy's
 LARGEST_RANK = 1 << 16  # more than the width of any layer of a model
+LONGEST_NAME = 239  # bytes: the 255 of file systems, less our longest suffix, .PID.partial
 AS_SET = "as set"  # the reason of a value that the user gave
 
 
@@ -188,6 +197,30 @@ def _storable(text: str) -> bool:
     return "\0" not in text
 
 
+def name_fault(text: str) -> str:
+    """Return the rule that a text violates as the name of a folder; "" if it can be one."""
+    if Path(text).name != text or text in ("", ".."):
+        return "must be a name without a folder"
+    return _too_long(text)
+
+
+def _too_long(path: str) -> str:
+    """Return the rule that a path violates by a name that no file system takes; "" if none does."""
+    longest = max(len(name.encode(errors="replace")) for name in path.split("/"))
+    if longest <= LONGEST_NAME:
+        return ""
+    return f"a name has {longest} bytes and must have at most {LONGEST_NAME}"
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Yield the floating-point numbers of a value, within lists and mappings too."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+
+
 def expand_paths(node: Any) -> None:
     """Replace ``~/`` at the beginning of local paths by the home folder; not every shell does."""
     for name, item, value in fields_of(node):
@@ -210,7 +243,9 @@ def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
         elif item.metadata.get("path") == "written" and "://" in str(value):
             fix = f"{key}=PATH on this machine"
             yield Problem(written(key, value), "must be a local path: sft writes to no URL", fix)
-        elif isinstance(value, float) and not math.isfinite(value):
+        elif item.metadata.get("path") == "written" and (fault := _too_long(str(value))):
+            yield Problem(written(key, value), fault, f"{key}=PATH with shorter names")
+        elif not all(map(math.isfinite, _numbers(value))):
             yield Problem(
                 written(key, value), "must be a finite number", written(key, default_of(item))
             )
@@ -218,4 +253,7 @@ def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
             rule_text = f"must be at most {LARGEST:,}"
             yield Problem(written(key, value), rule_text, written(key, default_of(item)))
         elif rule is not None and value is not None and not rule.holds(value):
-            yield Problem(written(key, value), rule.text, written(key, default_of(item)))
+            usable = default_of(item)
+            if isinstance(value, dict):  # the rule is of each value
+                usable = {name: one for name, one in value.items() if rule.holds({name: one})}
+            yield Problem(written(key, value), rule.text, written(key, usable))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sft.config.data_settings import DatasetConfig, TemplateConfig
 from sft.config.model_settings import LoraSection, ModelConfig, QuantizationConfig
-from sft.config.rules import AS_SET, LARGEST_SEED, Choice, between, one_of, setting
+from sft.config.rules import AS_SET, LARGEST_SEED, Choice, between, name_fault, one_of, setting
 from sft.config.train_settings import ResumeConfig, TrainConfig, ZeroConfig
 from sft.errors import ConfigError, Problem
 
@@ -29,7 +29,6 @@ __all__ = [
     "TrainConfig",
     "ZeroConfig",
     "fill_names",
-    "is_name",
     "packing_of",
     "short_name",
     "streamed_samples",
@@ -92,11 +91,6 @@ def short_name(path: str) -> str:
     return Path(path.rstrip("/")).stem if Path(path).is_file() else path.rstrip("/").split("/")[-1]
 
 
-def is_name(text: str) -> bool:
-    """Return whether a text can be the name of a folder: it is in no other, and goes up to none."""
-    return Path(text).name == text and text not in ("", "..")
-
-
 def packing_of(dataset: DatasetConfig, kind: str) -> Choice:
     """Choose ``dataset.packing``: what a sample is.
 
@@ -147,8 +141,8 @@ def fill_names(config: Config) -> None:
     if config.run_name is None:
         size = f"r{config.lora.r}" if config.lora.enabled else "full"
         config.run_name = f"{config.model.name}_{config.dataset.name}_{size}_seed{config.seed}"
-    if not is_name(config.run_name):
-        rule = "follows from the names of model and dataset, and must be a name without a folder"
+    if fault := name_fault(config.run_name):
+        rule = f"follows from the names of model and dataset, and {fault}"
         raise ConfigError([Problem(f"run_name={config.run_name}", rule, "run_name=NAME")])
     if config.output_dir is None:
         config.output_dir = str(Path("outputs") / config.run_name)

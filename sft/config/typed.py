@@ -14,6 +14,7 @@ from sft.config.saved import escaped
 from sft.errors import Problem
 
 UNKNOWN_SETTING = "there is no such setting"
+BOOLEANS = {"true", "yes", "on", "false", "no", "off"}  # as YAML 1.1 writes them, in any case
 
 
 def merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> list[Problem]:
@@ -26,7 +27,9 @@ def merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> 
         if field is None:
             problems.append(
                 Problem(
-                    written(path, value), UNKNOWN_SETTING, suggest(path, OmegaConf.get_type(typed))
+                    written(path, value),
+                    UNKNOWN_SETTING,
+                    suggest(path, OmegaConf.get_type(typed), value),
                 )
             )
             continue
@@ -46,6 +49,9 @@ def merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> 
         if value == "???":
             problems.append(Problem(f"{path}=???", "a value must be given", f"{path}=VALUE"))
             continue
+        if field.type == "bool" and not _is_boolean(value):  # OmegaConf takes any number for one
+            problems.append(wrong_type(path, value, field))
+            continue
         try:
             # The value is resolved already, and OmegaConf must not resolve it again.
             OmegaConf.update(typed, path, escaped(value), merge=False)
@@ -54,12 +60,21 @@ def merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> 
     return problems
 
 
+def _is_boolean(value: Any) -> bool:
+    return value.lower() in BOOLEANS if isinstance(value, str) else isinstance(value, bool)
+
+
 def wrong_type(path: str, value: Any, field: dataclasses.Field[Any]) -> Problem:
     """Return the problem of a value of another type than its setting's."""
     kind = str(field.type).replace(" | None", " or null")
     if value == "":
         rule = f"has no value; it must be of type {kind}"
         return Problem(f"{path}=", rule, written(path, default_of(field)))
+    if field.type == "bool":
+        meant = bool(value) if value in (0, 1) else default_of(field)
+        return Problem(
+            written(path, value), "must be of type bool: true or false", written(path, meant)
+        )
     one_of_many = kind.startswith("list") and not isinstance(value, list | dict | None)
     if not one_of_many or kind.startswith("list[str]") != isinstance(value, str):
         return Problem(

@@ -8,7 +8,7 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sft.data.named_template import named_template
+from sft.data.named_template import named_template, refusal
 from sft.data.segment import TOKEN_BREAK, as_text, control_of
 from sft.errors import DataError, ModelError
 from sft.limits import OutOfTime, TimeLimit
@@ -160,7 +160,7 @@ class ChatTemplate:
                 "    fix: template.chat_template=FILE.jinja, with a template that ends"
             ) from None
         except Exception as error:  # the template is arbitrary Jinja: it may raise anything
-            raise DataError(f"the chat template refuses the conversation: {error}") from error
+            raise refusal(error) from error
         # A template may write JSON in ASCII or Python's text of a list; both escape the character.
         text, escaped = str(texts[0]), json.dumps(TOKEN_BREAK)[1:-1]
         marks = [(begin, end) for begin, end in spans[0]] if marked else []

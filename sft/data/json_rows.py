@@ -201,7 +201,10 @@ def _array(
             # Read twice as much each time: a long element is not parsed again for every block.
             more = file.read(max(BLOCK, size))
             if not more:
-                raise DataError(f"{path}:{line}: the JSON is damaged: {damage}")
+                raise DataError(
+                    f"{path}:{line}: the JSON is damaged: {damage}\n"
+                    "    fix: correct the file at this line, or write it again"
+                )
             text, place = text[place:] + more, 0
             continue
         brackets = text.count("{", place, end) + text.count("[", place, end)

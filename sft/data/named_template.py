@@ -1,7 +1,8 @@
-"""Find a chat template by name: Jinja text, a file, or one that TRL ships."""
+"""Find a chat template by name (Jinja text, a file, or one that TRL ships); why one fails."""
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,3 +33,17 @@ def named_template(name: str) -> str:
             "    fix: template.chat_template=FILE.jinja"
         )
     return path.read_text(encoding="utf-8")
+
+
+def refusal(error: Exception) -> DataError:
+    """Return the error of a conversation that a template cannot render."""
+    reason = str(error).strip() or type(error).__name__
+    if isinstance(error, MemoryError):  # which has no message of its own
+        reason = "it needs more memory than this process can get"
+    elif isinstance(error, RecursionError):
+        reason = f"its macros call one another more than {sys.getrecursionlimit():,} deep"
+    return DataError(
+        f"the chat template refuses the conversation: {reason}\n"
+        "    fix: correct the conversation, or the template, which training takes from "
+        "template.chat_template=FILE.jinja"
+    )

@@ -49,8 +49,18 @@ class Source:
 
     @cached_property
     def location(self) -> Location:
-        """Return what the path names; the same for reading, identifying and counting."""
-        return resolve(self.path, self.split)
+        """Return what the path names; the same for reading, identifying and counting.
+
+        Raises:
+            DataError: The path does not exist, or is a file although ``subset`` is set.
+        """
+        found = resolve(self.path, self.split)
+        if self.subset is not None and found.files:
+            raise DataError(
+                f"dataset.subset={self.subset} has no effect on the files of {self.path}: it names "
+                "a configuration of a hub dataset\n    fix: dataset.subset=null"
+            )
+        return found
 
     def fingerprint(self) -> str:
         """Identify the rows by content and by these options."""

@@ -81,8 +81,9 @@ class _Writer:
         Raises:
             DataError: None of the source's rows so far can be used.
         """
-        done.ids.tofile(self.ids)
-        done.marks.tofile(self.marks)
+        # Not tofile, whose error on a full disk has no errno.
+        self.ids.write(np.ascontiguousarray(done.ids).data)
+        self.marks.write(np.ascontiguousarray(done.marks).data)
         table = done.documents
         table["file"] = [
             self.files.setdefault(batch[index].file, len(self.files)) for index in table["row"]

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def plan(
         config_dirs: The folder given as ``--config-dir``, if any.
 
     Raises:
-        ConfigError: The trials would have no rank, or share one folder.
+        ConfigError: The trials would have no rank, or share a folder or a name.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Quote, QuotedString
@@ -76,10 +77,14 @@ def plan(
     if nproc_per_node < 1:
         setting = f"hydra.launcher.nproc_per_node={nproc_per_node}"
         problems.append(Problem(setting, "must be at least 1", "hydra.launcher.nproc_per_node=1"))
-    if "output_dir" in fixed and len(jobs) > 1:
-        folder = fixed["output_dir"].value()
-        rule = "all trials of the sweep would write to this one folder"
-        problems.append(Problem(f"output_dir={folder}", rule, f"hydra.sweep.dir={folder}"))
+    for key, rule, fix in (
+        ("output_dir", "trials would write to this one folder", " hydra.sweep.dir={}"),
+        ("run_name", "trials would have this one name", ""),
+    ):
+        for value, count in Counter(config.get(key) for config in configs).items():
+            if value is not None and count > 1:
+                other = f"{key}=null{fix.format(value)}"
+                problems.append(Problem(f"{key}={value}", f"{count} {rule}", other))
     if problems:
         raise ConfigError(problems)
     train = child.command("sft.train", nproc_per_node)
@@ -127,6 +132,19 @@ def run(trials: Sequence[Trial], sweep_dir: Path) -> int:
         _save(trials, sweep_dir)
     _show(trials, sweep_dir)
     return exit_code
+
+
+def all_failed(trials: Sequence[Trial]) -> str:
+    """Return the error of a sweep none of whose trials finished; "" if one did, or was not run."""
+    if not all(trial.status == "failed" for trial in trials):
+        return ""
+    first = trials[0]
+    fix = f"correct what {first.log} shows, then give the same command again"
+    advice = "" if "fix: " in first.message else f"\n    fix: {fix}"
+    return (
+        f"no trial of the sweep finished; the first one, {first}, whose output is in {first.log}, "
+        f"failed: {first.message}{advice}"
+    )
 
 
 def _train(trial: Trial, title: str) -> None:

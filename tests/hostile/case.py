@@ -11,10 +11,11 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 from unittest import mock
 
 import warm_python
@@ -110,30 +111,48 @@ def run_confined(case: Case, here: Path, kit: Path) -> Ended:
     own |= {key: value.format(here=work, kit=kit) for key, value in case.env.items()}
     environ = {key: value for key, value in {**os.environ, **own}.items() if value != "UNSET"}
     words = [word.replace("{here}", str(work)).replace("{kit}", str(kit)) for word in case.words]
-    # To files: a process that was left over would keep a pipe open.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(
-            [warm_python.executable(), str(CONFINED), _module(case.command), *words],
-            cwd=work,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-        )
-        try:
-            code: int | None = process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(2)
-            process.kill()
-            process.wait()
-            code = None
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode(errors="replace"))
-    return Ended(code, *texts)
+    process = subprocess.Popen(
+        [warm_python.executable(), str(CONFINED), _module(case.command), *words],
+        cwd=work,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    out, err = (_read(stream) for stream in (process.stdout, process.stderr))
+    try:
+        code: int | None = process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.kill()
+        process.wait()
+        code = None
+    return Ended(code, out(), err())
+
+
+def _read(stream: IO[bytes] | None) -> Callable[[], str]:
+    """Read a pipe in a thread; return a function that gives what was read.
+
+    A file would have the limit of HOSTILE_FILE_BYTES too. A process that is left over would keep a
+    pipe open, so that its end is not waited for long.
+    """
+    assert stream is not None
+    parts: list[bytes] = []
+
+    def drain() -> None:
+        while part := stream.read1(1 << 16):  # type: ignore[attr-defined]
+            parts.append(part)
+
+    thread = threading.Thread(target=drain, daemon=True)
+    thread.start()
+
+    def text() -> str:
+        thread.join(2)
+        return b"".join(parts).decode(errors="replace")
+
+    return text
 
 
 def _module(command: str) -> str:

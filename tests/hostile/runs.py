@@ -84,6 +84,10 @@ def _linked(run: Path) -> None:
     (run / "checkpoint-2").symlink_to("/etc")
 
 
+# Aliases of YAML that stand for 9 ** 9 texts.
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
+)
 AT = "checkpoint-2/"
 # A checkpoint that is not complete may be passed over in favour of an older state, which is said.
 RESUMED: dict[str, tuple[Damage, str, bool]] = {
@@ -101,18 +105,7 @@ RESUMED: dict[str, tuple[Damage, str, bool]] = {
     "settings that are no YAML": (text("config.yaml", "a: [b\n- :"), "", False),
     "settings that are a list": (text("config.yaml", "- 1\n"), "", False),
     "settings with a tag": (text("config.yaml", "a: !!python/object:os.system x\n"), "", False),
-    "settings with bombs": (
-        text(
-            "config.yaml",
-            "a: &a [x,x,x,x,x,x,x,x,x]\n"
-            + "".join(
-                f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n"
-                for i in range(9)
-            ),
-        ),
-        "",
-        False,
-    ),
+    "settings with bombs": (text("config.yaml", BOMB), "", False),
     "an empty manifest": (text(f"{AT}manifest.json", ""), "", True),
     "a manifest that is a list": (text(f"{AT}manifest.json", "[]"), "", True),
     "a manifest without entries": (text(f"{AT}manifest.json", "{}"), "", True),
@@ -308,6 +301,20 @@ COMMANDS: tuple[tuple[str, str, tuple[str, ...], Callable[[Path, Path], None], s
      ("-m", "dataset.path=/nowhere/x.jsonl", "lora.r=2,4"), _nothing, ""),
     ("sweep: no place for its trials", "train", ("-m", *SHORT, "lora.r=2,4"),
      _read_only("outputs"), ""),
+    ("sweep: a file at its place", "train", ("-m", *SHORT, "lora.r=2,4"), _file_at("outputs"), ""),
+    ("sweep: a value that is refused", "train", ("-m", *SHORT, "lora.r=2,0"), _nothing,
+     "lora.r=0.*fix: lora.r=2"),
+    ("sweep: trials that all fail", "train", ("-m", *SHORT, "lora.target_modules=nothing,neither"),
+     _nothing, "no trial of the sweep finished.*matches no module"),
+    ("sweep: one name", "train", ("-m", *SHORT, "lora.r=2,4", "run_name=x"), _nothing,
+     "fix: run_name=null"),
+    ("sweep: one folder", "train", ("-m", *SHORT, "lora.r=2,4", "output_dir=x"), _nothing,
+     "fix: output_dir=null hydra.sweep.dir=x"),
+    ("a settings file with aliases of aliases", "train", ("bomb.yaml",),
+     lambda here, kit: (here / "bomb.yaml").write_text(BOMB), ""),
+    ("an option with aliases of aliases", "train", ("--config-dir", "conf", "model=bomb"),
+     lambda here, kit: ((here / "conf" / "model").mkdir(parents=True),
+                        (here / "conf" / "model" / "bomb.yaml").write_text(BOMB)), ""),
     ("a huge batch", "train", (*SHORT, "train.global_batch_size=100000",
      "train.per_device_train_batch_size=100000"), _nothing, ""),
     ("a rank of a million", "train", (*SHORT, "lora.r=1000000"), _nothing, ""),
@@ -324,8 +331,10 @@ COMMANDS: tuple[tuple[str, str, tuple[str, ...], Callable[[Path, Path], None], s
      _nothing, ""),
     ("a template file that is not there", "train", (*SHORT, "template.chat_template=no.jinja"),
      _nothing, ""),
-    ("layers that are not there", "train", (*SHORT, "lora.extra.layers_to_transform=[99]"),
-     _nothing, ""),
+    ("layers of a group", "train", (*SHORT, "lora.extra.layers_to_transform=[0]"),
+     _nothing, "lora.extra.layers_to_transform"),
+    ("layers that are not there", "train", (*SHORT, "lora.target_modules=[q_proj]",
+     "lora.extra.layers_to_transform=[0,99]"), _nothing, r"layers \[99\]"),
     ("more words than fit", "generate", ("run={kit}/run", "prompt=hi",
      "max_new_tokens=999999999999"), _nothing, ""),
 )  # fmt: skip

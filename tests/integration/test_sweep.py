@@ -33,31 +33,38 @@ def read(path: Path) -> dict:  # type: ignore[type-arg]
     return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def test_a_refused_trial_stops_no_other_and_nothing_trains_twice(tmp_path: Path) -> None:
+def test_a_failed_trial_stops_no_other_and_nothing_trains_twice(tmp_path: Path) -> None:
     python = warm_python.executable()
-    done = sft_train(tmp_path, "-m", "lora.r=4,0,8", python=python)
+    command = ("-m", "lora.target_modules=attention,mlp,all-linear")  # mlp is no linear layer
+    done = sft_train(tmp_path, *command, python=python)
     assert done.returncode == 1, done.stdout + done.stderr
     (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
-    assert folder.name.startswith("lora.r=4,0,8+train.max_steps=2+")
+    assert folder.name.startswith("lora.target_modules=attention,mlp,all-linear+")
     trials = json.loads((folder / "sweep.json").read_text())
-    assert [item["overrides"] for item in trials] == [["lora.r=4"], ["lora.r=0"], ["lora.r=8"]]
+    values = ("attention", "mlp", "all-linear")
+    assert [item["overrides"] for item in trials] == [[f"lora.target_modules={x}"] for x in values]
     assert [item["status"] for item in trials] == ["finished", "failed", "finished"]
-    assert "lora.r=0\n    must be from 1 to 65536" in trials[1]["message"]
+    assert "lora.target_modules=mlp\n    matches no module" in trials[1]["message"]
     assert not (tmp_path / trials[1]["output_dir"]).exists()
-    for item, rank in ((trials[0], 4), (trials[2], 8)):
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for item, targets in (
+        (trials[0], attention),
+        (trials[2], attention | {"up_proj", "gate_proj", "down_proj"}),
+    ):
         record = read(tmp_path / item["output_dir"] / "run.json")
         assert (record["status"], record["ranks"]) == ("finished", 1)
         assert item["final"] == record["final"]
         assert item["final"]["eval_loss"] > 0
         adapter = read(tmp_path / item["output_dir"] / "adapter" / "adapter_config.json")
-        assert adapter["r"] == rank
+        assert {name.rpartition(".")[2] for name in adapter["target_modules"]} == targets
     assert trials[0]["final"]["eval_loss"] != trials[2]["final"]["eval_loss"]
-    assert "trial 2/3  lora.r=0  failed after" in done.stdout
+    assert "trial 2/3  lora.target_modules=mlp  failed after" in done.stdout
     assert done.stdout.count("best") == 1
     assert "Traceback" not in done.stdout + done.stderr
+    assert "error: " not in done.stderr  # the table has it: some trials finished
 
     sizes = [os.stat(tmp_path / item["log"]).st_size for item in trials]
-    again = sft_train(tmp_path, "-m", "lora.r=4,0,8", python=python)
+    again = sft_train(tmp_path, *command, python=python)
     assert again.returncode == 1
     assert again.stdout.count("  finished before, eval loss") == 2
     after = json.loads((folder / "sweep.json").read_text())

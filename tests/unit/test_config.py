@@ -404,19 +404,24 @@ def test_unknown_keys_are_refused_however_they_are_typed() -> None:
         "++lora.dropout=0.3": "did you mean lora.lora_dropout?",
         "+lora.r_pattern={}": "did you mean lora.rank_pattern?",
         "trian.max_steps=3": "did you mean train?",
-        "train.max_length=64": "did you mean dataset.max_length?",
+        "train.max_length=64": "dataset.max_length=64",
         "sed=1": "did you mean seed?",
-        "train.lr=0.0001": "train.learning_rate=2e-4",
-        "+batch_size=8": "train.global_batch_size=32",
-        "train.adam_beta2=0.9": "train.extra.adam_beta2=...",
-        "lora.bias=all": "lora.extra.bias=...",
+        "train.lr=0.0001": "train.learning_rate=0.0001",
+        "lr=fast": "train.learning_rate=2e-4",
+        "lora_r=0": "lora.r=8",
+        "gradient_accumulation_steps=4": "train.global_batch_size=32",
+        "+batch_size=8": "train.global_batch_size=8",
+        "train.adam_beta2=0.9": "train.extra.adam_beta2=0.9",
+        "lora.bias=all": "lora.extra.bias=all",
         "quantization.bnb_4bit_compute_dtype=bfloat16": (
-            "quantization.extra.bnb_4bit_compute_dtype=..."
+            "quantization.extra.bnb_4bit_compute_dtype=bfloat16"
         ),
         "train.packing=true": "did you mean dataset.packing?",
         "lora.task_type=CAUSAL_LM": "remove it: CAUSAL_LM",
         "zzzzzz=1": "remove it",
         "dataset.train_ratio=0.9": "dataset.eval_fraction=0.05",
+        "val_set_size=0.1": "dataset.eval_fraction=0.1",
+        "val_size=2000": "dataset.eval_fraction=0.05",
     }
     problems = {problem.setting: problem for problem in refused(*fixes)}
     assert len(problems) == len(fixes)
@@ -556,7 +561,7 @@ def test_values_of_the_wrong_type_are_all_named() -> None:
         ("seed=x", "must be of type int", "seed=42"),
         (
             "model.trust_remote_code=maybe",
-            "must be of type bool",
+            "must be of type bool: true or false",
             "model.trust_remote_code=false",
         ),
         ("train.learning_rate=fast", "must be of type float", "train.learning_rate=0.0002"),

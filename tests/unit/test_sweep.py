@@ -24,8 +24,9 @@ from sft.cli.command import start_logging
 from sft.config import saved
 from sft.config.paths import CONF_DIR
 from sft.config.settings import Config, fill_names
-from sft.errors import ConfigError, RunError
+from sft.errors import ConfigError, Problem, RunError, SftError
 from sft.run.lock import Lock
+from sft.sweep import beforehand
 from sft.sweep import trials as sweep
 from sft.sweep.trial import Trial
 
@@ -154,14 +155,83 @@ def test_what_no_trial_can_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="2 settings are refused") as error:
         sweep.plan([["++seed=1"], ["++seed=2"]], configs, asked, Path("s"), 0, [])
     assert "hydra.launcher.nproc_per_node=0\n    must be at least 1" in str(error.value)
-    assert "output_dir=x\n    all trials" in str(error.value)
-    assert "fix: hydra.sweep.dir=x" in str(error.value)
+    assert "output_dir=x\n    2 trials would write" in str(error.value)
+    assert "fix: output_dir=null hydra.sweep.dir=x" in str(error.value)
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"cannot be made: .*\n    fix: hydra.sweep.dir=FOLDER"):
         sweep.run([], tmp_path / "file" / "sweep")
+
+
+# Before the first trial
+
+
+TEMPLATE = {"prompts": ["{prompt}"], "completions": ["{completion}"]}
+
+
+def planned(*swept: str, **values: object) -> Trial:
+    config = settings(template=TEMPLATE, **values)
+    return Trial([], config, list(swept), "", "")
+
+
+def test_what_any_trial_would_refuse_is_refused_before_the_first() -> None:
+    trials = [planned(f"lora.r={r}", "seed=1", lora={"r": r}) for r in (4, 0, -1, 8)]
+    with pytest.raises(ConfigError) as error:
+        beforehand.require(trials, 1)
+    rule = "must be from 1 to 65536"
+    assert error.value.problems == [
+        Problem("lora.r=0", rule, "lora.r=4,8"),
+        Problem("lora.r=-1", rule, "lora.r=4,8"),
+    ]
+    beforehand.require([trials[0], trials[3]], 1)
+
+
+def test_a_value_of_the_wrong_type_and_a_long_name_are_found_too(tmp_path: Path) -> None:
+    config = settings()
+    config["lora"]["r"] = "many"  # type: ignore[index]
+    with pytest.raises(ConfigError, match=r"lora.r=many\n    must be of type int"):
+        beforehand.require([Trial([], config, [], "", "")], 1)
+    parts: dict[str, dict[str, str]]
+    parts = {"model": {"name": "x" * 200, "name_or_path": "a/b"}, "dataset": {"name": "y" * 200}}
+    parts["dataset"]["path"] = "a/b"
+    with pytest.raises(ConfigError, match=r"follows from the names .* a name has 411 bytes"):
+        beforehand.require([planned(**parts)], 1)
+
+
+def test_the_checks_see_the_ranks_of_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    batch = {"global_batch_size": 4, "per_device_train_batch_size": 2}
+    beforehand.require([planned(train=batch)], 2)
+    with pytest.raises(ConfigError, match="multiple of per_device_train_batch_size x ranks = 2 x "):
+        beforehand.require([planned(train=batch)], 4)
+    assert "WORLD_SIZE" not in os.environ
+
+
+def test_paths_are_looked_at_before_the_first_trial(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    trials = [planned(dataset={"path": f"{tmp_path}/{name}.jsonl"}) for name in "ab"]
+    beforehand.require(trials[:1], 1)
+    with pytest.raises(SftError, match=r"there is no file or folder .*/b\.jsonl\n    fix: "):
+        beforehand.require(trials, 1)
+    with pytest.raises(SftError, match="there is no model folder /nowhere"):
+        beforehand.require([planned(model={"name_or_path": "/nowhere"})], 1)
+
+
+def test_the_error_of_a_sweep_whose_trials_all_fail(tmp_path: Path) -> None:
+    refused = "import os; open(os.environ['SFT_ERROR_FILE'], 'w').write('bad'); exit(2)"
+    trials = [fake(tmp_path, "x=1", refused), fake(tmp_path, "x=2", refused)]
+    assert sweep.run(trials, tmp_path) == 1
+    log = f"{tmp_path}/x=1.log"
+    assert sweep.all_failed(trials) == (
+        f"no trial of the sweep finished; the first one, x=1, whose output is in {log}, failed: bad"
+        f"\n    fix: correct what {log} shows, then give the same command again"
+    )
+    trials[0].message = "bad\n    fix: good"
+    assert sweep.all_failed(trials).endswith("failed: bad\n    fix: good")
+    trials[1].status = "finished"
+    assert sweep.all_failed(trials) == ""
 
 
 # One trial

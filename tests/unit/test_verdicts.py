@@ -13,6 +13,7 @@ from sft.config import names, no_effect, upstream, verdicts, zero_checks
 from sft.config.checks import check
 from sft.config.rules import declared, default_of
 from sft.config.settings import Config, LoraSection, TrainConfig, ZeroConfig
+from sft.errors import Problem
 
 NEW = "give it a verdict in sft/config/verdicts.py"
 
@@ -133,6 +134,17 @@ def test_a_key_without_effect_is_refused(key: str, fix: str) -> None:
     settings = ZeroConfig("stage2.json", {key: {"enabled": True}})
     (problem,) = zero_checks.problems(settings, "adamw_torch", False)
     assert problem.setting.startswith(f"zero.overrides.{key}=") and problem.fix == fix
+
+
+def test_a_tracker_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config()
+    config.train.extra["report_to"] = "tensorboard"
+    monkeypatch.setattr(names, "find_spec", lambda package: None)
+    (problem,) = names.extra_problems(config)
+    rule, fix = "the package tensorboard is not installed", "pip install tensorboard"
+    assert problem == Problem("train.extra.report_to=tensorboard", rule, fix)
+    monkeypatch.setattr(names, "find_spec", lambda package: package == "tensorboardX")
+    assert list(names.extra_problems(config)) == []
 
 
 # Settings that another one switches off
