@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from sft.checkpoint import weights
+from sft.config.plain import read_json
 from sft.config.rules import LARGEST_RANK
 from sft.errors import MergeError
-from sft.files import read_json
 from sft.inference.card import ADAPTER_SETTINGS, damaged
 from sft.limits import slow_pattern
 from sft.merge import refusals
@@ -32,6 +32,8 @@ WEIGHTS = "adapter_model.safetensors"
 FOREIGN = ("megatron_config", "adapters", "prompt_tuning_init_state_dict_path")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")
+TASK = "CAUSAL_LM"
+BIASES = ("none", "all", "lora_only")
 NOT_FLOAT = "numbers that are not floating-point"
 
 
@@ -107,6 +109,15 @@ def parsed_config(folder: Path) -> PeftConfig:
         if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
             reason = f"{name}={rank} must be a whole number from 1 to {LARGEST_RANK}"
             raise MergeError(str(damaged(path, reason)))
+    if config.task_type not in (None, TASK):
+        raise MergeError(
+            f"{folder} has task_type={getattr(config.task_type, 'value', config.task_type)}, whose "
+            f"model has another head than one that generates text\n"
+            f"    fix: name an adapter with task_type={TASK}, or use PEFT itself"
+        )
+    if (bias := getattr(config, "bias", "none")) not in BIASES:
+        reason = f"bias={bias} must be one of {', '.join(BIASES)}"
+        raise MergeError(str(damaged(path, reason)))
     for note in notes:
         logger.info("warning: %s: %s", path, str(note.message).splitlines()[0])
     return config

@@ -11,8 +11,8 @@ from sft.config.settings import Config, ModelConfig, QuantizationConfig
 from sft.errors import ModelError
 from sft.limits import OutOfTime, TimeLimit
 from sft.model.precision import dtype_of, needs_masters
-from sft.model.quantization import keep_training_layout, quantization_config
-from sft.model.source import loading, source
+from sft.model.quantization import keep_training_layout, quantization_config, unknown_method
+from sft.model.source import loading, named, source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -71,7 +71,8 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
     """Load the model's config, and refuse one with which nothing could be built.
 
     Raises:
-        ModelError: It does not exist, cannot be reached, has more layers than any model, or there
+        ModelError: It does not exist, cannot be reached, has more layers than any model or no
+            positions, or its files are quantised in a way that Transformers would ignore; or there
             is an adapter beside it, which Transformers would load with the model, unchecked.
     """
     from transformers import AutoConfig
@@ -88,11 +89,25 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
         )
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
+        raise _wrong_entry(model, f"num_hidden_layers={layers}", f"from 1 to {MOST_LAYERS:,}")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions == 0:  # None and XLNet's -1 stand for no limit
+        raise _wrong_entry(model, f"max_position_embeddings={positions}", "1 or more")
+    if method := unknown_method(config):
         raise ModelError(
-            f"the config of {model.name_or_path} has num_hidden_layers={layers}, which must be "
-            f"from 1 to {MOST_LAYERS:,}\n    fix: correct its config.json, or download it again"
+            f"the config of {name} says that its files are quantised by {method}, which the "
+            "installed Transformers does not know: it would take the stored numbers for the "
+            f"weights\n    fix: {named().name}=THE_MODEL_THAT_WAS_QUANTISED, or remove "
+            "quantization_config from its config.json if its weights are not quantised"
         )
     return config
+
+
+def _wrong_entry(model: ModelConfig, entry: str, rule: str) -> ModelError:
+    return ModelError(
+        f"the config of {model.name_or_path} has {entry}, which must be {rule}\n"
+        "    fix: correct its config.json, or download it again"
+    )
 
 
 def load_architecture(model: ModelConfig, buffers: bool = False) -> PreTrainedModel:
