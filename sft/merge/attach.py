@@ -105,11 +105,11 @@ def names_kept() -> Iterator[None]:
     stock = module.convert_peft_adapter_state_dict_for_transformers
 
     def convert(model: Any, peft_config: Any, adapter_state_dict: Any, adapter_name: str) -> Any:
-        own = get_peft_model_state_dict(
-            model, adapter_name=adapter_name, save_embedding_layers=False
-        )
-        if _lora_shapes(own) == _lora_shapes(adapter_state_dict):
-            return adapter_state_dict
+        if is_lora(peft_config):
+            options = {"adapter_name": adapter_name, "save_embedding_layers": False}
+            own = get_peft_model_state_dict(model, **options)
+            if _lora_shapes(own) == _lora_shapes(adapter_state_dict):
+                return adapter_state_dict
         return stock(model, peft_config, adapter_state_dict, adapter_name)
 
     module.convert_peft_adapter_state_dict_for_transformers = convert

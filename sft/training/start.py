@@ -66,16 +66,16 @@ def require(
     if adapter_files.restarts(theirs):
         rule = f"its init_lora_weights={theirs.init_lora_weights} changed the base it was made on"
         found.append(Problem(f"{NAME}={folder}", rule, f"{NAME}=null"))
-    if not found:
-        # Its patterns, modules and tensors are checked as generation and merging do.
-        attach(with_placeholders(copy.deepcopy(architecture)), [folder], [theirs])
-        found += _tensors(config, folder, shapes, lora, theirs, architecture)
     card = read_card(folder)
     base = card.identity.get("base") if card else None
     if card and base is not None and base != base_identity(config.model):
         rule = f"was trained on {card.model.name_or_path}, whose weights differ from the base's"
         fix = f"model.name_or_path={card.model.name_or_path}"
         found.append(Problem(f"{NAME}={folder}", rule, fix))
+    if not found:
+        # Its patterns, modules and tensors are checked as for generating and merging.
+        attach(with_placeholders(copy.deepcopy(architecture)), [folder], [theirs])
+        found += _tensors(config, folder, shapes, lora, theirs, architecture)
     if found:
         raise ConfigError(found)
 
