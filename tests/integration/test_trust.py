@@ -190,7 +190,13 @@ REFUSED = {
     "rank text": (settings(r="x"), "r=x must be a whole number"),
     "pattern rank": (settings(rank_pattern={"q_proj": -1}), "q_proj=-1 must be a whole number"),
     "target": (settings(target_modules=["nothing"]), "does not fit the base: Target modules"),
-    "target number": (settings(target_modules=5), "does not fit the base: 'int' object"),
+    "target number": (settings(target_modules=5), "target_modules=5 must be of type"),
+    "ranks list": (settings(rank_pattern=[1]), r"rank_pattern=\[1\] must be of type"),
+    "tokens": (
+        settings(alora_invocation_tokens=["x"]),
+        r"alora_invocation_tokens=\['x'\] must be of type",
+    ),
+    "whole number": (settings(use_rslora=5), "use_rslora=5 must be of type"),
     "target pattern": (settings(target_modules="(q_proj"), "is not a regular expression"),
     "start": (settings(init_lora_weights="corda"), "has init_lora_weights=corda, which changed"),
     "megatron": (
