@@ -10,16 +10,21 @@ from sft import process
 from sft.config.settings import Config, ModelConfig, QuantizationConfig
 from sft.errors import ModelError
 from sft.limits import OutOfTime, TimeLimit
+from sft.model import config_checks
 from sft.model.precision import dtype_of, needs_masters
-from sft.model.quantization import keep_training_layout, quantization_config, unknown_method
-from sft.model.source import loading, named, source
+from sft.model.quantization import (
+    keep_training_layout,
+    quantization_config,
+    stored_method,
+    unquantized,
+)
+from sft.model.source import loading, source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sft.data.audit import Counts
 
-MOST_LAYERS = 10_000  # the largest models have some hundreds
 BUILDING = 120  # seconds for a model's modules; those of the largest models take ten
 
 
@@ -87,27 +92,8 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
             f"{name} holds an adapter beside the model (adapter_config.json)\n"
             "    fix: put the adapter into a folder of its own, and merge it into the model"
         )
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
-        raise _wrong_entry(model, f"num_hidden_layers={layers}", f"from 1 to {MOST_LAYERS:,}")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions == 0:  # None and XLNet's -1 stand for no limit
-        raise _wrong_entry(model, f"max_position_embeddings={positions}", "1 or more")
-    if method := unknown_method(config):
-        raise ModelError(
-            f"the config of {name} says that its files are quantised by {method}, which the "
-            "installed Transformers does not know: it would take the stored numbers for the "
-            f"weights\n    fix: {named().name}=THE_MODEL_THAT_WAS_QUANTISED, or remove "
-            "quantization_config from its config.json if its weights are not quantised"
-        )
+    config_checks.require_plausible(model, config)
     return config
-
-
-def _wrong_entry(model: ModelConfig, entry: str, rule: str) -> ModelError:
-    return ModelError(
-        f"the config of {model.name_or_path} has {entry}, which must be {rule}\n"
-        "    fix: correct its config.json, or download it again"
-    )
 
 
 def load_architecture(model: ModelConfig, buffers: bool = False) -> PreTrainedModel:
@@ -221,6 +207,12 @@ def _whole(model: ModelConfig, **options: Any) -> PreTrainedModel:
             f"the weights of {model.name_or_path} lack {len(lacking)} tensors that its config "
             f"names, such as {lacking[0]}\n    fix: download or save the model again"
         )
+    if "quantization_config" not in options and (name := unquantized(loaded)):
+        raise ModelError(
+            f"the config of {model.name_or_path} says that its files are quantised by "
+            f"{stored_method(loaded.config)}, but they hold the weights of {name} unquantised\n"
+            "    fix: remove quantization_config from its config.json, or download it again"
+        )
     return loaded
 
 
@@ -247,7 +239,9 @@ def load_frozen(
             options |= {"quantization_config": quantized, "device_map": _device_map()}
         elif torch.cuda.is_available() and dtype == "auto":
             options["device_map"] = _device_map()
-        return _whole(model, **options).eval()
+        loaded = _whole(model, **options).eval()
+        config_checks.require_decoder(model, loaded.config)
+        return loaded
 
 
 def _device_map() -> dict[str, Any]:

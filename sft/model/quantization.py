@@ -69,6 +69,23 @@ def _stored(config: PreTrainedConfig) -> dict[str, Any] | None:
     return found if isinstance(found, dict | None) else dict(vars(found))
 
 
+def unquantized(model: PreTrainedModel) -> str | None:
+    """Return a layer that bitsandbytes computes although its weight was not stored quantised.
+
+    Its first forward pass would fail, because the weight lacks what dequantising needs.
+    """
+    if stored_method(model.config) != "bitsandbytes":
+        return None
+    import bitsandbytes
+    from torch import nn
+
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and type(module.weight) is nn.Parameter:
+            return str(name)
+    return None
+
+
 def keep_training_layout(model: PreTrainedModel) -> None:
     """Prevent bitsandbytes from repacking 4-bit weights for CPU inference in an eval pass.
 

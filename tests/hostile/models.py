@@ -145,6 +145,12 @@ MODELS: dict[str, tuple[Make, str]] = {
     "a vocabulary of 1": (config(vocab_size=1), ""),
     "a vocabulary that is negative": (config(vocab_size=-5), ""),
     "no positions": (config(max_position_embeddings=0), ""),
+    "a dropout of 7": (config(attention_dropout=7.0), "attention_dropout=7"),
+    "a decoder with an encoder": (config(is_encoder_decoder=True), "is_encoder_decoder"),
+    "quantised weights that are not": (
+        config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "they hold the weights of",
+    ),
     "an unknown activation": (config(hidden_act="new"), ""),
     "an unknown rope": (config(rope_parameters={"rope_type": "new", "rope_theta": 1.0}), ""),
     "an unknown dtype": (config(dtype="float7"), ""),

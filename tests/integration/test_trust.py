@@ -273,6 +273,7 @@ def test_secrets_of_the_environment_do_not_reach_a_name(
     ("entry", "message"),
     [
         *(({"num_hidden_layers": layers}, "num_hidden_layers") for layers in (2_000_000, 0, "x")),
+        ({"attention_dropout": 7.0}, "attention_dropout=7.0, which must be from 0 to 1"),
         ({"max_position_embeddings": 0}, "max_position_embeddings=0, which must be 1 or more"),
         (
             {"quantization_config": {"quant_method": "new"}},
@@ -290,6 +291,25 @@ def test_a_config_that_no_model_has_is_refused(
     for command, given in ((train, words), (generate, [f"model={base}", "prompt=a"])):
         with pytest.raises(SftError, match=message):
             command.run(command.compose(given))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "quantised by bitsandbytes, but they hold the weights of .*q_proj unquantised",
+        ),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder=true, which must be false"),
+    ],
+)
+def test_a_config_that_its_weights_do_not_fit_is_refused(
+    entry: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(TINY, tmp_path / "base"))
+    change(base / "config.json", **entry)
+    with pytest.raises(SftError, match=f"{message}(.|\n)*fix: "):
+        generate.run(generate.compose([f"model={base}", "prompt=a"]))
 
 
 def test_an_adapter_beside_a_model_is_refused(adapter: Path, tmp_path: Path) -> None:
