@@ -54,6 +54,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
     with loading("tokenizer", model):
         tokenizer = AutoTokenizer.from_pretrained(**source(model))
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError(f"model_max_length={tokenizer.model_max_length} must be a number")
     # Without files, Transformers creates an empty tokenizer of the model's kind.
     folder = Path(str(model.name_or_path))
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}

@@ -146,7 +146,6 @@ MODELS: dict[str, tuple[Make, str]] = {
     "a vocabulary that is negative": (config(vocab_size=-5), ""),
     "no positions": (config(max_position_embeddings=0), ""),
     "a dropout of 7": (config(attention_dropout=7.0), "attention_dropout=7"),
-    "a decoder with an encoder": (config(is_encoder_decoder=True), "is_encoder_decoder"),
     "quantised weights that are not": (
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         "they hold the weights of",
@@ -190,6 +189,10 @@ MODELS: dict[str, tuple[Make, str]] = {
     "an empty tokenizer": (base(text("tokenizer.json", "")), ""),
     "a damaged tokenizer": (base(_cut("tokenizer.json", 900)), ""),
     "a tokenizer that is a list": (base(text("tokenizer.json", "[]")), ""),
+    "a tokenizer's length as text": (
+        base(lambda folder: edit(folder / "tokenizer_config.json", model_max_length="x")),
+        "model_max_length=x must be a number",
+    ),
     "a damaged tokenizer config": (base(text("tokenizer_config.json", "{")), ""),
     "an adapter beside the model": (
         base(lambda folder: (folder / SETTINGS).write_text('{"peft_type": "LORA"}')),

@@ -187,7 +187,7 @@ REFUSED = {
     ),
     "rank": (settings(r=1_000_000), "r=1000000 must be a whole number from 1 to 65536"),
     "rank 0": (settings(r=0), "r=0 must be a whole number"),
-    "rank text": (settings(r="x"), "r=x must be a whole number"),
+    "rank text": (settings(r="x"), "r=x must be of type int"),
     "pattern rank": (settings(rank_pattern={"q_proj": -1}), "q_proj=-1 must be a whole number"),
     "target": (settings(target_modules=["nothing"]), "does not fit the base: Target modules"),
     "target number": (settings(target_modules=5), "target_modules=5 must be of type"),
