@@ -24,7 +24,6 @@ DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 }
-LARGEST_JSON = 1 << 26  # bytes; a run.json, card or manifest has a few thousand
 FRESH = 2.0  # seconds; a file that is younger may change again without a new time stamp
 
 
@@ -152,34 +151,13 @@ def to_json(record: dict[str, Any], indent: int | None = None) -> str:
     return json.dumps(finite(record), indent=indent)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file that may come from anywhere.
-
-    Raises:
-        ValueError: It cannot be read, is larger than ``LARGEST_JSON``, or is no JSON; the message
-            gives the reason.
-    """
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes, more than {LARGEST_JSON:,}")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_finite)
-    except OSError as error:
-        raise ValueError(error.strerror or str(error)) from error
-    except RecursionError as error:
-        raise ValueError("its lists and mappings are nested too deeply") from error
-
-
-def _not_finite(name: str) -> None:
-    raise ValueError(f"it holds {name}, which is no number")
-
-
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; skip invalid lines, such as the incomplete last line of a killed run."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return records
 

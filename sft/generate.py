@@ -143,6 +143,8 @@ def _folder(config: GenerateConfig) -> Path:
     """Find the folder that holds the adapter or the model."""
     if config.run is not None:
         if weights := record.weights(config.run):
+            option = "adapter" if weights.name == record.ADAPTER else "model"
+            record.require_sound(config.run, f"{option}={weights}")
             return weights
         raise ModelError(
             f"{config.run} holds no adapter and no model\n    fix: run=FOLDER of a finished run"

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from sft.config.plain import read_json
 from sft.errors import CheckpointError, RunError
 from sft.files import PARTIAL, damage_of, delete_folder, finish_folder, inventory, write_text
 
@@ -97,12 +98,12 @@ def manifest(path: Path) -> dict[str, Any]:
 
 def _manifest(path: Path) -> dict[str, Any] | str:
     """Read a manifest; a text says why it cannot be read."""
+    if not (path / MANIFEST).exists():
+        return f"{MANIFEST} is missing, so the folder is not complete"
     try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        content = read_json(path / MANIFEST)
         assert isinstance(content, dict) and isinstance(content["files"], dict)
         assert all({"bytes", "xxh3"} <= dict(said).keys() for said in content["files"].values())
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing, so the folder is not complete"
     except (ValueError, KeyError, TypeError, AssertionError):
         return f"{MANIFEST} is damaged"
     return content

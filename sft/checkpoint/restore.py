@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from sft.checkpoint import sharded
 from sft.checkpoint.optimizer import Optimizer
 from sft.checkpoint.state import STATE, VALUE, Live
 from sft.checkpoint.tensors import Reader
+from sft.config.plain import read_json
 from sft.errors import CheckpointError
 
 logger = logging.getLogger("sft")
@@ -28,7 +28,13 @@ def restore(live: Live, folder: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: The checkpoint's parameters are not those that are trained now.
     """
-    record = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    try:
+        record = read_json(folder / STATE, finite=False)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder / STATE} is damaged: {error}\n"
+            "    fix: restore the file, or delete this checkpoint to use the one before it"
+        ) from error
     optimizer, reader = live.optimizer, Reader(folder)
     if record["kind"] == "by rank":
         _restore_rank(optimizer, reader)

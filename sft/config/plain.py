@@ -1,17 +1,68 @@
-"""Read plain JSON values into a dataclass of settings: types and rules are checked, nothing runs.
+"""Read plain JSON from a file, and into a dataclass of settings: types and rules are checked.
 
-Unlike a config, such a file comes with an adapter or a model, maybe from a stranger: it is no YAML,
-and OmegaConf, which would resolve ``${oc.env:NAME}``, does not read it.
+Nothing runs. Unlike a config, such a file comes with an adapter, a model or a run, maybe from a
+stranger: it is no YAML, and OmegaConf, which would resolve ``${oc.env:NAME}``, does not read it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from sft.config.rules import rule_problems
 
 T = TypeVar("T")
+LARGEST_JSON = 1 << 26  # bytes; a run.json, card or manifest has a few thousand
+
+
+def read_json(path: Path, finite: bool = True) -> Any:
+    """Read a JSON file that may come from anywhere.
+
+    Args:
+        path: The file.
+        finite: Refuse NaN and infinity, which are no JSON but which Python writes.
+
+    Raises:
+        ValueError: It cannot be read, is larger than ``LARGEST_JSON``, or is no JSON; the message
+            gives the reason.
+    """
+    return parse_json(_text(path), finite)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read a file of JSON lines that may come from anywhere.
+
+    Raises:
+        ValueError: It cannot be read, or is larger than ``LARGEST_JSON``.
+    """
+    return _text(path).splitlines()
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, more than {LARGEST_JSON:,}")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+
+
+def parse_json(text: str, finite: bool = True) -> Any:
+    """Parse JSON that may come from anywhere.
+
+    Raises:
+        ValueError: It is no JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, parse_constant=_not_finite if finite else None)
+    except RecursionError as error:
+        raise ValueError("its lists and mappings are nested too deeply") from error
+
+
+def _not_finite(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number")
 
 
 def from_json(schema: type[T], values: Any, prefix: str = "") -> T:

@@ -14,10 +14,10 @@ from typing import Any
 
 from sft.config import upstream
 from sft.config.data_settings import parts_of
-from sft.config.plain import from_json
+from sft.config.plain import from_json, read_json
 from sft.config.settings import Config, ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import ModelError
-from sft.files import read_json, write_text
+from sft.files import write_text
 
 CARD = "sft.json"
 ADAPTER_SETTINGS = "adapter_config.json"
@@ -75,6 +75,8 @@ def read_card(folder: Path) -> Card | None:
             datetime.date.fromisoformat(card.template.date)
         if card.identity.get("precision", "fp32") not in PRECISIONS:
             raise ValueError(f"identity.precision must be one of {', '.join(PRECISIONS)}")
+        if card.quantization.load_in_4bit and card.quantization.load_in_8bit:
+            raise ValueError("quantization has both load_in_4bit and load_in_8bit")
         if unknown := card.quantization.extra.keys() - upstream.bnb_config_names():
             raise ValueError(f"there is no entry quantization.extra.{min(unknown)}")
     except ValueError as error:

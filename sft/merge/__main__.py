@@ -24,6 +24,7 @@ from sft.files import write_text
 from sft.merge import claim
 from sft.merge.report import log_report, write_report
 from sft.model.source import named_by
+from sft.run import record
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +113,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         import torch
 
         from sft.merge import metadata
-        from sft.merge.verify import verify, verify_against_training
+        from sft.merge.verify import samples_of, verify, verify_against_training
         from sft.merge.write import write
 
         began = time.perf_counter()
@@ -120,6 +121,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             raise MergeError("device=cuda: there is no GPU\n    fix: device=cpu")
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         prepared, report = _prepare(config, adapters, dtype)
+        samples = samples_of(prepared) if config.verify else None
         claim.check_space(prepared.layout.size, output)
         with claim.claimed(output) as partial:
             write_report(partial, report)  # until verified
@@ -130,13 +132,13 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             metadata.write(prepared, dtype, partial)
             report["seconds_merging"] = round(time.perf_counter() - began, 2)
             until_written.close()
-            if config.verify:
+            if samples is not None:
                 quantization = prepared.sources.quantization
-                report |= verify(prepared, partial, dtype or prepared.sources.stored_dtype)
+                report |= verify(prepared, samples, partial, dtype or prepared.sources.stored_dtype)
                 if quantization.load_in_8bit or (
                     quantization.load_in_4bit and not prepared.dequantized
                 ):
-                    report["from_training"] = verify_against_training(prepared, partial)
+                    report["from_training"] = verify_against_training(prepared, samples, partial)
             else:
                 report |= {"passed": None, "reason": "verify=false"}
             report["seconds"] = round(time.perf_counter() - began, 2)
@@ -206,7 +208,9 @@ def _places(config: MergeConfig) -> tuple[list[Path], Path]:
     run = Path(config.run)
     if (run / "model").is_dir():
         raise MergeError(f"{run} trained every weight: {run / 'model'} is a full model")
-    return [run / "adapter"], Path(config.output or run / "merged")
+    output = Path(config.output or run / "merged")
+    record.require_sound(run, f"adapter={run / record.ADAPTER} output={output}")
+    return [run / record.ADAPTER], output
 
 
 @contextlib.contextmanager

@@ -5,18 +5,20 @@ Generation and merging read adapters here and with ``attach.attach``; so both re
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError
 
 from sft.checkpoint import weights
+from sft.config.plain import read_json
 from sft.config.rules import LARGEST_RANK
 from sft.errors import MergeError
-from sft.files import read_json
 from sft.inference.card import ADAPTER_SETTINGS, damaged
 from sft.limits import slow_pattern
 from sft.merge import refusals
@@ -32,6 +34,8 @@ WEIGHTS = "adapter_model.safetensors"
 FOREIGN = ("megatron_config", "adapters", "prompt_tuning_init_state_dict_path")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")
+TASK = "CAUSAL_LM"
+BIASES = ("none", "all", "lora_only")
 NOT_FLOAT = "numbers that are not floating-point"
 
 
@@ -102,14 +106,51 @@ def parsed_config(folder: Path) -> PeftConfig:
                 f"{folder} uses {name}, with which PEFT loads code or files from elsewhere\n"
                 "    fix: remove it from adapter_config.json, or use PEFT itself"
             )
+    if is_lora(config) and (reason := _wrong_type(content, config)):
+        raise MergeError(str(damaged(path, reason)))
     ranks = {"r": content.get("r", 1), **dict(content.get("rank_pattern") or {})}
     for name, rank in ranks.items() if config.peft_type == "LORA" else ():
         if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
             reason = f"{name}={rank} must be a whole number from 1 to {LARGEST_RANK}"
             raise MergeError(str(damaged(path, reason)))
+    if config.task_type not in (None, TASK):
+        raise MergeError(
+            f"{folder} has task_type={getattr(config.task_type, 'value', config.task_type)}, whose "
+            f"model has another head than one that generates text\n"
+            f"    fix: name an adapter with task_type={TASK}, or use PEFT itself"
+        )
+    if (bias := getattr(config, "bias", "none")) not in BIASES:
+        reason = f"bias={bias} must be one of {', '.join(BIASES)}"
+        raise MergeError(str(damaged(path, reason)))
     for note in notes:
         logger.info("warning: %s: %s", path, str(note.message).splitlines()[0])
     return config
+
+
+def _wrong_type(content: dict[str, Any], config: PeftConfig) -> str | None:
+    """Return the first entry whose type is not the one that PEFT documents; None if all are."""
+    kinds, fields = get_type_hints(type(config)), dataclasses.fields(config)
+    for field in fields:
+        value = content.get(field.name)
+        if value is not None and not _fits(value, kinds[field.name]):
+            return f"{field.name}={str(value)[:80]} must be of type {field.type}"
+    return None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Check a JSON value against a type of PEFT's settings; numbers may be whole or not."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is Literal:  # PEFT's own do not name all values, such as pissa_niter_4
+        return isinstance(value, str)
+    if kind in (int, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is dict or origin is dict or dataclasses.is_dataclass(kind):
+        return isinstance(value, dict)
+    return isinstance(value, list if origin is tuple else kind)
 
 
 def read_config(folder: Path) -> LoraConfig:

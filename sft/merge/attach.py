@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.errors import MergeError
 from sft.merge.adapter_files import is_lora, require_quick_patterns, restarts
+from sft.model.source import named
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -51,8 +52,10 @@ def attach(
     from transformers.initialization import no_init_weights
 
     peft_model: Any = None
+    fix = f"{named().name}=THE_ONE_IT_WAS_TRAINED_ON"
     for index, (folder, config) in enumerate(zip(folders, configs, strict=True)):
-        require_quick_patterns(folder, config, [path for path, _ in model.named_modules()])
+        paths = [path for path, _ in model.named_modules()]
+        require_quick_patterns(folder, config, paths)
         config = copy.deepcopy(config)
         config.inference_mode = True
         # The others take the shapes that the settings name, and real memory for them.
@@ -61,7 +64,10 @@ def attach(
             config.init_lora_weights = True  # skip the initialisation; see _restart
         initialised = contextlib.nullcontext() if loaded else no_init_weights()
         try:
-            with warnings.catch_warnings(), initialised:
+            for name in getattr(config, "modules_to_save", None) or ():
+                if not any(path.endswith(name) for path in paths):  # as PEFT matches them
+                    raise ValueError(f"modules_to_save={name} matches no module of the base")
+            with warnings.catch_warnings(), initialised, names_kept():
                 warnings.simplefilter("ignore")
                 if peft_model is None:
                     peft_model = PeftModelForCausalLM(
@@ -72,18 +78,49 @@ def attach(
                 )
         except Exception as error:  # the settings may hold anything, and PEFT checks little of it
             raise MergeError(
-                f"{folder} does not fit the base: {_reason(error)}\n"
-                "    fix: base=THE_ONE_IT_WAS_TRAINED_ON"
+                f"{folder} does not fit the base: {_reason(error)}\n    fix: {fix}"
             ) from error
         missing = [name for name in result.missing_keys if not any(map(name.count, MADE_ELSEWHERE))]
         wrong = [*result.unexpected_keys, *missing]
         if wrong:
             raise MergeError(
                 f"{len(result.unexpected_keys)} tensors of {folder} do not exist in the base, and "
-                f"{len(missing)} tensors are missing, such as {wrong[0]}\n"
-                "    fix: base=THE_ONE_IT_WAS_TRAINED_ON"
+                f"{len(missing)} tensors are missing, such as {wrong[0]}\n    fix: {fix}"
             )
     return peft_model
+
+
+@contextlib.contextmanager
+def names_kept() -> Iterator[None]:
+    """Within, PEFT loads an adapter whose tensors have the model's own names without renaming them.
+
+    PEFT applies to every adapter the renamings with which Transformers reads old checkpoints. Not
+    all of them leave new names unchanged: the pattern ``mlp.shared_expert.`` of Laguna, a regular
+    expression, also matches ``mlp.shared_experts``.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    module: Any = conversion
+    stock = module.convert_peft_adapter_state_dict_for_transformers
+
+    def convert(model: Any, peft_config: Any, adapter_state_dict: Any, adapter_name: str) -> Any:
+        if is_lora(peft_config):
+            options = {"adapter_name": adapter_name, "save_embedding_layers": False}
+            own = get_peft_model_state_dict(model, **options)
+            if _lora_shapes(own) == _lora_shapes(adapter_state_dict):
+                return adapter_state_dict
+        return stock(model, peft_config, adapter_state_dict, adapter_name)
+
+    module.convert_peft_adapter_state_dict_for_transformers = convert
+    try:
+        yield
+    finally:
+        module.convert_peft_adapter_state_dict_for_transformers = stock
+
+
+def _lora_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in tensors.items() if ".lora_" in name}
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft.config.settings import ModelConfig, QuantizationConfig
-from sft.merge.attach import name_of
+from sft.merge.attach import name_of, names_kept
 from sft.merge.base_files import Base
 from sft.merge.placeholders import with_placeholders
 from sft.merge.stored import shards
@@ -75,7 +75,8 @@ def reference(
         _restore_others(base, prepared)
     if prepared.resized:
         base.resize_token_embeddings(prepared.resized, mean_resizing=False)
-    with warnings.catch_warnings(action="ignore"):  # the adapters were read before: see attach
+    # The adapters were read before: see attach.
+    with warnings.catch_warnings(action="ignore"), names_kept():
         model = PeftModel.from_pretrained(base, str(sources.adapters[0]), adapter_name=name_of(0))
         for index, folder in enumerate(sources.adapters[1:], 1):
             model.load_adapter(str(folder), adapter_name=name_of(index))

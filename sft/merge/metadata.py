@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sft.config.plain import read_json
 from sft.config.settings import ModelConfig, QuantizationConfig
 from sft.errors import MergeError
 from sft.files import write_text
@@ -85,7 +86,7 @@ def _base_settings(base: ModelConfig) -> dict[str, Any]:
         path = cached_file(
             where["pretrained_model_name_or_path"], "config.json", revision=where["revision"]
         )
-        settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        settings: dict[str, Any] = read_json(Path(path), finite=False)
     return settings
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from sft.config.plain import from_json, parse_json, read_lines
 from sft.data.row_encoder import IGNORE_INDEX
-from sft.files import read_records, write_text
+from sft.errors import MergeError
+from sft.files import write_text
 
 if TYPE_CHECKING:
     from sft.data.prepared import Prepared
@@ -110,18 +112,31 @@ def _window(sample: dict[str, Any]) -> tuple[list[int], list[int]]:
     return ids[start:stop], labels[start:stop]
 
 
-def load(adapter: Path, vocabulary: int) -> Probes:
+@dataclass
+class Line:
+    """A line of the file."""
+
+    origin: str
+    input_ids: list[int]
+    labels: list[int]
+
+
+def load(adapter: Path, vocabulary: int, rows: int) -> Probes:
     """Read the samples from the run's folder around the adapter's; draw random ones if it has none.
 
     Args:
         adapter: The adapter's folder.
         vocabulary: The number of token ids to draw from.
+        rows: Those of the model's embedding; larger token ids do not exist.
+
+    Raises:
+        MergeError: The file is damaged, or holds samples of another model.
     """
     path = adapter.parent / FILE
-    lines = read_records(path) if path.is_file() else []
-    if lines:
-        samples = [(line["input_ids"], line["labels"]) for line in lines]
-        origin = f"{len(samples)} {lines[0]['origin']} of the run"
+    if path.is_file():
+        lines = _read(path, rows)
+        samples = [(line.input_ids, line.labels) for line in lines]
+        origin = f"{len(samples)} {lines[0].origin} of the run"
     else:
         drawn = torch.randint(0, vocabulary, (4, 64), generator=torch.Generator().manual_seed(0))
         samples = [(ids, [IGNORE_INDEX] * len(ids)) for ids in drawn.tolist()]
@@ -138,6 +153,31 @@ def load(adapter: Path, vocabulary: int) -> Probes:
         prompts=[_prompt(ids, labels) for ids, labels in samples],
         origin=origin,
     )
+
+
+def _read(path: Path, rows: int) -> list[Line]:
+    """Read the samples that ``keep`` wrote."""
+    number = 0
+    try:
+        lines = []
+        for text in read_lines(path):
+            number += 1
+            line = from_json(Line, parse_json(text))
+            if not 1 <= len(line.input_ids) == len(line.labels) <= LENGTH:
+                raise ValueError(f"input_ids and labels must have the same 1 to {LENGTH} entries")
+            if not all(0 <= token < rows for token in line.input_ids):
+                raise ValueError(f"a token id is not from 0 to {rows - 1}, as the model has them")
+            if not all(0 <= label < rows or label == IGNORE_INDEX for label in line.labels):
+                raise ValueError(f"a label is neither {IGNORE_INDEX} nor a token id")
+            lines.append(line)
+        if not 1 <= len(lines) <= COUNT:
+            raise ValueError(f"it has {len(lines)} lines, not 1 to {COUNT}")
+    except ValueError as error:
+        raise MergeError(
+            f"{path}:{number} is damaged: {error}\n    fix: restore the file, or delete it: the "
+            "merge is then verified on random tokens"
+        ) from error
+    return lines
 
 
 def _prompt(ids: list[int], labels: list[int]) -> list[int]:

@@ -25,7 +25,23 @@ GREEDY_PROMPTS = 4
 GREEDY_TOKENS, GREEDY_TOKENS_STREAMED = 32, 8  # streamed, each token reads all weights again
 
 
-def verify(prepared: PreparedMerge, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def samples_of(prepared: PreparedMerge) -> Probes:
+    """Read or draw the samples to compare on.
+
+    Raises:
+        MergeError: The run's file of them is damaged.
+    """
+    rows = _rows(prepared)
+    return probes.load(prepared.sources.adapters[0], min(len(prepared.tokenizer), rows), rows)
+
+
+def _rows(prepared: PreparedMerge) -> int:
+    return int(prepared.model.get_input_embeddings().weight.shape[0])
+
+
+def verify(
+    prepared: PreparedMerge, samples: Probes, folder: Path, dtype: torch.dtype
+) -> dict[str, Any]:
     """Compare base + adapter with the merged model.
 
     Both compute in float32, so that only the weights differ. Base + adapter generates greedy texts.
@@ -34,6 +50,7 @@ def verify(prepared: PreparedMerge, folder: Path, dtype: torch.dtype) -> dict[st
 
     Args:
         prepared: The merge.
+        samples: What is compared on.
         folder: The merged model.
         dtype: The precision of its weights.
 
@@ -44,10 +61,7 @@ def verify(prepared: PreparedMerge, folder: Path, dtype: torch.dtype) -> dict[st
         MergeError: The written tokenizer or config differs, or a file cannot be read.
     """
     metadata.check(prepared, folder)
-    tokenizer = prepared.tokenizer
-    rows = prepared.model.get_input_embeddings().weight.shape[0]
-    samples = probes.load(prepared.sources.adapters[0], min(len(tokenizer), rows))
-    chosen = samples.positions(rows)
+    chosen = samples.positions(_rows(prepared))
     resident = prepared.must_be_resident or 4 * prepared.layout.numbers <= RESIDENT
     with base_and_adapter(prepared, resident) as model:
         with model.disable_adapter():
@@ -101,15 +115,15 @@ def _greedy(
     return answers
 
 
-def verify_against_training(prepared: PreparedMerge, folder: Path) -> dict[str, Any]:
+def verify_against_training(
+    prepared: PreparedMerge, samples: Probes, folder: Path
+) -> dict[str, Any]:
     """Measure how far the merged model is from base + adapter as training computed them.
 
     They differ with quantized_base=original, and with an 8-bit base, whose forward pass also rounds
     the input of each layer.
     """
-    rows = prepared.model.get_input_embeddings().weight.shape[0]
-    samples = probes.load(prepared.sources.adapters[0], rows)
-    chosen = samples.positions(rows)
+    chosen = samples.positions(_rows(prepared))
     wanted = _logits(reference(prepared, prepared.sources.quantization), samples, chosen)
     trust = prepared.sources.base.trust_remote_code
     with written(folder, resident=True, trust=trust) as model:

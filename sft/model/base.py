@@ -10,8 +10,14 @@ from sft import process
 from sft.config.settings import Config, ModelConfig, QuantizationConfig
 from sft.errors import ModelError
 from sft.limits import OutOfTime, TimeLimit
+from sft.model import config_checks
 from sft.model.precision import dtype_of, needs_masters
-from sft.model.quantization import keep_training_layout, quantization_config
+from sft.model.quantization import (
+    keep_training_layout,
+    quantization_config,
+    stored_method,
+    unquantized,
+)
 from sft.model.source import loading, source
 
 if TYPE_CHECKING:
@@ -19,7 +25,6 @@ if TYPE_CHECKING:
 
     from sft.data.audit import Counts
 
-MOST_LAYERS = 10_000  # the largest models have some hundreds
 BUILDING = 120  # seconds for a model's modules; those of the largest models take ten
 
 
@@ -49,6 +54,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
     with loading("tokenizer", model):
         tokenizer = AutoTokenizer.from_pretrained(**source(model))
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError(f"model_max_length={tokenizer.model_max_length} must be a number")
     # Without files, Transformers creates an empty tokenizer of the model's kind.
     folder = Path(str(model.name_or_path))
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
@@ -71,7 +78,8 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
     """Load the model's config, and refuse one with which nothing could be built.
 
     Raises:
-        ModelError: It does not exist, cannot be reached, has more layers than any model, or there
+        ModelError: It does not exist, cannot be reached, has more layers than any model or no
+            positions, or its files are quantised in a way that Transformers would ignore; or there
             is an adapter beside it, which Transformers would load with the model, unchecked.
     """
     from transformers import AutoConfig
@@ -86,12 +94,7 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
             f"{name} holds an adapter beside the model (adapter_config.json)\n"
             "    fix: put the adapter into a folder of its own, and merge it into the model"
         )
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
-        raise ModelError(
-            f"the config of {model.name_or_path} has num_hidden_layers={layers}, which must be "
-            f"from 1 to {MOST_LAYERS:,}\n    fix: correct its config.json, or download it again"
-        )
+    config_checks.require_plausible(model, config)
     return config
 
 
@@ -206,6 +209,12 @@ def _whole(model: ModelConfig, **options: Any) -> PreTrainedModel:
             f"the weights of {model.name_or_path} lack {len(lacking)} tensors that its config "
             f"names, such as {lacking[0]}\n    fix: download or save the model again"
         )
+    if "quantization_config" not in options and (name := unquantized(loaded)):
+        raise ModelError(
+            f"the config of {model.name_or_path} says that its files are quantised by "
+            f"{stored_method(loaded.config)}, but they hold the weights of {name} unquantised\n"
+            "    fix: remove quantization_config from its config.json, or download it again"
+        )
     return loaded
 
 
@@ -232,7 +241,9 @@ def load_frozen(
             options |= {"quantization_config": quantized, "device_map": _device_map()}
         elif torch.cuda.is_available() and dtype == "auto":
             options["device_map"] = _device_map()
-        return _whole(model, **options).eval()
+        loaded = _whole(model, **options).eval()
+        config_checks.require_decoder(model, loaded.config)
+        return loaded
 
 
 def _device_map() -> dict[str, Any]:

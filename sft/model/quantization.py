@@ -6,6 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from sft.config.settings import QuantizationConfig
+from sft.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -13,28 +14,76 @@ if TYPE_CHECKING:
 
 
 def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> Any:
-    """Make Transformers' BitsAndBytesConfig; None if nothing is quantised."""
+    """Make Transformers' BitsAndBytesConfig; None if nothing is quantised.
+
+    Raises:
+        ModelError: Transformers refuses the settings.
+    """
     from transformers import BitsAndBytesConfig
 
     if not (quantization.load_in_4bit or quantization.load_in_8bit):
         return None
-    return BitsAndBytesConfig(
-        load_in_8bit=quantization.load_in_8bit,
-        load_in_4bit=quantization.load_in_4bit,
-        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-        **{"bnb_4bit_compute_dtype": compute_dtype, **copy.deepcopy(quantization.extra)},
-    )
+    try:
+        return BitsAndBytesConfig(
+            load_in_8bit=quantization.load_in_8bit,
+            load_in_4bit=quantization.load_in_4bit,
+            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+            **{"bnb_4bit_compute_dtype": compute_dtype, **copy.deepcopy(quantization.extra)},
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"quantization.extra={quantization.extra}: Transformers refuses these settings: "
+            f"{error}\n    fix: correct them, in an adapter's folder in its sft.json"
+        ) from error
 
 
 def stored_method(config: PreTrainedConfig) -> str | None:
     """Return how a model's own files are quantised, such as mxfp4 or fp8; None if they are not."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
+    values = _stored(config)
+    if values is None:
         return None
-    values = settings if isinstance(settings, dict) else vars(settings)
     method = values.get("quant_method", "unknown method")
     return str(getattr(method, "value", method))
+
+
+def unknown_method(config: PreTrainedConfig) -> str | None:
+    """Return how a model's own files are quantised if Transformers does not know it; else None.
+
+    It would log a warning, and load the quantised numbers as if they were the weights.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    values = _stored(config)
+    try:
+        known = values is None or AutoHfQuantizer.supports_quant_method(values)
+    except ValueError:  # no method is named
+        known = False
+    return None if known else stored_method(config)
+
+
+def _stored(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return ``quantization_config`` of a model's config; None if it has none."""
+    parts = (config, config.get_text_config(decoder=True))
+    found = next(filter(None, (getattr(it, "quantization_config", None) for it in parts)), None)
+    return found if isinstance(found, dict | None) else dict(vars(found))
+
+
+def unquantized(model: PreTrainedModel) -> str | None:
+    """Return a layer that bitsandbytes computes although its weight was not stored quantised.
+
+    Its first forward pass would fail, because the weight lacks what dequantising needs.
+    """
+    if stored_method(model.config) != "bitsandbytes":
+        return None
+    import bitsandbytes
+    from torch import nn
+
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and type(module.weight) is nn.Parameter:
+            return str(name)
+    return None
 
 
 def keep_training_layout(model: PreTrainedModel) -> None:

@@ -25,6 +25,11 @@ TRAINING = Named()
 _named: contextvars.ContextVar[Named] = contextvars.ContextVar("named", default=TRAINING)
 
 
+def named() -> Named:
+    """Return the settings with which this command names its model."""
+    return _named.get()
+
+
 @contextlib.contextmanager
 def named_by(setting: str) -> Iterator[None]:
     """Within a command that has other settings for its model than those of training."""

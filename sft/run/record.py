@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.compare import training_settings
+from sft.config.plain import read_json
 from sft.errors import RunError
 from sft.files import to_json, write_text
 
@@ -31,9 +32,10 @@ def read(folder: str | Path) -> dict[str, Any]:
     Raises:
         RunError: The file is damaged.
     """
+    file = Path(folder) / RECORD
     try:
-        content = json.loads(text(folder) or "{}")
-    except (ValueError, RecursionError):
+        content = read_json(file, finite=False) if file.is_file() else {}
+    except ValueError:
         content = None
     kinds = {
         **{"status": str, "identity": dict, "choices": dict, "resumed": list, "final": dict},
@@ -42,8 +44,20 @@ def read(folder: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(
         isinstance(content[name], kind) for name, kind in kinds.items() if name in content
     ):
-        raise _damaged(Path(folder) / RECORD)
+        raise _damaged(file)
     return content
+
+
+def require_sound(folder: str | Path, fix: str) -> None:
+    """Check that ``run.json`` of a run whose weights are to be used is absent or sound.
+
+    Raises:
+        RunError: It is damaged, so other files of the run may be too.
+    """
+    try:
+        read(folder)
+    except RunError as error:
+        raise RunError(f"{error}".partition("\n")[0] + f"\n    fix: {fix}") from error
 
 
 def _damaged(file: Path) -> RunError:

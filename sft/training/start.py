@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from sft.checkpoint import sharded
 from sft.errors import ConfigError, Problem
 from sft.inference.card import ADAPTER_SETTINGS, read_card
 from sft.merge import adapter_files
+from sft.merge.attach import attach
+from sft.merge.placeholders import with_placeholders
 from sft.model.adapter import attached, excluding
 from sft.run.resume import base_identity
 
@@ -41,7 +44,7 @@ def require(
 
     Raises:
         ConfigError: The adapters differ in their base, modules or ranks.
-        MergeError: The adapter is damaged, or not one of LoRA.
+        MergeError: The adapter is damaged, not one of LoRA, or does not fit the base.
     """
     if config.lora.init_from is None or lora is None:
         return
@@ -63,14 +66,16 @@ def require(
     if adapter_files.restarts(theirs):
         rule = f"its init_lora_weights={theirs.init_lora_weights} changed the base it was made on"
         found.append(Problem(f"{NAME}={folder}", rule, f"{NAME}=null"))
-    if not found:
-        found += _tensors(config, folder, shapes, lora, theirs, architecture)
     card = read_card(folder)
     base = card.identity.get("base") if card else None
     if card and base is not None and base != base_identity(config.model):
         rule = f"was trained on {card.model.name_or_path}, whose weights differ from the base's"
         fix = f"model.name_or_path={card.model.name_or_path}"
         found.append(Problem(f"{NAME}={folder}", rule, fix))
+    if not found:
+        # Its patterns, modules and tensors are checked as for generating and merging.
+        attach(with_placeholders(copy.deepcopy(architecture)), [folder], [theirs])
+        found += _tensors(config, folder, shapes, lora, theirs, architecture)
     if found:
         raise ConfigError(found)
 

@@ -145,6 +145,11 @@ MODELS: dict[str, tuple[Make, str]] = {
     "a vocabulary of 1": (config(vocab_size=1), ""),
     "a vocabulary that is negative": (config(vocab_size=-5), ""),
     "no positions": (config(max_position_embeddings=0), ""),
+    "a dropout of 7": (config(attention_dropout=7.0), "attention_dropout=7"),
+    "quantised weights that are not": (
+        config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "they hold the weights of",
+    ),
     "an unknown activation": (config(hidden_act="new"), ""),
     "an unknown rope": (config(rope_parameters={"rope_type": "new", "rope_theta": 1.0}), ""),
     "an unknown dtype": (config(dtype="float7"), ""),
@@ -184,6 +189,10 @@ MODELS: dict[str, tuple[Make, str]] = {
     "an empty tokenizer": (base(text("tokenizer.json", "")), ""),
     "a damaged tokenizer": (base(_cut("tokenizer.json", 900)), ""),
     "a tokenizer that is a list": (base(text("tokenizer.json", "[]")), ""),
+    "a tokenizer's length as text": (
+        base(lambda folder: edit(folder / "tokenizer_config.json", model_max_length="x")),
+        "model_max_length=x must be a number",
+    ),
     "a damaged tokenizer config": (base(text("tokenizer_config.json", "{")), ""),
     "an adapter beside the model": (
         base(lambda folder: (folder / SETTINGS).write_text('{"peft_type": "LORA"}')),
@@ -235,6 +244,8 @@ def _pickled(folder: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(PICKLE)
 
 
+# The tokenizer beside the card has the chat template; an entry of the card is never read.
+UNREAD = {"a card with a bad template"}
 ADAPTERS: dict[str, tuple[Make, str]] = {
     "nothing there": (lambda here, kit: None, ""),
     "an empty folder": (lambda here, kit: (here / "adapter").mkdir(), ""),
@@ -262,6 +273,10 @@ ADAPTERS: dict[str, tuple[Make, str]] = {
     "a damaged pattern": (setting(target_modules="(q_proj"), ""),
     "an endless pattern": (setting(target_modules="(([a-z._0-9])+)+!"), ""),
     "an endless rank pattern": (setting(rank_pattern={"(([a-z._0-9])+)+!": 4}), ""),
+    "ranks that are a list": (setting(rank_pattern=[1]), "rank_pattern"),
+    "a switch that is a number": (setting(use_rslora=5), "use_rslora"),
+    "modules that are a number": (setting(modules_to_save=5), "modules_to_save"),
+    "tokens that are text": (setting(alora_invocation_tokens=["x"]), "alora_invocation_tokens"),
     "an unknown start": (setting(init_lora_weights="corda"), ""),
     "code of Megatron": (setting(megatron_config={"a": 1}, megatron_core="os"), ""),
     "layers repeated without end": (setting(layer_replication=[[0, 1]] * 100_000), ""),
@@ -337,7 +352,7 @@ def cases() -> list[Case]:
         "code that its card allows": (_card_code, "trust_remote_code"),
     }
     found += [
-        Case("adapters", f"{command}: {name}", command, words, says, make)
+        Case("adapters", f"{command}: {name}", command, words, says, make, {}, name in UNREAD)
         for index, (name, (make, says)) in enumerate(planted.items())
         for command, words in (uses[:2] if index % 3 == 0 else uses[index % 2 : index % 2 + 1])
     ]

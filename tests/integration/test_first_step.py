@@ -15,7 +15,7 @@ from support import FAMILIES, TINY, build_model, losses, records
 from warm import run_warm
 
 from sft import prove
-from sft.errors import ConfigError, RunError
+from sft.errors import ConfigError, MergeError, RunError
 from sft.train import main, train
 
 FAMILIES_HERE: dict[str, dict[str, Any]] = {
@@ -261,4 +261,16 @@ def test_an_adapter_that_does_not_fit_is_refused(
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     with pytest.raises(ConfigError, match="whose weights differ from the base's"):
         go(other, rows, tmp_path / "new", start)
+    assert not (tmp_path / "new").exists()
+    settings = run / "adapter" / "adapter_config.json"
+    sound = json.loads(settings.read_text())
+    for entry, reason in (
+        ({"target_modules": ["nothing"]}, "does not fit the base: Target modules"),
+        ({"bias": "odd"}, "bias=odd must be one of"),
+        ({"rank_pattern": {"(q_proj": 4}}, "is not a regular expression"),
+        ({"modules_to_save": ["nothing"]}, "modules_to_save=nothing matches no module"),
+    ):
+        settings.write_text(json.dumps({**sound, **entry}))
+        with pytest.raises(MergeError, match=f"{reason}(.|\n)*fix: "):
+            go(llama, rows, tmp_path / "new", start)
     assert not (tmp_path / "new").exists()

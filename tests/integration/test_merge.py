@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from warm import run_warm
 
 from sft import train
-from sft.errors import ConfigError, MergeError, ModelError, SftError
+from sft.errors import ConfigError, MergeError, ModelError, RunError, SftError
 from sft.generate import main as generate
 from sft.merge import __main__ as merge
 from sft.merge import claim
@@ -469,6 +469,41 @@ def change(path: Path, new) -> None:
     save_file(
         {key: new(tensor) if "lora_B" in key else tensor for key, tensor in tensors.items()}, path
     )
+
+
+def test_damaged_files_of_a_run_are_named_before_anything_is_written(
+    run: Path, tmp_path: Path
+) -> None:
+    from sft import generate
+
+    run = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("merged*")))
+    rows = (run / "probes.jsonl").read_text().splitlines(keepends=True)
+    line = json.loads(rows[0])
+    for text, reason in (
+        ("", "it has 0 lines, not 1 to 8"),
+        ("".join([*rows, rows[0]]), "it has 9 lines"),
+        ("[" * 100_000, ":1 is damaged: .* nested too deeply"),
+        (rows[0] + "{\n", ":2 is damaged: Expecting property name"),
+        ('{"input_ids": [-1], "labels": [5]}', "the entry origin is missing"),
+        (json.dumps({**line, "input_ids": 7}), "input_ids must be of type list"),
+        (json.dumps({**line, "input_ids": line["input_ids"][1:]}), "must have the same 1 to 128"),
+        (json.dumps({**line, "input_ids": [10**6] * len(line["labels"])}), "a token id is not"),
+        (json.dumps({**line, "labels": [-5] * len(line["labels"])}), "a label is neither -100"),
+    ):
+        (run / "probes.jsonl").write_text(text)
+        with pytest.raises(
+            MergeError, match=rf"probes.jsonl.*{reason}(.|\n)*fix: restore the file"
+        ):
+            merged(f"run={run}")
+        assert not (run / "merged").exists() and not (run / "merged.partial").exists()
+    (run / "probes.jsonl").unlink()  # as the fix says
+    (run / "run.json").write_text("{")
+    with pytest.raises(RunError, match=rf"run.json is damaged\n    fix: adapter={run}/adapter$"):
+        generate.main.run(generate.main.compose([f"run={run}", "prompt=a"]))
+    with pytest.raises(RunError, match=r"run.json is damaged\n    fix: adapter=") as refused:
+        merged(f"run={run}")
+    merged(*str(refused.value).partition("fix: ")[2].split())
+    assert "random tokens" in report_of(run / "merged")["compared_on"]
 
 
 def test_wrong_places_are_named(run: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -332,6 +333,17 @@ def test_a_base_whose_files_are_quantised_is_refused_by_training_and_by_the_merg
     with pytest.raises(MergeError, match="already quantised"):
         train(main.compose([*config, f"output_dir={tmp_path / 'run'}"]))
     assert not (tmp_path / "run").exists()
+
+
+def test_names_that_a_renaming_would_change_are_kept(tmp_path: Path) -> None:
+    """Transformers renames mlp.shared_expert. in Laguna's old files, and matches shared_experts."""
+    base = small_models.build(tmp_path / "base", "laguna", torch.float32)
+    adapter = build_adapter(tmp_path / "adapter", base, target_modules="all-linear")
+    assert any(
+        ".shared_experts." in name for name in load_file(adapter / "adapter_model.safetensors")
+    )
+    report = merged(f"adapter={adapter}", f"output={tmp_path / 'out'}", f"base={base}")
+    assert report["passed"] and report["adapter_effect"]["max_difference"] > 1e-2
 
 
 def test_a_base_with_its_own_code_is_merged_and_verified(tmp_path: Path, bases: Path) -> None:

@@ -187,15 +187,27 @@ REFUSED = {
     ),
     "rank": (settings(r=1_000_000), "r=1000000 must be a whole number from 1 to 65536"),
     "rank 0": (settings(r=0), "r=0 must be a whole number"),
-    "rank text": (settings(r="x"), "r=x must be a whole number"),
+    "rank text": (settings(r="x"), "r=x must be of type int"),
     "pattern rank": (settings(rank_pattern={"q_proj": -1}), "q_proj=-1 must be a whole number"),
     "target": (settings(target_modules=["nothing"]), "does not fit the base: Target modules"),
-    "target number": (settings(target_modules=5), "does not fit the base: 'int' object"),
+    "target number": (settings(target_modules=5), "target_modules=5 must be of type"),
+    "ranks list": (settings(rank_pattern=[1]), r"rank_pattern=\[1\] must be of type"),
+    "tokens": (
+        settings(alora_invocation_tokens=["x"]),
+        r"alora_invocation_tokens=\['x'\] must be of type",
+    ),
+    "whole number": (settings(use_rslora=5), "use_rslora=5 must be of type"),
     "target pattern": (settings(target_modules="(q_proj"), "is not a regular expression"),
     "start": (settings(init_lora_weights="corda"), "has init_lora_weights=corda, which changed"),
     "megatron": (
         settings(megatron_config={"a": 1}, megatron_core="os"),
         "uses megatron_config, with which PEFT loads code or files from elsewhere",
+    ),
+    "task": (settings(task_type="SEQ_CLS"), "has task_type=SEQ_CLS, whose model has another head"),
+    "bias": (settings(bias="odd"), "is damaged: bias=odd must be one of none, all, lora_only"),
+    "whole modules": (
+        settings(modules_to_save=["nothing"]),
+        "does not fit the base: modules_to_save=nothing matches no module",
     ),
     "kind": (settings(peft_type="NEW"), "is damaged: 'NEW'"),
     "infinity": (settings(lora_alpha=float("inf")), "is damaged: it holds Infinity"),
@@ -209,6 +221,14 @@ REFUSED = {
     "date": (card("template", "date", value="today"), "Invalid isoformat string"),
     "precision": (card("identity", value={"precision": "fp7"}), "precision must be one of fp32"),
     "extra setting": (card("quantization", "extra", value={"a": 1}), "entry quantization.extra.a"),
+    "4 and 8 bits": (
+        card("quantization", value={"load_in_4bit": True, "load_in_8bit": True}),
+        "is damaged: quantization has both load_in_4bit and load_in_8bit",
+    ),
+    "bits": (
+        card("quantization", value={"load_in_4bit": True, "extra": {"llm_int8_threshold": "x"}}),
+        "Transformers refuses these settings: .*\n    fix: correct them",
+    ),
     "no mapping": (lambda adapter: (adapter / CARD).write_text("[]"), "it must be a mapping"),
     "nested": (lambda adapter: (adapter / CARD).write_text("[" * 100_000), "nested too deeply"),
     "bytes": (lambda adapter: (adapter / CARD).write_bytes(b"\xff\xfe"), "codec can't decode"),
@@ -249,14 +269,47 @@ def test_secrets_of_the_environment_do_not_reach_a_name(
         assert "hunter2" not in said and "${oc.env:SECRET}" in said
 
 
-@pytest.mark.parametrize("layers", [2_000_000, 0, "x"])
-def test_a_config_of_many_layers_is_refused(layers: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        *(({"num_hidden_layers": layers}, "num_hidden_layers") for layers in (2_000_000, 0, "x")),
+        ({"attention_dropout": 7.0}, "attention_dropout=7.0, which must be from 0 to 1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings=0, which must be 1 or more"),
+        (
+            {"quantization_config": {"quant_method": "new"}},
+            "are quantised by new, .*(.|\n)*fix: mo",
+        ),
+        ({"quantization_config": {"bits": 3}}, "are quantised by unknown method"),
+    ],
+)
+def test_a_config_that_no_model_has_is_refused(
+    entry: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     base = Path(shutil.copytree(TINY, tmp_path / "base"))
-    change(base / "config.json", num_hidden_layers=layers)
+    change(base / "config.json", **entry)
     words = ["model=hf", f"model.name_or_path={base}", f"output_dir={tmp_path / 'run'}"]
     for command, given in ((train, words), (generate, [f"model={base}", "prompt=a"])):
-        with pytest.raises(SftError, match="num_hidden_layers"):
+        with pytest.raises(SftError, match=message):
             command.run(command.compose(given))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "quantised by bitsandbytes, but they hold the weights of .*q_proj unquantised",
+        ),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder=true, which must be false"),
+    ],
+)
+def test_a_config_that_its_weights_do_not_fit_is_refused(
+    entry: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(TINY, tmp_path / "base"))
+    change(base / "config.json", **entry)
+    with pytest.raises(SftError, match=f"{message}(.|\n)*fix: "):
+        generate.run(generate.compose([f"model={base}", "prompt=a"]))
 
 
 def test_an_adapter_beside_a_model_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -194,6 +194,8 @@ def test_a_restarted_command_is_known() -> None:
     [
         *(
             ("run.json", '{"status": "fin'),
+            ("run.json", ""),
+            ("run.json", "[" * 100_000),
             ("run.json", "[]"),
             ("run.json", "\udcff"),
             ("run.json", '{"identity": 3}'),
@@ -226,6 +228,21 @@ def test_a_folder_that_is_removed_while_the_run_trains_is_said_to_be_gone(tmp_pa
             main.do(begin_folder, path)
         assert "space" not in str(error.value)
     assert not run.exists()
+
+
+def test_json_of_a_checkpoint_that_is_nested_deeply_is_damaged(tmp_path: Path) -> None:
+    from sft.checkpoint import restore
+
+    folder = begin_folder(tmp_path / "checkpoint-4")
+    folders.finish(folder, tmp_path / "checkpoint-4", {"step": 4})
+    (tmp_path / "checkpoint-4" / folders.MANIFEST).write_text("[" * 100_000)
+    assert folders.damage(tmp_path / "checkpoint-4") == f"{folders.MANIFEST} is damaged"
+    live: Any = None
+    (tmp_path / "checkpoint-4" / "state.json").write_text("[" * 100_000)
+    with pytest.raises(
+        CheckpointError, match=r"state.json is damaged: .*nested(.|\n)*fix: restore"
+    ):
+        restore.restore(live, tmp_path / "checkpoint-4")
 
 
 @pytest.mark.parametrize("change", [{"ranks": None}, {"stage": "1"}, {"kind": "new"}])
