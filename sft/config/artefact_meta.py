@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from sft.config.plain import read_json
 from sft.files import without_protocol
 
 META = "meta.json"
@@ -19,7 +19,7 @@ def meta_of(path: str | None) -> dict[str, Any] | None:
     if not path or not all(map(os.path.isfile, (folder / META, folder / "dataset_dict.json"))):
         return None
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta = read_json(folder / META, finite=False)
     except ValueError:
         return None
     ours = isinstance(meta, dict) and "parts" in meta and "tokenizer" in meta

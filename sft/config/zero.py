@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.config.paths import DS_CONFIG_DIR
+from sft.config.plain import read_json
 from sft.config.rules import AS_SET, Choice
 from sft.config.settings import Config, ZeroConfig
 
@@ -28,12 +28,11 @@ def read(zero: ZeroConfig) -> dict[str, Any] | None:
     """Read the DeepSpeed configuration with the overrides merged in; None without ZeRO.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: The file is not valid JSON.
+        ValueError: The file cannot be read, or is not valid JSON.
     """
     if zero.config is None:
         return None
-    ds_config = json.loads(json_path(zero).read_text(encoding="utf-8"))
+    ds_config = read_json(json_path(zero), finite=False)
     if not isinstance(ds_config, dict):
         raise ValueError("its top level must be an object")
     return _merged(ds_config, zero.overrides)

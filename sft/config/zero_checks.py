@@ -65,12 +65,12 @@ def problems(zero: ZeroConfig, optim: str, trains_base: bool) -> Iterator[Proble
             )
         return
     path = json_path(zero)
-    try:
-        ds_config = read(zero)
-    except OSError:
+    if not path.is_file():
         known = ", ".join(sorted(file.stem for file in DS_CONFIG_DIR.glob("*.json")))
         yield Problem(f"zero.config={zero.config}", f"there is no file {path}", f"zero={known}")
         return
+    try:
+        ds_config = read(zero)
     except ValueError as error:
         yield Problem(
             f"zero.config={zero.config}", f"is not valid JSON: {error}", f"correct {path}"

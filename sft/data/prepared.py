@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft.config.plain import read_json
 from sft.data.audit import Counts
 from sft.files import damage_of
 
@@ -55,10 +56,10 @@ def damage(folder: Path) -> str | None:
     Returns:
         Why the folder cannot be used, such as the first file that is damaged; None: it can.
     """
-    try:
-        listed = json.loads((folder / INVENTORY).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / INVENTORY).is_file():
         return f"{INVENTORY} is missing"
+    try:
+        listed = read_json(folder / INVENTORY)
     except ValueError:
         return f"{INVENTORY} is damaged"
     return damage_of(folder, listed)

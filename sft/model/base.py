@@ -215,6 +215,7 @@ def _whole(model: ModelConfig, **options: Any) -> PreTrainedModel:
             f"{stored_method(loaded.config)}, but they hold the weights of {name} unquantised\n"
             "    fix: remove quantization_config from its config.json, or download it again"
         )
+    config_checks.require_stop_tokens(model, loaded.generation_config)
     return loaded
 
 

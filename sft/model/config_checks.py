@@ -10,7 +10,7 @@ from sft.model.quantization import unknown_method
 from sft.model.source import named
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
 MOST_LAYERS = 10_000  # the largest models have some hundreds
 DROPOUTS = ("dropout", "dropout_prob", "pdrop")  # the ends of such entries' names
@@ -52,6 +52,22 @@ def require_decoder(model: ModelConfig, config: PreTrainedConfig) -> None:
     """
     if getattr(config, "is_encoder_decoder", False):
         raise _wrong(model, "is_encoder_decoder=true", "false for a model that continues a text")
+
+
+def require_stop_tokens(model: ModelConfig, generation: GenerationConfig | None) -> None:
+    """Refuse stop tokens that are no token ids, which Transformers does not check.
+
+    Raises:
+        ModelError: ``eos_token_id`` in generation_config.json is neither an id nor a list of ids.
+    """
+    own = getattr(generation, "eos_token_id", None)
+    for token in own if isinstance(own, list) else [own]:
+        if token is not None and type(token) is not int:
+            raise ModelError(
+                f"the generation_config.json of {model.name_or_path} has eos_token_id={own!r}, "
+                "which must be a token id or a list of them\n"
+                "    fix: correct that file, or download it again"
+            )
 
 
 def _wrong(model: ModelConfig, entry: str, rule: str) -> ModelError:

@@ -22,12 +22,15 @@ from sft.sweep.trial import Trial
 def require(trials: Sequence[Trial], ranks: int) -> None:
     """Check each trial's settings, and that the folders of models and the data exist.
 
+    A combination of values that other trials can use in other combinations stops nothing: in a grid
+    there may be no other way to leave it out. Its own process refuses it.
+
     Args:
         trials: The trials, planned.
         ranks: Ranks of each trial.
 
     Raises:
-        ConfigError: With the problems of all trials.
+        ConfigError: With the problems of the values that no trial can use.
         SftError: A model's folder or the data of a trial do not exist.
     """
     from sft.train import require_files
@@ -35,14 +38,18 @@ def require(trials: Sequence[Trial], ranks: int) -> None:
     with _world_size(ranks):
         checked = [(trial, *_checked(trial.config)) for trial in trials]
     usable = [trial for trial, _, found in checked if not found]
+    good = {override for trial in usable for override in trial.overrides}
     problems = [
         _with_usable_values(problem, trial, usable)
         for trial, _, found in checked
+        if not usable or not good.issuperset(trial.overrides)
         for problem in found
     ]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    files = {f"{config.model} {config.dataset}": config for _, config, _ in checked}
+    files = {
+        f"{config.model} {config.dataset}": config for _, config, found in checked if not found
+    }
     for config in files.values():
         require_files(config, artefact.template_of(config.dataset.path) is not None)
 

@@ -193,6 +193,10 @@ MODELS: dict[str, tuple[Make, str]] = {
         base(lambda folder: edit(folder / "tokenizer_config.json", model_max_length="x")),
         "model_max_length=x must be a number",
     ),
+    "a stop token that is text": (
+        base(lambda folder: edit(folder / "generation_config.json", eos_token_id="x")),
+        "eos_token_id='x', which must be a token id",
+    ),
     "a damaged tokenizer config": (base(text("tokenizer_config.json", "{")), ""),
     "an adapter beside the model": (
         base(lambda folder: (folder / SETTINGS).write_text('{"peft_type": "LORA"}')),

@@ -244,7 +244,7 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(folder: Path) -> None:
         "bad.yaml:4: lora.r=0": "lora.r=8",
         "bad.yaml:5: defaults": "model: tiny",
         "bad.yaml:6: seed=x": "seed=42",
-        "bad.yaml:7: train.lr=3": "train.learning_rate=2e-4",
+        "bad.yaml:7: train.lr=3": "train.learning_rate=3",
         "bad.yaml:8: lora.r": "keep one of them",
         "bad.yaml:9: dataset.max_length=4": "dataset.max_length=1024",
         "bad.yaml:10: hydra": "write it on the command line",

@@ -353,7 +353,10 @@ AUDITS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     ),
     "gsm8k": (
         "opt",
-        ["dataset=gsm8k", "dataset.path={data}/gsm8k/train.jsonl", "dataset.eval_split=null"],
+        [
+            *("dataset=gsm8k", "dataset.path={data}/gsm8k/train.jsonl"),
+            *("dataset.subset=null", "dataset.eval_split=null"),
+        ],
         {
             **{"rows": 7473, "documents": 7473, "dropped": 0, "longest": 436},
             **{"tokens": 1_147_182, "trained_tokens": 719_541},

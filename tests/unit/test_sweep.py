@@ -188,6 +188,22 @@ def test_what_any_trial_would_refuse_is_refused_before_the_first() -> None:
     beforehand.require([trials[0], trials[3]], 1)
 
 
+def test_a_combination_is_left_to_its_own_process() -> None:
+    """Of a grid of two settings, one combination is impossible; both values are used elsewhere."""
+    grid = [(micro, batch) for micro in (4, 8) for batch in (4, 8)]
+    trials = [
+        planned(
+            f"train.per_device_train_batch_size={micro}",
+            f"train.global_batch_size={batch}",
+            train={"per_device_train_batch_size": micro, "global_batch_size": batch},
+        )
+        for micro, batch in grid
+    ]
+    beforehand.require(trials, 1)
+    with pytest.raises(ConfigError, match="train.global_batch_size=4"):
+        beforehand.require([trials[grid.index((8, 4))]], 1)
+
+
 def test_a_value_of_the_wrong_type_and_a_long_name_are_found_too(tmp_path: Path) -> None:
     config = settings()
     config["lora"]["r"] = "many"  # type: ignore[index]
