@@ -40,7 +40,7 @@ import small_models  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from architectures_page import PARTS, cell, total  # noqa: E402
-from peft import PeftModel, get_peft_model  # noqa: E402, F401
+from peft import PeftModel, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -163,6 +163,35 @@ def apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> fl
     size = sum(float(value.double().square().sum()) for value in wanted.values())
     away = sum(float((found[n] - wanted[n]).double().square().sum()) for n in wanted)
     return (away / max(size, 1e-30)) ** 0.5
+
+
+@torch.no_grad()
+def merge_apart(base: Path, run: Path, dtype: torch.dtype) -> tuple[float, float]:
+    """Compare the merged model with base + adapter, both loaded by Transformers and PEFT alone.
+
+    Returns:
+        The largest difference of a logit, as a share of the largest logit, and its bound: PEFT's
+        own merge, rounded to ``dtype``, may be away too.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    ids = torch.tensor([documents(LENGTHS, 0)[0]["input_ids"]])
+
+    def scores(model: Any) -> torch.Tensor:
+        found: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits[0]
+        return found
+
+    adapted = AutoModelForCausalLM.from_pretrained(base, **options)
+    adapted = PeftModel.from_pretrained(adapted, run / "adapter")
+    wanted = scores(adapted)
+    stock = adapted.merge_and_unload()
+    for weight in stock.parameters():
+        weight.data = weight.data.to(dtype).float()
+    rounded = scores(stock)
+    merged = scores(AutoModelForCausalLM.from_pretrained(run / "merged", **options))
+    scale = float(wanted.abs().max())
+    own = float((rounded - wanted).abs().max()) / scale
+    factor, least = (FP32_FACTOR, EXACT) if dtype == torch.float32 else (BF16_FACTOR, BF16_LEAST)
+    return float((merged - wanted).abs().max()) / scale, max(factor * own, least)
 
 
 # What is compared
@@ -316,22 +345,24 @@ def compare(
             balance = (watched.aux, alone)
             same = (base, watched.weights, watched.lora)
             wanted = gradient(plain(*same, torch.float32), rows, False, *balance)
-            figure, bound = apart(watched.gradient, wanted), EXACT
+            figure, bound, reference = apart(watched.gradient, wanted), EXACT, "eager"
             if not bf16 and figure > EXACT:  # float32 itself may be further away from float64
                 model = plain(*same, torch.float32).double()
                 own = apart(wanted, gradient(model, rows, False, *balance))
                 bound = max(EXACT, FP32_FACTOR * own)
             if bf16:
-                own = gradient(plain(*same, dtype), rows, True, *balance)
-                bound = max(BF16_FACTOR * apart(own, wanted), BF16_LEAST)
+                own = apart(gradient(plain(*same, dtype), rows, True, *balance), wanted)
+                bound = max(BF16_FACTOR * own, BF16_LEAST)
             if not bf16 and figure > bound:
                 # A ReLU whose input is 0 but for rounding has another slope under Transformers'
                 # own default attention too.
                 with contextlib.suppress(ValueError):
                     stock = plain(*same, torch.float32, "sdpa")
                     found = gradient(stock, rows, False, *balance)
-                    figure = min(figure, apart(watched.gradient, found))
-            return judged(figure, bound, joined=chosen["train.padding_free"], aux=watched.aux)
+                    if (other := apart(watched.gradient, found)) < figure:
+                        figure, reference = other, "sdpa"
+            more = {"joined": chosen["train.padding_free"], "reference": reference}
+            return judged(figure, bound, aux=watched.aux, **more)
 
         result[way] = verdict(trained)
         if way == "default" and watched.aux:
@@ -363,7 +394,9 @@ def compare(
                 raise
             rounded = one_line(error)  # the fix that it names must help
             report = merge.merge(merge.main.compose([f"run={run}", "dtype=float32"]))
-        return judged(report["max_difference"], report["allowed_difference"], rounded=rounded)
+        figure, bound = merge_apart(base, run, dtype if not rounded else torch.float32)
+        own = {"own_figure": report["max_difference"], "own_bound": report["allowed_difference"]}
+        return judged(figure, bound, rounded=rounded, **own)
 
     result["eval"] = verdict(evaluated)
     result["merge"] = verdict(merged)

@@ -15,7 +15,8 @@ from typing import Any
 
 import transformers
 
-PARTS = ("default", "other", "packed", "eval", "merge", "answers")
+LATER = ("eval", "merge", "answers")
+PARTS = ("default", "other", "packed", *LATER)
 HEAD = """# Architectures
 
 Every type of causal language model that Transformers {version} lists, as a model of a few thousand
@@ -50,9 +51,11 @@ def total(result: dict[str, Any]) -> str:
     if "build" in result:
         return "not built"
     found = [result[part]["verdict"] for part in PARTS if part in result]
-    if "wrong" in found:
-        return "wrong"
-    return "refused" if result["default"]["verdict"] == "refused" else "exact"
+    if result["default"]["verdict"] == "refused":
+        return "refused"
+    # What is refused after training was not said in time.
+    late = [result[part]["verdict"] for part in LATER if part in result]
+    return "wrong" if "wrong" in found or "refused" in late else "exact"
 
 
 def cell(result: dict[str, Any], part: str) -> str:

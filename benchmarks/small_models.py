@@ -96,17 +96,6 @@ SIZES: dict[int, tuple[str, ...]] = {
         *("kv_lora_rank", "q_lora_rank", "qk_head_dim", "o_lora_rank", "mamba_d_head"),
         *("mamba_head_dim", "mamba_headdim"),
     ),
-    WINDOW: (
-        *("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"),
-        *(
-            "sliding_window_size",
-            "local_attention",
-            "keep_window_size",
-            "local_attention_window_len",
-        ),
-        *("mamba_chunk_size", "chunk_size", "lsh_attn_chunk_length", "local_attn_chunk_length"),
-        *("index_topk", "floor_scale", "rel_extent", "index_block_size"),
-    ),
     512: (
         *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"),
         *("model_max_length", "max_target_positions", "vocab_size_per_layer_input"),
@@ -114,7 +103,15 @@ SIZES: dict[int, tuple[str, ...]] = {
         *("max_source_positions", "original_max_position_embeddings"),
     ),
 }
+# Windows and chunks.
+WINDOWS = (
+    *("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"),
+    *("sliding_window_size", "local_attention", "keep_window_size", "local_attention_window_len"),
+    *("mamba_chunk_size", "chunk_size", "lsh_attn_chunk_length", "local_attn_chunk_length"),
+    *("index_topk", "floor_scale", "rel_extent", "index_block_size"),
+)
 SIZE = {name: size for size, names in SIZES.items() for name in names}
+SIZE |= dict.fromkeys(WINDOWS, WINDOW)
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 COUNTS += ("num_decoder_layers",)
 # Lists with one entry for each layer.
@@ -128,6 +125,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **{kind: {"is_decoder": True} for kind in DECODERS},
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
     "cwm": {"bos_token_id": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -159,6 +163,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "shape_vocab_size": 320,
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "dots3_note_vision_encoder": {
+        **{"adapter_in_dim": 32, "adapter_out_dim": 32, "mlp_layer_types": ["dense", "dense"]},
+    },
+    "dbrx": {  # published configs have rope_theta there, which the class lacks
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "attn_pdrop": 0.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {
         **{"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
         **{"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
@@ -177,7 +189,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
-    "zamba2": {"mamba_headdim": 16, "hybrid_layer_ids": [1]},
+    "zamba2": {
+        **{"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 16},
+        **{"hybrid_layer_ids": [1], "layers_block_type": ["linear_attention", "hybrid"]},
+    },
 }
 
 
@@ -213,6 +228,8 @@ def _fields(kind: type, vocabulary: int) -> dict[str, Any]:
             fields[name] = layers
         elif name == "vocab_size":
             fields[name] = vocabulary
+        elif name == "pad_token_id" and isinstance(value, int) and value >= vocabulary:
+            fields[name] = 0
         elif name in ("head_dim", "attention_head_dim") and value is None:
             fields[name] = 8
         elif name in SIZE and isinstance(value, int) and not isinstance(value, bool):
