@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 WINDOW = 8  # tokens in windows and chunks of attention
@@ -117,6 +123,8 @@ COUNTS += ("num_decoder_layers",)
 # Lists with one entry for each layer.
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types", "block_types")
 
+# Published with a vision tower, which the causal language model of the same config leaves out.
+WHOLE = ("dots3_note", "emu3", "llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp")
 # What the names do not tell, by the type of the config.
 DECODERS = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie")
 DECODERS += ("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer")
@@ -164,8 +172,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "dots3_note_text": {  # of the layers with sliding windows
+        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 16},
+        **{"swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
+        **{"swa_q_lora_rank": 16, "swa_kv_lora_rank": 16},
+    },
     "dots3_note_vision_encoder": {
         **{"adapter_in_dim": 32, "adapter_out_dim": 32, "mlp_layer_types": ["dense", "dense"]},
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": 250, "<|extra_200|>": 251, "<|visual token 000000|>": 252},
     },
     "dbrx": {  # published configs have rope_theta there, which the class lacks
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "attn_pdrop": 0.0, "clip_qkv": 8.0},
@@ -255,7 +271,8 @@ def build(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **changed
     Its matrices are wide and its biases are not zero, so that what a layer gets wrong shows.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(kind, **changed))
+    kinds = AutoModelForImageTextToText if kind in WHOLE else AutoModelForCausalLM
+    model = kinds.from_config(small_config(kind, **changed))
     widen(model)
     model.to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)

@@ -4,10 +4,14 @@ The whole table is made by benchmarks/architectures.py, which these tests call.
 """
 
 from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
 from architectures_page import PARTS, total
+
+from sft.fast import isolation
+from sft.training import trainer
 
 # What a family stands for, and whether its rows are joined by default on a CPU.
 SAMPLE = {
@@ -41,3 +45,41 @@ def test_what_is_not_causal_is_refused_by_name(tmp_path: Path) -> None:
     result = architectures.compare("xlm", "fp32", tmp_path, ways=("default",))
     assert total(result) == "refused"
     assert result["default"]["message"].startswith("xlm is not causal")
+
+
+def test_a_gradient_that_is_one_percent_off_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault is in the gradient of one of the fourteen adapters."""
+    stock = trainer.Trainer.training_step
+
+    def training_step(self: Any, model: Any, *arguments: Any, **named: Any) -> Any:
+        loss = stock(self, model, *arguments, **named)
+        for name, weight in model.named_parameters():
+            if weight.grad is not None and "layers.1.self_attn.q_proj.lora_B" in name:
+                weight.grad *= 1.01
+        return loss
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", training_step)
+    result = architectures.compare("llama", "fp32", tmp_path, ways=("default",))
+    assert total(result) == "wrong"
+    assert result["default"]["verdict"] == "wrong" and result["eval"]["verdict"] == "exact"
+    assert 1e-4 < result["default"]["figure"] < 1e-2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_positions_that_no_guard_caught_are_wrong(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CamemBERT's rows are joined although it counts positions in its own way."""
+    monkeypatch.setattr(isolation, "prove_isolation", lambda probe, may_pad: None)
+    result = architectures.compare("camembert", precision, tmp_path, ways=("default",))
+    assert result["joined"] is True and total(result) == "wrong"
+    assert result["default"]["figure"] > 2 * result["default"]["bound"]
+
+
+def test_a_refusal_after_training_is_wrong() -> None:
+    exact, refused = {"verdict": "exact"}, {"verdict": "refused"}
+    assert total({"default": exact, "other": refused, "merge": exact}) == "exact"
+    assert total({"default": exact, "merge": refused}) == "wrong"
+    assert total({"default": refused, "other": refused}) == "refused"
