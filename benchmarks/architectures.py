@@ -10,6 +10,7 @@ attention, one document at a time, autograd on the model's own logits. Rows are 
 windows and chunks. The first evaluation, the merge, and answers to prompts in a batch and alone are
 compared too.
 
+A type is "exact" if what sft does agrees, "refused" if sft says before training that it cannot, and
 "wrong" otherwise; an error without a fix is wrong.
 """
 
@@ -40,7 +41,7 @@ import small_models  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from architectures_page import PARTS, cell, total  # noqa: E402
-from peft import PeftModel, get_peft_model  # noqa: E402
+from peft import get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -168,8 +169,8 @@ def apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> fl
 
 
 @torch.no_grad()
-def merge_apart(base: Path, run: Path, dtype: torch.dtype) -> tuple[float, float]:
-    """Compare the merged model with base + adapter, both loaded by Transformers and PEFT alone.
+def merge_apart(base: Path, watched: Watched, run: Path, dtype: torch.dtype) -> tuple[float, float]:
+    """Compare the merged model, read by Transformers alone, with the base and trained adapter.
 
     Returns:
         The largest difference of a logit, as a share of the largest logit, and its bound: PEFT's
@@ -182,8 +183,7 @@ def merge_apart(base: Path, run: Path, dtype: torch.dtype) -> tuple[float, float
         found: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits[0]
         return found
 
-    adapted = AutoModelForCausalLM.from_pretrained(base, **options)
-    adapted = PeftModel.from_pretrained(adapted, run / "adapter")
+    adapted = plain(base, watched.trained, watched.lora, torch.float32)
     wanted = scores(adapted)
     stock = adapted.merge_and_unload()
     for weight in stock.parameters():
@@ -203,7 +203,8 @@ class Watched:
     """Gives the adapter of a run random values, and keeps them and the gradient of its step."""
 
     def __init__(self) -> None:
-        self.weights: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, torch.Tensor] = {}  # before the step
+        self.trained: dict[str, torch.Tensor] = {}  # after it
         self.gradient: dict[str, torch.Tensor] = {}
         self.lora: Any = None
         self.choices: dict[str, Any] = {}
@@ -240,7 +241,13 @@ class Watched:
                 }
 
         running.add_callback(Keep())
-        return _stock_train(running, *arguments)
+        metrics = _stock_train(running, *arguments)
+        self.trained = {
+            name: weight.detach().float().clone()
+            for name, weight in model.named_parameters()
+            if weight.requires_grad
+        }
+        return metrics
 
 
 _stock_train = loop.train
@@ -419,7 +426,7 @@ def compare(
                 raise
             rounded = one_line(error)  # the fix that it names must help
             report = merge.merge(merge.main.compose([f"run={run}", "dtype=float32"]))
-        figure, bound = merge_apart(base, run, dtype if not rounded else torch.float32)
+        figure, bound = merge_apart(base, first, run, dtype if not rounded else torch.float32)
         own = {"own_figure": report["max_difference"], "own_bound": report["allowed_difference"]}
         return judged(figure, bound, rounded=rounded, **own)
 

@@ -44,8 +44,9 @@ are longer than all windows and chunks.
   and with `dataset.packing=bfd`. "refused" is said before the first step; with the default settings
   the rows are then padded.
 - **eval**: the first evaluation loss, as a share of the loss.
-- **merge**: the largest difference of a logit between the merged model and base + adapter, both
-  loaded by Transformers and PEFT alone, as a share of the largest logit. The bound is 1e-5 in
+- **merge**: the largest difference of a logit between the merged model and the base with the
+  adapter as it was when training ended, both computed by Transformers and PEFT alone, as a share of
+  the largest logit. The bound is 1e-5 in
   float32, or 4 times the same figure of PEFT's own merge; in bf16 it is twice that figure, or 2^-7.
 - **answers**: prompts answered in a batch and alone; 0 is equal. Otherwise two tokens nearly tied:
   the difference of their logits as a share of the largest one, at most 1e-5, or 2^-5 in bf16.

@@ -68,13 +68,22 @@ def _loss(trainer: Trainer, wrapped: Any, ids: list[int]) -> torch.Tensor:
 
     An architecture with a mask of its own cannot take the bounds of documents. Its text is computed
     without them here; the proof of isolation pads its samples, or refuses the run, later.
+
+    Raises:
+        ModelError: The model cannot compute a text of this length.
     """
     collator = trainer.data_collator
     try:
-        return _computed(trainer, wrapped, ids, collator)
-    except ModelError:
-        collator = dataclasses.replace(collator, padding_free=False, documents=False)
-        return _computed(trainer, wrapped, ids, collator)
+        try:
+            return _computed(trainer, wrapped, ids, collator)
+        except ModelError:
+            collator = dataclasses.replace(collator, padding_free=False, documents=False)
+            return _computed(trainer, wrapped, ids, collator)
+    except ValueError as error:
+        raise ModelError(
+            f"{trainer.bare_model.config.model_type} cannot be trained on a text of {len(ids)} "
+            f"tokens: {error}\n    fix: model.name_or_path of a model of a different architecture"
+        ) from error
 
 
 def _computed(trainer: Trainer, wrapped: Any, ids: list[int], collator: Collator) -> torch.Tensor:

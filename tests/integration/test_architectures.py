@@ -28,6 +28,7 @@ SAMPLE = {
     "lfm2": ("convolutions", False),
     "qwen3_next": ("delta rule and attention", False),
     "granitemoehybrid": ("states and experts", False),
+    "doge": ("a mask of its own", False),
     "rwkv": ("a state, without attention masks", False),
 }
 
@@ -41,10 +42,23 @@ def test_family_is_exact(kind: str, tmp_path: Path) -> None:
     assert result["joined"] is SAMPLE[kind][1]
 
 
-def test_what_is_not_causal_is_refused_by_name(tmp_path: Path) -> None:
-    result = architectures.compare("xlm", "fp32", tmp_path, ways=("default",))
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("xlm", "xlm is not causal"),
+        ("reformer", "reformer cannot be trained on a text of 9 tokens"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_name(kind: str, said: str, tmp_path: Path) -> None:
+    result = architectures.compare(kind, "fp32", tmp_path, ways=("default",))
     assert total(result) == "refused"
-    assert result["default"]["message"].startswith("xlm is not causal")
+    assert result["default"]["message"].startswith(said)
+
+
+def test_padding_that_only_the_cache_shows_is_found_in_bf16(tmp_path: Path) -> None:
+    """GIT's mask is wrong from the second token on; in bf16 the mean over tokens hid it."""
+    result = architectures.compare("git", "bf16", tmp_path, ways=("default",))
+    assert result["answers"] == {"verdict": "exact", "figure": 0.0, "bound": 2.0**-5}
 
 
 def test_a_gradient_that_is_one_percent_off_is_wrong(
