@@ -81,13 +81,12 @@ def test_a_gradient_that_is_one_percent_off_is_wrong(
     assert 1e-4 < result["default"]["figure"] < 1e-2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_positions_that_no_guard_caught_are_wrong(
-    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_positions_that_no_guard_caught_are_wrong_in_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CamemBERT's rows are joined although it counts positions in its own way."""
     monkeypatch.setattr(isolation, "prove_isolation", lambda probe, may_pad: None)
-    result = architectures.compare("camembert", precision, tmp_path, ways=("default",))
+    result = architectures.compare("camembert", "bf16", tmp_path, ways=("default",))
     assert result["joined"] is True and total(result) == "wrong"
     assert result["default"]["figure"] > 2 * result["default"]["bound"]
 
