@@ -15,7 +15,17 @@ from typing import Any
 
 import transformers
 
-PARTS = ("default", "other", "packed", "eval", "merge", "answers")
+DRAFT = "a draft model for speculative decoding: it reads its target's states and takes no tokens"
+CODES = "Transformers cannot build it from its own config; it predicts codes of audio, not text"
+REASONS = {
+    "gemma3n": "its vision tower needs the packages timm and pillow; gemma3n_text is in the table",
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), DRAFT),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), CODES),
+}
+WEAK = 0.3
+EXACT = 1e-5  # the bound that is not written beside a figure
+LATER = ("eval", "merge", "answers")
+PARTS = ("default", "other", "packed", *LATER)
 HEAD = """# Architectures
 
 Every type of causal language model that Transformers {version} lists, as a model of a few thousand
@@ -24,14 +34,28 @@ PEFT alone: eager attention, one document at a time, autograd on the model's own
 are longer than all windows and chunks.
 
 - **gradient**: the distance of the adapter's gradients, as a share of their length, with the
-  default settings, and whether these join documents into one row or pad them. The bound is 1e-5 in
-  float32, or 4 times the distance of plain float32 from float64 where that is more; in bf16 it is
-  twice the distance of plain bf16 from float32, or 2^-7.
-- **other** and **packed**: the same with the other value of `train.padding_free`, and with
-  `dataset.packing=bfd`. "refused" is said before the first step; with the default settings the rows
-  are then padded.
-- **eval**: the first evaluation loss. **merge**: the largest difference of a logit between the
-  merged model and base + adapter. **answers**: prompts answered in a batch and alone; 0 is equal.
+  default settings, and whether these join documents into one row or pad them. The bound in float32
+  is 1e-5. Where it is larger, the figure has its **bound** beside it: in float32, 4 times the
+  distance of plain float32 from float64; in bf16, twice the distance of plain bf16 from plain
+  float32 with the same weights, or 2^-7. (Beyond that, the means over five sets of documents are
+  compared.) So bf16 shows gross faults only, such as a leak, and float32 shows small ones. Where an
+  indexer or a router chooses by scores that nearly tie, or a layer amplifies rounding, plain bf16
+  is so far from float32 that bf16 shows little. Types whose bound is above 0.3 are marked "weak",
+  and only float32 shows that their gradient is right.
+- **other** and **packed**: the same with the other value of `train.padding_free` (float32 only),
+  and with `dataset.packing=bfd`. "refused" is said before the first step; with the default settings
+  the rows are then padded.
+- **eval**: the first evaluation loss, as a share of the loss.
+- **merge**: the largest difference of a logit between the merged model and the base with the
+  adapter as it was when training ended, both computed by Transformers and PEFT alone, as a share of
+  the largest logit. The bound is 1e-5 in float32, or 4 times the same figure of PEFT's own merge;
+  in bf16 it is twice that figure, or 2^-7.
+- **answers**: prompts answered in a batch and alone; 0 is equal. Otherwise two tokens nearly tied:
+  the difference of their logits as a share of the largest one, at most 1e-5, or 2^-5 in bf16.
+
+A type is "exact" if all of these are within their bounds, "refused" if sft says before training
+that it cannot, and "wrong" otherwise. A refusal after training is wrong too. The tests plant a
+gradient that is 1 % off in one of 14 adapters, and positions that no guard caught, and see "wrong".
 
 {counts}
 
@@ -50,9 +74,16 @@ def total(result: dict[str, Any]) -> str:
     if "build" in result:
         return "not built"
     found = [result[part]["verdict"] for part in PARTS if part in result]
-    if "wrong" in found:
-        return "wrong"
-    return "refused" if result["default"]["verdict"] == "refused" else "exact"
+    if result["default"]["verdict"] == "refused":
+        return "refused"
+    # What is refused after training was not said in time.
+    late = [result[part]["verdict"] for part in LATER if part in result]
+    return "wrong" if "wrong" in found or "refused" in late else "exact"
+
+
+def is_weak(result: dict[str, Any]) -> bool:
+    """Return whether plain bf16 is so far from float32 that the gradient's figure shows little."""
+    return result.get("default", {}).get("bound", 0.0) > WEAK
 
 
 def cell(result: dict[str, Any], part: str) -> str:
@@ -62,6 +93,10 @@ def cell(result: dict[str, Any], part: str) -> str:
     if "figure" not in found:
         return str(found["verdict"])
     figure = "0" if found["figure"] == 0 else f"{found['figure']:.0e}"
+    if part == "default" and found["bound"] > EXACT:
+        figure += f" of {found['bound']:.0e}"
+    if found.get("reference") == "sdpa":
+        figure += " (sdpa)"
     return figure if found["verdict"] == "exact" else f"**wrong** {figure}"
 
 
@@ -82,6 +117,9 @@ def page(results: list[dict[str, Any]], seconds: float | None = None) -> str:
     for precision, name in (("fp32", "float32"), ("bf16", "bf16")):
         counts = Counter(total(item) for item in results if item["precision"] == precision)
         listed = ", ".join(f"{counts[key]} {key}" for key in ("exact", "refused", "wrong"))
+        weak = sum(is_weak(item) for item in results if item["precision"] == precision)
+        if weak:
+            listed = listed.replace(" exact", f" exact ({weak} of them weak)")
         if counts:
             lines.append(f"- {name}: {listed}; {counts['not built']} could not be built")
     if seconds is not None:
@@ -92,21 +130,17 @@ def page(results: list[dict[str, Any]], seconds: float | None = None) -> str:
     built = [item for item in results if "build" not in item]
     for item in built:
         rows = {True: "joined", False: "padded"}.get(item.get("joined"), "")
-        cells = [item["kind"], item["precision"], total(item), rows]
+        said = f"{total(item)} (weak)" if is_weak(item) else total(item)
+        cells = [item["kind"], item["precision"], said, rows]
         cells += [cell(item, part) for part in PARTS]
         text += "| " + " | ".join(cells) + " |\n"
     text += "\n## What is said\n\n| type | precision | message |\n|---|---|---|\n"
     for item in built:
         if said := notes(item):
             text += f"| {item['kind']} | {item['precision']} | {said} |\n"
-    text += (
-        "\n## Not built\n\nThe small config does not fit these types, or a package is missing.\n\n"
-    )
-    text += "| type | reason |\n|---|---|\n"
-    for kind, reason in {
-        item["kind"]: item["build"] for item in results if "build" in item
-    }.items():
-        text += f"| {kind} | {reason[:160].replace('|', '/')} |\n"
+    text += "\n## Not built\n\n| type | reason |\n|---|---|\n"
+    for kind, said in {item["kind"]: item["build"] for item in results if "build" in item}.items():
+        text += f"| {kind} | {REASONS.get(kind, said)[:240].replace('|', '/')} |\n"
     return text
 
 

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 WINDOW = 8  # tokens in windows and chunks of attention
@@ -96,17 +102,6 @@ SIZES: dict[int, tuple[str, ...]] = {
         *("kv_lora_rank", "q_lora_rank", "qk_head_dim", "o_lora_rank", "mamba_d_head"),
         *("mamba_head_dim", "mamba_headdim"),
     ),
-    WINDOW: (
-        *("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"),
-        *(
-            "sliding_window_size",
-            "local_attention",
-            "keep_window_size",
-            "local_attention_window_len",
-        ),
-        *("mamba_chunk_size", "chunk_size", "lsh_attn_chunk_length", "local_attn_chunk_length"),
-        *("index_topk", "floor_scale", "rel_extent", "index_block_size"),
-    ),
     512: (
         *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"),
         *("model_max_length", "max_target_positions", "vocab_size_per_layer_input"),
@@ -114,12 +109,22 @@ SIZES: dict[int, tuple[str, ...]] = {
         *("max_source_positions", "original_max_position_embeddings"),
     ),
 }
+# Windows and chunks.
+WINDOWS = (
+    *("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"),
+    *("sliding_window_size", "local_attention", "keep_window_size", "local_attention_window_len"),
+    *("mamba_chunk_size", "chunk_size", "lsh_attn_chunk_length", "local_attn_chunk_length"),
+    *("index_topk", "floor_scale", "rel_extent", "index_block_size"),
+)
 SIZE = {name: size for size, names in SIZES.items() for name in names}
+SIZE |= dict.fromkeys(WINDOWS, WINDOW)
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 COUNTS += ("num_decoder_layers",)
 # Lists with one entry for each layer.
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types", "block_types")
 
+# Published with a vision tower, which the causal language model of the same config leaves out.
+WHOLE = ("dots3_note", "emu3", "llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp")
 # What the names do not tell, by the type of the config.
 DECODERS = ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie")
 DECODERS += ("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer")
@@ -128,6 +133,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **{kind: {"is_decoder": True} for kind in DECODERS},
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
     "cwm": {"bos_token_id": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -159,6 +171,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "shape_vocab_size": 320,
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "dots3_note_text": {  # of the layers with sliding windows
+        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 16},
+        **{"swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
+        **{"swa_q_lora_rank": 16, "swa_kv_lora_rank": 16},
+    },
+    "dots3_note_vision_encoder": {
+        **{"adapter_in_dim": 32, "adapter_out_dim": 32, "mlp_layer_types": ["dense", "dense"]},
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": 250, "<|extra_200|>": 251, "<|visual token 000000|>": 252},
+    },
+    "dbrx": {  # published configs have rope_theta there, which the class lacks
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "attn_pdrop": 0.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {
         **{"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
         **{"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
@@ -177,7 +205,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
-    "zamba2": {"mamba_headdim": 16, "hybrid_layer_ids": [1]},
+    "zamba2": {
+        **{"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 16},
+        **{"hybrid_layer_ids": [1], "layers_block_type": ["linear_attention", "hybrid"]},
+    },
 }
 
 
@@ -213,6 +244,8 @@ def _fields(kind: type, vocabulary: int) -> dict[str, Any]:
             fields[name] = layers
         elif name == "vocab_size":
             fields[name] = vocabulary
+        elif name == "pad_token_id" and isinstance(value, int) and value >= vocabulary:
+            fields[name] = 0
         elif name in ("head_dim", "attention_head_dim") and value is None:
             fields[name] = 8
         elif name in SIZE and isinstance(value, int) and not isinstance(value, bool):
@@ -238,7 +271,8 @@ def build(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **changed
     Its matrices are wide and its biases are not zero, so that what a layer gets wrong shows.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(kind, **changed))
+    kinds = AutoModelForImageTextToText if kind in WHOLE else AutoModelForCausalLM
+    model = kinds.from_config(small_config(kind, **changed))
     widen(model)
     model.to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)

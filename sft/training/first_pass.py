@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import re
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from sft.errors import ModelError
+
 if TYPE_CHECKING:
+    from sft.data.collator import Collator
     from sft.data.prepared import Prepared
     from sft.training.trainer import Trainer
 
@@ -60,8 +64,31 @@ def _expert(name: str) -> str:
 
 
 def _loss(trainer: Trainer, wrapped: Any, ids: list[int]) -> torch.Tensor:
-    """Return the loss of one text, computed as in training."""
-    batch = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": [len(ids)]}])
+    """Return the loss of one text, computed as in training.
+
+    An architecture with a mask of its own cannot take the bounds of documents. Its text is computed
+    without them here; the proof of isolation pads its samples, or refuses the run, later.
+
+    Raises:
+        ModelError: The model cannot compute a text of this length.
+    """
+    collator = trainer.data_collator
+    try:
+        try:
+            return _computed(trainer, wrapped, ids, collator)
+        except ModelError:
+            collator = dataclasses.replace(collator, padding_free=False, documents=False)
+            return _computed(trainer, wrapped, ids, collator)
+    except ValueError as error:
+        raise ModelError(
+            f"{trainer.bare_model.config.model_type} cannot be trained on a text of {len(ids)} "
+            f"tokens: {error}\n    fix: model.name_or_path of a model of a different architecture"
+        ) from error
+
+
+def _computed(trainer: Trainer, wrapped: Any, ids: list[int], collator: Collator) -> torch.Tensor:
+    """Return the loss of one text that a collator makes a batch of."""
+    batch = collator([{"input_ids": ids, "labels": ids, "seq_lengths": [len(ids)]}])
     inputs = {
         key: value.to(trainer.args.device) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()

@@ -34,6 +34,7 @@ OPTIONS = {
         *("gpt-neox-20b", "pythia-160m", "pythia-2.8b", "llama-3.2-1b", "llama-3.1-8b"),
         *("llama-3.1-70b", "qwen3-0.6b", "qwen3-8b", "mistral-7b", "gemma-3-1b", "smollm2-135m"),
         *("lfm2-1.2b", "granite-4.0-h-tiny", "falcon-h1-0.5b", "qwen3-next-80b-a3b"),
+        *("qwen3.5-27b", "qwen3.5-35b-a3b", "falcon-h1-1.5b-deep", "nemotron-3-nano-30b-a3b"),
         *("nemotron-h-8b", "olmoe-1b-7b", "mixtral-8x7b", "gpt-oss-20b", "qwen3-30b-a3b"),
     },
     "dataset": {
@@ -51,7 +52,7 @@ OPTIONS = {
     },
 }
 COUNTS = {
-    "model": 28,
+    "model": 32,
     "dataset": 13,
     "template": 7,
     "lora": 3,
