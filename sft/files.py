@@ -215,7 +215,12 @@ def digest(files: Sequence[str], root: Path) -> str:
     memo_file = cache_dir() / "digests.json"
     try:
         memo = dict(json.loads(memo_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):  # an absent or damaged cache costs only time
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RecursionError,
+    ):  # an absent or damaged cache costs only time
         memo = {}
     before = len(memo)
     whole = xxhash.xxh3_128()

@@ -200,7 +200,7 @@ def test_a_combination_is_left_to_its_own_process() -> None:
         for micro, batch in grid
     ]
     beforehand.require(trials, 1)
-    with pytest.raises(ConfigError, match="train.global_batch_size=4"):
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size=4"):
         beforehand.require([trials[grid.index((8, 4))]], 1)
 
 
