@@ -138,9 +138,11 @@ def page(results: list[dict[str, Any]], seconds: float | None = None) -> str:
     for item in built:
         if said := notes(item):
             text += f"| {item['kind']} | {item['precision']} | {said} |\n"
-    text += "\n## Not built\n\n| type | reason |\n|---|---|\n"
-    for kind, said in {item["kind"]: item["build"] for item in results if "build" in item}.items():
-        text += f"| {kind} | {REASONS.get(kind, said)[:240].replace('|', '/')} |\n"
+    text += "\n## Not built\n\n| type | precision | reason |\n|---|---|---|\n"
+    for item in results:
+        if "build" in item:
+            reason = REASONS.get(item["kind"], f"Transformers alone raises: {item['build']}")
+            text += f"| {item['kind']} | {item['precision']} | {reason[:240].replace('|', '/')} |\n"
     return text
 
 
