@@ -215,13 +215,8 @@ def digest(files: Sequence[str], root: Path) -> str:
     memo_file = cache_dir() / "digests.json"
     try:
         memo = dict(json.loads(memo_file.read_text(encoding="utf-8")))
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        RecursionError,
-    ):  # an absent or damaged cache costs only time
-        memo = {}
+    except (OSError, ValueError, TypeError, RecursionError):
+        memo = {}  # an absent or damaged cache costs only time
     before = len(memo)
     whole = xxhash.xxh3_128()
     for file in files:
