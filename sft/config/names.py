@@ -135,7 +135,8 @@ def suggest(path: str, schema: Any, value: Any = None) -> str:
     section, _, leaf = path.rpartition(".")
     settings = dict(declared(schema))
     if CALLED.get(leaf) in settings and leaf not in OTHER_UNITS:
-        return _with_value(CALLED[leaf], value, schema) or RENAMED[leaf]
+        kept, example = _with_value(CALLED[leaf], value, schema), RENAMED[leaf]
+        return example if kept is None else kept + "".join(example.partition(" (")[1:])
     if leaf in RENAMED and (schema is Config or leaf not in CALLED):
         return RENAMED[leaf]
     paths = list(settings)

@@ -98,8 +98,8 @@ def names_kept() -> Iterator[None]:
     all of them leave new names unchanged: the pattern ``mlp.shared_expert.`` of Laguna, a regular
     expression, also matches ``mlp.shared_experts``.
     """
+    from peft import get_peft_model_state_dict
     from peft.utils import transformers_weight_conversion as conversion
-    from peft.utils.save_and_load import get_peft_model_state_dict
 
     module: Any = conversion
     stock = module.convert_peft_adapter_state_dict_for_transformers

@@ -138,7 +138,8 @@ def test_without_an_adapter_or_a_config_there_is_no_capacity(
     assert "adapter_parameters" not in found["training"]
     assert "the adapter's parameters are not counted" in found.text and "q_porj" in found.text
     found = said(path, "lora.extra.layers_to_transform=[0]")
-    assert "not counted: `layers_to_transform` cannot be used when" in found.text
+    assert "not counted: 1 setting is refused" in found.text
+    assert "`layers_to_transform` cannot be used when" in found.text
 
 
 def test_what_an_epoch_repeats_is_no_new_token(said: Callable[..., Said]) -> None:
