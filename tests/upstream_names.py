@@ -161,7 +161,6 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         *("BaseTunerLayer", "_check_lora_target_modules_mamba(peft_config, model, target_name)"),
     ),
     "peft.utils.other": ("AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"),
-    "peft.utils": ("transformers_weight_conversion",),
     "peft.utils.transformers_weight_conversion": (
         "convert_peft_adapter_state_dict_for_transformers("
         "model, peft_config, adapter_state_dict, adapter_name)",

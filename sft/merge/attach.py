@@ -98,8 +98,8 @@ def names_kept() -> Iterator[None]:
     all of them leave new names unchanged: the pattern ``mlp.shared_expert.`` of Laguna, a regular
     expression, also matches ``mlp.shared_experts``.
     """
+    import peft.utils.transformers_weight_conversion as conversion
     from peft import get_peft_model_state_dict
-    from peft.utils import transformers_weight_conversion as conversion
 
     module: Any = conversion
     stock = module.convert_peft_adapter_state_dict_for_transformers
