@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.errors import MergeError
 from sft.merge.adapter_files import is_lora, require_quick_patterns, restarts
+from sft.model.config_checks import MOST_LAYERS
 from sft.model.source import named
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ def attach(
             for name in getattr(config, "modules_to_save", None) or ():
                 if not any(path.endswith(name) for path in paths):  # as PEFT matches them
                     raise ValueError(f"modules_to_save={name} matches no module of the base")
+            repeated = getattr(config, "layer_replication", None) or ()
+            if (layers := sum(end - start for start, end in repeated)) > MOST_LAYERS:
+                raise ValueError(f"layer_replication makes {layers:,} layers of its layers")
             with warnings.catch_warnings(), initialised, names_kept():
                 warnings.simplefilter("ignore")
                 if peft_model is None:
