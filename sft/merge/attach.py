@@ -70,7 +70,9 @@ def attach(
                     raise ValueError(f"modules_to_save={name} matches no module of the base")
             repeated = getattr(config, "layer_replication", None) or ()
             if (layers := sum(end - start for start, end in repeated)) > MOST_LAYERS:
-                raise ValueError(f"layer_replication makes {layers:,} layers of its layers")
+                raise ValueError(
+                    f"layer_replication makes {layers:,} layers, more than {MOST_LAYERS:,}"
+                )
             with warnings.catch_warnings(), initialised, names_kept():
                 warnings.simplefilter("ignore")
                 if peft_model is None:
