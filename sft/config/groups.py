@@ -146,6 +146,9 @@ def no_option(group: str, option: str, known: set[str]) -> Problem:
         hint = f"{group}=stage{option}"
     elif (group, option) in MEANT:
         hint = MEANT[group, option]
+    elif group == "model" and option.startswith((".", "/", "~")) and not Path(option).is_dir():
+        rule = f"there is no folder {option}; {rule}"
+        hint = "model=hf model.name_or_path=FOLDER"
     elif "/" in option and group == "model":
         hint = f"model=hf model.name_or_path={option}"
     elif group == "dataset" and "://" in option:

@@ -251,6 +251,9 @@ def cases() -> list[Case]:
              _file(name, text))
         for name, text, says in BYTES[:7]
     ]  # fmt: skip
+    words = ("run={kit}/run", "raw=true", "file={here}/rows.jsonl")
+    rows = _file("rows.jsonl", b'{"prompt": "a"}\n{"prompt": 5}\n')
+    found.append(Case("generate rows", "a raw number", "generate", words, "no text in", rows))
     found += [
         Case(
             "data settings",
