@@ -430,7 +430,7 @@ COMMANDS = (
     ("generate", "model=x prompt=", "the prompt is empty"),
     ("generate", "model=x prompt=hi max_new_tokens=0", "must be from 1 to"),
     ("generate", f"model=x prompt=hi max_new_tokens={HUGE}", "max_new_tokens"),
-    ("generate", "model=x prompt=hi temperature=0", "greater than 0"),
+    ("generate", "model=x prompt=hi temperature=0", "at least 0.001"),
     ("generate", "model=x prompt=hi temperature=nan", "finite"),
     ("generate", "model=x prompt=hi temperature=hot", NUMBER),
     ("generate", "model=x prompt=hi top_p=0", "greater than 0"),
