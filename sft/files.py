@@ -138,7 +138,7 @@ def _set_aside(path: Path) -> Path:
     return path.rename(doomed)
 
 
-def to_json(record: dict[str, Any], indent: int | None = None) -> str:
+def to_json(record: dict[str, Any], indent: int | None = None, ascii: bool = True) -> str:
     """Return standard JSON, in which NaN and infinity do not exist: they become null."""
 
     def finite(value: Any) -> Any:
@@ -148,7 +148,7 @@ def to_json(record: dict[str, Any], indent: int | None = None) -> str:
             return [finite(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(finite(record), indent=indent)
+    return json.dumps(finite(record), indent=indent, ensure_ascii=ascii)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

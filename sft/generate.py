@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import environment
 from sft.cli.command import Command
-from sft.config.rules import LARGEST_SEED, above, at_least, between, rule_problems, setting, share
+from sft.config.rules import LARGEST_SEED, at_least, between, rule_problems, setting, share
 from sft.config.settings import ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import DataError, ModelError, Problem
 from sft.inference.card import ADAPTER_SETTINGS
@@ -53,7 +53,9 @@ class GenerateConfig:
     )
     raw: bool = setting(False, "true: use the prompt without a template")
     max_new_tokens: int = setting(256, "tokens in an answer, at most", between(1, MOST_TOKENS))
-    temperature: float | None = setting(None, "temperature of sampling; null: greedy", above(0))
+    temperature: float | None = setting(
+        None, "temperature of sampling; null: greedy", at_least(1e-3)
+    )
     top_p: float = setting(1.0, "sample from the tokens of this total probability", share())
     batch_size: int = setting(8, "prompts per batch", at_least(1))
     seed: int = setting(0, "seed of the sampling", between(0, LARGEST_SEED))
@@ -212,14 +214,19 @@ def _rows(config: GenerateConfig, template: Template) -> list[dict[str, Any]]:
     from sft.data.rows import BadRow
 
     rows = []
-    for row in read(resolve(str(config.file))):
-        if isinstance(row, BadRow):
-            raise DataError(f"{row.file}:{row.line}: {row.reason}\n    fix: correct or remove it")
-        rows.append(row.values)
+    try:
+        for row in read(resolve(str(config.file))):
+            if isinstance(row, BadRow):
+                fix = "correct or remove it"
+                raise DataError(f"{row.file}:{row.line}: {row.reason}\n    fix: {fix}")
+            if config.raw and not isinstance(row.values.get("prompt"), str):
+                rule = "has no text in the column prompt"
+                raise DataError(f"{row.file}:{row.line}: {rule}\n    fix: add one, or raw=false")
+            rows.append(row.values)
+    except DataError as error:  # of reading, which knows the setting of training only
+        raise DataError(str(error).replace("fix: dataset.path=", "fix: file=")) from error
     if not rows:
         raise DataError(f"{config.file} holds no rows\n    fix: file=FILE with at least one row")
-    if config.raw and "prompt" not in rows[0]:
-        raise DataError(f"{config.file} has no column prompt\n    fix: raw=false")
     return rows
 
 

@@ -64,6 +64,8 @@ def fit(config: Config) -> Path:
     require_files(config, prepared is not None)
     run = Run(config)
     resume_from = run.resume_point()
+    if resume_from is None:
+        require_start(config)
     with environment.prepared(distributed=config.zero.config is not None):
         fit_in(run, config, resume_from)
     return run.dir
@@ -77,11 +79,25 @@ def require_files(config: Config, prepared: bool) -> None:
         prepared: Whether the data is a folder of prepared samples, which has been read.
     """
     from sft.data import sources
+    from sft.data.named_template import named_template
     from sft.model.source import source
 
     source(config.model)
+    if config.template.chat_template is not None:
+        named_template(config.template.chat_template)
     if not prepared:
         sources.require_paths(config.dataset)
+
+
+def require_start(config: Config) -> None:
+    """Check that the folder of ``lora.init_from`` exists; a resumed run does not read it."""
+    from sft.inference.card import ADAPTER_SETTINGS
+
+    folder = config.lora.init_from
+    if folder is not None and not (Path(folder) / ADAPTER_SETTINGS).is_file():
+        rule = "is not the folder of an adapter"
+        fix = f"lora.init_from=FOLDER with {ADAPTER_SETTINGS}"
+        raise ConfigError([Problem(f"lora.init_from={folder}", rule, fix)])
 
 
 def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:

@@ -188,6 +188,8 @@ def report_error(message: str, details: str = "") -> None:
     if rank != 0:
         time.sleep(5)
         message = f"rank {rank}: {message}"
+    # The text may hold a name from a stranger's file; a terminal would obey its control characters.
+    message = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
     sys.stderr.write(f"{details}error: {message}\n")
     sys.stderr.flush()
     process.report_failure(message)
@@ -246,4 +248,7 @@ def _hand_to_hydra(command: Command[Any], argv: list[str]) -> None:
         main(lambda _: None)()
     except (HydraException, OmegaConfBaseException) as error:
         problem = Problem(" ".join(argv), ": ".join(compose.reasons(error)), compose.CORRECT)
+        raise ConfigError([problem]) from error
+    except OSError as error:  # Hydra writes to this folder only
+        problem = Problem(str(error.filename), str(error.strerror), "hydra.sweep.dir=FOLDER")
         raise ConfigError([problem]) from error

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from sft.config import upstream
+from sft.config.groups import groups
+from sft.config.settings import Config
+from sft.config.settings_file import field_of
 from sft.errors import ConfigError, Problem
 
 SHELLS = ("bash", "zsh", "fish")
@@ -41,12 +44,23 @@ class _Parser(argparse.ArgumentParser):
         if what == "unrecognized arguments":
             option = rest.split(" ")[0]
             known = [name for name in OPTIONS if name.startswith("--")]
-            fix = upstream.did_you_mean(option, known)
+            fix = _as_setting(option) or upstream.did_you_mean(option, known)
+            if fix == "remove it":
+                fix = "remove it; a setting is written as NAME=VALUE"
             raise ConfigError([Problem(option, "there is no such option", fix)])
         option = what.removeprefix("argument ").partition("/")[0]
         raise ConfigError(
             [Problem(option, rest or message, "sft COMMAND --help lists the options")]
         )
+
+
+def _as_setting(option: str) -> str | None:
+    """Return the word for a setting that is written as an option, such as ``--lora.r=8``."""
+    word = option.lstrip("-")
+    if "=" in word:
+        return word
+    known = word in groups(None) or field_of(Config, word) is not None
+    return f"{word}=VALUE" if known else None
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

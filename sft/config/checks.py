@@ -118,7 +118,9 @@ def _optimizer(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"train.optim={train.optim}",
             "the installed version of Transformers has no such optimizer",
-            upstream.did_you_mean(train.optim, upstream.optimizer_names()),
+            "train.optim=adamw_torch"
+            if train.optim.lower() in ("adam", "adamw")
+            else upstream.did_you_mean(train.optim, upstream.optimizer_names()),
         )
     schedule, given = train.lr_scheduler_type, train.lr_scheduler_kwargs
     if schedule == default.lr_scheduler_type and not given:

@@ -180,7 +180,8 @@ def _compose(
             del composed["hydra"]
         problems += _set(composed, [item for item in given if item.kind == "setting"], schema)
         container = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    # OmegaConf raises the last two for an entry that is added to a mapping that is None.
+    except (HydraException, OmegaConfBaseException, AttributeError, AssertionError) as error:
         rule = ": ".join(reasons(error))
         if plugin := missing_plugin(rule):
             raise ConfigError([plugin]) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sft.config import upstream
 from sft.config.paths import CONF_DIR
@@ -24,16 +25,17 @@ MEANT = {
 # Hydra's groups of plugins: the class that sft uses, why no other, and the fix.
 PLUGINS = {
     "launcher": (
-        "TorchrunLauncher",
+        "hydra_plugins.sft_sweep.torchrun_launcher.TorchrunLauncher",
         "only sft's own launcher trains the trials of a sweep; this one would train nothing",
         "hydra/launcher=torchrun, or leave it out",
     ),
     "sweeper": (
-        "BasicSweeper",
+        "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
         "sft supports only the sweeper that tries all combinations of the given values",
         "hydra/sweeper=basic, or leave it out",
     ),
 }
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
 def groups(config_dir: str | None) -> dict[str, set[str]]:
@@ -78,17 +80,26 @@ def plugin_problems(hydra: Any) -> Iterator[Problem]:
         hydra: The section ``hydra`` of the composed config.
     """
     for kind, (name, rule, fix) in PLUGINS.items():
-        used = hydra[kind]["_target_"]
-        if used.rpartition(".")[2] != name:
+        used = OmegaConf.select(hydra[kind], "_target_") if hydra[kind] else None
+        if used != name:
             option = hydra.runtime.choices[f"hydra/{kind}"]
             yield Problem(f"hydra/{kind}={option} ({used})", rule, fix)
-    for section in ("callbacks", "hydra_logging", "job_logging"):
-        if maker := _maker(OmegaConf.to_container(hydra[section], resolve=False)):
+    batch = OmegaConf.select(hydra, "sweeper.max_batch_size")
+    if batch is not None:
+        rule = "would divide the sweep, and a trial that fails would end it"
+        yield Problem(f"hydra.sweeper.max_batch_size={batch}", rule, "leave it out")
+    for section in (*PLUGINS, "callbacks", "hydra_logging", "job_logging"):
+        # What is given to a plugin may name the maker of another object.
+        own = ["_target_"] if section in PLUGINS else []
+        given = [key for key in hydra[section] or {} if key not in own]
+        if given and (maker := _maker(OmegaConf.masked_copy(hydra[section], given))):
             rule = f"makes Hydra call {maker}, and settings run no code"
             yield Problem(f"hydra.{section}", rule, f"remove hydra.{section}")
     for name in ("sweep.dir", "sweep.subdir", "run.dir"):
         section, _, leaf = name.partition(".")
         place = OmegaConf.to_container(hydra[section], resolve=False)[leaf]  # type: ignore[index,call-overload]
+        if place == "":
+            yield Problem(f"hydra.{name}=", "must not be empty", f"hydra.{name}=DIR")
         if "://" in str(place):
             rule = "must be a local path: sft writes to no URL"
             yield Problem(f"hydra.{name}={place}", rule, f"hydra.{name}=PATH on this machine")
@@ -96,12 +107,18 @@ def plugin_problems(hydra: Any) -> Iterator[Problem]:
 
 def _maker(node: Any) -> str | None:
     """Return what a section names as the maker of an object, which would be called."""
-    if not isinstance(node, dict):
-        return None
-    for key, value in node.items():
-        if key in ("_target_", "()") or (key == "class" and not str(value).startswith("logging.")):
-            return str(value)
-        if found := _maker(value):
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        try:
+            value = node[key]  # an interpolation is resolved, as Hydra would
+        except OmegaConfBaseException:  # a value that only a started job has
+            continue
+        text = str(value)
+        if key in ("_target_", "()") or (key == "class" and not text.startswith("logging.")):
+            return text
+        # The logging module imports what follows ext://.
+        if text.startswith("ext://") and text not in STREAMS:
+            return text
+        if OmegaConf.is_config(value) and (found := _maker(value)):
             return found
     return None
 
@@ -129,6 +146,9 @@ def no_option(group: str, option: str, known: set[str]) -> Problem:
         hint = f"{group}=stage{option}"
     elif (group, option) in MEANT:
         hint = MEANT[group, option]
+    elif group == "model" and option.startswith((".", "/", "~")) and not Path(option).is_dir():
+        rule = f"there is no folder {option}; {rule}"
+        hint = "model=hf model.name_or_path=FOLDER"
     elif "/" in option and group == "model":
         hint = f"model=hf model.name_or_path={option}"
     elif group == "dataset" and "://" in option:

@@ -45,6 +45,35 @@ RENAMED = _examples("called") | {
 # Names with the same meaning as a setting, which takes their values too.
 CALLED = {name: key for key, item in declared(Config) for name in item.metadata["called"]}
 CALLED |= dict.fromkeys(EVAL_FRACTION, "dataset.eval_fraction")
+CALLED |= {
+    **dict.fromkeys(("max_seq_len", "block_size", "model_max_length"), "dataset.max_length"),
+    **dict.fromkeys(("base_model", "base_model_name_or_path", "model_id"), "model.name_or_path"),
+    **dict.fromkeys(("datasets", "dataset_dir", "dataset_name", "data_path"), "dataset.path"),
+    **dict.fromkeys(("adapter_name_or_path", "lora_model_dir"), "lora.init_from"),
+    **dict.fromkeys(("lora_target", "lora_target_modules"), "lora.target_modules"),
+    "optimizer": "train.optim",
+    **dict.fromkeys(("system_prompt", "default_system"), "template.system"),
+    "attn_impl": "model.attn_implementation",
+}
+# Names whose values mean a value of ours; other values have no such fix.
+BY_VALUE = {
+    ("bf16", "False"): "precision=fp32",
+    ("fp16", "False"): "precision=fp32",
+    **{
+        (name, value): f"dataset.packing={ours}"
+        for name in ("packing", "sample_packing")
+        for value, ours in (("True", "bfd"), ("False", "none"))
+    },
+    ("train_on_inputs", "False"): "remove it: the completion or the assistant's turns are trained",
+    ("train_on_inputs", "True"): "template.train_on=all",
+    ("quantization_bit", "4"): "quantization=nf4",
+    ("quantization_bit", "8"): "quantization=int8",
+    ("flash_attention", "True"): "model.attn_implementation=flash_attention_2",
+    ("lora_target_linear", "True"): "lora=all-linear",
+    ("train_type", "lora"): "remove it: sft trains LoRA adapters",
+    ("train_type", "full"): "lora=none train=full",
+    **{("deepspeed", f"zero{stage}"): f"zero=stage{stage}" for stage in (1, 2, 3)},
+}
 OTHER_UNITS = {"gradient_accumulation_steps"}  # names whose values mean something else here
 
 # Transformers' names of trackers, and the packages of which each needs one.
@@ -68,16 +97,18 @@ TRACKERS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Of each section with ``extra``: fields that it refuses, with a fix or without, and all fields.
+SECTIONS: dict[str, tuple[dict[str, str], dict[str, str], Callable[[], frozenset[str]]]] = {
+    "train": (TRAIN_OWNED, verdicts.TRAIN_REFUSED, upstream.sft_config_names),
+    "lora": (LORA_OWNED, verdicts.LORA_REFUSED, upstream.lora_config_names),
+    "quantization": ({}, {}, upstream.bnb_config_names),
+}
+
+
 def extra_problems(config: Config) -> Iterator[Problem]:
     """Check the sections' ``extra``: refuse unknown names and names that our settings decide."""
-    sections: list[
-        tuple[str, Any, Callable[[], frozenset[str]], dict[str, str], dict[str, str]]
-    ] = [
-        ("train", config.train, upstream.sft_config_names, TRAIN_OWNED, verdicts.TRAIN_REFUSED),
-        ("lora", config.lora, upstream.lora_config_names, LORA_OWNED, verdicts.LORA_REFUSED),
-        ("quantization", config.quantization, upstream.bnb_config_names, {}, {}),
-    ]
-    for name, section, legal, owned, refused in sections:
+    for name, (owned, refused, legal) in SECTIONS.items():
+        section = getattr(config, name)
         own_fields = set(section.__dataclass_fields__)
         for key, value in section.extra.items():
             given = f"{name}.extra.{key}={value}"
@@ -134,8 +165,11 @@ def suggest(path: str, schema: Any, value: Any = None) -> str:
     """
     section, _, leaf = path.rpartition(".")
     settings = dict(declared(schema))
+    if schema is Config and path not in settings and (leaf, str(value)) in BY_VALUE:
+        return BY_VALUE[leaf, str(value)]
     if CALLED.get(leaf) in settings and leaf not in OTHER_UNITS:
-        kept, example = _with_value(CALLED[leaf], value, schema), RENAMED[leaf]
+        example = RENAMED.get(leaf) or f"did you mean {CALLED[leaf]}?"
+        kept = _with_value(CALLED[leaf], value, schema)
         return example if kept is None else kept + "".join(example.partition(" (")[1:])
     if leaf in RENAMED and (schema is Config or leaf not in CALLED):
         return RENAMED[leaf]
@@ -145,17 +179,15 @@ def suggest(path: str, schema: Any, value: Any = None) -> str:
     if same_leaf:
         kept = _with_value(same_leaf[0], value, schema) if len(same_leaf) == 1 else None
         return kept or f"did you mean {same_leaf[0]}?"
-    owned = {"train": TRAIN_OWNED, "lora": LORA_OWNED}.get(section, {})
-    if leaf in owned:
-        return owned[leaf]
-    legal = {
-        "train": upstream.sft_config_names,
-        "lora": upstream.lora_config_names,
-        "quantization": upstream.bnb_config_names,
-    }.get(section)
-    if legal and leaf in legal():
-        is_plain = isinstance(value, str | int | float)
-        return written(f"{section}.extra.{leaf}", value if is_plain else "...")
+    for place in SECTIONS if schema is Config and not section else [section]:
+        owned, refused, legal = SECTIONS.get(place, ({}, {}, frozenset))
+        if leaf in owned:
+            return owned[leaf]
+        if leaf in refused:
+            return "remove it"
+        if leaf in legal():
+            is_plain = isinstance(value, str | int | float)
+            return written(f"{place}.extra.{leaf}", value if is_plain else "...")
     siblings = [known.rpartition(".")[2] for known in paths if known.startswith(f"{section}.")]
     hint = upstream.did_you_mean(leaf, siblings)
     if hint.startswith("did"):

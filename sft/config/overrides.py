@@ -119,6 +119,8 @@ class Reader:
             known = key in self.groups or settings_file.field_of(self.schema, key) is not None
             rule = "has no value" if known else "is neither a setting nor a settings file (*.yaml)"
             fix = f"{key}=VALUE" if known else "write each setting as key=value"
+            if KEY.fullmatch(key.strip()) and equals:
+                fix = f"{key.strip()}={text.strip()}"
             self._wrong(word or "''", rule, fix)
         elif key == "hydra" or key.startswith(("hydra.", "hydra/")):
             yield Override(key, None, word, "hydra")

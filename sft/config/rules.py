@@ -25,6 +25,7 @@ class Rule:
 
     text: str
     holds: Callable[[Any], bool]
+    choices: tuple[str | bool, ...] = ()
 
 
 def at_least(bound: float) -> Rule:
@@ -62,7 +63,7 @@ def each(rule: Rule) -> Rule:
 def one_of(*choices: str | bool) -> Rule:
     """Allow only these names or booleans."""
     names = ", ".join(str(choice).lower() for choice in choices)
-    return Rule(f"must be one of {names}", lambda value: value in choices)
+    return Rule(f"must be one of {names}", lambda value: value in choices, choices)
 
 
 @dataclass(frozen=True)
@@ -222,11 +223,11 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def expand_paths(node: Any) -> None:
-    """Replace ``~/`` at the beginning of local paths by the home folder; not every shell does."""
+    """Replace ``~`` at the beginning of local paths by the home folder; not every shell does."""
     for name, item, value in fields_of(node):
         if dataclasses.is_dataclass(value):
             expand_paths(value)
-        elif isinstance(value, str) and item.metadata["path"] and value.startswith("~/"):
+        elif isinstance(value, str) and item.metadata["path"] and value.startswith("~"):
             setattr(node, name, os.path.expanduser(value))
 
 
@@ -237,23 +238,22 @@ def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
             yield from rule_problems(value, f"{prefix}{name}.")
             continue
         rule = item.metadata.get("rule")
-        key = prefix + name
+        key, default = prefix + name, written(prefix + name, default_of(item))
         if isinstance(value, str) and not _storable(value):
             yield Problem(written(key, value), "contains bytes that are not text", "use UTF-8")
         elif item.metadata.get("path") == "written" and "://" in str(value):
-            fix = f"{key}=PATH on this machine"
-            yield Problem(written(key, value), "must be a local path: sft writes to no URL", fix)
+            rule_text = "must be a local path: sft writes to no URL"
+            yield Problem(written(key, value), rule_text, f"{key}=PATH on this machine")
         elif item.metadata.get("path") == "written" and (fault := _too_long(str(value))):
             yield Problem(written(key, value), fault, f"{key}=PATH with shorter names")
         elif not all(map(math.isfinite, _numbers(value))):
-            yield Problem(
-                written(key, value), "must be a finite number", written(key, default_of(item))
-            )
+            yield Problem(written(key, value), "must be a finite number", default)
         elif isinstance(value, int | float) and abs(value) > LARGEST:
-            rule_text = f"must be at most {LARGEST:,}"
-            yield Problem(written(key, value), rule_text, written(key, default_of(item)))
+            yield Problem(written(key, value), f"must be at most {LARGEST:,}", default)
         elif rule is not None and value is not None and not rule.holds(value):
             usable = default_of(item)
             if isinstance(value, dict):  # the rule is of each value
                 usable = {name: one for name, one in value.items() if rule.holds({name: one})}
+            elif str(value).lower() in ("false", "no", "off") and "none" in rule.choices:
+                usable = "none"
             yield Problem(written(key, value), rule.text, written(key, usable))

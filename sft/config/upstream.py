@@ -136,5 +136,6 @@ def bnb_config_names() -> frozenset[str]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Suggest the legal name that is most similar to a mistyped name."""
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else "remove it"
+    spelled = {item.lower(): item for item in sorted(known)}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.6)
+    return f"did you mean {spelled[close[0]]}?" if close else "remove it"

@@ -67,7 +67,8 @@ def problems(zero: ZeroConfig, optim: str, trains_base: bool) -> Iterator[Proble
     path = json_path(zero)
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in DS_CONFIG_DIR.glob("*.json")))
-        yield Problem(f"zero.config={zero.config}", f"there is no file {path}", f"zero={known}")
+        rule = f"there is no file {path}; sft has {known}"
+        yield Problem(f"zero.config={zero.config}", rule, "zero=stage2")
         return
     try:
         ds_config = read(zero)

@@ -8,7 +8,7 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sft.data.named_template import named_template, refusal
+from sft.data.named_template import named_template, refusal, require_length, source_of
 from sft.data.segment import TOKEN_BREAK, as_text, control_of
 from sft.errors import DataError, ModelError
 from sft.limits import OutOfTime, TimeLimit
@@ -78,8 +78,8 @@ class ChatTemplate:
                 )
 
     def source(self, tools: Tools) -> str:
-        """Return the Jinja text; some tokenizers have a second one for conversations with tools."""
-        return str(self.tokenizer.get_chat_template(None, tools))
+        """Return the Jinja text."""
+        return source_of(self.tokenizer, tools)
 
     @property
     def writes_date(self) -> bool:
@@ -163,6 +163,7 @@ class ChatTemplate:
             raise refusal(error) from error
         # A template may write JSON in ASCII or Python's text of a list; both escape the character.
         text, escaped = str(texts[0]), json.dumps(TOKEN_BREAK)[1:-1]
+        require_length(text, len(str((messages, tools, source))))
         marks = [(begin, end) for begin, end in spans[0]] if marked else []
         if escaped in text:
             before = [[text[:at].replace(escaped, TOKEN_BREAK) for at in mark] for mark in marks]

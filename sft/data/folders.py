@@ -178,9 +178,9 @@ def _of_folder(root: str, entries: list[Entry], split: str | None) -> Location:
     if f"{root}/dataset_dict.json" in names:
         splits = _loaded(f"{root}/dataset_dict.json")["splits"]
         split = choose(root, split, splits)
-        return Location(root, _shards(f"{root}/{split}"), root=root, has_splits=True)
+        return Location(root, _shards(f"{root}/{split}", names), root=root, has_splits=True)
     if root in saved:
-        return Location(root, _shards(root), root=root)
+        return Location(root, _shards(root, names), root=root)
     if saved:
         raise DataError(
             f"{root} holds {len(saved)} folders that Datasets saved; only one can be read"
@@ -196,15 +196,18 @@ def _of_folder(root: str, entries: list[Entry], split: str | None) -> Location:
     return replace(found, files=files, unused=[*found.unused, *others], has_splits=True)
 
 
-def _shards(folder: str) -> list[str]:
+def _shards(folder: str, names: set[str]) -> list[str]:
     """Return the Arrow files of a dataset that ``save_to_disk`` wrote."""
     state = _loaded(f"{folder}/state.json")
     if any("indices" in key and value for key, value in state.items()):
         raise DataError(
-            f"{folder} was saved by an old release of Datasets, with its rows in an order of their "
-            "own\n    fix: load it and save it with a newer release"
+            f"{folder} was saved by an old release of Datasets, with its rows in their own order"
+            "\n    fix: load it and save it with a newer release"
         )
-    return [f"{folder}/{item['filename']}" for item in state["_data_files"]]
+    files = [f"{folder}/{item['filename']}" for item in state["_data_files"]]
+    if missing := [file for file in files if file not in names]:  # or outside of the folder
+        raise DataError(f"{missing[0]} is no file of the dataset {folder}\n    fix: save it again")
+    return files
 
 
 def _loaded(file: str) -> Any:

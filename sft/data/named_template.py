@@ -1,12 +1,19 @@
-"""Find a chat template by name (Jinja text, a file, or one that TRL ships); why one fails."""
+"""Find a chat template (Jinja text, a file, one that TRL ships, a tokenizer's); why one fails."""
 
 from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sft.errors import DataError
+from sft.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANY_LENGTH = 1 << 20  # characters of a text that no template is refused for
+INFLATED = 100  # times the conversation and the template together
 
 
 def named_template(name: str) -> str:
@@ -21,7 +28,11 @@ def named_template(name: str) -> str:
         path = Path(name).expanduser()
         if not path.is_file():
             raise DataError(f"there is no file {name}\n    fix: template.chat_template=FILE.jinja")
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            fix = "template.chat_template=FILE.jinja, with text in UTF-8"
+            raise DataError(f"{name} cannot be read: {error}\n    fix: {fix}") from error
     spec = find_spec("trl")
     assert spec is not None and spec.origin is not None
     folder = Path(spec.origin).parent / "chat_templates"
@@ -47,3 +58,35 @@ def refusal(error: Exception) -> DataError:
         "    fix: correct the conversation, or the template, which training takes from "
         "template.chat_template=FILE.jinja"
     )
+
+
+def source_of(tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:
+    """Return the Jinja text of a tokenizer's template; there may be another one for tools.
+
+    Raises:
+        DataError: There are several by name, and none is the default.
+    """
+    try:
+        return str(tokenizer.get_chat_template(None, tools))
+    except ValueError as error:
+        raise DataError(
+            f"the tokenizer's chat templates cannot be used: {str(error).splitlines()[0]}\n"
+            "    fix: template.chat_template=FILE.jinja"
+        ) from error
+
+
+def require_length(text: str, given: int) -> None:
+    """Refuse a text that a template has inflated, as ``tojson(indent=100000000)`` does.
+
+    Args:
+        text: The rendered conversation.
+        given: Characters of the conversation and of the template.
+
+    Raises:
+        ModelError: The text is much longer. The next conversation's would be, too.
+    """
+    if len(text) > max(ANY_LENGTH, INFLATED * given):
+        raise ModelError(
+            f"the chat template writes {len(text):,} characters for a conversation of at most "
+            f"{given:,}\n    fix: template.chat_template=FILE.jinja, which writes less"
+        )

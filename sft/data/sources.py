@@ -54,7 +54,13 @@ class Source:
         Raises:
             DataError: The path does not exist, or is a file although ``subset`` is set.
         """
-        found = resolve(self.path, self.split)
+        try:
+            found = resolve(self.path, self.split)
+        except DataError as error:  # which names the setting of the rows to train on
+            if not self.held_out:
+                raise
+            message = str(error).replace("fix: dataset.path=", "fix: dataset.eval_path=")
+            raise DataError(message) from error
         if self.subset is not None and found.files:
             raise DataError(
                 f"dataset.subset={self.subset} has no effect on the files of {self.path}: it names "

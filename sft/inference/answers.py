@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -71,19 +72,31 @@ def continuations(
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), plain_decoding(model):
         output: torch.Tensor = model.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=all_stop_ids(model.generation_config, tokenizer, stop_ids),
-            use_cache=True,
-            # The model's generation config may set a penalty, which would change greedy decoding.
-            **{"do_sample": False, "repetition_penalty": 1.0, **options},
+            **{"do_sample": False, "use_cache": True, **options},
         )
     model.train(was_training)
     return output[:, width:]
+
+
+@contextlib.contextmanager
+def plain_decoding(model: PreTrainedModel) -> Iterator[None]:
+    """Ignore how a model's generation_config.json asks to decode: beams, penalties, forced tokens.
+
+    They would change greedy decoding, or the number and the type of what ``generate`` returns.
+    """
+    own = model.generation_config
+    model.generation_config = type(own)(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 _takes_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -107,15 +120,14 @@ def takes_padding(
 
     def scores(ids: list[int], hidden: int) -> torch.Tensor:
         """Return the logits of two new tokens, shape (2, vocabulary)."""
-        with torch.no_grad():
+        with torch.no_grad(), plain_decoding(model):
             found: Any = model.generate(
                 input_ids=torch.tensor([ids], device=device),
                 attention_mask=torch.tensor([[0] * hidden + [1] * (len(ids) - hidden)]).to(device),
                 pad_token_id=tokenizer.pad_token_id,
                 return_dict_in_generate=True,
                 output_logits=True,
-                **{"min_new_tokens": 2, "max_new_tokens": 2, "do_sample": False},
-                **{"repetition_penalty": 1.0, "use_cache": True},
+                **{"min_new_tokens": 2, "max_new_tokens": 2, "do_sample": False, "use_cache": True},
             )
         return torch.cat(found.logits).float().log_softmax(-1)
 

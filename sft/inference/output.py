@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft.files import PARTIAL
+from sft.files import PARTIAL, to_json
 
 logger = logging.getLogger("sft")
 Write = Callable[[Sequence[dict[str, Any]], Sequence[str]], None]
@@ -35,7 +34,7 @@ def written(output: str | None, count: int) -> Iterator[Write]:
         def write(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> None:
             nonlocal done
             for row, text in zip(rows, texts, strict=True):
-                file.write(json.dumps({**row, "generated": text}, ensure_ascii=False) + "\n")
+                file.write(to_json({**row, "generated": text}, ascii=False) + "\n")
             file.flush()
             done += len(texts)
 

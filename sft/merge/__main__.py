@@ -79,12 +79,16 @@ def check(config: MergeConfig) -> list[Problem]:
     elif config.adapter is not None and config.output is None:
         problems.append(Problem("output=null", "adapter= needs an output folder", "output=FOLDER"))
     given = config.adapter if isinstance(config.adapter, list) else [config.adapter]
-    if not given or not all(isinstance(item, str | None) for item in given):
+    if not given or (config.adapter is not None and not all(isinstance(x, str) for x in given)):
         rule = "must be a folder or a list of folders"
         problems.append(Problem(f"adapter={config.adapter}", rule, "adapter=FOLDER"))
     if config.weights and len(config.weights) != len(given):
         rule = f"must have one factor for each adapter: {len(given)}"
         problems.append(Problem(f"weights={config.weights}", rule, "leave it out"))
+    if config.weights and not any(config.weights):
+        problems.append(Problem(f"weights={config.weights}", "would merge nothing", "leave it out"))
+    if config.output is not None and not Path(config.output).name:
+        problems.append(Problem(f"output={config.output}", "must name a folder", "output=FOLDER"))
     if config.max_shard_size is not None and claim.bytes_of(config.max_shard_size) is None:
         rule = "must be a size"
         fix = "max_shard_size=5GB"

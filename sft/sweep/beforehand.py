@@ -20,7 +20,7 @@ from sft.sweep.trial import Trial
 
 
 def require(trials: Sequence[Trial], ranks: int) -> None:
-    """Check each trial's settings, and that the folders of models and the data exist.
+    """Check each trial's settings, and that the files that they name exist.
 
     A combination of values that other trials can use in other combinations stops nothing: in a grid
     there may be no other way to leave it out. Its own process refuses it.
@@ -48,7 +48,9 @@ def require(trials: Sequence[Trial], ranks: int) -> None:
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     files = {
-        f"{config.model} {config.dataset}": config for _, config, found in checked if not found
+        f"{config.model} {config.dataset} {config.template}": config
+        for _, config, found in checked
+        if not found
     }
     for config in files.values():
         require_files(config, artefact.template_of(config.dataset.path) is not None)

@@ -235,7 +235,7 @@ def with_fix(words: list[str], problem: Problem, fix: str) -> list[str]:
         words = [
             word
             for word in words
-            if (name := word.lstrip("+").partition("=")[0]) != key
+            if (name := word.lstrip("+").partition("=")[0].strip()) != key
             and not (name == refused and RENAMES.search(problem.rule))
             and not ("." not in key and name.startswith(f"{key}."))
         ]

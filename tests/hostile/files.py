@@ -152,6 +152,12 @@ PLACES: tuple[tuple[str, str, Callable[[Path, Path], None], str], ...] = (
     ("a file without permission", "{here}/rows.jsonl", _unreadable, ""),
     ("600 MB in one line", "{here}/rows.jsonl.gz", _bomb, "max_row_bytes"),
     ("a saved dataset, damaged table", "{here}/rows", _saved("a.arrow", b"x"), ""),
+    (
+        "a saved dataset, with files from elsewhere",
+        "{here}/rows",
+        _saved("state.json", b'{"_data_files": [{"filename": "../../run.json"}]}'),
+        "is no file of the dataset",
+    ),
     ("a saved dataset, damaged state", "{here}/rows", _saved("state.json", b"{"), ""),
     ("a prepared folder, damaged", "{here}/rows", _folder(("sft_data.json", b"{")), ""),
     ("an unknown protocol", "nope://bucket/x.jsonl", lambda here, kit: None, ""),
@@ -245,6 +251,9 @@ def cases() -> list[Case]:
              _file(name, text))
         for name, text, says in BYTES[:7]
     ]  # fmt: skip
+    words = ("run={kit}/run", "raw=true", "file={here}/rows.jsonl")
+    rows = _file("rows.jsonl", b'{"prompt": "a"}\n{"prompt": 5}\n')
+    found.append(Case("generate rows", "a raw number", "generate", words, "no text in", rows))
     found += [
         Case(
             "data settings",

@@ -197,6 +197,14 @@ MODELS: dict[str, tuple[Make, str]] = {
         base(lambda folder: edit(folder / "generation_config.json", eos_token_id="x")),
         "eos_token_id='x', which must be a token id",
     ),
+    "templates without a default": (
+        base(lambda folder: edit(folder / "tokenizer_config.json", chat_template={"a": "b"})),
+        "chat templates cannot be used",
+    ),
+    "a template that inflates": (
+        base(text("chat_template.jinja", "{{ messages | tojson(indent=999999) }}")),
+        "characters for a conversation",
+    ),
     "a damaged tokenizer config": (base(text("tokenizer_config.json", "{")), ""),
     "an adapter beside the model": (
         base(lambda folder: (folder / SETTINGS).write_text('{"peft_type": "LORA"}')),

@@ -336,6 +336,24 @@ def test_answers_are_written_as_they_come_and_positions_are_counted(
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "rows.jsonl", output.name}
 
 
+def test_an_option_file_cannot_make_hydra_call_a_function(tmp_path: Path) -> None:
+    file = tmp_path / "train" / "grid.yaml"
+    file.parent.mkdir()
+    grid = "hydra: {sweeper: {params: {_target_: json.loads, s: '1'}}}\n"
+    file.write_text(f"# @package _global_\n{grid}")
+    with pytest.raises(SftError, match="makes Hydra call json"):
+        train.compose(["train=grid"], str(tmp_path))
+
+
+def test_a_models_file_changes_neither_greedy_answers_nor_their_number(tmp_path: Path) -> None:
+    base = shutil.copytree(TINY, tmp_path / "base")
+    given = ["prompt=abc", "max_new_tokens=6"]
+    expected = generate.run(generate.compose([f"model={TINY}", *given]))
+    asked = {"num_beams": 3, "no_repeat_ngram_size": 1, "suppress_tokens": [*range(60, 99)]}
+    change(base / "generation_config.json", **asked, return_dict_in_generate=True)
+    assert generate.run(generate.compose([f"model={base}", *given])) == expected
+
+
 def test_no_connection_is_tried_when_all_is_local(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "offline_run.py"
     result = run_warm(str(script), cwd=tmp_path)

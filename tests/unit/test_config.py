@@ -417,7 +417,7 @@ def test_unknown_keys_are_refused_however_they_are_typed() -> None:
         "quantization.bnb_4bit_compute_dtype=bfloat16": (
             "quantization.extra.bnb_4bit_compute_dtype=bfloat16"
         ),
-        "train.packing=true": "did you mean dataset.packing?",
+        "train.packing=true": "dataset.packing=bfd",
         "lora.task_type=CAUSAL_LM": "remove it: CAUSAL_LM",
         "zzzzzz=1": "remove it",
         "dataset.train_ratio=0.9": "dataset.eval_fraction=0.05",
