@@ -247,8 +247,9 @@ def test_an_adapter_that_does_not_fit_is_refused(
         ("lora.r=4", f"{run}/adapter has r=8", "lora.r=8"),
         ("lora.lora_alpha=8", "has lora_alpha=16", "lora.lora_alpha=16"),
         ("lora.target_modules=attention", "only .* has .*down_proj", "lora.target_modules=[down_"),
-        ("lora.rank_pattern={q_proj: 2}", "has the shape [2, 64]", "give it the ranks"),
-        ("lora.alpha_pattern={q_proj: 2}", "has alpha_pattern={}", "give it the same values"),
+        ("lora.rank_pattern={q_proj: 2}", "has the shape [2, 64]", "'lora.rank_pattern={}'"),
+        ("lora.alpha_pattern={q_proj: 2}", "has alpha_pattern={}", "'lora.alpha_pattern={}'"),
+        ("lora.modules_to_save=[norm]", "only the run's adapter", "lora.modules_to_save=null"),
     ):
         with pytest.raises(ConfigError) as refused:
             go(llama, rows, tmp_path / "new", start, more)
