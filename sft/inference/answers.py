@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("sft")
+
+ROUTERS = "output_router_logits"  # of a config: return the routers' scores and the balance's loss
 
 
 def complete(
@@ -69,9 +72,7 @@ def continuations(
     width = max(map(len, prompts))
     ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with answering(model):
         output: torch.Tensor = model.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
@@ -82,8 +83,28 @@ def continuations(
             # The model's generation config may set a penalty, which would change greedy decoding.
             **{"do_sample": False, "repetition_penalty": 1.0, **options},
         )
-    model.train(was_training)
     return output[:, width:]
+
+
+@contextlib.contextmanager
+def answering(model: PreTrainedModel) -> Iterator[None]:
+    """Switch off gradients, dropout, and the loss that balances experts.
+
+    The routers' scores of one step do not fit the attention mask of all tokens, so that a model
+    whose config asks for this loss could not answer prompts of different lengths.
+    """
+    text, was_training = model.config.get_text_config(), model.training
+    returned = getattr(text, ROUTERS, None)
+    model.eval()
+    try:
+        if returned:
+            setattr(text, ROUTERS, False)
+        with torch.no_grad():
+            yield
+    finally:
+        if returned:
+            setattr(text, ROUTERS, True)
+        model.train(was_training)
 
 
 _takes_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -102,12 +123,10 @@ def takes_padding(
     rows = model.get_input_embeddings().weight.shape[0]
     prompt = [(7 * place + 5) % min(rows, len(tokenizer)) for place in range(9)]
     padding = [tokenizer.pad_token_id] * 7
-    was_training = model.training
-    model.eval()
 
     def scores(ids: list[int], hidden: int) -> torch.Tensor:
         """Return the logits of two new tokens, shape (2, vocabulary)."""
-        with torch.no_grad():
+        with answering(model):
             found: Any = model.generate(
                 input_ids=torch.tensor([ids], device=device),
                 attention_mask=torch.tensor([[0] * hidden + [1] * (len(ids) - hidden)]).to(device),
@@ -121,7 +140,6 @@ def takes_padding(
 
     alone = scores(prompt, 0)
     padded, visible = scores(padding + prompt, 7), scores(padding + prompt, 0)
-    model.train(was_training)
     # Rounding may choose a different first token of two that are as likely, and with it the second.
     count = 2 if alone[0].argmax() == padded[0].argmax() else 1
     # Each token has its own bound: the first one is computed without the cache.
