@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
+from sft.checkpoint.sharded import shape_of
 from sft.data.row_encoder import IGNORE_INDEX
 from sft.errors import DataError
 
@@ -120,7 +121,7 @@ def takes_padding(
     """
     if model in _takes_padding:
         return _takes_padding[model]
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = shape_of(model.get_input_embeddings().weight)[0]
     prompt = [(7 * place + 5) % min(rows, len(tokenizer)) for place in range(9)]
     padding = [tokenizer.pad_token_id] * 7
 
