@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
+from sft.checkpoint.sharded import shape_of
 from sft.data.row_encoder import IGNORE_INDEX
 from sft.errors import DataError
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("sft")
+
+ROUTERS = "output_router_logits"  # of a config: return the routers' scores and the balance's loss
 
 
 def complete(
@@ -70,9 +73,7 @@ def continuations(
     width = max(map(len, prompts))
     ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), plain_decoding(model):
+    with answering(model):
         output: torch.Tensor = model.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
@@ -81,22 +82,35 @@ def continuations(
             eos_token_id=all_stop_ids(model.generation_config, tokenizer, stop_ids),
             **{"do_sample": False, "use_cache": True, **options},
         )
-    model.train(was_training)
     return output[:, width:]
 
 
 @contextlib.contextmanager
-def plain_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Ignore how a model's generation_config.json asks to decode: beams, penalties, forced tokens.
+def answering(model: PreTrainedModel) -> Iterator[None]:
+    """Switch off what a model's settings would change about a greedy answer.
 
-    They would change greedy decoding, or the number and the type of what ``generate`` returns.
+    Gradients and dropout. Beams, penalties and forced tokens of its generation_config.json, which
+    also change the number and the type of what ``generate`` returns. The loss that balances
+    experts: the routers' scores of one step do not fit the attention mask of all tokens.
     """
-    own = model.generation_config
+    text, own, was_training = (
+        model.config.get_text_config(),
+        model.generation_config,
+        model.training,
+    )
+    returned = getattr(text, ROUTERS, None)
+    model.eval()
     model.generation_config = type(own)(eos_token_id=own.eos_token_id)
     try:
-        yield
+        if returned:
+            setattr(text, ROUTERS, False)
+        with torch.no_grad():
+            yield
     finally:
+        if returned:
+            setattr(text, ROUTERS, True)
         model.generation_config = own
+        model.train(was_training)
 
 
 _takes_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -112,15 +126,13 @@ def takes_padding(
     """
     if model in _takes_padding:
         return _takes_padding[model]
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = shape_of(model.get_input_embeddings().weight)[0]
     prompt = [(7 * place + 5) % min(rows, len(tokenizer)) for place in range(9)]
     padding = [tokenizer.pad_token_id] * 7
-    was_training = model.training
-    model.eval()
 
     def scores(ids: list[int], hidden: int) -> torch.Tensor:
         """Return the logits of two new tokens, shape (2, vocabulary)."""
-        with torch.no_grad(), plain_decoding(model):
+        with answering(model):
             found: Any = model.generate(
                 input_ids=torch.tensor([ids], device=device),
                 attention_mask=torch.tensor([[0] * hidden + [1] * (len(ids) - hidden)]).to(device),
@@ -133,7 +145,6 @@ def takes_padding(
 
     alone = scores(prompt, 0)
     padded, visible = scores(padding + prompt, 7), scores(padding + prompt, 0)
-    model.train(was_training)
     # Rounding may choose a different first token of two that are as likely, and with it the second.
     count = 2 if alone[0].argmax() == padded[0].argmax() else 1
     # Each token has its own bound: the first one is computed without the cache.

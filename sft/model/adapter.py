@@ -113,7 +113,9 @@ def _try(lora: LoraSection, made: LoraConfig, architecture: PreTrainedModel) -> 
         ConfigError: PEFT refuses the adapter.
     """
     try:
-        return attached(made, architecture)
+        tried = attached(made, architecture)
+        _require_own_start(made.init_lora_weights, tried)
+        return tried
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         written = f"lora.target_modules={lora.target_modules}"
@@ -127,6 +129,32 @@ def _try(lora: LoraSection, made: LoraConfig, architecture: PreTrainedModel) -> 
                     fix = f"lora.{name}={type(value)(0)}, or {fix}".lower()
         rule = f"PEFT cannot put this adapter on {type(architecture).__name__}: {reason}"
         raise ConfigError([Problem(written, rule, fix)]) from error
+
+
+def _require_own_start(init: bool | str, tried: PeftModel) -> None:
+    """Refuse first values that PEFT cannot compute from the weights of the adapted layers.
+
+    Raises:
+        ConfigError: A layer has no such weight, or one of a smaller rank than its adapter's.
+    """
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    if not isinstance(init, str) or init == "gaussian":
+        return
+    key = "lora.extra.init_lora_weights"
+    for name, module in tried.named_modules():
+        path = name.removeprefix("base_model.model.")
+        if isinstance(module, ParamWrapper):
+            rule = f"PEFT computes it for linear layers only, and {path} is none"
+            raise ConfigError([Problem(f"{key}={init}", rule, f"{key}=true")])
+        if isinstance(module, LoraLayer) and init in ("pissa", "olora", "mica"):
+            rank = max(module.r.values())
+            most = min(module.in_features, module.out_features)
+            if rank > most:
+                leaf = path.rpartition(".")[2]
+                rule = f"{path} has the rank {most}, less than that of its adapter, {rank}"
+                fix = f"'lora.rank_pattern={{{leaf}: {most}}}'"
+                raise ConfigError([Problem(f"{key}={init}", rule, fix)])
 
 
 def attached(made: LoraConfig, architecture: PreTrainedModel) -> PeftModel:

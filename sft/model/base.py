@@ -13,6 +13,7 @@ from sft.limits import OutOfTime, TimeLimit
 from sft.model import config_checks
 from sft.model.precision import dtype_of, needs_masters
 from sft.model.quantization import (
+    flatten_inputs,
     keep_training_layout,
     quantization_config,
     stored_method,
@@ -215,6 +216,8 @@ def _whole(model: ModelConfig, **options: Any) -> PreTrainedModel:
             f"{stored_method(loaded.config)}, but they hold the weights of {name} unquantised\n"
             "    fix: remove quantization_config from its config.json, or download it again"
         )
+    if getattr(loaded, "is_loaded_in_8bit", False):
+        flatten_inputs(loaded)
     config_checks.require_stop_tokens(model, loaded.generation_config)
     return loaded
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sft.config.settings import QuantizationConfig
@@ -96,3 +98,19 @@ def keep_training_layout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def flatten_inputs(model: PreTrainedModel) -> None:
+    """Let bitsandbytes compute 8-bit layers whose inputs have more than three dimensions.
+
+    Its kernel for CPUs fails on them; DeepSeek-V3's compressed keys and values have four.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            module.forward = functools.partial(_flat, module.forward)
+
+
+def _flat(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return forward(x) if x.ndim <= 3 else forward(x.flatten(0, -2)).view(*x.shape[:-1], -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sft.config.rules import AS_SET, Choice
+from sft.errors import ConfigError, Problem
 from sft.fast.mixers import largest
 from sft.hardware import available
 from sft.process import world_size
@@ -86,10 +87,18 @@ def choose_checkpointing(
         stage: The ZeRO stage.
         keeps_scores: Whether attention stores its scores for the backward pass.
         taken: Bytes of the free memory that packed layers will take.
+
+    Raises:
+        ConfigError: It is set, and the architecture cannot recompute activations.
     """
-    asked = config.train.gradient_checkpointing
+    asked, name = config.train.gradient_checkpointing, "train.gradient_checkpointing"
+    if not architecture.supports_gradient_checkpointing and asked in ("auto", True):
+        rule = f"{architecture.config.model_type} cannot recompute activations"
+        if asked == "auto":
+            return Choice(name, False, rule)
+        raise ConfigError([Problem(f"{name}=true", rule, f"{name}=false")])
     if asked != "auto":
-        return Choice("train.gradient_checkpointing", asked, AS_SET)
+        return Choice(name, asked, AS_SET)
     tokens = config.train.per_device_train_batch_size * longest
     text = architecture.config.get_text_config()
     kept = activation_bytes(text, tokens, itemsize, longest if keeps_scores else 0)
@@ -101,7 +110,7 @@ def choose_checkpointing(
         f"{_size(kept)} of activations and {_size(state)} of weights and optimizer state {fit} "
         f"into {_size(room)} free"
     )
-    return Choice("train.gradient_checkpointing", recomputes, reason)
+    return Choice(name, recomputes, reason)
 
 
 def _size(number: int) -> str:

@@ -138,7 +138,8 @@ class Run:
         """Record the differences that are allowed, and refuse the others."""
         refused = [line for key, line in differences.items() if key not in allowed]
         if refused:
-            names = ",".join(key for key in differences if key not in allowed)
+            new = [key for key in differences if key not in allowed]
+            names = ",".join(dict.fromkeys([*self.config.resume.allow, *new]))
             raise RunError(
                 f"{what}:\n"
                 + "\n".join(f"    {line}" for line in refused)

@@ -6,6 +6,8 @@ logged next.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,23 @@ from sft.files import begin_folder, finish_folder
 from sft.training.guard import Guard
 from sft.training.metrics import RunningMetrics, share_of
 
+# What TRL changes in a model's config to train it. It must not be saved with the model: one whose
+# config asks for its routers' scores cannot answer prompts of different lengths.
+CHANGED = ("output_router_logits", "router_aux_loss_coef", "use_cache")
+
+
+@contextlib.contextmanager
+def with_values(config: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Set fields of a config, and restore them afterwards."""
+    before = {name: getattr(config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
 
 class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     """Saves a checkpoint and resumes from it.
@@ -37,8 +56,10 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     updates = 0  # steps in which this process changed the weights
     _saved: int | None = None  # the step of the newest checkpoint
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        text = model.config.get_text_config()
+        self._as_loaded = {name: getattr(text, name) for name in CHANGED if hasattr(text, name)}
+        super().__init__(model, *args, **kwargs)
         self.running_metrics = RunningMetrics()
 
     @property
@@ -161,7 +182,8 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         model = self.bare_model
         found = weights.gathered(model, lambda: self.accelerator.get_state_dict(self.deepspeed))
         tokenizer, updated = self.processing_class, self.updates > 0
-        main.do(weights.write, model, tokenizer, folder, found, updated)
+        with with_values(model.config.get_text_config(), self._as_loaded):
+            main.do(weights.write, model, tokenizer, folder, found, updated)
 
     def _live(self) -> state.Live:
         """Return the objects whose state a checkpoint stores beside the weights and the counts."""

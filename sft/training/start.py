@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft")
 
 NAME = "lora.init_from"
+# Fields in lora.extra that decide which tensors an adapter has.
+CHOOSING = ("bias", "lora_bias", "target_parameters", "trainable_token_indices")
 SCALES = ("r", "lora_alpha", "use_rslora", "use_dora")  # settings with a fix of their own
 
 
@@ -104,28 +106,47 @@ def _tensors(
 
     model = attached(ours, architecture)
     own = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
-    targets = f"lora.target_modules={config.lora.target_modules}"
     different = sorted(set(own.items()) ^ set(shapes.items()))
     if own.keys() != shapes.keys():
         name = different[0][0]
         where = "the run's adapter" if name in own else str(folder)
-        fix = f"lora.target_modules={_written(theirs.target_modules)}"
-        return [Problem(targets, f"only {where} has {name}", fix)]
+        setting, now, fix = _chooses(config, ours, theirs)
+        return [Problem(f"{setting}={now}", f"only {where} has {name}", f"{setting}={fix}")]
     if different:
         name = different[0][0]
         rule = f"{name} has the shape {list(own[name])}, and in {folder} {list(shapes[name])}"
-        return [Problem("lora.rank_pattern", rule, "give it the ranks of that adapter")]
+        return [_pattern("rank_pattern", config, theirs, rule)]
     alphas = model.peft_config["default"].alpha_pattern
     if (alphas or {}) != (theirs.alpha_pattern or {}):
         rule = f"{folder} has alpha_pattern={theirs.alpha_pattern}"
-        return [Problem(f"lora.alpha_pattern={alphas}", rule, "give it the same values")]
+        return [_pattern("alpha_pattern", config, theirs, rule)]
     return []
+
+
+def _chooses(config: Config, ours: LoraConfig, theirs: LoraConfig) -> tuple[str, Any, str]:
+    """Return the setting by which two adapters have other tensors, its value and the other one."""
+    if (theirs.modules_to_save or []) != (ours.modules_to_save or []):
+        saved = _written(theirs.modules_to_save) if theirs.modules_to_save else "null"
+        return "lora.modules_to_save", config.lora.modules_to_save, saved
+    for name in CHOOSING:
+        own, other = getattr(ours, name), getattr(theirs, name)
+        if own != other:
+            written = _written(other) if isinstance(other, list) else str(other).lower()
+            return f"lora.extra.{name}", own, "null" if other is None else written
+    return "lora.target_modules", config.lora.target_modules, _written(theirs.target_modules)
+
+
+def _pattern(name: str, config: Config, theirs: LoraConfig, rule: str) -> Problem:
+    """Return the problem of a pattern, with the other adapter's as the fix."""
+    entries = (f'"{key}": {value}' for key, value in (getattr(theirs, name) or {}).items())
+    fix = f"'lora.{name}={{{', '.join(entries)}}}'"
+    return Problem(f"lora.{name}={getattr(config.lora, name)}", rule, fix)
 
 
 def _written(targets: Any) -> str:
     if isinstance(targets, str):
         return f'"{targets}"'
-    leaves = {target.rpartition(".")[2] for target in targets or ()}
+    leaves = {str(target).rpartition(".")[2] for target in targets or ()}
     return f"[{','.join(sorted(leaves))}]"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 import yaml
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from warm import run_warm
 from sft import prove
 from sft.errors import ConfigError, MergeError, RunError
 from sft.train import main, train
+from sft.training import resumable
 
 FAMILIES_HERE: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
@@ -188,6 +190,19 @@ def test_the_balancing_loss_of_granite_is_computed_or_left_out(
     assert any(".experts." in name for name in adapter(plain)[0])
 
 
+def test_a_model_with_experts_answers_while_it_trains(tmp_path: Path, rows: Path) -> None:
+    """TRL makes its config ask for the routers' scores, which do not fit the mask of all tokens."""
+    base = small_models.build(tmp_path / "base", "mixtral")
+    answers = ("dataset.exact_match=2", "dataset.eval_fraction=0.2")
+    run = go(base, rows, tmp_path / "run", "lora=none", *answers, steps=1)
+    shares = [record for record in records(run) if "exact_match" in record]
+    assert [record["step"] for record in shares] == [0, 1]
+    kept = [json.loads((path / "config.json").read_text()) for path in (base, run / "model")]
+    assert kept[0]["router_aux_loss_coef"] > 0
+    for name in resumable.CHANGED:
+        assert kept[0].get(name) == kept[1].get(name), name
+
+
 def test_peft_is_asked_before_weights_load(tmp_path: Path, rows: Path) -> None:
     base = build_model(tmp_path / "base", "qwen3_moe", tied=False)
     (base / "model.safetensors").unlink()
@@ -247,8 +262,9 @@ def test_an_adapter_that_does_not_fit_is_refused(
         ("lora.r=4", f"{run}/adapter has r=8", "lora.r=8"),
         ("lora.lora_alpha=8", "has lora_alpha=16", "lora.lora_alpha=16"),
         ("lora.target_modules=attention", "only .* has .*down_proj", "lora.target_modules=[down_"),
-        ("lora.rank_pattern={q_proj: 2}", "has the shape [2, 64]", "give it the ranks"),
-        ("lora.alpha_pattern={q_proj: 2}", "has alpha_pattern={}", "give it the same values"),
+        ("lora.rank_pattern={q_proj: 2}", "has the shape [2, 64]", "'lora.rank_pattern={}'"),
+        ("lora.alpha_pattern={q_proj: 2}", "has alpha_pattern={}", "'lora.alpha_pattern={}'"),
+        ("lora.modules_to_save=[norm]", "only the run's adapter", "lora.modules_to_save=null"),
     ):
         with pytest.raises(ConfigError) as refused:
             go(llama, rows, tmp_path / "new", start, more)

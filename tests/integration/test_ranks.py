@@ -118,9 +118,10 @@ def test_one_rank_with_little_memory_makes_all_recompute(
         "sft.train.main(sys.argv[1:])\n",
         *("model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"),
         *("template=chat", "train.per_device_train_batch_size=2", "train.global_batch_size=4"),
-        *("train.max_steps=2", "zero=stage3"),
+        *("train.max_steps=2", "zero=stage3", "dataset.exact_match=3"),
     )
     assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("exact match 0.0%") == 2  # before and after training
     said = " ".join(run.stdout.split())  # reasons are wrapped
     assert "train.gradient_checkpointing true rank 1 has too little memory" in said
     assert "of weights and optimizer state plus a margin of 30% do not fit into 0 MiB free" in said

@@ -317,6 +317,8 @@ def test_what_is_trained_may_not_change_unnoticed(
     os.utime(own, (1, 1))
     with pytest.raises(RunError, match=r"has changed:\n    data: \w+ there, \w+ here"):
         train(*command)
+    with pytest.raises(RunError, match=r"resume.allow=\[train.learning_rate,data\]"):
+        train(*changed, "train.learning_rate=0.002", "resume.allow=[train.learning_rate]")
     allowed = "resume.allow=[data,train.learning_rate]"
     train(*changed, "train.learning_rate=0.002", "train.lr_scheduler_type=cosine", allowed)
     rates = {line["step"]: line["learning_rate"] for line in records(run) if "loss" in line}

@@ -4,21 +4,31 @@ import contextlib
 import copy
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft.config import zero
-from sft.config.settings import Config, LoraSection, QuantizationConfig, TrainConfig, ZeroConfig
+from sft.config.settings import (
+    Config,
+    LoraSection,
+    ModelConfig,
+    QuantizationConfig,
+    TrainConfig,
+    ZeroConfig,
+)
 from sft.data.collator import Collator
 from sft.errors import ConfigError
 from sft.fast import head
 from sft.model import adapter, experts
+from sft.model.base import load_frozen
 from sft.model.quantization import quantization_config
 from sft.plan import schedule
 from sft.training import build, first_pass, left_out
@@ -163,6 +173,32 @@ def test_patterns_match_what_is_left_out_only(
 
 
 # What PEFT, Transformers and DeepSpeed are given
+
+
+def test_first_values_of_stacked_experts_cannot_come_from_a_weight() -> None:
+    """PEFT would end in an AttributeError once the weights are loaded."""
+    config = Config(lora=LoraSection(extra={"init_lora_weights": "pissa"}))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small_models.small_config("deepseek_v3"))
+    with pytest.raises(ConfigError, match=r"linear layers only, and model.layers.1.mlp.experts"):
+        adapter.lora_config(config, model)
+    config.lora.target_modules = "attention"
+    assert adapter.lora_config(config, model) is not None
+    config.lora.rank_pattern = {"q_a_proj": 17}  # it has 16 outputs
+    with pytest.raises(ConfigError, match=r"16, less than .* 17\n    fix: .*q_a_proj: 16}"):
+        adapter.lora_config(config, model)
+
+
+def test_8_bit_layers_take_inputs_of_four_dimensions(tmp_path: Path) -> None:
+    """The compressed keys and values of DeepSeek-V3 have four; bitsandbytes fails on them."""
+    small_models.build(tmp_path, "deepseek_v3")
+    where = ModelConfig(name_or_path=str(tmp_path))
+    model: Any = load_frozen(where, QuantizationConfig(load_in_8bit=True))
+    plain: Any = load_frozen(where, QuantizationConfig())
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        found, wanted = (one(input_ids=ids).logits for one in (model, plain))
+    assert float((found - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
 
 
 def test_libraries_get_copies() -> None:

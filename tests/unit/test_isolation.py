@@ -1,12 +1,13 @@
 """The proofs before the first step catch what they must: planted leaks, padding, later tokens."""
 
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import small_models
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sft import train
 from sft.data.collator import Collator
@@ -127,6 +128,20 @@ def test_a_model_that_sees_later_tokens_is_refused(kind: str, dtype: torch.dtype
     with pytest.raises(ModelError, match=r"not causal.*\n.*is_decoder=true"):
         isolation.require_rows(probe_of(model_of(kind, dtype, is_decoder=False)))
     isolation.require_rows(probe_of(model_of(kind, dtype)))
+
+
+def test_rounding_to_eight_bits_is_not_taken_for_a_leak(tmp_path: Path) -> None:
+    """LLM.int8 rounds a column unless one of all tokens has an outlier there; these models do."""
+    attention.register()
+    small_models.build(tmp_path, "gemma3_text")
+    bits = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=bits).eval()
+    isolation.require_rows(probe_of(model))
+    model.set_attn_implementation(attention.NAME)
+    isolation.require_isolation(probe_of(model))
+    leak(model, 0.25)
+    with pytest.raises(ModelError, match="attend to each other"):
+        isolation.require_isolation(probe_of(model))
 
 
 def test_a_choice_between_equal_scores_is_refused() -> None:

@@ -11,6 +11,7 @@ from support import build_model
 from transformers import AutoModelForCausalLM
 
 from sft.config.rules import Choice
+from sft.errors import ConfigError
 from sft.model.base import load_architecture
 from sft.plan import memory
 from sft.train import main
@@ -105,3 +106,10 @@ def test_what_does_not_fit_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "state plus a margin of 30% do not fit into" in choice().reason
     config.train.gradient_checkpointing = False
     assert choice() == Choice("train.gradient_checkpointing", False, "as set")
+    monkeypatch.setattr(architecture, "supports_gradient_checkpointing", False, raising=False)
+    assert choice().value is False
+    config.train.gradient_checkpointing = "auto"
+    assert choice().reason == "llama cannot recompute activations"
+    config.train.gradient_checkpointing = True
+    with pytest.raises(ConfigError, match=r"fix: train.gradient_checkpointing=false"):
+        choice()
