@@ -51,9 +51,12 @@ def _held_out(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem
             "has no effect on prepared data, whose held-out samples were chosen when it was made",
             "leave it out, or prepare the data again with it",
         )
-    if len(given) > 1:
+    if len(given) > 1:  # an option of dataset may have set the last of them
+        others = [item.partition("=")[0] for item in given[1:]]
         yield Problem(
-            ", ".join(given), "only one setting may choose the held-out rows", f"keep {given[0]}"
+            ", ".join(given),
+            "only one setting may choose the held-out rows",
+            " ".join(f"{key}={0 if key == 'dataset.eval_fraction' else 'null'}" for key in others),
         )
     if data.exact_match and not given and "eval" not in prepared:
         yield Problem(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from sft.checkpoint import weights
 from sft.config.plain import read_json
-from sft.config.rules import LARGEST_RANK
+from sft.config.rules import LARGEST, LARGEST_RANK
 from sft.errors import MergeError
 from sft.inference.card import ADAPTER_SETTINGS, damaged
 from sft.limits import slow_pattern
@@ -112,6 +112,11 @@ def parsed_config(folder: Path) -> PeftConfig:
     for name, rank in ranks.items() if config.peft_type == "LORA" else ():
         if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
             reason = f"{name}={rank} must be a whole number from 1 to {LARGEST_RANK}"
+            raise MergeError(str(damaged(path, reason)))
+    alphas = {"lora_alpha": content.get("lora_alpha", 1), **(content.get("alpha_pattern") or {})}
+    for name, alpha in alphas.items() if config.peft_type == "LORA" else ():
+        if not abs(alpha) <= LARGEST:
+            reason = f"{name}={alpha} must be at most {LARGEST:,}"
             raise MergeError(str(damaged(path, reason)))
     if config.task_type not in (None, TASK):
         raise MergeError(

@@ -43,6 +43,7 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
     Raises:
         ConfigError: Entries match no module or cannot be trained; all of them are listed.
     """
+    import torch
     from peft import LoraConfig
 
     lora = config.lora
@@ -54,6 +55,10 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
     if refused and lora.target_modules not in GROUPS:
         found.append(_cannot_carry(lora, refused, targeted(lora, architecture)))
     found += _missing_layers(lora, targeted(lora, architecture))
+    if lora.use_dora and config.quantization.load_in_8bit and not torch.cuda.is_available():
+        # PEFT's DoRA quantises the layer's weight again on a CPU, and loses its scales.
+        rule = "PEFT cannot compute DoRA on 8-bit layers on a CPU"
+        found.append(Problem("lora.use_dora=true", rule, "quantization=nf4"))
     if found:
         raise ConfigError(found)
     values = dataclasses.asdict(lora)  # copies, because PEFT writes into its config

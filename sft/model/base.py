@@ -120,7 +120,7 @@ def load_architecture(model: ModelConfig, buffers: bool = False) -> PreTrainedMo
     empty = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
     try:
         with loading("config", model), no_init_weights(), empty, TimeLimit(BUILDING):
-            return AutoModelForCausalLM.from_config(
+            built = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=model.trust_remote_code, **options
             )
     except OutOfTime:
@@ -128,6 +128,8 @@ def load_architecture(model: ModelConfig, buffers: bool = False) -> PreTrainedMo
             f"the modules of {model.name_or_path} take more than {BUILDING} s to build, without "
             "any weight\n    fix: correct its config.json, or download it again"
         ) from None
+    config_checks.require_decoder(model, built.config)
+    return built
 
 
 def check_fits(

@@ -43,7 +43,7 @@ def require_plausible(model: ModelConfig, config: PreTrainedConfig) -> None:
 
 
 def require_decoder(model: ModelConfig, config: PreTrainedConfig) -> None:
-    """Refuse to generate with a decoder whose config says that it has an encoder.
+    """Refuse a decoder whose config says that it has an encoder.
 
     The decoders of encoder-decoder families set the entry to false when they are built.
 

@@ -335,6 +335,8 @@ COMMANDS: tuple[tuple[str, str, tuple[str, ...], Callable[[Path, Path], None], s
      _nothing, ""),
     ("layers of a group", "train", (*SHORT, "lora.extra.layers_to_transform=[0]"),
      _nothing, "lora.extra.layers_to_transform"),
+    ("DoRA on 8 bits", "train", (*SHORT, "lora.use_dora=true", "quantization=int8"), _nothing,
+     "DoRA on 8-bit layers"),
     ("layers that are not there", "train", (*SHORT, "lora.target_modules=[q_proj]",
      "lora.extra.layers_to_transform=[0,99]"), _nothing, r"layers \[99\]"),
     ("more words than fit", "generate", ("run={kit}/run", "prompt=hi",

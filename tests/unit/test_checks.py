@@ -172,7 +172,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             (
                 "dataset.eval_split=test, dataset.eval_fraction=0.1",
                 "only one setting may choose the held-out rows",
-                "keep dataset.eval_split=test",
+                "dataset.eval_fraction=0",
             ),
         ),
         (
