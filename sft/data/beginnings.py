@@ -34,7 +34,8 @@ class Beginnings:
     ) -> tuple[int, bool]:
         """Return where an answer begins, and whether the generation prompt ends there."""
         if index == 0:
-            return self._first_begin(whole), True
+            first = self.template.rendered(messages[:1], tools, generation=False).text
+            return self._first_begin(whole[: len(shared_prefix(whole, first))]), True
         prompt = self.template.rendered(messages[:index], tools, generation=True).text
         if whole.startswith(prompt):
             return len(prompt), True
@@ -78,8 +79,13 @@ class Beginnings:
         moved = [(low + move, high + move) for low, high in marks]
         return prompt + whole[begin:], len(prompt), moved
 
-    def _first_begin(self, whole: str) -> int:
-        """Return where the answer that begins a conversation begins: nothing is asked before it."""
+    def _first_begin(self, first: str) -> int:
+        """Return where the answer that begins a conversation begins: nothing is asked before it.
+
+        Args:
+            first: The conversation up to the end of this answer. A later answer may begin more as
+                the generation prompt ends, such as with "<think>" and a line end.
+        """
         user: list[Message] = [{"role": "user", "content": AFTER}]
         asked, prompt = (
             self.template.rendered(user, None, generation).text.rpartition(AFTER)[2]
@@ -91,7 +97,7 @@ class Beginnings:
         # The end of the generation prompt may differ from the answer; see _header.
         ends = [found.end() for found in self.template.control.finditer(header)]
         for end in [len(header), *reversed(ends)] if header else ():
-            if (at := whole.find(header[:end])) >= 0:
+            if (at := first.find(header[:end])) >= 0:
                 return at + end
         raise DataError(
             "the chat template does not show where an answer that begins a conversation begins\n"

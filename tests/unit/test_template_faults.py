@@ -281,6 +281,15 @@ def test_no_reasoning_is_written_as_the_template_does(audit: Any) -> None:
     assert text.endswith("<|im_start|>assistant\n⟦<think>\n\n</think>\n\nb<|im_end|>⟧\n")
 
 
+def test_the_first_answer_is_not_looked_for_in_a_later_one(audit: Any) -> None:
+    """The second answer begins as the generation prompt ends, the first one does not."""
+    answer = {"role": "assistant", "content": "a"}
+    messages = [answer, ASK, {"role": "assistant", "content": "b", "reasoning_content": "R"}]
+    [text], _ = audit([{"messages": messages}], "template.chat_template=nemotron_3_nano")
+    assert "<|im_start|>assistant\n<think>⟦</think>a<|im_end|>⟧\n" in text
+    assert text.endswith("<|im_start|>assistant\n<think>\n⟦R\n</think>\nb<|im_end|>⟧\n")
+
+
 def test_an_answer_after_reasoning_calls_and_results(audit: Any) -> None:
     """gpt-oss drops the reasoning before a call once the final answer follows it."""
     call = {"function": {"name": "look", "arguments": {}}}

@@ -96,8 +96,9 @@ def test_a_missing_json_names_the_ones_there_are() -> None:
     assert found("stage5.json") == [
         Problem(
             "zero.config=stage5.json",
-            f"there is no file {path}",
-            "zero=stage1, stage2, stage2_offload, stage3, stage3_offload",
+            f"there is no file {path}; sft has stage1, stage2, stage2_offload, stage3, "
+            "stage3_offload",
+            "zero=stage2",
         )
     ]
 
