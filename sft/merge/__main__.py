@@ -212,7 +212,7 @@ def _places(config: MergeConfig) -> tuple[list[Path], Path]:
     run = Path(config.run)
     if (run / "model").is_dir():
         raise MergeError(f"{run} trained every weight: {run / 'model'} is a full model")
-    output = Path(config.output or run / "merged")
+    output = Path(config.output or run / record.MERGED)
     record.require_sound(run, f"adapter={run / record.ADAPTER} output={output}")
     return [run / record.ADAPTER], output
 

@@ -18,6 +18,7 @@ METRICS = "metrics.jsonl"  # what was logged, one JSON object a line
 AUDIT = "data.json"  # how rows became samples
 DROPPED = "dropped.jsonl"  # the rows that were left out
 ADAPTER, MODEL = "adapter", "model"  # the folders of the trained weights; a run has one of them
+MERGED = "merged"  # the folder of the merged model
 
 
 def text(folder: str | Path) -> str | None:

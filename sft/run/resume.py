@@ -124,11 +124,13 @@ def require_extended(folder: Path, differences: Iterable[str]) -> None:
     if record.read(folder).get("status") != "finished":
         return
     if not set(LENGTH) & set(differences):
+        merged = (folder / record.MERGED).exists() or not (folder / record.ADAPTER).exists()
         raise RunError(
             f"the run in {folder} is finished\n"
             "    fix: run_name=NAME for a new run, or overwrite=true to replace this one, or a "
             "larger train.max_steps and 'resume.allow=[train.max_steps]' to continue it (or the "
             "same with train.num_train_epochs)"
+            + ("" if merged else f"; python -m sft.merge run={folder} merges its adapter")
         )
     if not folders.checkpoints(folder):
         raise RunError(

@@ -98,6 +98,7 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, common: list[str]) -> None
     again = run_sft("train", *short, cwd=tmp_path, check=False)
     assert again.returncode == 1
     assert "run is finished\n    fix: run_name=NAME" in again.stderr
+    assert "; python -m sft.merge run=run merges its adapter" in again.stderr
     assert "Traceback" not in again.stderr
 
     other = run_warm("train", *short, "seed=7", "lora.r=4", cwd=tmp_path, check=False)
