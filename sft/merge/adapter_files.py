@@ -115,8 +115,8 @@ def parsed_config(folder: Path) -> PeftConfig:
             raise MergeError(str(damaged(path, reason)))
     alphas = {"lora_alpha": content.get("lora_alpha", 1), **(content.get("alpha_pattern") or {})}
     for name, alpha in alphas.items() if config.peft_type == "LORA" else ():
-        if not abs(alpha) <= LARGEST:
-            reason = f"{name}={alpha} must be at most {LARGEST:,}"
+        if not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST:
+            reason = f"{name}={alpha} must be a number of at most {LARGEST:,}"
             raise MergeError(str(damaged(path, reason)))
     if config.task_type not in (None, TASK):
         raise MergeError(

@@ -293,7 +293,7 @@ ADAPTERS: dict[str, tuple[Make, str]] = {
     "an unknown start": (setting(init_lora_weights="corda"), ""),
     "code of Megatron": (setting(megatron_config={"a": 1}, megatron_core="os"), ""),
     "layers repeated without end": (setting(layer_replication=[[0, 1]] * 100_000), ""),
-    "a huge factor": (setting(lora_alpha=1e308), "lora_alpha=1e.308 must be at most"),
+    "a huge factor": (setting(lora_alpha=1e308), "lora_alpha=1e.308 must be a number of at most"),
     "biases": (setting(bias="everything"), ""),
     "another task": (setting(task_type="SEQ_CLS"), ""),
     "whole modules": (setting(modules_to_save=["nothing"]), ""),

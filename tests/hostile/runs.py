@@ -302,7 +302,7 @@ COMMANDS: tuple[tuple[str, str, tuple[str, ...], Callable[[Path, Path], None], s
     ("sweep: no place for its trials", "train", ("-m", *SHORT, "lora.r=2,4"),
      _read_only("outputs"), ""),
     ("sweep: a place that cannot be made", "train",
-     ("-m", *SHORT, "lora.r=2,4", "hydra.sweep.dir=/proc/x"), _nothing, "fix: hydra.sweep.dir="),
+     ("-m", *SHORT, "lora.r=2,4", "hydra.sweep.dir=outputs/x"), _file_at("outputs"), ""),
     ("sweep: a file at its place", "train", ("-m", *SHORT, "lora.r=2,4"), _file_at("outputs"), ""),
     ("sweep: a value that is refused", "train", ("-m", *SHORT, "lora.r=2,0"), _nothing,
      "lora.r=0.*fix: lora.r=2"),
