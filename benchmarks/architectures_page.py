@@ -8,6 +8,7 @@ Each folder is what ``--keep`` of that script left; a later folder's result repl
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,7 @@ REASONS = {
 }
 WEAK = 0.3
 EXACT = 1e-5  # the bound that is not written beside a figure
+FOLDER = r"/\S*/(?=[\w-]+-(?:fp32|bf16)/)"  # in messages: where the runs were
 LATER = ("eval", "merge", "answers")
 PARTS = ("default", "other", "packed", *LATER)
 HEAD = """# Architectures
@@ -109,7 +111,8 @@ def notes(result: dict[str, Any]) -> str:
     ]
     if result.get("merge", {}).get("rounded"):
         said.append("the merge needs dtype=float32")
-    return "; ".join(said).replace("|", "/").replace(" fix:", "; fix:")[:300]
+    text = re.sub(FOLDER, "RUNS/", "; ".join(said))
+    return text.replace("|", "/").replace(" fix:", "; fix:")[:300]
 
 
 def page(results: list[dict[str, Any]], seconds: float | None = None) -> str:
@@ -150,7 +153,7 @@ def collect(folders: list[Path]) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for folder in folders:
         for file in sorted(folder.glob("*/result.json"), key=lambda path: path.stat().st_mtime):
-            result = json.loads(file.read_text().replace(str(folder.absolute()), "RUNS"))
+            result = json.loads(file.read_text())
             found[result["kind"], result["precision"]] = result
     return [found[key] for key in sorted(found)]
 
