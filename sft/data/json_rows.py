@@ -154,6 +154,19 @@ def _after(pattern: re.Pattern[str], text: str, place: int) -> int:
     return found.end() if found else place
 
 
+def _require_end(rest: str, where: str) -> None:
+    """Require that only white space follows an array.
+
+    Raises:
+        DataError: Something else does.
+    """
+    if rest := rest.strip():
+        raise DataError(
+            f"{where}: the array ends, but the file goes on: {rest[:60]}\n"
+            "    fix: one array of objects, or one object per line in a .jsonl file"
+        )
+
+
 def _array(
     text: str, place: int, file: IO[str], path: str, limit: int, is_all: bool = False
 ) -> Rows:
@@ -174,12 +187,8 @@ def _array(
         line += text.count("\n", place, after)
         place = after
         if text[place : place + 1] == "]":
-            rest = (text[place + 1 :] + file.read(BLOCK)).strip() if is_all else ""
-            if rest:
-                raise DataError(
-                    f"{path}:{line}: the array ends, but the file goes on: {rest[:60]}\n"
-                    "    fix: one array of objects, or one object per line in a .jsonl file"
-                )
+            if is_all:
+                _require_end(text[place + 1 :] + file.read(BLOCK), f"{path}:{line}")
             return
         damage = "the array is not closed"
         try:

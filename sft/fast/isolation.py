@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,6 +101,26 @@ def prove_isolation(probe: Probe, may_pad: bool) -> Choice | None:
     return None
 
 
+def _rows(probe: Probe, second: list[int], seed: int, apart: bool = True) -> list[dict[str, Any]]:
+    """Return two rows around a second document; the first and third one depend on the seed.
+
+    Args:
+        probe: Makes the documents.
+        second: The token ids of the document that is observed, which ends the first row.
+        seed: Chooses the tokens of the others.
+        apart: Whether the first row is two documents; false: it is one.
+    """
+    lengths = [FIRST, len(second)] if apart else [FIRST + len(second)]
+    third = probe.document(seed, FIRST - 2)
+    first = {
+        "input_ids": probe.document(seed, FIRST) + second,
+        "labels": [IGNORE_INDEX] * (FIRST + 1) + second[1:],
+        "seq_lengths": lengths,
+    }
+    other = {"input_ids": third, "labels": [IGNORE_INDEX] * len(third)}
+    return [first, other | {"seq_lengths": [len(third)]}]
+
+
 def require_isolation(probe: Probe) -> None:
     """Require that a document in a row is computed as it is alone.
 
@@ -122,16 +143,7 @@ def require_isolation(probe: Probe) -> None:
     second = probe.document(0, length)
     head = slice(0, 2 * FIRST)  # the tokens after a boundary, which a leak reaches first
 
-    def rows(seed: int, apart: bool = True) -> list[dict[str, Any]]:
-        """Return the two rows, whose first and third document depend on the seed."""
-        ids = probe.document(seed, FIRST) + second
-        labels = [IGNORE_INDEX] * (FIRST + 1) + second[1:]
-        lengths = [FIRST, length] if apart else [FIRST + length]
-        third = probe.document(seed, FIRST - 2)
-        other = {"input_ids": third, "labels": [IGNORE_INDEX] * len(third)}
-        sample = {"input_ids": ids, "labels": labels, "seq_lengths": lengths}
-        return [sample, other | {"seq_lengths": [len(third)]}]
-
+    rows = partial(_rows, probe, second)
     # LLM.int8 searches all tokens for outliers, experts get tokens of all documents, and scans over
     # states subtract sums over the row. All three change the order of summation.
     scans = bool(mixers(inner))

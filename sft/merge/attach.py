@@ -65,14 +65,7 @@ def attach(
             config.init_lora_weights = True  # skip the initialisation; see _restart
         initialised = contextlib.nullcontext() if loaded else no_init_weights()
         try:
-            for name in getattr(config, "modules_to_save", None) or ():
-                if not any(path.endswith(name) for path in paths):  # as PEFT matches them
-                    raise ValueError(f"modules_to_save={name} matches no module of the base")
-            repeated = getattr(config, "layer_replication", None) or ()
-            if (layers := sum(end - start for start, end in repeated)) > MOST_LAYERS:
-                raise ValueError(
-                    f"layer_replication makes {layers:,} layers, more than {MOST_LAYERS:,}"
-                )
+            _require_modules(config, paths)
             with warnings.catch_warnings(), initialised, names_kept():
                 warnings.simplefilter("ignore")
                 if peft_model is None:
@@ -94,6 +87,20 @@ def attach(
                 f"{len(missing)} tensors are missing, such as {wrong[0]}\n    fix: {fix}"
             )
     return peft_model
+
+
+def _require_modules(config: PeftConfig, paths: Sequence[str]) -> None:
+    """Check what PEFT does not: modules that are saved whole, and the number of repeated layers.
+
+    Raises:
+        ValueError: The base has no such module, or there would be more layers than any model has.
+    """
+    for name in getattr(config, "modules_to_save", None) or ():
+        if not any(path.endswith(name) for path in paths):  # as PEFT matches them
+            raise ValueError(f"modules_to_save={name} matches no module of the base")
+    repeated = getattr(config, "layer_replication", None) or ()
+    if (layers := sum(end - start for start, end in repeated)) > MOST_LAYERS:
+        raise ValueError(f"layer_replication makes {layers:,} layers, more than {MOST_LAYERS:,}")
 
 
 @contextlib.contextmanager
