@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
+from sft.attributes import replaced
 from sft.checkpoint.sharded import shape_of
 from sft.data.row_encoder import IGNORE_INDEX
 from sft.errors import DataError
@@ -93,23 +94,15 @@ def answering(model: PreTrainedModel) -> Iterator[None]:
     also change the number and the type of what ``generate`` returns. The loss that balances
     experts: the routers' scores of one step do not fit the attention mask of all tokens.
     """
-    text, own, was_training = (
-        model.config.get_text_config(),
-        model.generation_config,
-        model.training,
-    )
-    returned = getattr(text, ROUTERS, None)
+    text, own = model.config.get_text_config(), model.generation_config
+    balance = {ROUTERS: False} if getattr(text, ROUTERS, False) else {}
+    plain = {"generation_config": type(own)(eos_token_id=own.eos_token_id)}
+    was_training = model.training
     model.eval()
-    model.generation_config = type(own)(eos_token_id=own.eos_token_id)
     try:
-        if returned:
-            setattr(text, ROUTERS, False)
-        with torch.no_grad():
+        with replaced(text, balance), replaced(model, plain), torch.no_grad():
             yield
     finally:
-        if returned:
-            setattr(text, ROUTERS, True)
-        model.generation_config = own
         model.train(was_training)
 
 

@@ -36,7 +36,8 @@ def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.d
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             f"quantization.extra={quantization.extra}: Transformers refuses these settings: "
-            f"{error}\n    fix: correct them, in an adapter's folder in its sft.json"
+            f"{error}\n"
+            "    fix: correct quantization.extra, or the sft.json of the adapter that has it"
         ) from error
 
 

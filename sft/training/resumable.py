@@ -6,14 +6,13 @@ logged next.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from trl import SFTTrainer
 
+from sft.attributes import replaced
 from sft.checkpoint import folders, sharded, state, weights
 from sft.checkpoint.optimizer import Optimizer
 from sft.checkpoint.random_state import restore_random_streams
@@ -28,19 +27,6 @@ from sft.training.metrics import RunningMetrics, share_of
 # What TRL changes in a model's config to train it. It must not be saved with the model: one whose
 # config asks for its routers' scores cannot answer prompts of different lengths.
 CHANGED = ("output_router_logits", "router_aux_loss_coef", "use_cache")
-
-
-@contextlib.contextmanager
-def with_values(config: Any, values: dict[str, Any]) -> Iterator[None]:
-    """Set fields of a config, and restore them afterwards."""
-    before = {name: getattr(config, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
@@ -182,7 +168,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         model = self.bare_model
         found = weights.gathered(model, lambda: self.accelerator.get_state_dict(self.deepspeed))
         tokenizer, updated = self.processing_class, self.updates > 0
-        with with_values(model.config.get_text_config(), self._as_loaded):
+        with replaced(model.config.get_text_config(), self._as_loaded):
             main.do(weights.write, model, tokenizer, folder, found, updated)
 
     def _live(self) -> state.Live:
