@@ -227,7 +227,7 @@ REFUSED = {
     ),
     "bits": (
         card("quantization", value={"load_in_4bit": True, "extra": {"llm_int8_threshold": "x"}}),
-        "Transformers refuses these settings: .*\n    fix: correct them",
+        "Transformers refuses these settings: .*\n    fix: correct quantization.extra",
     ),
     "no mapping": (lambda adapter: (adapter / CARD).write_text("[]"), "it must be a mapping"),
     "nested": (lambda adapter: (adapter / CARD).write_text("[" * 100_000), "nested too deeply"),
