@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 from sft.config import upstream
 from sft.config.artefact_meta import meta_of
-from sft.config.data_settings import CHECKS, DatasetConfig, TemplateConfig, columns_of
+from sft.config.data_settings import CHECKS, DatasetConfig
 from sft.config.rules import written
 from sft.config.settings import Config, packing_of
+from sft.config.template_settings import TemplateConfig, columns_of
 from sft.errors import Problem
 
 TRAIN_ON = {

@@ -39,6 +39,24 @@ class ModelConfig:
         decides=("train.model_init_kwargs", "train.trust_remote_code"),
         example="model.trust_remote_code=true",
     )
+    config: dict[str, Any] = setting(
+        {}, "values that replace those of the model's config.json, such as {rope_theta: 1000000}"
+    )
+    eos_token: str | None = setting(None, "token that ends a text; null: the tokenizer's own")
+    pad_token: str | None = setting(
+        None, "token that pads a batch; null: the tokenizer's own, or its EOS token if it has none"
+    )
+    new_tokens: Any = setting(
+        None,
+        "tokens that are added to the tokenizer and the model: a list, {TOKEN: DESCRIPTION}, or a "
+        "file of either. A row of the embedding begins as the mean of the description's rows, or "
+        "of all rows",
+    )
+    trainable: list[str] | None = setting(
+        None,
+        "with lora=none: regular expressions; weights whose full names match one are trained and "
+        "the others are frozen; null: all are trained",
+    )
     attn_implementation: str | None = setting(
         "auto",
         "attention kernel. packed: ours, for rows that hold several documents; auto: packed if "

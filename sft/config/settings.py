@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sft.config.data_settings import DatasetConfig, TemplateConfig
+from sft.config.data_settings import DatasetConfig
 from sft.config.model_settings import LoraSection, ModelConfig, QuantizationConfig
 from sft.config.rules import AS_SET, LARGEST_SEED, Choice, between, name_fault, one_of, setting
+from sft.config.template_settings import TemplateConfig
 from sft.config.train_settings import ResumeConfig, TrainConfig, ZeroConfig
 from sft.errors import ConfigError, Problem
 

@@ -47,6 +47,19 @@ class TrainConfig:
         called=("lr",),
         example="train.learning_rate=2e-4",
     )
+    loraplus_lr_ratio: float | None = setting(
+        None,
+        "LoRA+: the learning rate of the adapter's B matrices divided by that of its A matrices; "
+        "null: both have train.learning_rate",
+        above(0),
+        ours=True,
+    )
+    embedding_learning_rate: float | None = setting(
+        None,
+        "learning rate of trained embeddings and of LM heads; null: train.learning_rate",
+        above(0),
+        ours=True,
+    )
     lr_scheduler_type: str = setting(
         "cosine", "learning rate schedule: linear, cosine, cosine_with_min_lr, constant, ..."
     )
@@ -98,6 +111,13 @@ class TrainConfig:
         at_least(1),
         changes_training=False,
     )
+    evals_per_epoch: int | None = setting(
+        None,
+        "evaluations per pass over the data; replaces eval_strategy and eval_steps",
+        at_least(1),
+        changes_training=False,
+        ours=True,
+    )
     save_strategy: str = setting(
         "epoch",
         "when to write a checkpoint",
@@ -109,6 +129,13 @@ class TrainConfig:
         "optimizer steps between checkpoints, with save_strategy=steps",
         at_least(1),
         changes_training=False,
+    )
+    saves_per_epoch: int | None = setting(
+        None,
+        "checkpoints per pass over the data; replaces save_strategy and save_steps",
+        at_least(1),
+        changes_training=False,
+        ours=True,
     )
     save_total_limit: int = setting(
         2,

@@ -6,8 +6,8 @@ import datetime
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sft.config.data_settings import columns_of
 from sft.config.settings import TemplateConfig
+from sft.config.template_settings import columns_of
 from sft.data.chat import Chat
 from sft.data.chat_template import ChatTemplate
 from sft.data.formats import (

@@ -6,7 +6,7 @@ import functools
 import re
 from typing import Any
 
-from sft.config.data_settings import columns_of, parts_of
+from sft.config.template_settings import columns_of, parts_of
 from sft.data.formats import PAIRS
 from sft.data.segment import as_text
 from sft.data.values import is_filled, text_of

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sft.config import upstream
-from sft.config.data_settings import parts_of
 from sft.config.plain import from_json, read_json
 from sft.config.settings import Config, ModelConfig, QuantizationConfig, TemplateConfig
+from sft.config.template_settings import parts_of
 from sft.errors import ModelError
 from sft.files import write_text
 

@@ -21,6 +21,7 @@ MAY_DIFFER = {
     *("train.per_device_train_batch_size", "train.per_device_eval_batch_size"),
     *("train.padding_free", "train.pad_to_multiple_of", "train.gradient_checkpointing"),
     *("train.logging_steps", "train.eval_strategy", "train.eval_steps"),
+    *("train.evals_per_epoch", "train.saves_per_epoch"),
     *("train.save_strategy", "train.save_steps", "train.save_total_limit"),
     *("train.dataloader_num_workers", "train.on_nan", "train.max_loss_jump", "train.merge"),
 }
