@@ -159,6 +159,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     ),
     "peft.tuners.tuners_utils": (
         *("BaseTunerLayer", "_check_lora_target_modules_mamba(peft_config, model, target_name)"),
+        "check_target_module_exists(config, key)",
     ),
     "peft.utils.other": ("AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"),
     "peft.utils.transformers_weight_conversion": (

@@ -137,9 +137,12 @@ def test_without_an_adapter_or_a_config_there_is_no_capacity(
     found = said(path, "lora.target_modules=[q_porj]")
     assert "adapter_parameters" not in found["training"]
     assert "the adapter's parameters are not counted" in found.text and "q_porj" in found.text
-    found = said(path, "lora.extra.layers_to_transform=[0]")
+    found = said(path, "lora.extra.layers_pattern=layers")
     assert "not counted: 1 setting is refused" in found.text
-    assert "`layers_to_transform` cannot be used when" in found.text
+    assert "`layers_to_transform` must also be specified" in found.text
+    every = said(path)["training"]["adapter_parameters"]
+    one = said(path, "lora.extra.layers_to_transform=[0]")["training"]["adapter_parameters"]
+    assert 3 * one == every  # of three layers
 
 
 def test_what_an_epoch_repeats_is_no_new_token(said: Callable[..., Said]) -> None:
