@@ -33,5 +33,5 @@ def require(config: Config) -> None:
     offloads = "activation_offloading"
     if config.train.extra.get(offloads) and not torch.cuda.is_available():
         rule = "moves activations from a GPU to the CPU's memory, and this machine has no GPU"
-        fix = "train.gradient_checkpointing=true in its place"
+        fix = f"train.gradient_checkpointing=true, without train.extra.{offloads}"
         raise ConfigError([Problem(f"train.extra.{offloads}=true", rule, fix)])

@@ -144,12 +144,15 @@ def _of_override(key: str, value: Any, origin: str) -> Problem:
     """Return the problem of an override that a setting decides, or that has no effect."""
     if key in DEEPSPEED_DROPPED:
         why, instead = DEEPSPEED_DROPPED[key]
-        return Problem(origin, f"has no effect: {why}", instead or "remove it")
+        fix = f"{instead}, without zero.overrides.{key}" if instead else "remove it"
+        return Problem(origin, f"has no effect: {why}", fix)
     setting = DEEPSPEED_DECIDED[key]
     ours = "..." if isinstance(value, dict) or key == "gradient_accumulation_steps" else value
     if setting == "precision":
         ours = key.partition(".")[0] if value is True else "fp32"
-    return Problem(origin, f"{setting} decides it", f"{setting}={ours} in its place")
+    return Problem(
+        origin, f"{setting} decides it", f"{setting}={ours}, without zero.overrides.{key}"
+    )
 
 
 def _optimizer_problems(

@@ -138,7 +138,8 @@ def test_deepspeed_still_reads_the_keys_of_its_other_sections() -> None:
 def test_a_key_without_effect_is_refused(key: str, fix: str) -> None:
     settings = ZeroConfig("stage2.json", {key: {"enabled": True}})
     (problem,) = zero_checks.problems(settings, "adamw_torch", False)
-    assert problem.setting.startswith(f"zero.overrides.{key}=") and problem.fix == fix
+    assert problem.setting.startswith(f"zero.overrides.{key}=")
+    assert problem.fix.removesuffix(f", without zero.overrides.{key}") == fix
 
 
 def test_a_tracker_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -448,8 +448,17 @@ def test_what_the_run_decides_is_refused_in_an_override() -> None:
     over |= {"scheduler": {"type": "WarmupLR"}}
     found = zero_checks.problems(ZeroConfig("stage2.json", over), "adamw_torch", False)
     assert {(p.setting.partition("=")[0], p.fix) for p in found} == {
-        ("zero.overrides.bf16.enabled", "precision=bf16 in its place"),
-        ("zero.overrides.gradient_clipping", "train.max_grad_norm=0.5 in its place"),
-        ("zero.overrides.compile", "train.extra.torch_compile=true"),
-        ("zero.overrides.scheduler", "train.lr_scheduler_type=... in its place"),
+        ("zero.overrides.bf16.enabled", "precision=bf16, without zero.overrides.bf16.enabled"),
+        (
+            "zero.overrides.gradient_clipping",
+            "train.max_grad_norm=0.5, without zero.overrides.gradient_clipping",
+        ),
+        (
+            "zero.overrides.compile",
+            "train.extra.torch_compile=true, without zero.overrides.compile",
+        ),
+        (
+            "zero.overrides.scheduler",
+            "train.lr_scheduler_type=..., without zero.overrides.scheduler",
+        ),
     }
