@@ -104,7 +104,6 @@ def require_start(config: Config) -> None:
 def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     """Do the part of ``fit`` that imports torch and the other libraries."""
     with environment.importing():
-        from sft import hardware
         from sft.data.prepare import prepare
         from sft.data.template import Template
         from sft.fast import cpu_products
@@ -117,7 +116,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.run import resume
         from sft.training import build, loop, start, summary
 
-    hardware.require(config)
+    build.require(config)
     tokenizer = load_tokenizer(config.model)
     architecture = load_architecture(config.model)
     precision = choices.choose_precision(config, architecture, run.begun_identity())

@@ -24,7 +24,7 @@ def with_room(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return rows
     name = ANSWER
     while any(name in row for row in rows):
-        name += "_before"
+        name = f"earlier_{name}"
     logger.info("the rows have a column %s already; it is kept as %s", ANSWER, name)
     return [{name if key == ANSWER else key: row[key] for key in row} for row in rows]
 

@@ -340,16 +340,16 @@ def test_earlier_answers_are_kept_beside_the_new_ones(
     adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
-    earlier = [{"prompt": "a", "generated": "old"}, {"prompt": "b", "generated_before": "older"}]
+    earlier = [{"prompt": "a", "generated": "old"}, {"prompt": "b", "earlier_generated": "older"}]
     rows.write_text("".join(json.dumps(row) + "\n" for row in earlier))
     caplog.set_level("INFO", "sft")
     words = [f"adapter={adapter}", f"file={rows}", f"output={output}", "max_new_tokens=1"]
     generate.run(generate.compose(words))
     first, second = map(json.loads, output.read_text().splitlines())
-    assert first.keys() == {"prompt", "generated", "generated_before_before"}
-    assert first["generated_before_before"] == "old" != first["generated"]
-    assert second["generated_before"] == "older" and "generated" in second
-    assert "already; it is kept as generated_before_before" in caplog.text
+    assert first.keys() == {"prompt", "generated", "earlier_earlier_generated"}
+    assert first["earlier_earlier_generated"] == "old" != first["generated"]
+    assert second["earlier_generated"] == "older" and "generated" in second
+    assert "already; it is kept as earlier_earlier_generated" in caplog.text
 
 
 def test_a_line_break_in_the_name_of_a_model_is_refused_on_one_line() -> None:

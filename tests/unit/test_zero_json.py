@@ -13,7 +13,9 @@ from unit.test_checks import legal_config
 from sft.config import zero, zero_checks, zero_json
 from sft.config.checks import check
 from sft.config.settings import Config, ZeroConfig
-from sft.errors import Problem
+from sft.errors import ConfigError, Problem
+from sft.train import main
+from sft.training import build
 
 AUTO_BATCH = dict.fromkeys(
     (
@@ -320,6 +322,7 @@ def test_a_json_of_another_tool_is_taken(kind: str, trains_base: bool, tmp_path:
     config.lora.enabled = not trains_base
     assert check(config) == []
     given = zero_json.given(config.zero)
+    build.require(config)
     made, lines = settled(config)
     assert zero.stage(made) == int(given.get("zero_optimization", {}).get("stage", 0))
     read = DeepSpeedConfig(filled(made))  # type: ignore[no-untyped-call]
@@ -441,6 +444,36 @@ def test_stage_0_is_plain_ddp(tmp_path: Path) -> None:
         assert ds_config is None and choice is not None and choice.value is None
         reason = choice.reason.splitlines()[0]
         assert reason.endswith("theirs.json has ZeRO stage 0, so that the run is one of zero=none")
+
+
+def test_a_value_that_deepspeed_refuses_is_refused_before_weights_load(tmp_path: Path) -> None:
+    section = {**STAGE3, "reduce_bucket_size": 0, "overlap_comm": "sometimes"}
+    section["offload_param"] = {"device": "gpu"}
+    kind = {"zero_optimization": section, "fp16": {"enabled": True, "loss_scale": -1}}
+    config = config_with(tmp_path, kind)
+    assert check(config) == []
+    with pytest.raises(ConfigError) as error:
+        build.require(config)
+    assert {problem.setting for problem in error.value.problems} == {
+        "theirs.json: zero_optimization.reduce_bucket_size=0",
+        "theirs.json: zero_optimization.overlap_comm=sometimes",
+        "theirs.json: zero_optimization.offload_param.device=gpu",
+        "theirs.json: fp16.loss_scale=-1",
+    }
+    for problem in error.value.problems:
+        apply(config, problem)
+    assert check(config) == []
+    build.require(config)
+
+
+def test_the_fixes_work_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.json"
+    for kind in OFFLOADED.values():
+        file.write_text(json.dumps(kind))
+        with pytest.raises(ConfigError) as error:
+            main.compose([f"zero.config={file}"])
+        fixes = [problem.fix for problem in error.value.problems]
+        assert main.compose([f"zero.config={file}", *fixes]).zero.config == str(file)
 
 
 def test_what_the_run_decides_is_refused_in_an_override() -> None:
