@@ -53,7 +53,10 @@ def given(zero: ZeroConfig) -> dict[str, Any]:
     ds_config = read_json(json_path(zero), finite=False)
     if not isinstance(ds_config, dict):
         raise ValueError("its top level must be an object")
-    return merged(renamed(ds_config), renamed(zero.overrides))
+    try:
+        return merged(renamed(ds_config), renamed(zero.overrides))
+    except RecursionError as error:
+        raise ValueError("its sections are nested too deeply") from error
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +180,8 @@ def _optimizer_lines(ds_config: dict[str, Any], config: Config) -> Iterator[str]
         section = ds_config.pop(key, None)
         if not isinstance(section, dict) or not section:
             continue
-        params = section.get("params") or {}
+        params = section.get("params")
+        params = params if isinstance(params, dict) else {}
         said = {name: value for name, value in params.items() if value not in (None, "auto")}
         settings = [verdicts.DEEPSPEED_DECIDED[key]]
         settings += [setting for name in said for setting in ARGUMENTS.get(name, ())]

@@ -104,7 +104,11 @@ def test_a_missing_json_names_the_ones_there_are() -> None:
 
 @pytest.mark.parametrize(
     ("text", "rule"),
-    [("{", "is not valid JSON: Expecting property name"), ("[1]", "is not valid JSON: its top")],
+    [
+        ("{", "is not valid JSON: Expecting property name"),
+        ("[1]", "is not valid JSON: its top"),
+        ('{"a":' * 900 + "1" + "}" * 900, "is not valid JSON: its sections are nested too deeply"),
+    ],
 )
 def test_a_broken_json_is_refused(tmp_path: Path, text: str, rule: str) -> None:
     file = tmp_path / "mine.json"
