@@ -197,15 +197,17 @@ class ZeroConfig:
 
     config: str | None = setting(
         None,
-        "DeepSpeed configuration: the name of a JSON file in ds_config/, or a path; null: plain "
-        "DDP without DeepSpeed",
+        "DeepSpeed configuration: the name of a JSON file in ds_config/, or a path, also of a JSON "
+        "for another tool; null: plain DDP without DeepSpeed",
         changes_training=False,
         decides=("train.deepspeed", "train.fsdp", "train.fsdp_config", "train.parallelism_config"),
         called=("deepspeed",),
         example="zero=stage2",
     )
     overrides: dict[str, Any] = setting(
-        {}, "values that replace those of the JSON file, nested as in it", changes_training=False
+        {},
+        "values that replace those of the JSON file, nested as in it; null removes a key",
+        changes_training=False,
     )
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from unit.test_checks import legal_config
 
-from sft.config import names, no_effect, upstream, verdicts, zero_checks
+from sft.config import names, no_effect, upstream, verdicts, zero_checks, zero_json
 from sft.config.checks import check
 from sft.config.rules import declared, default_of
 from sft.config.settings import Config, LoraSection, TrainConfig, ZeroConfig
@@ -114,6 +115,23 @@ def test_every_key_of_deepspeed_has_one_verdict() -> None:
         known = upstream.field_names("deepspeed", *place)
         passed = verdicts.DEEPSPEED_PASSED[section]
         assert without_one_verdict(known, *within, passed) == [], NEW
+
+
+def test_other_names_of_keys_are_those_of_deepspeed() -> None:
+    fields = DeepSpeedZeroConfig.model_fields
+    aliases = {name: field.alias for name, field in fields.items() if field.alias}
+    assert upstream.field_aliases("deepspeed", *zero_json.ZERO) == aliases
+    assert zero_json.GATHER in aliases.values()
+    extra = {name: field.json_schema_extra for name, field in fields.items()}
+    old = {name for name, more in extra.items() if isinstance(more, dict) and "new_param" in more}
+    start = "zero_optimization."
+    assert verdicts.DEEPSPEED_RENAMED.keys() - {"bfloat16"} == {start + name for name in old}
+    for name, present in verdicts.DEEPSPEED_RENAMED.items():
+        section, _, leaf = name.rpartition(".")
+        given = zero_json.renamed({section: {leaf: True}} if section else {leaf: {"a": 1}})
+        assert leaf not in given.get("zero_optimization", given)
+        if leaf != "cpu_offload_use_pin_memory":  # which needs an offload to belong to
+            assert present.rpartition(".")[2] in given.get("zero_optimization", given)
 
 
 def test_deepspeed_still_reads_the_keys_of_its_other_sections() -> None:

@@ -14,6 +14,7 @@ from sft.config import zero, zero_checks, zero_json
 from sft.config.checks import check
 from sft.config.settings import Config, ZeroConfig
 from sft.errors import ConfigError, Problem
+from sft.model.precision import needs_masters
 from sft.train import main
 from sft.training import build
 
@@ -442,6 +443,8 @@ def test_stage_0_is_plain_ddp(tmp_path: Path) -> None:
         assert zero.read(config.zero) is None
         choice, ds_config = zero.choose(config, None, "fp32")  # type: ignore[arg-type]
         assert ds_config is None and choice is not None and choice.value is None
+        config.lora.enabled = False
+        assert needs_masters(config)  # of weights that DeepSpeed does not keep
         reason = choice.reason.splitlines()[0]
         assert reason.endswith("theirs.json has ZeRO stage 0, so that the run is one of zero=none")
 
