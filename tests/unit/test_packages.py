@@ -12,7 +12,8 @@ from unit.test_checks import legal_config
 
 from sft.config import names, packages, upstream
 from sft.config.checks import check
-from sft.errors import Problem
+from sft.errors import ConfigError, Problem
+from sft.training import build
 
 # Packages that are always there, or that only come with special hardware.
 OURS = {"torch", "transformers", "math"}
@@ -89,3 +90,13 @@ def test_a_tracker_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -
     (problem,) = check(legal_config(train__extra={"report_to": ["wandb"]}))
     rule, fix = "the package wandb is not installed", "pip install wandb"
     assert problem == Problem("train.extra.report_to=wandb", rule, fix)
+
+
+def test_offloading_activations_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = legal_config(train__extra={"activation_offloading": True})
+    assert check(config) == []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"has no GPU\n    fix: train.gradient_checkpointing=tr"):
+        build.require(config)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    build.require(config)
