@@ -22,7 +22,9 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.setting}\n    {self.rule}\n    fix: {self.fix}"
+        # A value with a line break must not look like the next line of the message.
+        setting, rule = (text.replace("\n", "\\n") for text in (self.setting, self.rule))
+        return f"{setting}\n    {rule}\n    fix: {self.fix}"
 
 
 class SftError(Exception):
@@ -49,6 +51,24 @@ class ModelError(SftError):
 
 class DataError(SftError):
     """The data cannot be read, or a row does not fit the template."""
+
+
+class SourceError(DataError):
+    """A path of rows cannot be used; the fix is another value of the setting that names it.
+
+    Args:
+        rule: What is wrong.
+        value: The value for the setting, and maybe a remark.
+        setting: The setting, as the user would write it.
+    """
+
+    def __init__(self, rule: str, value: str, setting: str = "dataset.path") -> None:
+        super().__init__(f"{rule}\n    fix: {setting}={value}")
+        self.rule, self.value = rule, value
+
+    def of(self, setting: str) -> SourceError:
+        """Return the error for a path that a different setting names."""
+        return SourceError(self.rule, self.value, setting)
 
 
 class RunError(SftError):

@@ -12,9 +12,9 @@ from sft import environment
 from sft.cli.command import Command
 from sft.config.rules import LARGEST_SEED, at_least, between, rule_problems, setting, share
 from sft.config.settings import ModelConfig, QuantizationConfig, TemplateConfig
-from sft.errors import DataError, ModelError, Problem
+from sft.errors import DataError, ModelError, Problem, SourceError
 from sft.inference.card import ADAPTER_SETTINGS
-from sft.inference.output import written
+from sft.inference.output import ANSWER, with_room, written
 from sft.merge import claim
 from sft.model.source import named_by, source
 from sft.run import record
@@ -127,6 +127,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     stop_ids = [] if config.raw else template.stop_ids
     set_seed(config.seed)
     texts: list[str] = []
+    rows = with_room(rows)
     with written(config.output, len(rows)) as write:
         for start in range(0, len(prompts), config.batch_size):
             batch = prompts[start : start + config.batch_size]
@@ -138,7 +139,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     if config.output is not None:
         return {"output": config.output, "count": len(texts)}
     pairs = zip(rows, texts, strict=True)
-    return {"answers": [{**row, "generated": text} for row, text in pairs]}
+    return {"answers": [{**row, ANSWER: text} for row, text in pairs]}
 
 
 def _folder(config: GenerateConfig) -> Path:
@@ -223,8 +224,8 @@ def _rows(config: GenerateConfig, template: Template) -> list[dict[str, Any]]:
                 rule = "has no text in the column prompt"
                 raise DataError(f"{row.file}:{row.line}: {rule}\n    fix: add one, or raw=false")
             rows.append(row.values)
-    except DataError as error:  # of reading, which knows the setting of training only
-        raise DataError(str(error).replace("fix: dataset.path=", "fix: file=")) from error
+    except SourceError as error:  # which names the setting of training
+        raise error.of("file") from error
     if not rows:
         raise DataError(f"{config.file} holds no rows\n    fix: file=FILE with at least one row")
     return rows

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sft import child, environment, process
 from sft.checkpoint import folders
 from sft.cli.command import Command
+from sft.config import zero
 from sft.config.checks import check
 from sft.config.settings import Config, fill_names, streamed_samples
 from sft.errors import ConfigError, MergeError, Problem, RunError, SftError, Stopped
@@ -66,7 +67,7 @@ def fit(config: Config) -> Path:
     resume_from = run.resume_point()
     if resume_from is None:
         require_start(config)
-    with environment.prepared(distributed=config.zero.config is not None):
+    with environment.prepared(distributed=zero.read(config.zero) is not None):
         fit_in(run, config, resume_from)
     return run.dir
 
@@ -115,6 +116,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.run import resume
         from sft.training import build, loop, start, summary
 
+    build.require(config)
     tokenizer = load_tokenizer(config.model)
     architecture = load_architecture(config.model)
     precision = choices.choose_precision(config, architecture, run.begun_identity())

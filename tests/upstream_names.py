@@ -159,6 +159,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     ),
     "peft.tuners.tuners_utils": (
         *("BaseTunerLayer", "_check_lora_target_modules_mamba(peft_config, model, target_name)"),
+        "check_target_module_exists(config, key)",
     ),
     "peft.utils.other": ("AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"),
     "peft.utils.transformers_weight_conversion": (
@@ -174,6 +175,8 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "bitsandbytes.nn.modules:Linear4bit": ("compute_dtype", "support_avx512bf16_for_cpu"),
     "bitsandbytes.nn.modules:Params4bit": ("quant_state",),
     # ZeRO.
+    "deepspeed.runtime.precision_config": ("DeepSpeedBF16Config", "DeepSpeedFP16Config"),
+    "deepspeed.runtime.zero.config": ("DeepSpeedZeroConfig",),
     "deepspeed.ops": ("__compatible_ops__",),
     "deepspeed.runtime.bf16_optimizer:BF16_Optimizer": ("fp32_groups_flat_partition",),
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": (

@@ -19,8 +19,8 @@ from sft.cli.helptext import Described, help_text
 from sft.cli.options import parse
 from sft.config import compose, saved
 from sft.config.overrides import Override, Reader, located
-from sft.config.paths import CONF_DIR
-from sft.config.rules import Dataclass, expand_paths
+from sft.config.paths import CONF_DIR, expand_paths
+from sft.config.rules import Dataclass
 from sft.data.rows_option import option_of
 from sft.errors import ConfigError, Problem, SftError, Stopped
 from sft.files import DISK, to_json

@@ -9,7 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from sft.config import data_checks, lora_checks, names, no_effect, upstream, zero_checks
+from sft.config import (
+    data_checks,
+    lora_checks,
+    names,
+    no_effect,
+    packages,
+    upstream,
+    zero_checks,
+)
 from sft.config.compare import CONTENTS, flatten
 from sft.config.rules import LONGEST_NAME, name_fault, rule_problems
 from sft.config.settings import Config, TrainConfig
@@ -33,6 +41,7 @@ def check(config: Config) -> list[Problem]:
         lora_checks.lora,
         lora_checks.quantization,
         names.extra_problems,
+        packages.problems,
         no_effect.problems,
     ):
         problems += find(config)

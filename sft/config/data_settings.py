@@ -49,7 +49,9 @@ class DatasetConfig:
     split: str = setting("train", "split of the hub or saved dataset to train on")
     eval_path: str | None = setting(None, "file or folder of held-out rows")
     eval_split: str | None = setting(None, "split of the hub or saved dataset to evaluate on")
-    eval_fraction: float = setting(0.0, "fraction of rows held out for evaluation", within(0, 1))
+    eval_fraction: float = setting(
+        0.0, "fraction of rows held out for evaluation", within(0, 1), null=0.0
+    )
     max_row_bytes: int = setting(
         1 << 28,
         "longest line or row of a file, in bytes; a longer one is a bad row, or its file is "

@@ -100,7 +100,9 @@ class LoraSection:
         called=("lora_r", "lora_rank"),
     )
     lora_alpha: int = setting(16, "the adapter's output is scaled by lora_alpha / r", at_least(1))
-    lora_dropout: float = setting(0.0, "dropout probability on the adapter's input", within(0, 1))
+    lora_dropout: float = setting(
+        0.0, "dropout probability on the adapter's input", within(0, 1), null=0.0
+    )
     target_modules: Any = setting(
         "all-linear",
         "which modules get an adapter: 'attention', 'all-linear', a regular expression, or a list "

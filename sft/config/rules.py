@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +103,7 @@ def setting(
     called: tuple[str, ...] = (),
     example: str | None = None,
     path: str | None = None,
+    null: Any = None,
 ) -> Any:
     """Declare a field of a section; the value None always passes the rule.
 
@@ -123,6 +123,8 @@ def setting(
         example: An override that a fix shows; None: the setting with its default.
         path: ``read`` or ``written`` if the value is the path of a local file or folder, so that
             ``~/`` at its beginning is the home folder.
+        null: The value that null stands for, in a setting that is not null itself: "off". A list,
+            a mapping or false that is the default needs none.
     """
     metadata = {
         "help": help,
@@ -134,6 +136,7 @@ def setting(
         "called": called,
         "example": example,
         "path": path,
+        "null": null,
     }
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
@@ -220,15 +223,6 @@ def _numbers(value: Any) -> Iterator[float]:
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _numbers(item)
-
-
-def expand_paths(node: Any) -> None:
-    """Replace ``~`` at the beginning of local paths by the home folder; not every shell does."""
-    for name, item, value in fields_of(node):
-        if dataclasses.is_dataclass(value):
-            expand_paths(value)
-        elif isinstance(value, str) and item.metadata["path"] and value.startswith("~"):
-            setattr(node, name, os.path.expanduser(value))
 
 
 def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:

@@ -38,7 +38,7 @@ class TrainConfig:
         3.0, "passes over the training data", above(0), called=("num_epochs", "epochs")
     )
     max_steps: int = setting(
-        -1, "number of optimizer steps; -1: num_train_epochs decides", at_least(-1)
+        -1, "number of optimizer steps; -1: num_train_epochs decides", at_least(-1), null=-1
     )
     learning_rate: float = setting(
         2e-4,
@@ -72,10 +72,11 @@ class TrainConfig:
         at_least(0),
         called=("warmup_ratio",),
         example="train.warmup_steps=0.03 (below 1 it is a share of all steps)",
+        null=0.0,
     )
-    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW", at_least(0))
+    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW", at_least(0), null=0.0)
     max_grad_norm: float = setting(
-        1.0, "the gradient norm is clipped to this value; 0: no clipping", at_least(0)
+        1.0, "the gradient norm is clipped to this value; 0: no clipping", at_least(0), null=0.0
     )
     optim: str = setting(
         "adamw_torch_fused",
@@ -185,6 +186,7 @@ class TrainConfig:
         "processes per rank that prepare batches; 0: the training process does",
         between(0, 1024),
         changes_training=False,
+        null=0,
     )
     extra: dict[str, Any] = setting({}, "any other fields of trl.SFTConfig, by name", ours=True)
 
@@ -195,15 +197,17 @@ class ZeroConfig:
 
     config: str | None = setting(
         None,
-        "DeepSpeed configuration: the name of a JSON file in ds_config/, or a path; null: plain "
-        "DDP without DeepSpeed",
+        "DeepSpeed configuration: the name of a JSON file in ds_config/, or a path, also of a JSON "
+        "for another tool; null: plain DDP without DeepSpeed",
         changes_training=False,
         decides=("train.deepspeed", "train.fsdp", "train.fsdp_config", "train.parallelism_config"),
         called=("deepspeed",),
         example="zero=stage2",
     )
     overrides: dict[str, Any] = setting(
-        {}, "values that replace those of the JSON file, nested as in it", changes_training=False
+        {},
+        "values that replace those of the JSON file, nested as in it; null removes a key",
+        changes_training=False,
     )
 
 

@@ -46,6 +46,8 @@ def merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> 
                     )
                 )
             continue
+        if value is None and "None" not in str(field.type):
+            value = _off(field)
         if value == "???":
             problems.append(Problem(f"{path}=???", "a value must be given", f"{path}=VALUE"))
             continue
@@ -58,6 +60,13 @@ def merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> 
         except OmegaConfBaseException:
             problems.append(wrong_type(path, value, field))
     return problems
+
+
+def _off(field: dataclasses.Field[Any]) -> Any:
+    """Return what null stands for in a setting that is not null itself; None: nothing."""
+    default = default_of(field)
+    is_off = default is False or default in ([], {})
+    return default if is_off else field.metadata["null"]
 
 
 def _is_boolean(value: Any) -> bool:

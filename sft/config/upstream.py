@@ -30,16 +30,26 @@ def _module(package: str, file: str) -> ast.Module:
 @functools.cache
 def field_names(package: str, file: str, class_name: str) -> frozenset[str]:
     """List the annotated fields of a class, with the aliases that pydantic fields declare."""
-    names: set[str] = set()
-    for node in _class(package, file, class_name).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            if not node.target.id.startswith("_"):
-                names.add(node.target.id)
-            if isinstance(node.value, ast.Call):
-                for keyword in node.value.keywords:
-                    if keyword.arg == "alias" and isinstance(keyword.value, ast.Constant):
-                        names.add(str(keyword.value.value))
-    return frozenset(names)
+    names = {
+        node.target.id
+        for node in _class(package, file, class_name).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    public = {name for name in names if not name.startswith("_")}
+    return frozenset(public | {*field_aliases(package, file, class_name).values()})
+
+
+@functools.cache
+def field_aliases(package: str, file: str, class_name: str) -> dict[str, str]:
+    """Map the fields of a pydantic class to the aliases that they declare."""
+    return {
+        node.target.id: str(keyword.value.value)
+        for node in _class(package, file, class_name).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if isinstance(node.value, ast.Call)
+        for keyword in node.value.keywords
+        if keyword.arg == "alias" and isinstance(keyword.value, ast.Constant)
+    }
 
 
 @functools.cache

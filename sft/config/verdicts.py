@@ -104,72 +104,68 @@ LORA_PASSED = frozenset(
     )
 )
 
-# Keys of the DeepSpeed JSON: the reason for the refusal, and what to do instead.
-_TRAINED = "would change what is trained", "remove the key"
-_PARALLEL = (
-    "sft splits optimizer, gradients and parameters over ranks, and nothing else",
-    "zero=stage3",
-)
-_CHECKPOINT = "sft writes its own checkpoints, which DeepSpeed does not read", "remove the key"
-_TRACKER = "metrics are logged by Transformers", "train.extra.report_to=tensorboard"
-_PRECISION = "the precision is a setting of the run", "precision=bf16"
-_UNUSED = "sft does not use it", "remove the key"
+# Keys of the DeepSpeed JSON that would change what is trained: the reason for the refusal. A
+# section that is switched off, such as {"enabled": false}, is left out instead.
+_TRAINED = "would change what is trained"
+_PARALLEL = "sft splits optimizer, gradients and parameters over ranks, and nothing else"
 _ZERO = "zero_optimization."
-DEEPSPEED_REFUSED: dict[str, tuple[str, str]] = {
-    "optimizer": (
-        "an optimizer in the JSON would replace train.optim",
-        "train.optim=adamw_torch",
-    ),
-    "scheduler": (
-        "a scheduler in the JSON would silently replace train.lr_scheduler_type",
-        "train.lr_scheduler_type=cosine",
-    ),
-    "tensor_parallel": (
-        "AutoTP computes a wrong loss: the fused LM head reads one shard of the vocabulary",
-        "zero=stage3",
-    ),
-    "autotuning": (
-        "autotuning would change the batch, which train.global_batch_size sets",
-        "remove the key",
-    ),
-    "activation_checkpointing": (
-        "has no effect: Transformers recomputes activations, and DeepSpeed does not",
-        "train.gradient_checkpointing=true",
-    ),
+DEEPSPEED_REFUSED: dict[str, str] = {
+    "tensor_parallel": "AutoTP computes a wrong loss: the fused LM head reads one shard of the "
+    "vocabulary",
+    "autotuning": "autotuning would change the batch, which train.global_batch_size sets",
+    "elasticity": "elasticity would change the batch, which train.global_batch_size sets",
     **dict.fromkeys(
         (
             *("compression_training", "curriculum_learning", "data_efficiency", "eigenvalue"),
             *("progressive_layer_drop", "quantize_training", "sparse_attention"),
-            *("sparse_gradients", "weight_quantization", "dataloader_drop_last"),
-            *("gradient_allreduce_op", "managed_gradient_accumulation"),
+            *("sparse_gradients", "weight_quantization", "gradient_allreduce_op"),
+            "managed_gradient_accumulation",
         ),
         _TRAINED,
     ),
-    **dict.fromkeys(("amp", "bfloat16", "torch_autocast"), _PRECISION),
-    **dict.fromkeys(("tensorboard", "wandb", "comet", "csv_monitor"), _TRACKER),
-    **dict.fromkeys(("checkpoint", "datastates_ckpt", "nebula"), _CHECKPOINT),
-    **dict.fromkeys(
-        (
-            *("elasticity", "expert_parallel", "hybrid_engine", "pipeline"),
-            "use_data_before_expert_parallelism",
-        ),
-        _PARALLEL,
+    **dict.fromkeys(("expert_parallel", "use_data_before_expert_parallelism"), _PARALLEL),
+    f"{_ZERO}zenflow": "ZenFlow changes the losses of the stage",
+}
+# Keys that settings of the run decide, so that a JSON of another tool loses no run: ``zero_json``
+# says both values. ``optimizer`` and ``scheduler`` are left out, the others become "auto", which
+# the Trainer replaces by the values of these settings.
+DEEPSPEED_DECIDED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+    "optimizer": "train.optim",
+    "scheduler": "train.lr_scheduler_type",
+}
+# Keys without effect in a run of sft: why, and the setting to use instead, if there is one. A JSON
+# may hold them; they are left out.
+_CHECKPOINT = "sft writes its own checkpoints, which DeepSpeed does not read", ""
+_TRACKER = "metrics are logged by Transformers", "train.extra.report_to=tensorboard"
+_PRECISION = "the precision is a setting of the run", "precision=bf16"
+_UNUSED = "sft does not use it", ""
+_UNKNOWN = "DeepSpeed has no such key", ""
+# Keys that other tools write, and that no DeepSpeed reads.
+DEEPSPEED_FOREIGN = ("comms_config", "monitor_config", "fp8", "sparse_checkpoint")
+DEEPSPEED_DROPPED: dict[str, tuple[str, str]] = {
+    "activation_checkpointing": (
+        "Transformers recomputes activations, and DeepSpeed does not",
+        "train.gradient_checkpointing=true",
     ),
     "compile": ("DeepSpeed's compiler is not used", "train.extra.torch_compile=true"),
+    "dataloader_drop_last": ("sft makes the batches, and leaves out no row", ""),
+    "hybrid_engine": ("it generates text while it trains, which sft does not", ""),
+    "pipeline": (_PARALLEL, ""),
+    **dict.fromkeys(("amp", "torch_autocast"), _PRECISION),
+    **dict.fromkeys(("tensorboard", "wandb", "comet", "csv_monitor"), _TRACKER),
+    **dict.fromkeys(("checkpoint", "datastates_ckpt", "nebula"), _CHECKPOINT),
     **dict.fromkeys(
         (
             *("disable_python_gc", "graph_harvesting", "log_level", "timers", "vocabulary_size"),
             "seq_parallel_communication_data_type",
         ),
         _UNUSED,
-    ),
-    f"{_ZERO}zenflow": ("ZenFlow changes the losses of the stage", "remove the key"),
-    f"{_ZERO}cpu_offload": ("the key is deprecated", "zero=stage2_offload"),
-    f"{_ZERO}cpu_offload_param": ("the key is deprecated", "zero=stage3_offload"),
-    f"{_ZERO}cpu_offload_use_pin_memory": ("the key is deprecated", "zero=stage2_offload"),
-    f"{_ZERO}stage3_gather_fp16_weights_on_model_save": (
-        "the key is deprecated",
-        "rename it to stage3_gather_16bit_weights_on_model_save",
     ),
     **dict.fromkeys(
         (
@@ -178,13 +174,23 @@ DEEPSPEED_REFUSED: dict[str, tuple[str, str]] = {
         ),
         _CHECKPOINT,
     ),
+    **dict.fromkeys(DEEPSPEED_FOREIGN, _UNKNOWN),
+}
+# Older names, which DeepSpeed still reads; ``zero_json`` writes the present ones.
+DEEPSPEED_RENAMED = {
+    "bfloat16": "bf16",
+    f"{_ZERO}cpu_offload": f"{_ZERO}offload_optimizer",
+    f"{_ZERO}cpu_offload_param": f"{_ZERO}offload_param",
+    f"{_ZERO}cpu_offload_use_pin_memory": f"{_ZERO}offload_optimizer.pin_memory",
+    f"{_ZERO}stage3_gather_fp16_weights_on_model_save": (
+        f"{_ZERO}stage3_gather_16bit_weights_on_model_save"
+    ),
 }
 # Keys that are passed on, by section; "" is the top level.
 DEEPSPEED_PASSED: dict[str, frozenset[str]] = {
     section: frozenset(names.split())
     for section, names in {
-        "": "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
-        "gradient_clipping steps_per_print dump_state disable_allgather communication_data_type "
+        "": "steps_per_print dump_state disable_allgather communication_data_type "
         "prescale_gradients gradient_predivide_factor wall_clock_breakdown memory_breakdown "
         "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization bf16 fp16 "
         "comms_logger aio data_types flops_profiler",

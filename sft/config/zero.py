@@ -1,13 +1,10 @@
-"""Read a DeepSpeed JSON, merge the overrides into it, and size it to the model under stage 3."""
+"""The DeepSpeed configuration of a run, which under stage 3 is sized to the model."""
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.config.paths import DS_CONFIG_DIR
-from sft.config.plain import read_json
+from sft.config import zero_json
 from sft.config.rules import AS_SET, Choice
 from sft.config.settings import Config, ZeroConfig
 
@@ -17,35 +14,17 @@ if TYPE_CHECKING:
 PREFETCH = 50_000_000  # largest prefetch bucket, in elements; DeepSpeed's own default
 
 
-def json_path(zero: ZeroConfig) -> Path:
-    """Return the path of the JSON: ``zero.config`` is a path, or a file name in ds_config/."""
-    assert zero.config is not None
-    path = Path(zero.config)
-    return path if path.is_absolute() or path.is_file() else DS_CONFIG_DIR / zero.config
-
-
 def read(zero: ZeroConfig) -> dict[str, Any] | None:
-    """Read the DeepSpeed configuration with the overrides merged in; None without ZeRO.
+    """Read the DeepSpeed configuration with the overrides merged in.
+
+    Returns:
+        None without ZeRO, and for a JSON of stage 0, which is plain DDP.
 
     Raises:
         ValueError: The file cannot be read, or is not valid JSON.
     """
-    if zero.config is None:
-        return None
-    ds_config = read_json(json_path(zero), finite=False)
-    if not isinstance(ds_config, dict):
-        raise ValueError("its top level must be an object")
-    return _merged(ds_config, zero.overrides)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in over.items():
-        below = result.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        # A copy, because Transformers and DeepSpeed write into what they are given.
-        result[key] = _merged(below, value) if both and below is not None else copy.deepcopy(value)
-    return result
+    ds_config = None if zero.config is None else zero_json.given(zero)
+    return ds_config if stage(ds_config) else None
 
 
 def stage(ds_config: dict[str, Any] | None) -> int:
@@ -56,20 +35,25 @@ def stage(ds_config: dict[str, Any] | None) -> int:
 
 
 def choose(
-    config: Config, architecture: PreTrainedModel
+    config: Config, architecture: PreTrainedModel, precision: str
 ) -> tuple[Choice | None, dict[str, Any] | None]:
     """Read the DeepSpeed configuration of a run and, under stage 3, size it to the model.
 
     Args:
         config: The run's config, already checked.
         architecture: The model, with or without weights.
+        precision: fp32, bf16 or fp16, as the run computes.
 
     Returns:
-        The choice of ``zero.config`` and the configuration; both are None without ZeRO.
+        The choice of ``zero.config``, whose reason lists what the run decides otherwise, and the
+        configuration. Both are None without ZeRO, and the configuration alone under stage 0.
     """
-    given = read(config.zero)
-    if given is None:
+    if config.zero.config is None:
         return None, None
+    given, lines = zero_json.settled(zero_json.given(config.zero), config, precision)
+    if not stage(given):
+        reason = f"{config.zero.config} has ZeRO stage 0, so that the run is one of zero=none"
+        return Choice("zero.config", None, "\n".join([reason, *lines])), None
     ds_config, reason = given, AS_SET
     if stage(given) == 3:
         lora = config.lora
@@ -79,7 +63,7 @@ def choose(
         sizes = [f"{key}={now[key]}" for key in now if now[key] != before[key]]
         if sizes:
             reason += f"; sizes in elements, chosen for the model: {', '.join(sizes)}"
-    return Choice("zero.config", config.zero.config, reason), ds_config
+    return Choice("zero.config", config.zero.config, "\n".join([reason, *lines])), ds_config
 
 
 def sized(ds_config: dict[str, Any], architecture: PreTrainedModel, rank: int) -> dict[str, Any]:

@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sft.config import upstream
+from sft.config import upstream, zero_json
 from sft.config.paths import DS_CONFIG_DIR
-from sft.config.settings import ZeroConfig
-from sft.config.verdicts import DEEPSPEED_PASSED
-from sft.config.verdicts import DEEPSPEED_REFUSED as REFUSED
-from sft.config.zero import json_path, read
+from sft.config.settings import TrainConfig, ZeroConfig
+from sft.config.verdicts import (
+    DEEPSPEED_DECIDED,
+    DEEPSPEED_DROPPED,
+    DEEPSPEED_PASSED,
+    DEEPSPEED_REFUSED,
+)
+from sft.config.zero_json import ADAMW, GATHER, OFFLOADS, device, is_off
 from sft.errors import Problem
 
 # Sections whose legal keys DeepSpeed declares as fields: (file, class) in the deepspeed package.
@@ -38,19 +42,21 @@ SECTIONS = {
 }
 # Sections that are JSON objects.
 OBJECTS = DEEPSPEED_PASSED.keys() - {""}
-# Keys that must be "auto": the Trainer fills them in from these settings, so that both agree.
-AUTO = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size",
-    "gradient_clipping": "train.max_grad_norm",
-    "bf16.enabled": "precision",
-    "fp16.enabled": "precision",
+# Optimizers of DeepSpeed that are AdamW, and those that Transformers has under another name. In
+# place of any other one, AdamW would train something else without being asked for.
+ADAM = ("adam", "adamw")
+SAME = {
+    name: f"train.optim={ours}"
+    for name, ours in (("adagrad", "adagrad"), ("lion", "lion_32bit"), ("sgd", "sgd"))
 }
+NULL = "zero.overrides.{}=null"  # removes a key
 
 
 def problems(zero: ZeroConfig, optim: str, trains_base: bool) -> Iterator[Problem]:
     """Find every problem of the JSON and its overrides.
+
+    A file may come from another tool: what a setting of the run decides, and what has no effect,
+    is no problem in it, but is one in the overrides, which are written for this run.
 
     Args:
         zero: The section of the config.
@@ -64,25 +70,24 @@ def problems(zero: ZeroConfig, optim: str, trains_base: bool) -> Iterator[Proble
                 f"zero.overrides={zero.overrides}", "there is no JSON to override", "zero=stage2"
             )
         return
-    path = json_path(zero)
+    path = zero_json.json_path(zero)
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in DS_CONFIG_DIR.glob("*.json")))
         rule = f"there is no file {path}; sft has {known}"
         yield Problem(f"zero.config={zero.config}", rule, "zero=stage2")
         return
     try:
-        ds_config = read(zero)
+        ds_config = zero_json.given(zero)
     except ValueError as error:
         yield Problem(
             f"zero.config={zero.config}", f"is not valid JSON: {error}", f"correct {path}"
         )
         return
-    assert ds_config is not None
-    flat = {key for key, _ in _walk(zero.overrides)}
+    over = dict(_walk(zero_json.renamed(zero.overrides)))
     for key, value in _walk(ds_config):
-        origin = f"zero.overrides.{key}={value}" if key in flat else f"{path.name}: {key}={value}"
-        yield from _key_problems(key, value, origin)
-    yield from _combination_problems(ds_config, path.name, optim, trains_base)
+        yield from _key_problems(key, value, "" if key in over else path.name)
+    yield from _optimizer_problems(ds_config, over, path.name, optim)
+    yield from _stage_problems(ds_config, over, path.name, trains_base)
 
 
 def _walk(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -94,77 +99,110 @@ def _walk(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _legal_keys(section: str) -> frozenset[str] | None:
     passed = DEEPSPEED_PASSED.get(section)
-    if passed is not None and section in SECTIONS:
+    if passed is None:
+        return None
+    if section in SECTIONS:
         return passed & upstream.field_names("deepspeed", *SECTIONS[section])
-    return passed
+    return passed | DEEPSPEED_DECIDED.keys() if section == "" else passed
 
 
-def _key_problems(key: str, value: Any, origin: str) -> Iterator[Problem]:
+def _key_problems(key: str, value: Any, file: str) -> Iterator[Problem]:
+    """Check one key; ``file`` is the name of the JSON, or empty for a key of the overrides."""
     section, _, name = key.rpartition(".")
-    if key in REFUSED:
-        yield Problem(origin, *REFUSED[key])
+    origin = f"{file}: {key}={value}" if file else f"zero.overrides.{key}={value}"
+    remove = NULL.format(key) if file else "remove it"
+    if key in DEEPSPEED_REFUSED:
+        if not is_off(value):
+            yield Problem(origin, DEEPSPEED_REFUSED[key], remove)
         return
-    if any(section == refused or section.startswith(f"{refused}.") for refused in REFUSED):
+    if key in DEEPSPEED_DROPPED or key in DEEPSPEED_DECIDED:
+        if not file and not is_off(value):
+            yield _of_override(key, value, origin)
+        return
+    known = (*DEEPSPEED_REFUSED, *DEEPSPEED_DROPPED, "optimizer", "scheduler")
+    if any(section == one or section.startswith(f"{one}.") for one in known):
+        return
+    if zero_json.is_comment(key.partition(".")[0]):
         return
     legal = _legal_keys(section)
     if legal is None:
         above, _, own = section.rpartition(".")
         if own in (_legal_keys(above) or ()):  # otherwise the section itself is reported
-            yield Problem(origin, f"{section} has no nested keys", "remove the key")
+            yield Problem(origin, f"{section} has no nested keys", remove)
     elif name not in legal:
-        rule = f"{section} has no key {name}" if section else f"sft knows no DeepSpeed key {name}"
-        yield Problem(origin, rule, upstream.did_you_mean(name, legal))
-    elif key in OBJECTS and not isinstance(value, dict | None):
-        yield Problem(origin, "must be a JSON object", f"{key}.KEY=VALUE")
-    elif key in AUTO and value != "auto":
-        yield Problem(origin, f'must be "auto": {AUTO[key]} sets it', f"{AUTO[key]}=...")
-
-
-def _combination_problems(
-    ds_config: dict[str, Any], name: str, optim: str, trains_base: bool
-) -> Iterator[Problem]:
-    for key in AUTO:
-        section, _, leaf = key.rpartition(".")
-        node = ds_config.get(section) if section else ds_config
-        if isinstance(node, dict) and leaf not in node:
-            yield Problem(
-                f"{name}: no {key}",
-                f"DeepSpeed would use its own default instead of {AUTO[key]}",
-                f'add "{leaf}": "auto"',
+        if section or not is_off(value):
+            rule = (
+                f"{section} has no key {name}" if section else f"sft knows no DeepSpeed key {name}"
             )
-    zero = ds_config.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
-        yield Problem(f"{name}: zero_optimization", "stage must be 1, 2 or 3", "zero=stage2")
+            hint = upstream.did_you_mean(name, legal)
+            yield Problem(origin, rule, hint if hint.startswith("did") else remove)
+    elif key in OBJECTS and not isinstance(value, dict | None):
+        yield Problem(origin, "must be a JSON object", remove if file else f"{key}.KEY=VALUE")
+
+
+def _of_override(key: str, value: Any, origin: str) -> Problem:
+    """Return the problem of an override that a setting decides, or that has no effect."""
+    if key in DEEPSPEED_DROPPED:
+        why, instead = DEEPSPEED_DROPPED[key]
+        fix = f"{instead}, without zero.overrides.{key}" if instead else "remove it"
+        return Problem(origin, f"has no effect: {why}", fix)
+    setting = DEEPSPEED_DECIDED[key]
+    ours = "..." if isinstance(value, dict) or key == "gradient_accumulation_steps" else value
+    if setting == "precision":
+        ours = key.partition(".")[0] if value is True else "fp32"
+    return Problem(
+        origin, f"{setting} decides it", f"{setting}={ours}, without zero.overrides.{key}"
+    )
+
+
+def _optimizer_problems(
+    ds_config: dict[str, Any], over: dict[str, Any], name: str, optim: str
+) -> Iterator[Problem]:
+    """Refuse an optimizer that nothing in the run replaces, or that offloading would replace."""
+    section = ds_config.get("optimizer")
+    if isinstance(section, dict) and "optimizer" not in over and optim == TrainConfig().optim:
+        kind = str(section.get("type", "AdamW"))
+        if kind.lower() not in ADAM:
+            rule = f"Transformers makes the optimizer, and train.optim={optim} is a different one"
+            fix = SAME.get(kind.lower(), NULL.format("optimizer"))
+            yield Problem(f"{name}: optimizer={kind}", rule, fix)
+    force = "zero_force_ds_cpu_optimizer"
+    offloads = device(ds_config.get("zero_optimization", {}), "offload_optimizer") != "none"
+    if offloads and optim not in ADAMW and over.get(force):
+        yield Problem(
+            f"train.optim={optim}",
+            f"{name} offloads the optimizer, so DeepSpeed would use DeepSpeedCPUAdam",
+            f"zero.overrides.{force}=false",
+        )
+
+
+def _stage_problems(
+    ds_config: dict[str, Any], over: dict[str, Any], name: str, trains_base: bool
+) -> Iterator[Problem]:
+    zero = ds_config.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        rule = "stage must be 1, 2 or 3, or 0 for plain DDP"
+        yield Problem(f"{name}: zero_optimization", rule, "zero=stage2")
         return
-    devices = {key: _device(zero, key) for key in ("offload_optimizer", "offload_param")}
-    for key, device in devices.items():
-        if device == "nvme" and not zero[key].get("nvme_path"):
-            yield Problem(f"{name}: {key}", "device nvme needs nvme_path", "nvme_path: /DIR")
-    if devices["offload_optimizer"] == "nvme":
+    stage = zero.get("stage", 0)
+    key = "zero.overrides.zero_optimization"
+    devices = {offload: device(zero, offload) for offload in OFFLOADS}
+    if stage and devices["offload_optimizer"] == "nvme":
         yield Problem(
             f"{name}: offload_optimizer",
             "a checkpoint of sft cannot include optimizer state on NVMe",
-            "zero=stage3_offload, which stores it in CPU memory",
+            f"{key}.offload_optimizer.device=cpu",
         )
-    offloads = devices["offload_optimizer"] != "none"
-    if offloads and optim not in ("adamw_torch", "adamw_torch_fused"):
-        if ds_config.get("zero_force_ds_cpu_optimizer", True):
-            yield Problem(
-                f"train.optim={optim}",
-                f"{name} offloads the optimizer, so DeepSpeed would use DeepSpeedCPUAdam",
-                "+zero.overrides.zero_force_ds_cpu_optimizer=false",
-            )
-    if devices["offload_param"] != "none" and zero["stage"] != 3:
-        yield Problem(f"{name}: offload_param", "needs ZeRO stage 3", "zero=stage3_offload")
-    gathers = zero.get("stage3_gather_16bit_weights_on_model_save", False)
-    if trains_base and zero["stage"] == 3 and not gathers:
+    if stage in (1, 2) and devices["offload_param"] != "none":
+        rule = f"needs ZeRO stage 3, and the stage is {stage}"
+        yield Problem(f"{name}: offload_param", rule, f"{key}.offload_param=null")
+    elif stage == 3 and devices["offload_param"] == "nvme":
+        if not zero["offload_param"].get("nvme_path"):
+            rule = "device nvme needs nvme_path, a folder on the NVMe disk"
+            yield Problem(f"{name}: offload_param", rule, f"{key}.offload_param.device=cpu")
+    if trains_base and stage == 3 and over.get(f"zero_optimization.{GATHER}") is False:
         yield Problem(
-            f"{name}: stage3_gather_16bit_weights_on_model_save={gathers}",
+            f"{name}: {GATHER}=False",
             "must be true: lora=none under ZeRO stage 3 gathers the weights to save them",
-            "zero.overrides.zero_optimization.stage3_gather_16bit_weights_on_model_save=true",
+            f"{key}.{GATHER}=true",
         )
-
-
-def _device(zero: dict[str, Any], key: str) -> str:
-    section = zero.get(key)
-    return str(section.get("device", "none")) if isinstance(section, dict) else "none"

@@ -15,7 +15,8 @@ from sft.config.checks import check
 from sft.config.rules import at_least, setting
 from sft.config.settings import Config, DatasetConfig, fill_names, packing_of, streamed_samples
 from sft.data import sources
-from sft.errors import Problem
+from sft.errors import DataError, Problem
+from sft.files import partial_of
 from sft.model.source import source
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class DataConfig(Config):
     preview: int = setting(0, "samples to show, with trained tokens marked", at_least(0))
     tokens: bool = setting(False, "also show token boundaries and ids")
     html: str | None = setting(
-        None, "the preview's HTML page; null: outputs/<run_name>.data.html", path="written"
+        None, "the preview's HTML page; null: <output_dir>.data.html", path="written"
     )
     output: str | None = setting(
         None, "folder for the prepared data, for dataset=pretokenized", path="written"
@@ -60,6 +61,11 @@ def data(config: DataConfig) -> dict[str, Any]:
     source(config.model)
     if meta_of(config.dataset.path) is None:
         sources.require_paths(config.dataset)
+    page = Path(config.html or f"{Path(str(config.output_dir))}.data.html")
+    if config.preview:
+        _require_place(page, "html")
+    if config.output is not None:
+        _require_place(Path(config.output), "output")
     environment.prepare()
 
     from sft.data import artefact, outlook
@@ -91,7 +97,8 @@ def data(config: DataConfig) -> dict[str, Any]:
     result = {"parts": figures, "training": training.figures(), "folder": str(prepared.folder)}
     if config.preview:
         audit = {"training": training.figures(), **figures}
-        result["html"] = _preview(config, prepared, template, audit)
+        _preview(config, prepared, template, audit, page)
+        result["html"] = str(page)
     if config.output is not None:
         artefact.save(prepared, Path(config.output))
         logger.info(
@@ -103,14 +110,28 @@ def data(config: DataConfig) -> dict[str, Any]:
     return result
 
 
-def _preview(
-    config: DataConfig, prepared: Prepared, template: Template, audit: dict[str, Any]
-) -> str:
-    """Print samples, and write them and the audit to a page.
+def _require_place(path: Path, setting: str) -> None:
+    """Make the folder that a path is in, and check that something can be written there.
 
-    Returns:
-        The page's path.
+    Raises:
+        DataError: Nothing can.
     """
+    partial = partial_of(path)
+    try:
+        if not partial.exists():  # a killed process may have left it
+            partial.mkdir(parents=True)
+            partial.rmdir()
+    except OSError as error:
+        raise DataError(
+            f"{setting}={path} cannot be written: {error.strerror}\n"
+            f"    fix: {setting}=PATH in a folder that you may write to"
+        ) from error
+
+
+def _preview(
+    config: DataConfig, prepared: Prepared, template: Template, audit: dict[str, Any], path: Path
+) -> None:
+    """Print samples, and write them and the audit to a page."""
     from sft.data import page, preview
     from sft.data.generation_prompts import prompts_of
     from sft.data.preview import Prompt
@@ -123,12 +144,9 @@ def _preview(
     preview.show(
         samples, template.tokenizer, tokens=config.tokens, file=sys.stdout, prompts=prompts
     )
-    path = Path(config.html or f"outputs/{config.run_name}.data.html")
-    path.parent.mkdir(parents=True, exist_ok=True)
     html = page.page(samples, template.tokenizer, str(config.run_name), audit, prompts)
     path.write_text(html, encoding="utf-8")
     logger.info("preview written to %s", path)
-    return str(path)
 
 
 main = Command(

@@ -14,7 +14,7 @@ from typing import Any
 
 from sft.data.named_splits import choose, files_of_split
 from sft.data.readers import TABLES, TEXT, kind_of, read_errors
-from sft.errors import DataError
+from sft.errors import DataError, SourceError
 from sft.files import without_protocol
 
 # The names of files with a known ending that hold no rows, in lower case.
@@ -87,7 +87,7 @@ def _local(path: str, split: str | None) -> Location:
         return _of_folder(str(local), list(_walk(local)), split)
     if os.path.lexists(local):
         if problem := _irregular(local):
-            raise DataError(f"{path} is {problem}, not a file of rows\n    fix: dataset.path=FILE")
+            raise SourceError(f"{path} is {problem}, not a file of rows", "FILE")
         return Location(path, [str(local)], root=str(local.parent))
     if found := sorted(glob.glob(str(local), recursive=True)):
         files = [Path(name) for name in found if not os.path.isdir(name)]
@@ -101,10 +101,8 @@ def _local(path: str, split: str | None) -> Location:
         return _chosen(path, os.path.dirname(found[0]), entries)
     may_be_hub_id = not (local.is_absolute() or path.startswith(".") or path.count("/") > 1)
     if kind_of(path) or glob.has_magic(path) or not may_be_hub_id:
-        raise DataError(
-            f"there is no file or folder {path}\n"
-            f"    fix: dataset.path=FILE; a relative path starts at {Path.cwd()}"
-        )
+        where = f"FILE; a relative path starts at {Path.cwd()}"
+        raise SourceError(f"there is no file or folder {path}", where)
     return Location(path)
 
 
@@ -161,7 +159,7 @@ def _remote(path: str, split: str | None) -> Location:
         return Location(path, [path], root=path)
     files = [file.fs.unstrip_protocol(file.path) for file in fsspec.open_files(path)]
     if not files:
-        raise DataError(f"there is no file at {path}\n    fix: dataset.path=URL of a file")
+        raise SourceError(f"there is no file at {path}", "URL of a file")
     root = os.path.dirname(files[0])
     return (
         _chosen(path, root, [(f, "") for f in files])
@@ -182,10 +180,8 @@ def _of_folder(root: str, entries: list[Entry], split: str | None) -> Location:
     if root in saved:
         return Location(root, _shards(root, names), root=root)
     if saved:
-        raise DataError(
-            f"{root} holds {len(saved)} folders that Datasets saved; only one can be read"
-            f"\n    fix: dataset.path={saved[0]}"
-        )
+        rule = f"{root} holds {len(saved)} folders that Datasets saved; only one can be read"
+        raise SourceError(rule, saved[0])
     found = _chosen(root, root, entries)
     if kind_of(found.files[0]) in TEXT:  # of which a name tells the subject
         return found
@@ -243,10 +239,10 @@ def _chosen(path: str, root: str, entries: Sequence[Entry]) -> Location:
             f"    fix: a folder with files of rows: {', '.join((*TEXT, *TABLES))}"
         )
     if texts and tables:
-        raise DataError(
+        raise SourceError(
             f"{path} holds plain text ({few(map(short, texts))}) and tables "
-            f"({few(map(short, tables))}), which are not read together\n"
-            f"    fix: dataset.path='{root}/**/*{kind_of(tables[0])}', a pattern for some of them"
+            f"({few(map(short, tables))}), which are not read together",
+            f"'{root}/**/*{kind_of(tables[0])}', a pattern for some of them",
         )
     read = set(rows)
     unused = [name for name, _ in entries if name not in read]

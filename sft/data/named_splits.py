@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from sft.errors import DataError
+from sft.errors import DataError, SourceError
 
 # The words in a path that stand for a split, as in datasets.data_files.SPLIT_KEYWORDS; the first
 # split of a folder is the one that it has of them, in this order.
@@ -58,8 +58,9 @@ def files_of_split(root: str, files: list[str], split: str | None) -> list[str]:
     if len(splits) < 2:
         return files
     if rest:
-        raise DataError(
+        raise SourceError(
             f"{root} holds files of the splits {', '.join(splits)}, and {len(rest)} of none, such "
-            f"as {rest[0]}\n    fix: dataset.path={members[splits[0]][0]}, or a folder without it"
+            f"as {rest[0]}",
+            f"{members[splits[0]][0]}, or a folder without it",
         )
     return members[choose(root, split, splits)]

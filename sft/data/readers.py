@@ -12,7 +12,7 @@ from sft.data import arrow_rows
 from sft.data.csv_rows import table
 from sft.data.json_rows import BLOCK, json_file, json_lines
 from sft.data.rows import SHOWN, BadRow, Row, Rows, too_long
-from sft.errors import DataError
+from sft.errors import DataError, SourceError
 
 JSON_LINES = (".jsonl", ".ndjson")
 TEXT = (".txt", ".md")
@@ -84,7 +84,7 @@ def read_file(path: str, max_row_bytes: int = MAX_ROW_BYTES) -> Rows:
         raise DataError(f"{path} has an unknown file ending\n    fix: a file that ends in {known}")
     with read_errors(path), _opened(path) as file:
         if not file.peek(1):
-            raise DataError(f"{path} is empty\n    fix: dataset.path=FILE with at least one row")
+            raise SourceError(f"{path} is empty", "FILE with at least one row")
         yield from READERS[kind](file, path, max_row_bytes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from sft.data.folders import Location, resolve
 from sft.data.readers import MAX_ROW_BYTES
 from sft.data.rows import BadRow, Row
 from sft.data.values import is_filled
-from sft.errors import DataError
+from sft.errors import DataError, SourceError
 
 SEEN = 100  # rows, of which one must have each of dataset.columns: JSON need not write all
 
@@ -34,6 +35,7 @@ class Source:
         max_rows: Rows to read, at most.
         stream_seed: Seed of the reading order if the source is streamed; see ``locations.read``.
         max_row_bytes: Bytes of a row in a file, at most.
+        setting: The setting that names the path.
     """
 
     path: str
@@ -46,6 +48,7 @@ class Source:
     max_rows: int | None = None
     stream_seed: int | None = None
     max_row_bytes: int = MAX_ROW_BYTES
+    setting: str = "dataset.path"
 
     @cached_property
     def location(self) -> Location:
@@ -54,19 +57,22 @@ class Source:
         Raises:
             DataError: The path does not exist, or is a file although ``subset`` is set.
         """
-        try:
+        with self._named():
             found = resolve(self.path, self.split)
-        except DataError as error:  # which names the setting of the rows to train on
-            if not self.held_out:
-                raise
-            message = str(error).replace("fix: dataset.path=", "fix: dataset.eval_path=")
-            raise DataError(message) from error
         if self.subset is not None and found.files:
             raise DataError(
                 f"dataset.subset={self.subset} has no effect on the files of {self.path}: it names "
                 "a configuration of a hub dataset\n    fix: dataset.subset=null"
             )
         return found
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the source's own setting in an error about its path."""
+        try:
+            yield
+        except SourceError as error:
+            raise error.of(self.setting) from error
 
     def fingerprint(self) -> str:
         """Identify the rows by content and by these options."""
@@ -87,14 +93,16 @@ class Source:
         Raises:
             DataError: The source cannot be read, is empty, or lacks a column.
         """
+        with self._named():
+            yield from self._rows()
+
+    def _rows(self) -> Iterator[Row | BadRow]:
         found = locations.read(
             self.location, self.subset, self.split, self.stream_seed, self.max_row_bytes
         )
         first = next(found, None)
         if first is None:
-            raise DataError(
-                f"{self.path} holds no rows\n    fix: dataset.path=FILE with at least one row"
-            )
+            raise SourceError(f"{self.path} holds no rows", "FILE with at least one row")
         rows = itertools.islice(itertools.chain([first], found), self.max_rows)
         if not self.columns:
             yield from rows
@@ -173,6 +181,7 @@ def _of(config: DatasetConfig) -> list[Source]:
             Source(
                 name=name,
                 max_rows=limit,
+                setting=f"dataset.mix.{name}.path",
                 **{"columns": config.columns, "split": config.split, **item},
             )
             for name, item in config.mix.items()
@@ -183,6 +192,7 @@ def _of(config: DatasetConfig) -> list[Source]:
     limit = config.max_eval_rows
     if config.eval_path is not None:
         held_out = Source(config.eval_path, None, config.split, config.columns)
+        held_out.setting = "dataset.eval_path"
     elif config.eval_split is not None:
         assert config.path is not None
         held_out = Source(config.path, config.subset, config.eval_split, config.columns)

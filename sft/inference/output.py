@@ -15,6 +15,19 @@ from sft.files import PARTIAL, to_json
 logger = logging.getLogger("sft")
 Write = Callable[[Sequence[dict[str, Any]], Sequence[str]], None]
 
+ANSWER = "generated"  # the column of the answers
+
+
+def with_room(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rename the rows' own column ``generated``, such as that of earlier answers, and say so."""
+    if not any(ANSWER in row for row in rows):
+        return rows
+    name = ANSWER
+    while any(name in row for row in rows):
+        name = f"earlier_{name}"
+    logger.info("the rows have a column %s already; it is kept as %s", ANSWER, name)
+    return [{name if key == ANSWER else key: row[key] for key in row} for row in rows]
+
 
 @contextlib.contextmanager
 def written(output: str | None, count: int) -> Iterator[Write]:
@@ -34,7 +47,7 @@ def written(output: str | None, count: int) -> Iterator[Write]:
         def write(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> None:
             nonlocal done
             for row, text in zip(rows, texts, strict=True):
-                file.write(to_json({**row, "generated": text}, ascii=False) + "\n")
+                file.write(to_json({**row, ANSWER: text}, ascii=False) + "\n")
             file.flush()
             done += len(texts)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from sft.config import zero
@@ -15,9 +14,10 @@ from sft.config.rules import named
 from sft.config.settings import Config, LoraSection
 from sft.errors import ConfigError, Problem
 from sft.model.adapter_checks import (
-    attention_names,
+    missing_layers,
     problems,
     require_quick_patterns,
+    target_modules,
     targeted,
 )
 from sft.model.base import load_architecture
@@ -54,7 +54,7 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
     found = list(problems(lora, architecture, zero.stage(zero.read(config.zero))))
     if refused and lora.target_modules not in GROUPS:
         found.append(_cannot_carry(lora, refused, targeted(lora, architecture)))
-    found += _missing_layers(lora, targeted(lora, architecture))
+    found += missing_layers(lora, targeted(lora, architecture))
     if lora.use_dora and config.quantization.load_in_8bit and not torch.cuda.is_available():
         # PEFT's DoRA quantises the layer's weight again on a CPU, and loses its scales.
         rule = "PEFT cannot compute DoRA on 8-bit layers on a CPU"
@@ -63,8 +63,6 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
         raise ConfigError(found)
     values = dataclasses.asdict(lora)  # copies, because PEFT writes into its config
     fields = {name: values[name] for name in named(LoraSection, ours=False)} | values["extra"]
-    if lora.target_modules == "attention":
-        fields["target_modules"] = attention_names(architecture)
     if refused:
         fields["exclude_modules"] = excluding(
             fields.get("exclude_modules"), map(ending_in, refused)
@@ -75,40 +73,20 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
             ", ".join(refused),
         )
     try:
+        fields["target_modules"] = target_modules(lora, architecture)
         made = LoraConfig(task_type="CAUSAL_LM", **fields)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ConfigError([_refused_extra(lora, architecture, error)]) from error
+        raise ConfigError([_refused_extra(lora, error)]) from error
     _try(lora, made, architecture)
     return made
 
 
-def _missing_layers(lora: LoraSection, paths: list[str]) -> Iterator[Problem]:
-    """Find layers of ``layers_to_transform`` that no path has; PEFT ignores some without a word."""
-    asked = lora.extra.get("layers_to_transform")
-    if asked is None or lora.extra.get("layers_pattern") or isinstance(lora.target_modules, str):
-        return
-    # As PEFT does (tuners_utils.check_target_module_exists).
-    found = (re.match(r".*?\.[^.]*\.(\d+)\.", path) for path in paths)
-    layers = {int(match[1]) for match in found if match}
-    given = asked if isinstance(asked, list) else [asked]
-    missing = [layer for layer in given if layer not in layers]
-    if missing and layers:
-        rule = f"there are no adapted modules in layers {missing}, only in {sorted(layers)}"
-        kept = [layer for layer in given if layer in layers] or [max(layers)]
-        key = "lora.extra.layers_to_transform"
-        yield Problem(f"{key}={asked}", rule, f"{key}=[{','.join(map(str, kept))}]")
-
-
-def _refused_extra(lora: LoraSection, architecture: PreTrainedModel, error: Exception) -> Problem:
+def _refused_extra(lora: LoraSection, error: Exception) -> Problem:
     """Return the problem of an adapter's ``extra`` with which PEFT makes no LoraConfig."""
     reason = (str(error).strip() or repr(error)).splitlines()[0]
     about = {key: value for key, value in lora.extra.items() if key in reason} or lora.extra
     setting = " ".join(f"lora.extra.{key}={value}" for key, value in about.items()) or "lora"
-    fix = "leave it out"
-    if "`target_modules` is a str" in reason:
-        names = {path.rpartition(".")[2] for path in targeted(lora, architecture)}
-        fix = f"lora.target_modules=[{','.join(sorted(names))}]"
-    return Problem(setting, f"PEFT refuses it: {reason}", fix)
+    return Problem(setting, f"PEFT refuses it: {reason}", "leave it out")
 
 
 def _try(lora: LoraSection, made: LoraConfig, architecture: PreTrainedModel) -> PeftModel:

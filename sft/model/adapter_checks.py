@@ -6,6 +6,7 @@ ignores typos in ``rank_pattern`` and ``modules_to_save``: the run would train o
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ from sft.limits import slow_pattern
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+# Fields in lora.extra that choose layers.
+LAYERS = ("layers_to_transform", "layers_pattern")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -72,6 +76,50 @@ def _chosen(lora: LoraSection, model: PreTrainedModel) -> list[str]:
     if isinstance(targets, str):
         return [path for path in paths if re.fullmatch(targets, path)]
     return [path for path in paths if any(_matches(path, name) for name in targets)]
+
+
+def target_modules(lora: LoraSection, model: PreTrainedModel) -> str | list[str]:
+    """Return ``target_modules`` as PEFT takes it.
+
+    PEFT chooses layers among a list of names only. Such a list has the last parts of the modules'
+    paths, or the whole paths where a last part is also that of a module that is not targeted, such
+    as the router of experts.
+
+    Raises:
+        ValueError: PEFT refuses the choice of layers.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    layers = {key: lora.extra[key] for key in LAYERS if lora.extra.get(key) is not None}
+    if layers and isinstance(lora.target_modules, str):
+        wanted = set(targeted(lora, model))
+        names = sorted({path.rpartition(".")[2] for path in wanted})
+        trial = LoraConfig(target_modules=names, **layers)
+        paths = (path for path, _ in model.named_modules())
+        found = {path for path in paths if check_target_module_exists(trial, path)}
+        return names if found <= wanted else sorted(found & wanted)
+    if lora.target_modules == "attention":
+        return attention_names(model)
+    given: str | list[str] = copy.copy(lora.target_modules)  # PEFT writes into its config
+    return given
+
+
+def missing_layers(lora: LoraSection, paths: list[str]) -> Iterator[Problem]:
+    """Find layers of ``layers_to_transform`` that no path has; PEFT ignores some without a word."""
+    asked = lora.extra.get("layers_to_transform")
+    if asked is None or lora.extra.get("layers_pattern"):
+        return
+    # As PEFT does (tuners_utils.check_target_module_exists).
+    found = (re.match(r".*?\.[^.]*\.(\d+)\.", path) for path in paths)
+    layers = {int(match[1]) for match in found if match}
+    given = asked if isinstance(asked, list) else [asked]
+    missing = [layer for layer in given if layer not in layers]
+    if missing and layers:
+        rule = f"there are no adapted modules in layers {missing}, only in {sorted(layers)}"
+        kept = [layer for layer in given if layer in layers] or [max(layers)]
+        key = "lora.extra.layers_to_transform"
+        yield Problem(f"{key}={asked}", rule, f"{key}=[{','.join(map(str, kept))}]")
 
 
 def require_quick_patterns(lora: LoraSection, model: PreTrainedModel) -> None:

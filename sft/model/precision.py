@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sft.config import zero
 from sft.config.rules import AS_SET, Choice
 from sft.config.settings import Config
 from sft.errors import ConfigError, Problem
@@ -150,4 +151,4 @@ def needs_masters(config: Config) -> bool:
     Mixed precision updates float32 weights. DeepSpeed makes its own float32 copies, and a frozen
     base model is not updated.
     """
-    return not config.lora.enabled and config.zero.config is None
+    return not config.lora.enabled and zero.read(config.zero) is None

@@ -72,6 +72,11 @@ def loading(what: str, model: ModelConfig) -> Iterator[None]:
 def source(model: ModelConfig) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` that name the model."""
     name = str(model.name_or_path)
+    if len(name.splitlines()) > 1:
+        raise ModelError(
+            f"the name {name!r} of the model has a line break\n"
+            f"    fix: {_named.get().name}=HUB_ID_OR_FOLDER"
+        )
     if (Path(name).is_absolute() or name.startswith(".")) and not Path(name).is_dir():
         raise ModelError(
             f"there is no model folder {name}\n    fix: {_named.get().name}=HUB_ID_OR_FOLDER"

@@ -104,14 +104,16 @@ class Choices:
         lines: list[str] = []
         for each in self:
             head = f"{each.setting:<{settings}}  {typed(each.value):<{values}}  "
-            lines += textwrap.wrap(
-                each.reason,
-                max(width, len(indent) + 24),
-                initial_indent=head,
-                subsequent_indent=indent,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+            for line in each.reason.splitlines():
+                lines += textwrap.wrap(
+                    line,
+                    max(width, len(indent) + 24),
+                    initial_indent=head,
+                    subsequent_indent=indent,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+                head = indent
         return lines
 
 
@@ -153,7 +155,7 @@ def decide(
     """
     experts.check_balance(config, architecture)
     name = precision.value
-    zero_choice, ds_config = zero.choose(config, architecture)
+    zero_choice, ds_config = zero.choose(config, architecture, name)
     stage = zero.stage(ds_config)
     packed = "seq_lengths" in prepared.train.dataset.column_names
     attention, joined = kernel.choose(config, architecture, name, packed)

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sft.config.checks import check
-from sft.config.rules import expand_paths
+from sft.config.paths import expand_paths
 from sft.config.settings import Config, fill_names
 from sft.config.typed import merge
 from sft.data import artefact

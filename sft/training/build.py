@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import typing
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import environment
+from sft.config import zero
 from sft.config.rules import named
 from sft.config.settings import Config, TrainConfig
 from sft.process import world_size
@@ -17,8 +20,52 @@ if TYPE_CHECKING:
 
     from sft.data.collator import Collator
     from sft.data.prepared import Prepared
+    from sft.errors import Problem
     from sft.plan.choices import Choices
     from sft.training.trainer import Trainer
+
+
+def require(config: Config) -> None:
+    """Check what only the libraries know of settings, before anything is loaded.
+
+    Raises:
+        ConfigError: A setting needs a GPU, or DeepSpeed refuses a value of its JSON.
+    """
+    import torch
+
+    from sft.errors import ConfigError, Problem
+
+    problems = list(_deepspeed_problems(config))
+    name = "train.extra.activation_offloading"
+    if config.train.extra.get("activation_offloading") and not torch.cuda.is_available():
+        rule = "moves activations from a GPU to the CPU's memory, and this machine has no GPU"
+        fix = f"train.gradient_checkpointing=true, without {name}"
+        problems.append(Problem(f"{name}=true", rule, fix))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _deepspeed_problems(config: Config) -> Iterator[Problem]:
+    """Find the values of a DeepSpeed JSON that DeepSpeed refuses; it reads a part of the keys."""
+    ds_config = zero.read(config.zero)
+    if ds_config is None:
+        return
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    from sft.errors import Problem
+
+    file = Path(str(config.zero.config)).name
+    sections = {"bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for name, kind in {"zero_optimization": DeepSpeedZeroConfig, **sections}.items():
+        try:
+            kind(**ds_config.get(name, {}))
+        except ValidationError as error:
+            for item in error.errors():
+                key = ".".join((name, *map(str, item["loc"])))
+                value = f"={item['input']}" if item["loc"] else ""
+                yield Problem(f"{file}: {key}{value}", item["msg"], f"zero.overrides.{key}=null")
 
 
 def make_collator(config: Config, choices: Choices, tokenizer: Any) -> Collator:

@@ -12,11 +12,34 @@ from warm import run_warm
 STAGES = ("none", "stage1", "stage2", "stage3")
 
 
+# DeepSpeed JSONs as other tools write them, by the stage that they ask for.
+THEIRS = {
+    "none": {
+        "zero_optimization": {"stage": 0, "reduce_bucket_size": 5e8},
+        "bf16": {"enabled": True},
+    },
+    "stage2": {
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-5, "betas": [0.8, 0.999]}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 500}},
+        **{"train_micro_batch_size_per_gpu": 1, "fp16": {"enabled": True}},
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
+    },
+    "stage3": {
+        **{"bf16": {"enabled": True}, "gradient_clipping": 0.1, "compile": {"backend": "inductor"}},
+        "zero_optimization": {
+            **{"stage": 3, "overlap_comm": True, "contiguous_gradients": True},
+            **{"sub_group_size": 1e9, "reduce_bucket_size": "auto", "prefetch_bucket_size": "auto"},
+            **{"stage3_param_persistence_threshold": "auto", "max_live_parameters": 0},
+            **{"max_reuse_distance": 0, "gather_16bit_weights_on_model_save": True},
+        },
+    },
+}
+
+
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory, llama: Path, rows: Path) -> dict[str, Path]:
-    """Train the same thing on one rank the plain way, and on two the fast way under each stage."""
-    folder = tmp_path_factory.mktemp("stages")
-    common = [
+def common(llama: Path, rows: Path) -> list[str]:
+    """Give the settings that every run here has."""
+    return [
         "model=hf",
         f"model.name_or_path={llama}",
         "dataset=jsonl",
@@ -31,6 +54,12 @@ def stages(tmp_path_factory: pytest.TempPathFactory, llama: Path, rows: Path) ->
         "train.save_strategy=no",
         "precision=fp32",
     ]
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> dict[str, Path]:
+    """Train the same thing on one rank the plain way, and on two the fast way under each stage."""
+    folder = tmp_path_factory.mktemp("stages")
     runs = {}
     for name, ranks in (("one", 1), *((stage, 2) for stage in STAGES)):
         how = PLAIN if name == "one" else [f"zero={name}"]
@@ -54,6 +83,30 @@ def test_stages_and_rank_counts_give_the_plain_losses(stages: dict[str, Path]) -
     assert expected[-1] < expected[0] - 1
     for name in STAGES:
         assert losses(stages[name]) == pytest.approx(expected, rel=SAME_LOSS), name
+
+
+@pytest.mark.parametrize("stage", THEIRS)
+def test_a_json_of_another_tool_trains_what_ours_does(
+    stage: str, stages: dict[str, Path], common: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps(THEIRS[stage]))
+    command = [*common, f"zero.config={file}", "output_dir=run"]
+    done = run_warm("train", *command, ranks=2, cwd=tmp_path)
+    assert done.stderr == ""
+    found, expected = (
+        load_file(run / "adapter" / "adapter_model.safetensors")
+        for run in (tmp_path / "run", stages[stage])
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].equal(tensor), name
+    choice = json.loads((tmp_path / "run" / "run.json").read_text())["choices"]["zero.config"]
+    lines = choice["reason"].splitlines()
+    assert lines[1:] and all(line.startswith("theirs.json") for line in lines[1:])
+    printed = " ".join(done.stdout.split())
+    for line in lines:
+        assert " ".join(line.split()) in printed
 
 
 def test_stages_and_rank_counts_log_the_same_metrics(stages: dict[str, Path]) -> None:

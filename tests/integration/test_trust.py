@@ -336,6 +336,37 @@ def test_answers_are_written_as_they_come_and_positions_are_counted(
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "rows.jsonl", output.name}
 
 
+def test_earlier_answers_are_kept_beside_the_new_ones(
+    adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    earlier = [{"prompt": "a", "generated": "old"}, {"prompt": "b", "earlier_generated": "older"}]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in earlier))
+    caplog.set_level("INFO", "sft")
+    words = [f"adapter={adapter}", f"file={rows}", f"output={output}", "max_new_tokens=1"]
+    generate.run(generate.compose(words))
+    first, second = map(json.loads, output.read_text().splitlines())
+    assert first.keys() == {"prompt", "generated", "earlier_earlier_generated"}
+    assert first["earlier_earlier_generated"] == "old" != first["generated"]
+    assert second["earlier_generated"] == "older" and "generated" in second
+    assert "already; it is kept as earlier_earlier_generated" in caplog.text
+
+
+def test_a_line_break_in_the_name_of_a_model_is_refused_on_one_line() -> None:
+    for command, words in {
+        train: ["model=hf", "model.name_or_path=a\nb"],
+        generate: ["model=a\nb", "prompt=a"],
+    }.items():
+        with pytest.raises(SftError) as error:
+            command.run(command.compose(words))
+        first, second = str(error.value).splitlines()
+        assert first == r"the name 'a\nb' of the model has a line break"
+        assert second.startswith("    fix: model")
+    with pytest.raises(SftError) as error:
+        train.compose(["model=a\nb"])
+    assert r"model=a\nb" in str(error.value).splitlines()[2]
+
+
 def test_an_option_file_cannot_make_hydra_call_a_function(tmp_path: Path) -> None:
     file = tmp_path / "train" / "grid.yaml"
     file.parent.mkdir()

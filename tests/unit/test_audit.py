@@ -120,6 +120,39 @@ def test_an_adapter_with_fewer_parameters_than_trained_tokens(said: Callable[...
     assert "warning" not in found.text
 
 
+def test_the_page_is_written_beside_the_run(said: Callable[..., Said]) -> None:
+    path = write("rows.jsonl", *FIVE)
+    assert said(path, "preview=1", "output_dir=here/run/")["html"] == "here/run.data.html"
+    assert Path("here/run.data.html").is_file() and not Path("here/run").exists()
+    found = said(path, "preview=1", "run_name=mine")
+    assert found["html"] == "outputs/mine.data.html" and Path(found["html"]).is_file()
+
+
+@pytest.mark.parametrize("setting", ["output", "html"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    setting: str, said: Callable[..., Said]
+) -> None:
+    found = said(write("rows.jsonl", *FIVE), "preview=1", f"{setting}=/proc/m", code=1)
+    assert f"{setting}=/proc/m cannot be written: " in found.text
+    assert f"fix: {setting}=PATH" in found.text and "data.json" not in found.text
+
+
+def test_an_error_names_the_setting_of_its_path(said: Callable[..., Said]) -> None:
+    path = write("rows.jsonl", *FIVE)
+    Path("empty.jsonl").touch()
+    for setting, words in {
+        "dataset.eval_path": [path, "dataset.eval_path=FILE"],
+        "dataset.path": ["dataset.path=FILE"],
+        "dataset.mix.b.path": [
+            "dataset.path=null",
+            "dataset.mix={a: {path: rows.jsonl}, b: {path: FILE}}",
+        ],
+    }.items():
+        for file in ("empty.jsonl", "absent.jsonl"):
+            given = [word.replace("FILE", file) for word in words]
+            assert f"fix: {setting}=FILE" in said(*given, code=1).text, (setting, file)
+
+
 def test_without_an_adapter_or_a_config_there_is_no_capacity(
     said: Callable[..., Said], folder: Path
 ) -> None:
@@ -137,9 +170,12 @@ def test_without_an_adapter_or_a_config_there_is_no_capacity(
     found = said(path, "lora.target_modules=[q_porj]")
     assert "adapter_parameters" not in found["training"]
     assert "the adapter's parameters are not counted" in found.text and "q_porj" in found.text
-    found = said(path, "lora.extra.layers_to_transform=[0]")
+    found = said(path, "lora.extra.layers_pattern=layers")
     assert "not counted: 1 setting is refused" in found.text
-    assert "`layers_to_transform` cannot be used when" in found.text
+    assert "`layers_to_transform` must also be specified" in found.text
+    every = said(path)["training"]["adapter_parameters"]
+    one = said(path, "lora.extra.layers_to_transform=[0]")["training"]["adapter_parameters"]
+    assert 3 * one == every  # of three layers
 
 
 def test_what_an_epoch_repeats_is_no_new_token(said: Callable[..., Said]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sft import process
-from sft.config import names, rules, upstream
+from sft.config import names, packages, rules, upstream
 from sft.config.checks import check
 from sft.config.settings import Config
 from sft.errors import Problem
@@ -31,6 +31,12 @@ def legal_config(**settings: Any) -> Config:
 def found(**settings: Any) -> list[tuple[str, str, str]]:
     problems = check(legal_config(**settings))
     return [(problem.setting, problem.rule, problem.fix) for problem in problems]
+
+
+@pytest.fixture(autouse=True)
+def every_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every optional package; test_packages has the refusals of those that are missing."""
+    monkeypatch.setattr(packages, "installed", lambda module: True)
 
 
 def test_the_base_of_these_tests_is_legal() -> None:

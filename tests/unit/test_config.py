@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sft.config import saved, upstream
+from sft.config import no_effect, saved, upstream
 from sft.config.checks import check
 from sft.config.paths import CONF_DIR
 from sft.config.rules import above, at_least, fields_of, named, one_of, within
@@ -543,6 +543,23 @@ def test_an_empty_dict_that_empties_nothing_is_refused() -> None:
         "choose a different option of the group dataset",
     )
     assert main.compose(["dataset.columns={}"]).dataset.columns == {}
+
+
+def test_null_is_off_where_off_is_clear() -> None:
+    off = {
+        **{"train.max_steps": -1, "train.warmup_steps": 0.0, "train.weight_decay": 0.0},
+        **{"train.max_grad_norm": 0.0, "train.dataloader_num_workers": 0},
+        **{"train.lr_scheduler_kwargs": {}, "train.extra": {}, "train.merge": False},
+        **{"lora.rank_pattern": {}, "lora.alpha_pattern": {}, "lora.lora_dropout": 0.0},
+        **{"dataset.eval_fraction": 0.0, "dataset.columns": {}, "resume.allow": []},
+        **{"quantization.load_in_4bit": False, "overwrite": False},
+    }
+    config = main.compose([f"{name}=null" for name in off])
+    for name, value in off.items():
+        assert no_effect.value_of(config, name) == value, name
+    for name in ("train.learning_rate", "train.num_train_epochs", "lora.enabled", "seed"):
+        with pytest.raises(ConfigError, match="must be of type"):
+            main.compose([f"{name}=null"])
 
 
 def test_values_of_the_wrong_type_are_all_named() -> None:

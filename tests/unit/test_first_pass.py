@@ -189,6 +189,39 @@ def test_first_values_of_stacked_experts_cannot_come_from_a_weight() -> None:
         adapter.lora_config(config, model)
 
 
+ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
+MLP = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "adapted"),
+    [
+        ("all-linear", [1], {f"1.{name}" for name in ATTENTION | MLP}),
+        ("attention", 0, {f"0.{name}" for name in ATTENTION}),
+        (r".*\.[qv]_proj", [0, 1], {f"{n}.self_attn.{x}_proj" for n in (0, 1) for x in "qv"}),
+        ("all-linear", [], {f"{layer}.{name}" for layer in (0, 1) for name in ATTENTION | MLP}),
+        # The names alone would adapt k_proj of layer 1 too.
+        (
+            r".*layers\.0\.self_attn\..*|.*layers\.1\..*q_proj",
+            [0, 1],
+            {*(f"0.{name}" for name in ATTENTION), "1.self_attn.q_proj"},
+        ),
+    ],
+)
+def test_layers_can_be_chosen_with_any_targets(
+    targets: str, layers: Any, adapted: set[str]
+) -> None:
+    extra = {"layers_to_transform": layers}
+    config = Config(lora=LoraSection(target_modules=targets, extra=extra))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+    made = adapter.lora_config(config, model)
+    assert made is not None
+    tried = adapter.attached(made, model).named_modules()
+    found = {path.partition("layers.")[2] for path, module in tried if hasattr(module, "lora_A")}
+    assert found == adapted
+
+
 def test_8_bit_layers_take_inputs_of_four_dimensions(tmp_path: Path) -> None:
     """The compressed keys and values of DeepSeek-V3 have four; bitsandbytes fails on them."""
     small_models.build(tmp_path, "deepseek_v3")

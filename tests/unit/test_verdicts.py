@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from unit.test_checks import legal_config
 
-from sft.config import names, no_effect, upstream, verdicts, zero_checks
+from sft.config import names, no_effect, upstream, verdicts, zero_checks, zero_json
 from sft.config.checks import check
 from sft.config.rules import declared, default_of
 from sft.config.settings import Config, LoraSection, TrainConfig, ZeroConfig
@@ -98,17 +99,39 @@ def test_every_key_of_deepspeed_has_one_verdict() -> None:
     given = Recording({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}})
     DeepSpeedConfig(given)  # type: ignore[no-untyped-call]
     assert len(given.asked) > 50
-    top = {name for name in verdicts.DEEPSPEED_REFUSED if "." not in name}
-    assert without_one_verdict(given.asked, top, verdicts.DEEPSPEED_PASSED[""]) == [], NEW
+    assert not given.asked & set(verdicts.DEEPSPEED_FOREIGN)
+    asked = given.asked - verdicts.DEEPSPEED_RENAMED.keys()
+    of_ours = verdicts.DEEPSPEED_REFUSED, verdicts.DEEPSPEED_DROPPED, verdicts.DEEPSPEED_DECIDED
+    foreign = set(verdicts.DEEPSPEED_FOREIGN)
+    top = [{name for name in table if "." not in name} - foreign for table in of_ours]
+    assert without_one_verdict(asked, *top, verdicts.DEEPSPEED_PASSED[""]) == [], NEW
     for section, place in zero_checks.SECTIONS.items():
         start = f"{section}."
-        refused = {
-            name.removeprefix(start)
-            for name in verdicts.DEEPSPEED_REFUSED
-            if name.startswith(start)
-        }
+        tables = verdicts.DEEPSPEED_REFUSED, verdicts.DEEPSPEED_DROPPED, verdicts.DEEPSPEED_RENAMED
+        within = [
+            {name.removeprefix(start) for name in table if name.startswith(start)}
+            for table in tables
+        ]
         known = upstream.field_names("deepspeed", *place)
-        assert without_one_verdict(known, refused, verdicts.DEEPSPEED_PASSED[section]) == [], NEW
+        passed = verdicts.DEEPSPEED_PASSED[section]
+        assert without_one_verdict(known, *within, passed) == [], NEW
+
+
+def test_other_names_of_keys_are_those_of_deepspeed() -> None:
+    fields = DeepSpeedZeroConfig.model_fields
+    aliases = {name: field.alias for name, field in fields.items() if field.alias}
+    assert upstream.field_aliases("deepspeed", *zero_json.ZERO) == aliases
+    assert zero_json.GATHER in aliases.values()
+    extra = {name: field.json_schema_extra for name, field in fields.items()}
+    old = {name for name, more in extra.items() if isinstance(more, dict) and "new_param" in more}
+    start = "zero_optimization."
+    assert verdicts.DEEPSPEED_RENAMED.keys() - {"bfloat16"} == {start + name for name in old}
+    for name, present in verdicts.DEEPSPEED_RENAMED.items():
+        section, _, leaf = name.rpartition(".")
+        given = zero_json.renamed({section: {leaf: True}} if section else {leaf: {"a": 1}})
+        assert leaf not in given.get("zero_optimization", given)
+        if leaf != "cpu_offload_use_pin_memory":  # which needs an offload to belong to
+            assert present.rpartition(".")[2] in given.get("zero_optimization", given)
 
 
 def test_deepspeed_still_reads_the_keys_of_its_other_sections() -> None:
@@ -127,13 +150,14 @@ def test_deepspeed_still_reads_the_keys_of_its_other_sections() -> None:
         ("activation_checkpointing", "train.gradient_checkpointing=true"),
         ("torch_autocast", "precision=bf16"),
         ("wandb", "train.extra.report_to=tensorboard"),
-        ("curriculum_learning", "remove the key"),
+        ("curriculum_learning", "remove it"),
     ],
 )
 def test_a_key_without_effect_is_refused(key: str, fix: str) -> None:
     settings = ZeroConfig("stage2.json", {key: {"enabled": True}})
     (problem,) = zero_checks.problems(settings, "adamw_torch", False)
-    assert problem.setting.startswith(f"zero.overrides.{key}=") and problem.fix == fix
+    assert problem.setting.startswith(f"zero.overrides.{key}=")
+    assert problem.fix.removesuffix(f", without zero.overrides.{key}") == fix
 
 
 def test_a_tracker_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sft.config import zero, zero_checks
+from sft.config import verdicts, zero, zero_checks
 from sft.config.paths import DS_CONFIG_DIR
-from sft.config.settings import ZeroConfig
+from sft.config.settings import TrainConfig, ZeroConfig
 from sft.errors import Problem
 from sft.fast import zero3
 
@@ -45,9 +45,8 @@ def test_every_json_is_legal_for_lora_and_for_full_fine_tuning() -> None:
         ds_config = zero.read(ZeroConfig(name))
         assert zero.stage(ds_config) == stage
         assert ds_config is not None
-        assert zero_checks.AUTO.keys() <= {
-            key for key, value in zero_checks._walk(ds_config) if value == "auto"
-        }
+        auto = {key for key, value in zero_checks._walk(ds_config) if value == "auto"}
+        assert verdicts.DEEPSPEED_DECIDED.keys() - {"optimizer", "scheduler"} <= auto
 
 
 def test_overrides_are_deep_merged() -> None:
@@ -63,7 +62,7 @@ def test_overrides_are_deep_merged() -> None:
     removed = {"zero_optimization": {"offload_param": None}}
     merged = zero.read(ZeroConfig("stage3_offload.json", removed))
     assert merged is not None
-    assert merged["zero_optimization"]["offload_param"] is None
+    assert "offload_param" not in merged["zero_optimization"]
     assert found("stage3_offload.json", removed) == []
 
 
@@ -105,7 +104,11 @@ def test_a_missing_json_names_the_ones_there_are() -> None:
 
 @pytest.mark.parametrize(
     ("text", "rule"),
-    [("{", "is not valid JSON: Expecting property name"), ("[1]", "is not valid JSON: its top")],
+    [
+        ("{", "is not valid JSON: Expecting property name"),
+        ("[1]", "is not valid JSON: its top"),
+        ('{"a":' * 900 + "1" + "}" * 900, "is not valid JSON: its sections are nested too deeply"),
+    ],
 )
 def test_a_broken_json_is_refused(tmp_path: Path, text: str, rule: str) -> None:
     file = tmp_path / "mine.json"
@@ -147,7 +150,7 @@ def users_json(tmp_path: Path, **changes: Any) -> str:
             {"bf16": True},
             "mine.json: bf16=True",
             "must be a JSON object",
-            "bf16.KEY=VALUE",
+            "zero.overrides.bf16=null",
         ),
         (
             {"aio": {"block_sise": 1}},
@@ -156,57 +159,41 @@ def users_json(tmp_path: Path, **changes: Any) -> str:
             "did you mean block_size?",
         ),
         (
-            {"train_batch_size": 64},
-            "mine.json: train_batch_size=64",
-            'must be "auto": train.global_batch_size sets it',
-            "train.global_batch_size=...",
+            {"sequence_parallel": {"size": 4}},
+            "mine.json: sequence_parallel={'size': 4}",
+            "sft knows no DeepSpeed key sequence_parallel",
+            "zero.overrides.sequence_parallel=null",
         ),
         (
-            {"gradient_clipping": None},
-            "mine.json: no gradient_clipping",
-            "DeepSpeed would use its own default instead of train.max_grad_norm",
-            'add "gradient_clipping": "auto"',
+            {"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-4}}},
+            "mine.json: optimizer=OneBitAdam",
+            "Transformers makes the optimizer, and train.optim=adamw_torch_fused is a different "
+            "one",
+            "zero.overrides.optimizer=null",
         ),
         (
-            {"gradient_accumulation_steps": None},
-            "mine.json: no gradient_accumulation_steps",
-            "DeepSpeed would use its own default instead of train.global_batch_size",
-            'add "gradient_accumulation_steps": "auto"',
-        ),
-        (
-            {"bf16": {"immediate_grad_update": True}},
-            "mine.json: no bf16.enabled",
-            "DeepSpeed would use its own default instead of precision",
-            'add "enabled": "auto"',
-        ),
-        (
-            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
-            "mine.json: optimizer={'type': 'AdamW', 'params': {'lr': 0.0001}}",
-            "an optimizer in the JSON would replace train.optim",
-            "train.optim=adamw_torch",
-        ),
-        (
-            {"scheduler": {"type": "WarmupLR"}},
-            "mine.json: scheduler={'type': 'WarmupLR'}",
-            "a scheduler in the JSON would silently replace train.lr_scheduler_type",
-            "train.lr_scheduler_type=cosine",
+            {"optimizer": {"type": "Lion"}},
+            "mine.json: optimizer=Lion",
+            "Transformers makes the optimizer, and train.optim=adamw_torch_fused is a different "
+            "one",
+            "train.optim=lion_32bit",
         ),
         (
             {"tensor_parallel": {"autotp_size": 2}},
             "mine.json: tensor_parallel={'autotp_size': 2}",
             "AutoTP computes a wrong loss: the fused LM head reads one shard of the vocabulary",
-            "zero=stage3",
+            "zero.overrides.tensor_parallel=null",
         ),
         (
             {"autotuning": {"enabled": True}},
             "mine.json: autotuning={'enabled': True}",
             "autotuning would change the batch, which train.global_batch_size sets",
-            "remove the key",
+            "zero.overrides.autotuning=null",
         ),
         (
-            {"zero_optimization": None},
+            {"zero_optimization": {"stage": "3"}},
             "mine.json: zero_optimization",
-            "stage must be 1, 2 or 3",
+            "stage must be 1, 2 or 3, or 0 for plain DDP",
             "zero=stage2",
         ),
     ],
@@ -214,7 +201,8 @@ def users_json(tmp_path: Path, **changes: Any) -> str:
 def test_a_users_json_is_checked(
     tmp_path: Path, changes: dict[str, Any], setting: str, rule: str, fix: str
 ) -> None:
-    assert found(users_json(tmp_path, **changes)) == [Problem(setting, rule, fix)]
+    problems = found(users_json(tmp_path, **changes), optim=TrainConfig().optim)
+    assert problems == [Problem(setting, rule, fix)]
 
 
 def test_a_users_json_without_an_fp16_section_is_fine(tmp_path: Path) -> None:
@@ -252,55 +240,37 @@ def test_a_users_json_without_an_fp16_section_is_fine(tmp_path: Path) -> None:
             {"overlap_comm": {"a": 1}},
             "zero.overrides.zero_optimization.overlap_comm.a=1",
             "zero_optimization.overlap_comm has no nested keys",
-            "remove the key",
-        ),
-        (
-            {"cpu_offload": True},
-            "zero.overrides.zero_optimization.cpu_offload=True",
-            "the key is deprecated",
-            "zero=stage2_offload",
-        ),
-        (
-            {"stage3_gather_fp16_weights_on_model_save": True},
-            "zero.overrides.zero_optimization.stage3_gather_fp16_weights_on_model_save=True",
-            "the key is deprecated",
-            "rename it to stage3_gather_16bit_weights_on_model_save",
+            "remove it",
         ),
         (
             {"zenflow": {"topk_ratio": 0.1}},
             "zero.overrides.zero_optimization.zenflow={'topk_ratio': 0.1}",
             "ZenFlow changes the losses of the stage",
-            "remove the key",
+            "remove it",
         ),
         (
             {"stage": 4},
             "stage2.json: zero_optimization",
-            "stage must be 1, 2 or 3",
+            "stage must be 1, 2 or 3, or 0 for plain DDP",
             "zero=stage2",
         ),
         (
             {"offload_param": {"device": "cpu"}},
             "stage2.json: offload_param",
-            "needs ZeRO stage 3",
-            "zero=stage3_offload",
+            "needs ZeRO stage 3, and the stage is 2",
+            "zero.overrides.zero_optimization.offload_param=null",
         ),
         (
             {"offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}},
             "stage2.json: offload_optimizer",
             "a checkpoint of sft cannot include optimizer state on NVMe",
-            "zero=stage3_offload, which stores it in CPU memory",
+            "zero.overrides.zero_optimization.offload_optimizer.device=cpu",
         ),
         (
             {"stage": 3, "offload_param": {"device": "nvme"}},
             "stage2.json: offload_param",
-            "device nvme needs nvme_path",
-            "nvme_path: /DIR",
-        ),
-        (
-            {"stage": 0},
-            "stage2.json: zero_optimization",
-            "stage must be 1, 2 or 3",
-            "zero=stage2",
+            "device nvme needs nvme_path, a folder on the NVMe disk",
+            "zero.overrides.zero_optimization.offload_param.device=cpu",
         ),
     ],
 )
@@ -325,7 +295,7 @@ def test_offloading_must_not_replace_the_optimizer(optim: str) -> None:
         Problem(
             f"train.optim={optim}",
             "stage2_offload.json offloads the optimizer, so DeepSpeed would use DeepSpeedCPUAdam",
-            "+zero.overrides.zero_force_ds_cpu_optimizer=false",
+            "zero.overrides.zero_force_ds_cpu_optimizer=false",
         )
     ]
     assert found("stage2_offload.json", {}, optim) == []
@@ -347,13 +317,14 @@ def test_full_fine_tuning_under_stage_3_must_gather_its_weights() -> None:
 
 
 def test_all_problems_of_a_json_come_at_once() -> None:
-    overrides = {"optimizer": {}, "a": 1, "zero_optimization": {"b": 2, "stage": 9}}
+    overrides = {"optimizer": {"type": "Adam"}, "a": 1}
+    overrides |= {"zero_optimization": {"b": 2, "stage": 9}}
     rules = [problem.rule for problem in found(overrides=overrides)]
     assert rules == [
         "zero_optimization has no key b",
-        "an optimizer in the JSON would replace train.optim",
+        "train.optim decides it",
         "sft knows no DeepSpeed key a",
-        "stage must be 1, 2 or 3",
+        "stage must be 1, 2 or 3, or 0 for plain DDP",
     ]
 
 
