@@ -54,6 +54,7 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
         fields["warmup_steps"] = choices.warmup.value
     if not choices.evaluates:
         fields |= {"eval_strategy": "no", "eval_steps": None}
+    fields |= choices.intervals
     per_forward = train["per_device_train_batch_size"] * world_size()
     environment.rejoin()
     try:

@@ -114,8 +114,8 @@ def test_the_base_of_these_tests_is_legal() -> None:
         ),
         (
             "train__save_total_limit",
-            1,
-            ("train.save_total_limit=1", "must be at least 2", "train.save_total_limit=2"),
+            0,
+            ("train.save_total_limit=0", "must be at least 1", "train.save_total_limit=2"),
         ),
     ],
 )
