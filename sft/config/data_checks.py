@@ -19,7 +19,7 @@ TRAIN_ON = {
     "chat": ("assistant", "last_assistant", "all"),
     "text": ("all",),
 }
-MIX_KEYS = {"path", "subset", "split", "columns", "weight"}
+MIX_KEYS = {"path", "subset", "split", "columns", "weight", "max_rows"}
 
 
 def problems(config: Config) -> Iterator[Problem]:
@@ -101,6 +101,10 @@ def _sources(data: DatasetConfig) -> Iterator[Problem]:
         weight = item.get("weight", 1)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
             yield Problem(f"{key}.weight={weight}", "must be above 0", f"{key}.weight=1")
+        rows = item.get("max_rows")
+        if rows is not None and (type(rows) is not int or rows < 1):
+            rule = "must be a whole number of rows, at least 1"
+            yield Problem(f"{key}.max_rows={rows}", rule, f"{key}.max_rows=null")
 
 
 def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]:

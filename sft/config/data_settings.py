@@ -61,8 +61,8 @@ class DatasetConfig:
     )
     mix: dict[str, Any] = setting(
         {},
-        "several sources instead of path: {NAME: {path: ..., weight: W}}; each row is seen W times "
-        "per epoch",
+        "several sources instead of path: {NAME: {path: ..., weight: W, max_rows: N}}; each row is "
+        "seen W times per epoch; of each source, the first N rows are read",
     )
     format: str = setting(
         "auto",

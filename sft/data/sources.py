@@ -172,11 +172,12 @@ def _of(config: DatasetConfig) -> list[Source]:
         given = [
             Source(
                 name=name,
-                max_rows=limit,
                 **{"columns": config.columns, "split": config.split, **item},
             )
             for name, item in config.mix.items()
         ]
+        for source in given:
+            source.max_rows = min(filter(None, (source.max_rows, limit)), default=None)
     else:
         assert config.path is not None
         given = [Source(config.path, config.subset, config.split, config.columns, max_rows=limit)]
