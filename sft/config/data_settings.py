@@ -70,11 +70,14 @@ class DatasetConfig:
         one_of("auto", *FORMAT_NAMES),
     )
     columns: dict[str, str] = setting(
-        {}, "column names of the data by template field, such as {prompt: question}"
+        {},
+        "column names of the data by template field, such as {prompt: question}; role and content: "
+        "keys of messages, such as {role: speaker, content: text}",
     )
     roles: dict[str, Any] = setting(
         {},
-        "other names of the roles of messages, such as {user: [customer], assistant: [agent]}",
+        "further names of the roles of messages, such as {user: [customer], assistant: [agent]}; "
+        "the roles are user, assistant, system, tool and function_call",
     )
     ignore_columns: list[str] = setting(
         [],

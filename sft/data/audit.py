@@ -145,6 +145,12 @@ def gate(parts: dict[str, Counts], config: DatasetConfig, dropped: str) -> list[
                 stops.append(f"{line}\n    fix: correct the data, or dataset.stop_above.{check}=1")
             elif verdict == "warn":
                 warnings.append(line)
+    met: dict[str, int] = {}
+    for source in (source for counts in parts.values() for source in counts.sources.values()):
+        for name, count in source.get("roles", {}).items():
+            met[name] = met.get(name, 0) + count
+    if absent := [name for name, count in met.items() if not count]:
+        warnings.append(f"dataset.roles: no message has the role {' or '.join(absent)}")
     if stops:
         raise DataError("the data exceeds limits that stop the run:\n" + "\n".join(stops))
     return warnings

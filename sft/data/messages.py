@@ -47,9 +47,15 @@ def message_of(item: dict[str, Any], number: int, column: str, unused: set[str])
     role = ROLES.get(str(said))
     if role is None:
         if said is None:
-            raise DataError(f"{place} has no role; its keys are {', '.join(map(str, item))}")
+            raise DataError(
+                f"{place} has no role; its keys are {', '.join(map(str, item))}\n"
+                "    fix: dataset.columns.role=KEY and dataset.columns.content=KEY"
+            )
         known = ", ".join(ROLES)
-        raise DataError(f"{place} has the role {said!r}; the known roles are {known}")
+        raise DataError(
+            f"{place} has the role {said!r}; the known roles are {known}\n"
+            f"    fix: dataset.roles.user=[{said}], or assistant, system or tool in place of user"
+        )
     content = _first(item, ("content", "value"), taken)
     message: dict[str, Any] = {"role": role, "content": ""}
     if role == "function_call":

@@ -152,6 +152,8 @@ def encoded(
                     writer.write(source, number, batch, done)
                     if wanted is not None and made >= wanted:
                         break
+            if source.roles:
+                writer.read[source.name]["roles"] = dict(source.names.counts)
     documents = np.concatenate(writer.tables) if writer.tables else np.zeros(0, DOCUMENT)
     if not len(documents):
         rows = sum(tally["rows"] for tally in writer.read.values())

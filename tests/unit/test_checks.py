@@ -493,7 +493,7 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"dataset__path": None, "dataset__mix": {"a": {"path": "b", "wieght": 2}}},
             (
                 "dataset.mix.a.wieght=2",
-                "the keys of a source are columns, max_rows, path, split, subset, weight",
+                "the keys of a source are columns, max_rows, path, roles, split, subset, weight",
                 "did you mean weight?",
             ),
         ),
