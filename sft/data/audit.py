@@ -33,6 +33,7 @@ class Counts:
         documents: Documents that were not left out.
         distinct_trained: Trained tokens, each once: without copies of a document, what
             ``dataset.mix`` repeats, and what two blocks share.
+        weighted: Trained tokens whose weight in the loss is below 1, in the written samples.
         cut_tokens: Trained tokens that ``dataset.overlong=truncate`` cuts off.
         most_cut: For each of the rows that lose most of these, by FILE:LINE, how many it loses and
             has.
@@ -60,6 +61,7 @@ class Counts:
     samples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    weighted: int = 0
     distinct_trained: int = 0
     cut_tokens: int = 0
     longest: int = 0

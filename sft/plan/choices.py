@@ -163,7 +163,8 @@ def decide(
     name = precision.value
     zero_choice, ds_config = zero.choose(config, architecture)
     stage = zero.stage(ds_config)
-    packed = "seq_lengths" in prepared.train.dataset.column_names
+    columns = prepared.train.dataset.column_names
+    packed = "seq_lengths" in columns
     samples = prepared.train.counts.samples
     attention, joined = kernel.choose(config, architecture, name, packed)
     frozen = linear.choose(config, architecture, name, stage)
@@ -186,7 +187,7 @@ def decide(
         padding_free=joined,
         frozen_linear=frozen,
         adapters=_adapters(config, by_peft),
-        lm_head=head.choose(config, architecture),
+        lm_head=head.choose(config, architecture, "weights" in columns),
         checkpointing=_same_on_all_ranks(config, recomputes),
         evaluation=_evaluation(config, prepared),
         cadence=tuple(schedule.choose_cadence(config.train, samples, prepared.eval is not None)),

@@ -70,6 +70,7 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
             deepspeed=choices.ds_config,
             eval_on_start=choices.evaluates,
             dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,  # the collator takes what it needs: TRL drops the weights
             max_length=None,
             disable_tqdm=True,
             **{
