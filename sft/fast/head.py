@@ -66,16 +66,12 @@ class Asked:
 
     dft: bool
     metrics: bool
-    weights: torch.Tensor | None = None
-
-    def weigh(self, bits: torch.Tensor | None, device: torch.device) -> None:
-        """Take the weights from the collator's ``loss_weights``, int32."""
-        self.weights = None if bits is None else bits.view(torch.float32).to(device)
+    weights: torch.Tensor | None
 
     def losses(self, log_probs: torch.Tensor) -> torch.Tensor:
         """Return the loss of each label, (N,), from log-probabilities that have a gradient."""
         each = -log_probs * log_probs.detach().exp() if self.dft else -log_probs
-        return each if self.weights is None else each * self.weights
+        return each if self.weights is None else each * self.weights.to(each.device)
 
 
 def install(model: PreTrainedModel, kind: str) -> None:
@@ -110,11 +106,11 @@ def install(model: PreTrainedModel, kind: str) -> None:
         if loss_positions is None:
             loss_positions = trained_places(labels)
         labels = labels.flatten()[loss_positions]
-        asked = Asked(head_dft, head_metrics)
+        weights = None if loss_weights is None else loss_weights.view(torch.float32)
+        asked = Asked(head_dft, head_metrics, weights)
         if kind == "plain":
             scores = before(*args, **kwargs).logits
             scores = scores.flatten(0, 1)[(loss_positions - 1).to(scores.device)].float()
-            asked.weigh(loss_weights, scores.device)
             return _scored(scores, labels.to(scores.device), asked)
         # Llama-4's text model is its own base_model, because its prefix names no module of it.
         backbone = self.base_model if self.base_model is not self else self.model
@@ -122,7 +118,6 @@ def install(model: PreTrainedModel, kind: str) -> None:
         states = states.flatten(0, 1)[(loss_positions - 1).to(states.device)]
         head = self.get_output_embeddings()
         states, labels = states.to(head.weight.device), labels.to(head.weight.device)
-        asked.weigh(loss_weights, head.weight.device)
         with maybe_gather_lm_head_ctx(head.weight, head.bias):
             return score(states, head, labels, logits, asked)
 
@@ -137,8 +132,9 @@ def _by_chunks(
     trained: tuple[Any, ...] = (head.weight, head.bias)
     if not torch.is_grad_enabled():  # otherwise SummedLoss would compute their gradients
         trained = tuple(None if weight is None else weight.detach() for weight in trained)
+    factors = None if asked.weights is None else asked.weights.to(states.device)
     loss, log_probs, entropy, is_top1 = SummedLoss.apply(  # type: ignore[no-untyped-call]
-        states, *trained, labels, asked.weights, logits, asked.dft, asked.metrics
+        states, *trained, labels, factors, logits, asked.dft, asked.metrics
     )
     return HeadOutput(
         loss=loss,
@@ -189,8 +185,7 @@ def choose(config: Config, architecture: PreTrainedModel, weighted: bool = False
         weighted: Whether tokens of the data have weights between 0 and 1.
 
     Raises:
-        ConfigError: The model's experts need the load-balancing loss, which only TRL's head adds,
-            and with which TRL's trainer computes the loss without weights.
+        ConfigError: Only TRL's head adds the loss that balances experts, and without weights.
     """
     name, asked = "model.lm_head", config.model.lm_head
     if balances(config, architecture):
