@@ -23,7 +23,7 @@ from sft.run.outcome import cut_back, differences, outcome
 OWN = {
     *("steps", "ranks", "output_dir", "overwrite", "resume.checkpoint", "resume.allow"),
     *("train.max_steps", "train.save_strategy", "train.save_steps", "train.logging_steps"),
-    "train.save_total_limit",
+    *("train.save_total_limit", "train.saves_per_epoch", "train.evals_per_epoch"),
     *("dataset.max_rows", "dataset.max_eval_rows"),
 }
 EPOCH = 3  # optimizer steps of an epoch, at most, unless dataset.max_rows is set

@@ -64,16 +64,18 @@ def write_trainer_state(partial: Path, state: Any) -> None:
     state.save_to_json(str(partial / TRAINER_STATE))
 
 
-def rotate(output_dir: Path, keep: int, best: str | None) -> None:
-    """Delete all but the best and the newest checkpoints, so that ``keep`` remain.
+def rotate(output_dir: Path, keep: int | None, best: str | None) -> None:
+    """Delete all but the best and the newest checkpoints, so that ``keep`` remain; None: all.
 
-    The best and the newest one are never deleted.
+    The best and the newest one are never deleted: with ``keep=1``, two remain if they differ.
     """
+    if keep is None:
+        return
     paths = checkpoints(output_dir)
-    spared = {Path(best).name} if best else set()
-    others = [path for path in paths if path.name not in spared]
-    room = keep - (len(paths) - len(others))
-    for path in others[max(room, 1) :]:
+    spared = {path for path in paths if best and path.name == Path(best).name}
+    spared |= set(paths[:1])
+    others = [path for path in paths if path not in spared]
+    for path in others[max(keep - len(spared), 0) :]:
         delete_folder(path)
 
 

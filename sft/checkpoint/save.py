@@ -18,7 +18,7 @@ def save(
     counts: dict[str, Any],
     trainer_state: Any,
     facts: dict[str, Any],
-    keep: int,
+    keep: int | None,
 ) -> None:
     """Save a checkpoint, and delete old ones. All ranks must call it.
 
@@ -29,7 +29,7 @@ def save(
         counts: What this rank has counted since the last logged line.
         trainer_state: The Trainer's own state; its best checkpoint is not deleted.
         facts: Facts for the manifest: the run's fingerprint, step, ranks and ZeRO stage.
-        keep: The number of checkpoints to keep.
+        keep: The number of checkpoints to keep; None: all.
 
     Raises:
         CheckpointError: The checkpoint cannot be written. It is raised on all ranks, and the

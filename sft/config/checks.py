@@ -100,10 +100,20 @@ def _schedule(config: Config) -> Iterator[Problem]:
     held_out = held_out or "eval" in data_checks.prepared_parts(data)
     if train.eval_strategy == "steps" and train.eval_steps is None:
         yield Problem("train.eval_strategy=steps", "needs train.eval_steps", "train.eval_steps=100")
-    if train.eval_strategy == "steps" and not held_out:
-        yield Problem(
-            "train.eval_strategy=steps", "there are no held-out rows", "dataset.eval_fraction=0.05"
-        )
+    evaluations = {
+        "train.eval_strategy=steps": train.eval_strategy == "steps",
+        f"train.evals_per_epoch={train.evals_per_epoch}": train.evals_per_epoch is not None,
+    }
+    for asked in (name for name, wanted in evaluations.items() if wanted and not held_out):
+        yield Problem(asked, "there are no held-out rows", "dataset.eval_fraction=0.05")
+    for name in ("eval", "save"):
+        count = getattr(train, f"{name}s_per_epoch")
+        if count is not None and data.streaming:
+            yield Problem(
+                f"train.{name}s_per_epoch={count}",
+                "with dataset.streaming the length of an epoch is not known",
+                f"train.{name}s_per_epoch=null train.{name}_strategy=steps train.{name}_steps=0.1",
+            )
     if train.max_steps == 0:
         yield Problem("train.max_steps=0", "no step would be trained", "train.max_steps=-1")
     if train.warmup_steps >= 1 and train.warmup_steps != int(train.warmup_steps):

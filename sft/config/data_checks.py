@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from sft.config import upstream
 from sft.config.artefact_meta import meta_of
@@ -19,7 +20,8 @@ TRAIN_ON = {
     "chat": ("assistant", "last_assistant", "all"),
     "text": ("all",),
 }
-MIX_KEYS = {"path", "subset", "split", "columns", "weight"}
+MIX_KEYS = {"path", "subset", "split", "columns", "weight", "max_rows", "roles"}
+ROLES = ("user", "assistant", "system", "tool", "function_call")
 
 
 def problems(config: Config) -> Iterator[Problem]:
@@ -87,6 +89,7 @@ def _sources(data: DatasetConfig) -> Iterator[Problem]:
             "dataset.mix has several sources, which share no split to evaluate on",
             "dataset.eval_fraction=0.05, or dataset.eval_path=FILE",
         )
+    yield from _roles("dataset.roles", data.roles)
     for name, item in data.mix.items():
         key = f"dataset.mix.{name}"
         if not isinstance(item, dict) or not item.get("path"):
@@ -101,6 +104,31 @@ def _sources(data: DatasetConfig) -> Iterator[Problem]:
         weight = item.get("weight", 1)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
             yield Problem(f"{key}.weight={weight}", "must be above 0", f"{key}.weight=1")
+        yield from _roles(f"{key}.roles", item.get("roles", {}))
+        rows = item.get("max_rows")
+        if rows is not None and (type(rows) is not int or rows < 1):
+            rule = "must be a whole number of rows, at least 1"
+            yield Problem(f"{key}.max_rows={rows}", rule, f"{key}.max_rows=null")
+
+
+def _roles(key: str, roles: Any) -> Iterator[Problem]:
+    """Check the names of roles: each name has one of the known roles."""
+    if not isinstance(roles, dict):
+        yield Problem(f"{key}={roles}", "must be a mapping of roles to names", f"{key}.user=[NAME]")
+        return
+    given: dict[str, str] = {}
+    for role, names in roles.items():
+        if role not in ROLES:
+            rule, hint = f"the roles are {', '.join(ROLES)}", upstream.did_you_mean(role, ROLES)
+            yield Problem(f"{key}.{role}={names}", rule, hint)
+        elif not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+            fix = f"{key}.{role}=[{names if isinstance(names, str) and names else 'NAME'}]"
+            yield Problem(f"{key}.{role}={names}", "must be a list of names", fix)
+        else:
+            for name in names:
+                if given.setdefault(name, role) != role:
+                    rule = f"gives {name} to two roles: {given[name]} and {role}"
+                    yield Problem(f"{key}.{role}={names}", rule, "leave it out of one of them")
 
 
 def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]:

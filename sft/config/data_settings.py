@@ -63,8 +63,8 @@ class DatasetConfig:
     )
     mix: dict[str, Any] = setting(
         {},
-        "several sources instead of path: {NAME: {path: ..., weight: W}}; each row is seen W times "
-        "per epoch",
+        "several sources instead of path: {NAME: {path: ..., weight: W, max_rows: N}}; each row is "
+        "seen W times per epoch; of each source, the first N rows are read",
     )
     format: str = setting(
         "auto",
@@ -72,11 +72,14 @@ class DatasetConfig:
         one_of("auto", *FORMAT_NAMES),
     )
     columns: dict[str, str] = setting(
-        {}, "column names of the data by template field, such as {prompt: question}"
+        {},
+        "column names of the data by template field, such as {prompt: question}; role and content: "
+        "keys of messages, such as {role: speaker, content: text}",
     )
     roles: dict[str, Any] = setting(
         {},
-        "other names of the roles of messages, such as {user: [customer], assistant: [agent]}",
+        "further names of the roles of messages, such as {user: [customer], assistant: [agent]}; "
+        "the roles are user, assistant, system, tool and function_call",
     )
     ignore_columns: list[str] = setting(
         [],

@@ -26,6 +26,7 @@ class Need:
         fix: What to set instead; None: leave the setting out.
         rule: What is wrong otherwise.
         same: A value besides the default that asks for what happens anyway.
+        instead: A setting that decides the same; where it is set, this one is to be left out.
     """
 
     setting: str
@@ -34,6 +35,7 @@ class Need:
     fix: str | None = None
     rule: str = "has no effect"
     same: Any = None
+    instead: str | None = None
 
 
 def _is(*values: Any) -> Callable[[Any], bool]:
@@ -46,8 +48,25 @@ def _is_not(*values: Any) -> Callable[[Any], bool]:
 
 LORA = sorted(named(LoraSection) - {"enabled"})
 NEEDS = (
-    Need("train.eval_steps", "train.eval_strategy", _is("steps"), "train.eval_strategy=steps"),
-    Need("train.save_steps", "train.save_strategy", _is("steps"), "train.save_strategy=steps"),
+    *(
+        Need(
+            f"train.{name}_steps",
+            f"train.{name}_strategy",
+            _is("steps"),
+            f"train.{name}_strategy=steps",
+            instead=f"train.{name}s_per_epoch",
+        )
+        for name in ("eval", "save")
+    ),
+    *(
+        Need(
+            f"train.{name}s_per_epoch",
+            f"train.{name}_strategy",
+            _is("epoch"),
+            f"train.{name}_strategy=epoch",
+        )
+        for name in ("eval", "save")
+    ),
     Need("train.save_total_limit", "train.save_strategy", _is("steps", "epoch")),
     Need(
         "train.warmup_steps",
@@ -112,10 +131,11 @@ def problems(config: Config) -> Iterator[Problem]:
         if value in (None if item is None else default_of(item), need.same) or need.holds(other):
             continue
         default = "leave it out" if item is None else written(need.setting, default_of(item))
+        decided = need.instead is not None and value_of(config, need.instead) is not None
         yield Problem(
             written(need.setting, value),
             f"{need.rule} with {written(need.other, other)}",
-            need.fix or default,
+            default if decided else need.fix or default,
         )
 
 

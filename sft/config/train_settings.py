@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sft.config.rules import above, at_least, between, one_of, setting
+from sft.config.rules import Rule, above, at_least, between, one_of, setting
+
+# As in Transformers.
+STEPS = Rule(
+    "must be a whole number of steps of at least 1, or a fraction of all steps below 1",
+    lambda value: value > 0 and (value < 1 or value == int(value)),
+)
 
 
 @dataclass
@@ -91,10 +97,10 @@ class TrainConfig:
         decides=("train.activation_checkpointing",),
         example="train.gradient_checkpointing=true",
     )
-    logging_steps: int = setting(
+    logging_steps: int | float = setting(
         10,
-        "optimizer steps between logged lines",
-        at_least(1),
+        "optimizer steps between logged lines; below 1: a fraction of all steps",
+        STEPS,
         changes_training=False,
         decides=("train.logging_strategy",),
     )
@@ -106,15 +112,17 @@ class TrainConfig:
         decides=("train.eval_on_start",),
         called=("evaluation_strategy",),
     )
-    eval_steps: int | None = setting(
+    eval_steps: int | float | None = setting(
         None,
-        "optimizer steps between evaluations, with eval_strategy=steps",
-        at_least(1),
+        "optimizer steps between evaluations, with eval_strategy=steps; below 1: a fraction of all "
+        "steps",
+        STEPS,
         changes_training=False,
     )
     evals_per_epoch: int | None = setting(
         None,
-        "evaluations per pass over the data; replaces eval_strategy and eval_steps",
+        "evaluations per pass over the data, evenly spaced, the last at its end; with "
+        "eval_strategy=epoch. null: one",
         at_least(1),
         changes_training=False,
         ours=True,
@@ -125,23 +133,26 @@ class TrainConfig:
         one_of("no", "steps", "epoch"),
         changes_training=False,
     )
-    save_steps: int = setting(
+    save_steps: int | float = setting(
         500,
-        "optimizer steps between checkpoints, with save_strategy=steps",
-        at_least(1),
+        "optimizer steps between checkpoints, with save_strategy=steps; below 1: a fraction of all "
+        "steps",
+        STEPS,
         changes_training=False,
     )
     saves_per_epoch: int | None = setting(
         None,
-        "checkpoints per pass over the data; replaces save_strategy and save_steps",
+        "checkpoints per pass over the data, evenly spaced, the last at its end; with "
+        "save_strategy=epoch. null: one",
         at_least(1),
         changes_training=False,
         ours=True,
     )
-    save_total_limit: int = setting(
+    save_total_limit: int | None = setting(
         2,
-        "number of checkpoints to keep: the newest, and the one with the best evaluation",
-        at_least(2),
+        "number of checkpoints to keep: the newest, and the one with the best evaluation, which "
+        "stays beside the newest with 1 too; null: all",
+        at_least(1),
         changes_training=False,
     )
     merge: bool = setting(

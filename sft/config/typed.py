@@ -14,6 +14,7 @@ from sft.config.saved import escaped
 from sft.errors import Problem
 
 UNKNOWN_SETTING = "there is no such setting"
+NUMBER = "int | float"  # the type of a setting that keeps whole numbers as they are written
 BOOLEANS = {"true", "yes", "on", "false", "no", "off"}  # as YAML 1.1 writes them, in any case
 
 
@@ -54,6 +55,8 @@ def merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> 
         if field.type == "bool" and not _is_boolean(value):  # OmegaConf takes any number for one
             problems.append(wrong_type(path, value, field))
             continue
+        if str(field.type).startswith(NUMBER) and isinstance(value, str):
+            value = _number(value)
         try:
             # The value is resolved already, and OmegaConf must not resolve it again.
             OmegaConf.update(typed, path, escaped(value), merge=False)
@@ -73,9 +76,19 @@ def _is_boolean(value: Any) -> bool:
     return value.lower() in BOOLEANS if isinstance(value, str) else isinstance(value, bool)
 
 
+def _number(text: str) -> int | float | str:
+    """Return the number that a text writes, as OmegaConf reads it for a setting of one type."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 def wrong_type(path: str, value: Any, field: dataclasses.Field[Any]) -> Problem:
     """Return the problem of a value of another type than its setting's."""
-    kind = str(field.type).replace(" | None", " or null")
+    kind = str(field.type).replace(NUMBER, "int or float").replace(" | None", " or null")
     if value == "":
         rule = f"has no value; it must be of type {kind}"
         return Problem(f"{path}=", rule, written(path, default_of(field)))

@@ -33,6 +33,7 @@ class Counts:
         documents: Documents that were not left out.
         distinct_trained: Trained tokens, each once: without copies of a document, what
             ``dataset.mix`` repeats, and what two blocks share.
+        weighted: Trained tokens whose weight in the loss is below 1, in the written samples.
         cut_tokens: Trained tokens that ``dataset.overlong=truncate`` cuts off.
         most_cut: For each of the rows that lose most of these, by FILE:LINE, how many it loses and
             has.
@@ -60,6 +61,7 @@ class Counts:
     samples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    weighted: int = 0
     distinct_trained: int = 0
     cut_tokens: int = 0
     longest: int = 0
@@ -145,6 +147,12 @@ def gate(parts: dict[str, Counts], config: DatasetConfig, dropped: str) -> list[
                 stops.append(f"{line}\n    fix: correct the data, or dataset.stop_above.{check}=1")
             elif verdict == "warn":
                 warnings.append(line)
+    met: dict[str, int] = {}
+    for source in (source for counts in parts.values() for source in counts.sources.values()):
+        for name, count in source.get("roles", {}).items():
+            met[name] = met.get(name, 0) + count
+    if absent := [name for name, count in met.items() if not count]:
+        warnings.append(f"dataset.roles: no message has the role {' or '.join(absent)}")
     if stops:
         raise DataError("the data exceeds limits that stop the run:\n" + "\n".join(stops))
     return warnings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,10 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, split: Split) -> 
     kinds = dict.fromkeys(("input_ids", "labels", "rows"), pa.list_(pa.int32()))
     if packed:
         kinds["seq_lengths"] = pa.list_(pa.int32())
+    # Evaluations count every trained token alike, so that perplexities can be compared.
+    weights = store.weights if split.name == "train" else None
+    if weights is not None:
+        kinds["weights"] = pa.list_(pa.float32())
     roles = np.zeros(2 * len(ROLES), np.int64)
     new = _new(plan, store)
     with (
@@ -72,6 +77,10 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, split: Split) -> 
             columns = [_lists(ids, edges), _lists(labels, edges), _lists(rows, offsets)]
             if packed:
                 columns.append(_lists(sizes.astype(np.int32), offsets))
+            if weights is not None:
+                own = np.concatenate([weights[a:b] for a, b in spans])
+                columns.append(_lists(own, edges))
+                counts.weighted += int(((own < 1) & (labels != IGNORE_INDEX)).sum())
             writer.write_batch(pa.record_batch(columns, list(kinds)))
             seen = labels != IGNORE_INDEX
             fresh = np.repeat(new[pieces], sizes)
@@ -106,5 +115,5 @@ def _new(plan: packing.Plan, store: Store) -> NDArray[np.bool_]:
     return new
 
 
-def _lists(values: NDArray[np.int32], edges: NDArray[np.int64]) -> pa.ListArray:
+def _lists(values: NDArray[Any], edges: NDArray[np.int64]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(edges, pa.int32()), pa.array(values))

@@ -79,16 +79,18 @@ class Chat:
             raise DataError(
                 "no message is trained: each answer that template.train_on selects has train: false"
             )
-        messages = [{k: v for k, v in message.items() if k != "train"} for message in messages]
+        weights = [message.get("weight", True) for message in messages]
+        ours = ("train", "weight")
+        messages = [{k: v for k, v in message.items() if k not in ours} for message in messages]
         messages, tools = self.template.guarded(messages), self.template.guarded_value(tools)
         if self.train_on == "all":
             return [self._whole(messages, tools)]
         if not by_turn:
             try:
-                return [self._cut(messages, tools, turns)]
+                return [self._cut(messages, tools, turns, weights)]
             except RewrittenError:
                 pass
-        return [self._cut(messages[: index + 1], tools, [index]) for index in turns]
+        return [self._cut(messages[: index + 1], tools, [index], weights) for index in turns]
 
     def _whole(self, messages: list[Message], tools: Tools) -> Sample:
         """Train the whole text."""
@@ -102,9 +104,11 @@ class Chat:
     def _end_of(self, message: Message) -> End:
         return self.end_of_call if message.get("tool_calls") else self.end
 
-    def _cut(self, messages: list[Message], tools: Tools, turns: list[int]) -> Sample:
+    def _cut(
+        self, messages: list[Message], tools: Tools, turns: list[int], weights: list[float]
+    ) -> Sample:
         whole, marks = self.template.rendered(messages, tools, generation=False)
-        spans: list[Span] = []
+        spans: dict[Span, float] = {}
         answers: list[tuple[int, str]] = []
         differs = False
         for index in turns:
@@ -133,7 +137,7 @@ class Chat:
             if whole[:stop] != until[:stop]:
                 raise RewrittenError
             answers.append((index, whole[begin:stop]))
-            spans += self._trained(begin, stop, marks)
+            spans |= dict.fromkeys(self._trained(begin, stop, marks), weights[index])
         self.parts.require(messages, tools, turns)
         require_texts(whole, messages, tools, answers)
         sample = self._segments(whole, messages, spans)
@@ -157,8 +161,10 @@ class Chat:
             )
         return spans
 
-    def _segments(self, whole: str, messages: list[Message], spans: list[Span]) -> Sample:
-        """Split a text at the trained spans, and where a control token begins a message.
+    def _segments(self, whole: str, messages: list[Message], spans: dict[Span, float]) -> Sample:
+        """Split a text at the trained spans, which have weights, and where a message begins.
+
+        A message begins with a control token.
 
         No token extends over the beginning of a control token, so these splits change no token.
         """
@@ -185,7 +191,8 @@ class Chat:
         edges = sorted({0, len(whole), *starts, *(edge for span in spans for edge in span)})
         sample = Sample()
         for begin, end in itertools.pairwise(edges):
-            trained = any(span[0] <= begin < span[1] for span in spans)
+            found = (weight for span, weight in spans.items() if span[0] <= begin < span[1])
+            trained = next(found, False)
             role = "assistant" if trained else owners[bisect.bisect_right(starts, begin) - 1][1]
             sample.append(Segment(whole[begin:end], trained, role))
         return sample

@@ -14,7 +14,7 @@ from sft.data.row_encoder import IGNORE_INDEX
 
 @dataclass
 class Collator:
-    """Make a batch of samples that have ``input_ids``, ``labels`` and perhaps ``seq_lengths``.
+    """Make a batch of samples: see ``sft.data.prepared.Samples``.
 
     Padded, for samples of 3 and 2 tokens::
 
@@ -46,6 +46,10 @@ class Collator:
 
         loss_positions  [1, 4]
 
+    If samples have ``weights``, also those of the trained labels, in the order of the positions::
+
+        loss_weights    [1.0, 0.5]   float32, whose bits an int32 tensor holds
+
     Attributes:
         pad_token_id: Id of the padding, which is never trained.
         padding_free: Join the samples into one row.
@@ -71,10 +75,14 @@ class Collator:
         for row, lengths in zip(labels, sizes, strict=True):
             # Nothing precedes the first token of a document, so nothing can predict it.
             row[np.cumsum(lengths) - lengths] = IGNORE_INDEX
+        weights = [
+            np.asarray(sample.get("weights", np.ones(len(row))), np.float32)
+            for sample, row in zip(samples, ids, strict=True)
+        ]
         packed = any("seq_lengths" in sample for sample in samples)
         if self.padding_free:
             ids, labels = [np.concatenate(ids)], [np.concatenate(labels)]
-            sizes = [np.concatenate(sizes)]
+            sizes, weights = [np.concatenate(sizes)], [np.concatenate(weights)]
         width = max(map(len, ids))
         width += -width % (self.pad_to_multiple_of or 1)
         batch: dict[str, Any] = {
@@ -83,6 +91,10 @@ class Collator:
         }
         if self.loss_positions:
             batch["loss_positions"] = trained_places(batch["labels"])
+        if self.loss_positions and any("weights" in sample for sample in samples):
+            table = _filled(weights, width, 0, np.float32)
+            # DeepSpeed rounds floating-point inputs to 16 bits, so the bits travel as integers.
+            batch["loss_weights"] = table.flatten()[batch["loss_positions"]].view(torch.int32)
         if not (packed or self.padding_free or self.documents):
             batch["attention_mask"] = _filled([np.ones_like(row) for row in ids], width, 0)
             return batch
@@ -116,9 +128,9 @@ def trained_places(labels: torch.Tensor) -> torch.Tensor:
     return trained.flatten().nonzero()[:, 0]
 
 
-def _filled(rows: list[Any], width: int, value: int) -> torch.Tensor:
+def _filled(rows: list[Any], width: int, value: int, kind: Any = np.int64) -> torch.Tensor:
     """Stack rows of different lengths, padded on the right with ``value``."""
-    table = np.full((len(rows), width), value, np.int64)
+    table = np.full((len(rows), width), value, kind)
     for index, row in enumerate(rows):
         table[index, : len(row)] = row
     return torch.from_numpy(table)

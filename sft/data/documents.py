@@ -71,7 +71,7 @@ def joined(
     samples: Sequence[tuple[Owner, list[TokenSpan]]],
     stop_ids: Sequence[int] | None,
     bos_ids: Sequence[int],
-) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[Any]]:
+) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.float32] | None, NDArray[Any]]:
     """Concatenate documents, and make the record of each.
 
     Args:
@@ -80,18 +80,23 @@ def joined(
         bos_ids: What the tokenizer puts before a document.
 
     Returns:
-        Token ids and marks, shape (tokens,), and records of DOCUMENT, shape (documents,).
+        Token ids, marks and weights in the loss, shape (tokens,), and records of DOCUMENT, shape
+        (documents,). The weights are None where all are 0 or 1, as the marks say.
     """
     spans = [span for _, sample in samples for span in sample]
     sizes = np.fromiter((len(ids) for ids, _, _ in spans), np.int64, len(spans))
     flat = itertools.chain.from_iterable(ids for ids, _, _ in spans)
     ids = np.fromiter(flat, np.int32, int(sizes.sum()))
-    kinds = (MARKS[role, trained] for _, trained, role in spans)
+    kinds = (MARKS[role, bool(trained)] for _, trained, role in spans)
     marks = np.repeat(np.fromiter(kinds, np.uint8, len(spans)), sizes)
+    weights = None
+    if any(0 < trained < 1 for _, trained, _ in spans):
+        each = np.fromiter((trained for _, trained, _ in spans), np.float32, len(spans))
+        weights = np.repeat(each, sizes)
 
     documents = np.zeros(len(samples), DOCUMENT)
     if not samples:
-        return ids, marks, documents
+        return ids, marks, weights, documents
     counts = np.fromiter((len(sample) for _, sample in samples), np.int64, len(samples))
     firsts = np.cumsum(counts) - counts
     documents["length"] = np.add.reduceat(sizes, firsts)
@@ -113,7 +118,7 @@ def joined(
         bos = bos_ids[0]
         both = (ids[begins] == bos) & (after == bos) & (documents["length"] > 1)
         documents["double_bos"] = both
-    return ids, marks, documents
+    return ids, marks, weights, documents
 
 
 def _never_stops(

@@ -35,8 +35,9 @@ class Conversation(NamedTuple):
     """A conversation in OpenAI's form.
 
     Attributes:
-        messages: Messages with ``role`` and ``content``, with ``tool_calls`` as objects, and with
-            ``train`` where the data says whether it is trained.
+        messages: Messages with ``role`` and ``content``, with ``tool_calls`` as objects, with
+            ``train`` where the data says whether it is trained, and with ``weight`` where that is
+            between 0 and 1.
         tools: Tools in OpenAI's form; None if there are none.
         used: Columns of the row that are in it.
         named: Keys of messages that hold a name, which not all templates write, as COLUMN.KEY.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sft.data.flags import FLAGS_OF_MESSAGES, WEIGHTS, flag_of
 from sft.data.tool_calls import calls_of
-from sft.data.values import FLAGS_OF_MESSAGES, described, flag_of, is_absent, is_filled, text_of
+from sft.data.values import described, is_absent, is_filled, text_of
 from sft.errors import DataError
 
 ROLES = {
@@ -47,9 +48,15 @@ def message_of(item: dict[str, Any], number: int, column: str, unused: set[str])
     role = ROLES.get(str(said))
     if role is None:
         if said is None:
-            raise DataError(f"{place} has no role; its keys are {', '.join(map(str, item))}")
+            raise DataError(
+                f"{place} has no role; its keys are {', '.join(map(str, item))}\n"
+                "    fix: dataset.columns.role=KEY and dataset.columns.content=KEY"
+            )
         known = ", ".join(ROLES)
-        raise DataError(f"{place} has the role {said!r}; the known roles are {known}")
+        raise DataError(
+            f"{place} has the role {said!r}; the known roles are {known}\n"
+            f"    fix: dataset.roles.user=[{said}], or assistant, system or tool in place of user"
+        )
     content = _first(item, ("content", "value"), taken)
     message: dict[str, Any] = {"role": role, "content": ""}
     if role == "function_call":
@@ -68,12 +75,16 @@ def message_of(item: dict[str, Any], number: int, column: str, unused: set[str])
     for key in ("name", "tool_call_id"):
         if (value := _first(item, (key,), taken)) is not None:
             message[key] = text_of(value, f"{key} of {place}")
-    if (train := flag_of(item, place, FLAGS_OF_MESSAGES, f"{column}.")) is not None:
+    weight = flag_of(item, place, FLAGS_OF_MESSAGES, f"{column}.", WEIGHTS)
+    if weight is not None:
+        train = weight > 0
         if train and message["role"] != "assistant":
             raise DataError(
                 f"{place} of role {role} is marked as trained; only the assistant's messages can be"
             )
         message["train"] = train
+        if 0 < weight < 1:
+            message["weight"] = weight
     if len(taken) < len(item):
         left = item.keys() - taken - FLAGS_OF_MESSAGES
         unused |= {f"{column}.{key}" for key in left if is_filled(item[key])}

@@ -21,7 +21,11 @@ INVENTORY = "files.json"  # written last: sizes and hashes of all other files
 
 @dataclass
 class Samples:
-    """``input_ids``, ``labels`` and, if packed, ``seq_lengths``; and their counts."""
+    """Samples and their counts.
+
+    Each has ``input_ids``, ``labels``, ``rows`` (numbers, from 1), if packed ``seq_lengths``, and
+    ``weights`` (of the tokens in the loss) if some are between 0 and 1.
+    """
 
     dataset: Dataset
     counts: Counts

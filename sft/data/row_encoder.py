@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.data.documents import Owner, joined, near_hash
+from sft.data.flags import FLAGS, require_trained
 from sft.data.formats import recognise
 from sft.data.rows import SHOWN, BadRow, Row
 from sft.data.segment import TOKEN_BREAK, Sample, Segment
@@ -19,7 +20,7 @@ from sft.data.template import Rendered, Template
 from sft.data.text_encoder import Encoder, TokenSpan
 from sft.data.token_rows import COLUMNS, spans_of
 from sft.data.token_rows import IGNORE_INDEX as IGNORE_INDEX
-from sft.data.values import FLAGS, Empty, present, require_trained, unused, without
+from sft.data.values import Empty, present, unused, without
 from sft.errors import DataError, ModelError
 
 
@@ -30,6 +31,7 @@ class Encoded:
     Attributes:
         ids: Token ids, shape (tokens,).
         marks: Role and trained flag of each, shape (tokens,).
+        weights: Weight of each in the loss, shape (tokens,); None: as the flags say.
         documents: Records of DOCUMENT, shape (documents,); ``row`` counts from the batch's first.
         bad: Rows that do not fit, with the reason.
         empty: Rows with nothing to train.
@@ -39,6 +41,7 @@ class Encoded:
 
     ids: NDArray[np.int32]
     marks: NDArray[np.uint8]
+    weights: NDArray[np.float32] | None
     documents: NDArray[Any]
     bad: list[BadRow]
     empty: list[BadRow]
@@ -98,9 +101,9 @@ class RowEncoder:
                 owners += self._owners(index, done, number)
         both = [*self._encoded(rows, rendered, owners, bad), *ready]
         both.sort(key=lambda item: item[0].row)
-        ids, marks, documents = joined(both, self.stop_ids, self.encoder.bos_ids)
+        ids, marks, weights, documents = joined(both, self.stop_ids, self.encoder.bos_ids)
         documents["line"] = [rows[owner.row].line for owner, _ in both]
-        return Encoded(ids, marks, documents, bad, empty, list(names))
+        return Encoded(ids, marks, weights, documents, bad, empty, list(names))
 
     def _owners(self, index: int, done: Rendered, unused: int) -> list[Owner]:
         control, unrolled = self._holds_control(done.samples), len(done.samples) > 1

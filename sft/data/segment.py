@@ -16,10 +16,16 @@ TOKEN_BREAK = "\uf8f0"
 
 
 class Segment(NamedTuple):
-    """A part of a sample's text: whether it is trained, and its role."""
+    """A part of a sample's text.
+
+    Attributes:
+        text: The text.
+        trained: The weight of its tokens in the loss: false: they are not trained; true: 1.
+        role: Its role.
+    """
 
     text: str
-    trained: bool
+    trained: float
     role: str = "prompt"
 
 

@@ -13,6 +13,7 @@ from sft.config.settings import DatasetConfig
 from sft.data import locations
 from sft.data.folders import Location, resolve
 from sft.data.readers import MAX_ROW_BYTES
+from sft.data.roles import KEYS, MessageNames
 from sft.data.rows import BadRow, Row
 from sft.data.values import is_filled
 from sft.errors import DataError, SourceError
@@ -28,7 +29,8 @@ class Source:
         path: File, folder, pattern, URL or hub id.
         subset: The hub dataset's configuration.
         split: Split of a hub dataset, or of one that ``save_to_disk`` wrote.
-        columns: The source's column for each template field.
+        columns: The source's column, or key of messages, for each template field.
+        roles: The source's names for each role of messages.
         name: Name in the audit.
         weight: How often an epoch repeats each row.
         held_out: Whether the rows are for evaluation.
@@ -42,6 +44,7 @@ class Source:
     subset: str | None = None
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, list[str]] = field(default_factory=dict)
     name: str = "data"
     weight: float = 1.0
     held_out: bool = False
@@ -78,7 +81,13 @@ class Source:
         """Identify the rows by content and by these options."""
         streamed = self.stream_seed is not None
         content = locations.fingerprint(self.location, self.subset, self.split, streamed)
-        return f"{content} {self.columns} {self.weight} {self.held_out} {self.max_rows}"
+        names = f"{self.columns} {self.roles}"
+        return f"{content} {names} {self.weight} {self.held_out} {self.max_rows}"
+
+    @cached_property
+    def names(self) -> MessageNames:
+        """The source's names for keys and roles of messages; it counts those that were read."""
+        return MessageNames(self.columns, self.roles)
 
     def estimated_rows(self) -> int | None:
         """Estimate the number of rows, for a progress bar; None if that is not cheap."""
@@ -104,7 +113,7 @@ class Source:
         if first is None:
             raise SourceError(f"{self.path} holds no rows", "FILE with at least one row")
         rows = itertools.islice(itertools.chain([first], found), self.max_rows)
-        if not self.columns:
+        if not self.columns and not self.roles:
             yield from rows
             return
         if len(set(self.columns.values())) < len(self.columns):
@@ -130,27 +139,41 @@ class Source:
             DataError: None has.
         """
         for name, column in self.columns.items():
-            if seen and column not in seen:
+            if seen and column not in seen and column not in self.names.found:
+                what = f"no column {column}, and no message with such a key"
+                what = what if name in KEYS else f"no column {column}"
                 raise DataError(
-                    f"{self.path} has no column {column}; it has {', '.join(seen)}\n"
+                    f"{self.path} has {what}; it has {', '.join(seen)}\n"
                     f"    fix: dataset.columns.{name}=COLUMN"
                 )
 
     def _renamed(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return a row's values by their new names.
+        """Return a row's values, and its messages, by their new names.
 
-        A column that has a new name already stays where the renamed one is not filled. Where both
-        are filled, the audit lists it.
+        A field such as ``content`` is a column where no message has the key.
         """
-        moved = {*self.columns.values(), *self.columns}
-        renamed = {key: value for key, value in values.items() if key not in moved}
-        for name, column in self.columns.items():
-            value = values.get(column)
-            own = None if name in self.columns.values() else values.get(name)
-            if is_filled(own) and is_filled(value):
-                renamed[f"{name}, replaced by {column}"] = own
-            renamed[name] = value if is_filled(value) or not is_filled(own) else own
-        return renamed
+        columns = {name: key for name, key in self.columns.items() if name not in KEYS}
+        renamed, any_key = self.names.renamed(_moved(values, columns))
+        return renamed if any_key else _moved(renamed, self.names.keys)
+
+
+def _moved(values: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """Rename columns: values by their names now, and the column of now for each new name.
+
+    A column that has a new name already stays where the renamed one is not filled. Where both are
+    filled, the audit lists it.
+    """
+    if not columns:
+        return values
+    moved = {*columns.values(), *columns}
+    renamed = {key: value for key, value in values.items() if key not in moved}
+    for name, column in columns.items():
+        value = values.get(column)
+        own = None if name in columns.values() else values.get(name)
+        if is_filled(own) and is_filled(value):
+            renamed[f"{name}, replaced by {column}"] = own
+        renamed[name] = value if is_filled(value) or not is_filled(own) else own
+    return renamed
 
 
 def of(config: DatasetConfig, seed: int) -> list[Source]:
@@ -176,26 +199,27 @@ def require_paths(config: DatasetConfig) -> None:
 
 def _of(config: DatasetConfig) -> list[Source]:
     limit = config.max_rows
+    shared: dict[str, Any] = {
+        "split": config.split,
+        "columns": config.columns,
+        "roles": config.roles,
+    }
     if config.mix:
         given = [
-            Source(
-                name=name,
-                max_rows=limit,
-                setting=f"dataset.mix.{name}.path",
-                **{"columns": config.columns, "split": config.split, **item},
-            )
+            Source(name=name, setting=f"dataset.mix.{name}.path", **(shared | item))
             for name, item in config.mix.items()
         ]
+        for source in given:
+            source.max_rows = min(filter(None, (source.max_rows, limit)), default=None)
     else:
         assert config.path is not None
-        given = [Source(config.path, config.subset, config.split, config.columns, max_rows=limit)]
+        given = [Source(config.path, config.subset, max_rows=limit, **shared)]
     limit = config.max_eval_rows
     if config.eval_path is not None:
-        held_out = Source(config.eval_path, None, config.split, config.columns)
-        held_out.setting = "dataset.eval_path"
+        held_out = Source(config.eval_path, setting="dataset.eval_path", **shared)
     elif config.eval_split is not None:
         assert config.path is not None
-        held_out = Source(config.path, config.subset, config.eval_split, config.columns)
+        held_out = Source(config.path, config.subset, **(shared | {"split": config.eval_split}))
     else:
         return given
     held_out.name, held_out.held_out, held_out.max_rows = "eval", True, limit

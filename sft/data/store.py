@@ -30,6 +30,7 @@ class Store:
     Attributes:
         ids: Token ids, shape (tokens,).
         marks: Role and trained flag of each token, shape (tokens,).
+        weights: Weight of each token in the loss, shape (tokens,); None: as the flags say.
         documents: Records of ``row_encoder.DOCUMENT``, shape (documents,).
         begins: Where each document begins in ``ids``, shape (documents,).
         files: Names that ``documents["file"]`` is an index into.
@@ -39,6 +40,7 @@ class Store:
 
     ids: NDArray[np.int32]
     marks: NDArray[np.uint8]
+    weights: NDArray[np.float32] | None
     documents: NDArray[Any]
     begins: NDArray[np.int64]
     files: list[str]
@@ -64,8 +66,12 @@ class Dropped:
 class _Writer:
     """Appends encoded batches to the files of a folder, and counts the rows of each source."""
 
-    def __init__(self, ids: IO[bytes], marks: IO[bytes], dropped: Dropped) -> None:
-        self.ids, self.marks, self.dropped = ids, marks, dropped
+    def __init__(
+        self, ids: IO[bytes], marks: IO[bytes], weights: IO[bytes], dropped: Dropped
+    ) -> None:
+        self.ids, self.marks, self.weights, self.dropped = ids, marks, weights, dropped
+        self.tokens = 0
+        self.weighted = False  # once a weight is between 0 and 1; until then, none is written
         self.files: dict[str, int] = {}
         self.unused: dict[tuple[str, ...], int] = {}
         self.tables: list[NDArray[Any]] = []
@@ -84,6 +90,7 @@ class _Writer:
         # Not tofile, whose error on a full disk has no errno.
         self.ids.write(np.ascontiguousarray(done.ids).data)
         self.marks.write(np.ascontiguousarray(done.marks).data)
+        self._write_weights(done)
         table = done.documents
         table["file"] = [
             self.files.setdefault(batch[index].file, len(self.files)) for index in table["row"]
@@ -111,6 +118,21 @@ class _Writer:
                 "dataset.columns= as the rows need"
             )
 
+    def _write_weights(self, done: Encoded) -> None:
+        """Append a batch's weights; before the first fraction, ones for all earlier tokens."""
+        if done.weights is not None and not self.weighted:
+            self.weighted = True
+            for begin in range(0, self.tokens, 1 << 20):
+                self._write_ones(min(1 << 20, self.tokens - begin))
+        if done.weights is not None:
+            self.weights.write(np.ascontiguousarray(done.weights).data)
+        elif self.weighted:
+            self._write_ones(len(done.ids))
+        self.tokens += len(done.ids)
+
+    def _write_ones(self, count: int) -> None:
+        self.weights.write(np.ones(count, np.float32).data)
+
 
 def encoded(
     given: Sequence[sources.Source],
@@ -131,8 +153,12 @@ def encoded(
         samples: Stop once there are enough rows for this many samples; None: encode all.
     """
     maker = RowEncoder(template, config.sanitize, config.ignore_columns)
-    with (folder / "ids.bin").open("wb") as ids, (folder / "marks.bin").open("wb") as marks:
-        writer = _Writer(ids, marks, dropped)
+    with (
+        (folder / "ids.bin").open("wb") as ids,
+        (folder / "marks.bin").open("wb") as marks,
+        (folder / "weights.bin").open("wb") as weights,
+    ):
+        writer = _Writer(ids, marks, weights, dropped)
         for number, source in enumerate(given):
             batches = batches_of(rows_of(source, template, config), template.config.kind == "text")
             wanted = _wanted(source, given, config, samples)
@@ -152,6 +178,8 @@ def encoded(
                     writer.write(source, number, batch, done)
                     if wanted is not None and made >= wanted:
                         break
+            if source.roles:
+                writer.read[source.name]["roles"] = dict(source.names.counts)
     documents = np.concatenate(writer.tables) if writer.tables else np.zeros(0, DOCUMENT)
     if not len(documents):
         rows = sum(tally["rows"] for tally in writer.read.values())
@@ -162,6 +190,7 @@ def encoded(
     return Store(
         np.memmap(folder / "ids.bin", np.int32, "r"),
         np.memmap(folder / "marks.bin", np.uint8, "r"),
+        np.memmap(folder / "weights.bin", np.float32, "r") if writer.weighted else None,
         documents,
         np.cumsum(lengths) - lengths,
         list(writer.files),

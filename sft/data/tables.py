@@ -108,6 +108,7 @@ def _figures(parts: dict[str, Counts], config: DatasetConfig) -> list[tuple[str,
     add("  blocks are full to", full)
     add("tokens", [c.tokens for c in counts])
     add("  trained", [f"{c.trained_tokens:,} ({_share(c)})" for c in counts])
+    add("  with a weight below 1", [c.weighted or None for c in counts])
     overlap = "not trained again" if config.boundary_overlap == "context" else "trained again"
     add(f"  repeated, {overlap}", [c.repeated or None for c in counts])
     for role in {name: None for c in counts for name in c.roles}:

@@ -10,6 +10,7 @@ from sft.config.settings import TemplateConfig
 from sft.config.template_settings import columns_of
 from sft.data.chat import Chat
 from sft.data.chat_template import ChatTemplate
+from sft.data.flags import FLAGS, require_trained
 from sft.data.formats import (
     Conversation,
     answer_of,
@@ -21,13 +22,11 @@ from sft.data.formats import (
 )
 from sft.data.segment import Sample, Segment, control_of
 from sft.data.values import (
-    FLAGS,
     Empty,
     is_filled,
     is_known,
     present,
     refuse,
-    require_trained,
     unused,
 )
 from sft.data.variants import Filled, fill, require_filled
@@ -161,10 +160,12 @@ class Template:
         if self.train_on == "last_assistant":
             answers = answers[-1:]
         chosen = [i for i in answers if messages[i].get("train", True)]
-        if self.train_on == "all" and len(chosen) < len(answers):
+        weighted = any("weight" in messages[i] for i in chosen)
+        if self.train_on == "all" and (len(chosen) < len(answers) or weighted):
+            what = "a weight below 1" if weighted else "train: false or weight 0"
             raise DataError(
-                "an answer of the row has train: false or weight 0, and template.train_on=all "
-                "trains every token\n    fix: template.train_on=assistant"
+                f"an answer of the row has {what}, and template.train_on=all trains every token\n"
+                "    fix: template.train_on=assistant"
             )
         if not chosen:
             raise Empty(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-TokenSpan = tuple[list[int], bool, str]  # ids, trained, role
+TokenSpan = tuple[list[int], float, str]  # ids, weight in the loss (0: not trained), role
 
 
 class _Piece(NamedTuple):

@@ -12,10 +12,6 @@ from typing import Any
 from sft.errors import DataError
 
 SHOWN = 60  # characters of a value in a message
-# Keys of a row or of a message that say whether it is trained. OpenAI's fine-tuning files have
-# weight, Axolotl's have training.
-FLAGS = frozenset(("train", "training", "weight", "loss_weight"))
-FLAGS_OF_MESSAGES = FLAGS | {"loss"}  # ms-swift's; a row may have its loss by some model
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 MASKS = (
     *("attention_mask", "completion_mask", "assistant_masks", "assistant_mask"),
@@ -48,7 +44,6 @@ KNOWN_OF_MESSAGES = KNOWN | dict.fromkeys(
     "train: true or train: false in each message",
 )
 _KNOWN_OF_TOKENS = frozenset((*MEDIA, "prompt_mask", "seq_lengths"))
-_TRUE, _FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
 _PLAIN = frozenset((str, int, bool, list, dict, bytes, type(None)))
 
 
@@ -124,52 +119,6 @@ def parsed(value: Any, place: str) -> Any:
         return json.loads(value)
     except ValueError as error:
         raise DataError(f"{place} is not valid JSON: {error}") from None
-
-
-def flag_of(
-    values: Mapping[str, Any], place: str, names: frozenset[str] = FLAGS, prefix: str = ""
-) -> bool | None:
-    """Return whether a row or a message is trained, by its flags; None: it has none.
-
-    Args:
-        values: The row or the message.
-        place: Its name, for the error.
-        names: Keys to obey.
-        prefix: What ``dataset.ignore_columns`` writes before a key.
-
-    Raises:
-        DataError: A flag is neither 0 nor 1, or two flags disagree.
-    """
-    if names.isdisjoint(values):
-        return None
-    found: dict[str, bool] = {}
-    for name in sorted(names & values.keys()):
-        value = values[name]
-        if not is_filled(value):
-            continue
-        text = str(value).strip().lower()
-        if text not in _TRUE and text not in _FALSE:
-            raise DataError(
-                f"{place} has {name}={str(value)[:SHOWN]}: 1 or true trains it, 0 or false does "
-                "not, and there are no other weights\n"
-                "    fix: 0 or 1, the weight of a source in dataset.mix, or "
-                f"dataset.ignore_columns=[{prefix}{name}]"
-            )
-        found[name] = text in _TRUE
-    if len(set(found.values())) > 1:
-        raise DataError(f"{place} has flags that disagree: {', '.join(found)}")
-    return next(iter(found.values()), None)
-
-
-def require_trained(row: Mapping[str, Any], names: frozenset[str] = FLAGS) -> None:
-    """Refuse a row whose flags say that it is not trained.
-
-    Raises:
-        Empty: They say so.
-    """
-    if flag_of(row, "the row", names) is False:
-        name = next(name for name in sorted(names) if is_filled(row.get(name)))
-        raise Empty(f"there is nothing to train: the row has {name}={row[name]}")
 
 
 def unused(

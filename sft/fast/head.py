@@ -54,6 +54,26 @@ class HeadOutput(ModelOutput):  # type: ignore[misc]
     is_top1: torch.Tensor | None = None
 
 
+@dataclass
+class Asked:
+    """What a forward pass asks of the loss.
+
+    Attributes:
+        dft: Multiply each loss by the label's probability (arXiv 2508.05629).
+        metrics: Also compute entropy and is_top1.
+        weights: Factors of the losses, (N,), float32; None: 1.
+    """
+
+    dft: bool
+    metrics: bool
+    weights: torch.Tensor | None
+
+    def losses(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each label, (N,), from log-probabilities that have a gradient."""
+        each = -log_probs * log_probs.detach().exp() if self.dft else -log_probs
+        return each if self.weights is None else each * self.weights.to(each.device)
+
+
 def install(model: PreTrainedModel, kind: str) -> None:
     """Make ``model(..., labels=..., fused_lm_head=True)`` return a HeadOutput.
 
@@ -77,6 +97,7 @@ def install(model: PreTrainedModel, kind: str) -> None:
         head_dft: bool = False,
         labels: torch.Tensor | None = None,
         loss_positions: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head:
@@ -85,10 +106,12 @@ def install(model: PreTrainedModel, kind: str) -> None:
         if loss_positions is None:
             loss_positions = trained_places(labels)
         labels = labels.flatten()[loss_positions]
+        weights = None if loss_weights is None else loss_weights.view(torch.float32)
+        asked = Asked(head_dft, head_metrics, weights)
         if kind == "plain":
             scores = before(*args, **kwargs).logits
             scores = scores.flatten(0, 1)[(loss_positions - 1).to(scores.device)].float()
-            return _scored(scores, labels.to(scores.device), head_dft, head_metrics)
+            return _scored(scores, labels.to(scores.device), asked)
         # Llama-4's text model is its own base_model, because its prefix names no module of it.
         backbone = self.base_model if self.base_model is not self else self.model
         states = backbone(*args, **kwargs).last_hidden_state
@@ -96,42 +119,42 @@ def install(model: PreTrainedModel, kind: str) -> None:
         head = self.get_output_embeddings()
         states, labels = states.to(head.weight.device), labels.to(head.weight.device)
         with maybe_gather_lm_head_ctx(head.weight, head.bias):
-            return score(states, head, labels, logits, head_dft, head_metrics)
+            return score(states, head, labels, logits, asked)
 
     forward.before = before  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
 def _by_chunks(
-    states: torch.Tensor, head: Any, labels: torch.Tensor, logits: Logits, dft: bool, metrics: bool
+    states: torch.Tensor, head: Any, labels: torch.Tensor, logits: Logits, asked: Asked
 ) -> HeadOutput:
     """Compute the loss of the labels, (N,), from the backbone's states, (N, width)."""
-    weights: tuple[Any, ...] = (head.weight, head.bias)
+    trained: tuple[Any, ...] = (head.weight, head.bias)
     if not torch.is_grad_enabled():  # otherwise SummedLoss would compute their gradients
-        weights = tuple(None if weight is None else weight.detach() for weight in weights)
+        trained = tuple(None if weight is None else weight.detach() for weight in trained)
+    factors = None if asked.weights is None else asked.weights.to(states.device)
     loss, log_probs, entropy, is_top1 = SummedLoss.apply(  # type: ignore[no-untyped-call]
-        states, *weights, labels, logits, dft, metrics
+        states, *trained, labels, factors, logits, asked.dft, asked.metrics
     )
     return HeadOutput(
         loss=loss,
         log_probs=log_probs,
         label_mask=torch.ones_like(labels, dtype=torch.bool),
-        entropy=entropy if metrics else None,
-        is_top1=is_top1 if metrics else None,
+        entropy=entropy if asked.metrics else None,
+        is_top1=is_top1 if asked.metrics else None,
     )
 
 
 def _by_trl(
-    states: torch.Tensor, head: Any, labels: torch.Tensor, logits: Logits, dft: bool, metrics: bool
+    states: torch.Tensor, head: Any, labels: torch.Tensor, logits: Logits, asked: Asked
 ) -> HeadOutput:
     """Compute the same with TRL's kernel, which uses Triton on a GPU."""
-    wanted = ("entropy", "is_top1") if metrics else ()
+    wanted = ("entropy", "is_top1") if asked.metrics else ()
     log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
         states, head.weight, head.bias, labels, 1.0, TILE, logits.softcap, logits.scale, wanted
     )
-    weights = log_probs.detach().exp() if dft else 1
     return HeadOutput(
-        loss=-(log_probs * weights).sum(),
+        loss=asked.losses(log_probs).sum(),
         log_probs=log_probs.detach(),
         label_mask=torch.ones_like(labels, dtype=torch.bool),
         entropy=None if entropy is None else entropy.detach(),
@@ -139,33 +162,37 @@ def _by_trl(
     )
 
 
-def _scored(scores: torch.Tensor, labels: torch.Tensor, dft: bool, metrics: bool) -> HeadOutput:
+def _scored(scores: torch.Tensor, labels: torch.Tensor, asked: Asked) -> HeadOutput:
     """Compute the same from logits, (N, vocabulary), with plain PyTorch functions."""
     every = scores.log_softmax(-1)
     log_probs = every.gather(1, labels[:, None])[:, 0]
-    each = -log_probs * log_probs.detach().exp() if dft else -log_probs
     every = every.detach()
     return HeadOutput(
-        loss=each.sum(),
+        loss=asked.losses(log_probs).sum(),
         log_probs=log_probs.detach(),
         label_mask=torch.ones_like(labels, dtype=torch.bool),
-        entropy=-(every.exp() * every).sum(-1) if metrics else None,
-        is_top1=every.argmax(-1) == labels if metrics else None,
+        entropy=-(every.exp() * every).sum(-1) if asked.metrics else None,
+        is_top1=every.argmax(-1) == labels if asked.metrics else None,
     )
 
 
-def choose(config: Config, architecture: PreTrainedModel) -> Choice:
+def choose(config: Config, architecture: PreTrainedModel, weighted: bool = False) -> Choice:
     """Choose ``model.lm_head``: how the loss is computed.
 
     Args:
         config: The run's config.
         architecture: The model, with or without weights.
+        weighted: Whether tokens of the data have weights between 0 and 1.
 
     Raises:
-        ConfigError: The model's experts need the load-balancing loss, which only TRL's head adds.
+        ConfigError: Only TRL's head adds the loss that balances experts, and without weights.
     """
     name, asked = "model.lm_head", config.model.lm_head
     if balances(config, architecture):
+        if weighted:
+            rule = "the loss that balances this model's experts is not computed with weights"
+            fix = f"train.extra.{COEFFICIENT}=0, or dataset.ignore_columns=[messages.weight]"
+            raise ConfigError([Problem("messages with a weight between 0 and 1", rule, fix)])
         if asked in ("chunked", "plain"):
             rule = "only TRL's head adds the loss that balances this model's experts"
             fix = f"{name}=auto, or train.extra.{COEFFICIENT}=0"

@@ -119,6 +119,7 @@ class SummedLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
+        weights: torch.Tensor | None,
         logits: Logits,
         dft: bool,
         metrics: bool,
@@ -131,6 +132,7 @@ class SummedLoss(torch.autograd.Function):
             weight: The head's weight, (vocabulary, width).
             bias: The head's bias, (vocabulary,), or None.
             labels: (N,).
+            weights: Factors of the positions' losses, (N,), float32; None: 1.
             logits: What the model applies to the head's output.
             dft: Weight each token's loss by its probability (arXiv 2508.05629).
             metrics: Also compute entropy and is_top1.
@@ -167,11 +169,14 @@ class SummedLoss(torch.autograd.Function):
                     p.scatter_add_(1, target, p.new_full(target.shape, -1))
                     if dft:
                         p *= log_probs[part, None].exp()
+                    if weights is not None:
+                        p *= weights[part, None]
                     _add_gradients(grads, part, logits.backward_(p, slope).to(dtype), x, head)
         ctx.save_for_backward(*grads)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(log_probs, entropy, is_top1)
         each = -log_probs * log_probs.exp() if dft else -log_probs
+        each = each if weights is None else each * weights
         return each.sum(), log_probs, entropy, is_top1
 
     @staticmethod
@@ -179,4 +184,4 @@ class SummedLoss(torch.autograd.Function):
         """Scale the gradients that the forward pass computed."""
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         found = [None if grad is None else (grad * of_loss).to(dtype) for grad, dtype in pairs]
-        return (*found, None, None, None, None)
+        return (*found, None, None, None, None, None)

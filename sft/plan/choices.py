@@ -46,6 +46,7 @@ class Choices:
         lm_head: How the loss is computed.
         checkpointing: Whether the backward pass recomputes activations, on every rank.
         evaluation: When held-out rows are evaluated; ``no`` where there are none.
+        cadence: When it is logged, evaluated and saved, where that is a share or a count per epoch.
         warmup: The warm-up of a run of one step; None if the run has several.
         ds_config: The DeepSpeed configuration, sized to the model; None without ZeRO.
         packed: Whether a sample holds several documents.
@@ -66,6 +67,7 @@ class Choices:
     lm_head: Choice
     checkpointing: Choice
     evaluation: Choice
+    cadence: tuple[Choice, ...]
     warmup: Choice | None
     ds_config: dict[str, Any] | None
     packed: bool
@@ -83,8 +85,14 @@ class Choices:
         """Yield the choices in the order in which they are printed."""
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, Choice):
-                yield value
+            each = value if isinstance(value, tuple) else (value,)
+            yield from (choice for choice in each if isinstance(choice, Choice))
+
+    @property
+    def intervals(self) -> dict[str, int]:
+        """The whole numbers of steps that were chosen for shares, by the name of the setting."""
+        names = {f"train.{name}_steps": f"{name}_steps" for name in schedule.SHARES}
+        return {names[each.setting]: each.value for each in self.cadence if each.setting in names}
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Return value and reason by setting, for ``run.json``."""
@@ -157,7 +165,9 @@ def decide(
     name = precision.value
     zero_choice, ds_config = zero.choose(config, architecture, name)
     stage = zero.stage(ds_config)
-    packed = "seq_lengths" in prepared.train.dataset.column_names
+    columns = prepared.train.dataset.column_names
+    packed = "seq_lengths" in columns
+    samples = prepared.train.counts.samples
     attention, joined = kernel.choose(config, architecture, name, packed)
     frozen = linear.choose(config, architecture, name, stage)
     by_peft = fast_lora.left_to_peft(config, stage)
@@ -179,10 +189,11 @@ def decide(
         padding_free=joined,
         frozen_linear=frozen,
         adapters=_adapters(config, by_peft),
-        lm_head=head.choose(config, architecture),
+        lm_head=head.choose(config, architecture, "weights" in columns),
         checkpointing=_same_on_all_ranks(config, recomputes),
         evaluation=_evaluation(config, prepared),
-        warmup=schedule.choose_warmup(config.train, prepared.train.counts.samples),
+        cadence=tuple(schedule.choose_cadence(config.train, samples, prepared.eval is not None)),
+        warmup=schedule.choose_warmup(config.train, samples),
         ds_config=ds_config,
         packed=packed,
         fused_adapters=not by_peft,

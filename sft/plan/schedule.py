@@ -1,13 +1,17 @@
-"""The steps of a run, and its warm-up."""
+"""The steps of a run, its warm-up, and the steps after which it is logged, evaluated and saved."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from sft.config.rules import Choice
 from sft.config.settings import TrainConfig
 from sft.errors import ConfigError, Problem
 from sft.process import world_size
+
+SHARES = ("logging", "eval", "save")  # of whose train.NAME_steps a value below 1 is a fraction
+LISTED = 12  # points of an epoch in a message, at most
 
 
 def choose_warmup(train: TrainConfig, samples: int) -> Choice | None:
@@ -36,3 +40,56 @@ def planned_steps(train: TrainConfig, samples: int) -> tuple[int, int]:
     if train.max_steps > 0:
         return per_epoch, train.max_steps
     return per_epoch, math.ceil(train.num_train_epochs * per_epoch)
+
+
+def points(per_epoch: int, count: int) -> list[int]:
+    """Space steps of an epoch evenly: point k is after k/count of it, the last at its end.
+
+    Args:
+        per_epoch: Optimizer steps of an epoch.
+        count: Points, at most ``per_epoch``.
+
+    Returns:
+        The steps, counted from 1 within the epoch, shape (count,), ascending.
+    """
+    return [math.ceil(per_epoch * number / count) for number in range(1, count + 1)]
+
+
+def choose_cadence(train: TrainConfig, samples: int, evaluates: bool) -> Iterator[Choice]:
+    """Choose the steps of settings that are a fraction of all steps, or a count per epoch.
+
+    A fraction is rounded up to a whole step, as Transformers does.
+
+    Args:
+        train: The train section.
+        samples: Samples of an epoch.
+        evaluates: Whether there are held-out rows.
+
+    Raises:
+        ConfigError: An epoch has fewer steps than the points that are set.
+    """
+    per_epoch, total = planned_steps(train, samples)
+    strategies = {"logging": "steps", "eval": train.eval_strategy, "save": train.save_strategy}
+    problems = []
+    for name in SHARES:
+        share, strategy = getattr(train, f"{name}_steps"), strategies[name]
+        count = getattr(train, f"{name}s_per_epoch", None)
+        if name == "eval" and not evaluates:
+            continue
+        if strategy == "steps" and share < 1:
+            reason = f"{share:g} of {total:,} steps"
+            yield Choice(f"train.{name}_steps", math.ceil(total * share), reason)
+        elif strategy == "epoch" and count is not None and count > per_epoch:
+            rule = f"is more than the {per_epoch:,} steps of an epoch"
+            setting = f"train.{name}s_per_epoch"
+            problems.append(Problem(f"{setting}={count}", rule, f"{setting}={per_epoch}"))
+        elif strategy == "epoch" and count is not None:
+            steps = ", ".join(map(str, points(per_epoch, count)[:LISTED]))
+            more = ", ..." if count > LISTED else ""
+            reason = f"after steps {steps}{more} of the {per_epoch:,} of each epoch"
+            yield Choice(f"train.{name}s_per_epoch", count, reason)
+    if problems:
+        raise ConfigError(problems)
+    if train.save_total_limit == 1 and train.save_strategy != "no" and evaluates:
+        reason = "the newest checkpoint; the one with the best evaluation stays beside it"
+        yield Choice("train.save_total_limit", 1, f"{reason}, if they differ")

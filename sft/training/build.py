@@ -101,6 +101,7 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
         fields["warmup_steps"] = choices.warmup.value
     if not choices.evaluates:
         fields |= {"eval_strategy": "no", "eval_steps": None}
+    fields |= choices.intervals
     per_forward = train["per_device_train_batch_size"] * world_size()
     environment.rejoin()
     try:
@@ -116,6 +117,7 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
             deepspeed=choices.ds_config,
             eval_on_start=choices.evaluates,
             dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,  # the collator takes what it needs: TRL drops the weights
             max_length=None,
             disable_tqdm=True,
             **{

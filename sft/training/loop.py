@@ -11,6 +11,7 @@ from sft.fast.probe import Probe
 from sft.inference.answers import exact_match
 from sft.model.precision import dtype_of
 from sft.training import left_out
+from sft.training.cadence import WithinEpochs
 from sft.training.guard import Guard
 from sft.training.signals import Signals
 from sft.watch import callbacks
@@ -37,7 +38,9 @@ def add_checks(
     trainer.guard = Guard(
         trainer.args, signals, trainer.rows_of, settings.max_loss_jump, settings.on_nan
     )
-    trainer.add_callback(trainer.guard)
+    trainer.within_epochs = WithinEpochs(settings, prepared.train.counts.samples)
+    trainer.add_callback(trainer.within_epochs)
+    trainer.add_callback(trainer.guard)  # the last: on a signal, no evaluation starts
     trainer.args.eval_on_start &= resume_from is None
 
     def before_training(action: Callable[[], object], on_resume: bool = True) -> None:

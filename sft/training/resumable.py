@@ -21,6 +21,7 @@ from sft.checkpoint.restore import restore
 from sft.checkpoint.save import save
 from sft.config import zero
 from sft.files import begin_folder, finish_folder
+from sft.training.cadence import WithinEpochs
 from sft.training.guard import Guard
 from sft.training.metrics import RunningMetrics, share_of
 
@@ -37,6 +38,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
     _total_train_tokens: int
     guard: Guard | None = None
+    within_epochs: WithinEpochs  # set before training begins
     fingerprint = ""  # the run's; the manifest of each checkpoint names it
     _saved_counts: list[dict[str, Any]] | None = None  # by rank, of the checkpoint resumed from
     updates = 0  # steps in which this process changed the weights
@@ -106,7 +108,8 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         last = step >= self.state.max_steps  # the Trainer always evaluates after the last step
         due = {
             "steps": (last or step % self.state.eval_steps == 0) and step >= self.args.eval_delay,
-            "epoch": (last or float(epoch).is_integer()) and epoch >= self.args.eval_delay,
+            "epoch": (last or float(epoch).is_integer() or self.within_epochs.evaluates_after(step))
+            and epoch >= self.args.eval_delay,
         }.get(self.args.eval_strategy, False)
         done = any(log["step"] == step for log in self.state.log_history if "eval_loss" in log)
         if due and not done:

@@ -34,6 +34,18 @@ class Trainer(ResumableTrainer):
             head.install(self.model.get_base_model() if peft else self.model, kind)
             self.data_collator.loss_positions = True
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Return a step's micro-batches, and the sum of its trained tokens' weights on all ranks.
+
+        Without weights, that is the number of trained tokens, which the stock method counts.
+        """
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        weights = [batch["loss_weights"] for batch in batches if "loss_weights" in batch]
+        if weights:
+            own = torch.cat(weights).view(torch.float32).double().sum()
+            count = self.accelerator.gather(own.to(self.args.device)).sum()
+        return batches, count
+
     def compute_loss(
         self,
         model: Any,
@@ -42,6 +54,8 @@ class Trainer(ResumableTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the mean loss over the trained tokens of all ranks and micro-batches of a step.
+
+        With weights, it is the sum of weight x loss, divided by the sum of the weights.
 
         Entropy and token accuracy are computed for the steps that are logged, and summed over the
         ranks then; the stock method does both in every micro-batch.
@@ -63,7 +77,9 @@ class Trainer(ResumableTrainer):
         if num_items_in_batch is None:
             return output.loss / output.label_mask.sum().clamp(min=1)
         # The tokens of every rank are counted, and DDP takes the mean of the ranks' gradients.
-        loss = output.loss / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        count = torch.as_tensor(num_items_in_batch)
+        # A step may have no trained token, and weights a sum below 1.
+        loss = output.loss / torch.where(count > 0, count, 1).to(output.loss.dtype)
         return loss * self.accelerator.num_processes
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

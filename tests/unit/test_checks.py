@@ -120,8 +120,8 @@ def test_the_base_of_these_tests_is_legal() -> None:
         ),
         (
             "train__save_total_limit",
-            1,
-            ("train.save_total_limit=1", "must be at least 2", "train.save_total_limit=2"),
+            0,
+            ("train.save_total_limit=0", "must be at least 1", "train.save_total_limit=2"),
         ),
     ],
 )
@@ -499,13 +499,24 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"dataset__path": None, "dataset__mix": {"a": {"path": "b", "wieght": 2}}},
             (
                 "dataset.mix.a.wieght=2",
-                "the keys of a source are columns, path, split, subset, weight",
+                "the keys of a source are columns, max_rows, path, roles, split, subset, weight",
                 "did you mean weight?",
             ),
         ),
         (
             {"dataset__path": None, "dataset__mix": {"a": {"path": "b", "weight": 0}}},
             ("dataset.mix.a.weight=0", "must be above 0", "dataset.mix.a.weight=1"),
+        ),
+        *(
+            (
+                {"dataset__path": None, "dataset__mix": {"a": {"path": "b", "max_rows": rows}}},
+                (
+                    f"dataset.mix.a.max_rows={rows}",
+                    "must be a whole number of rows, at least 1",
+                    "dataset.mix.a.max_rows=null",
+                ),
+            )
+            for rows in (0, -5, 2.5, True, "all")
         ),
         (
             {"template__train_on": "assistant"},

@@ -1,5 +1,6 @@
 """The chunked head gives the loss, the gradients and the metrics of the model's own logits."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,36 @@ def test_it_is_exact(
             assert (a is None) == (b is None)
             if a is not None and b is not None:
                 torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("dft", [False, True])
+def test_weights_are_factors_of_the_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dft: bool
+) -> None:
+    """Against autograd through plain logits in float64."""
+    monkeypatch.setattr(loss, "CHUNK", 5 * 307)
+    model = model_of(tmp_path, "gemma2")
+    labels = batch()["labels"][:, 1:]
+    trained = labels != -100
+    weights = torch.rand(18, generator=torch.Generator().manual_seed(1))
+    precise = copy.deepcopy(model).double()
+    scores = precise(input_ids=batch()["input_ids"]).logits[:, :-1][trained]
+    each = torch.nn.functional.cross_entropy(scores, labels[trained], reduction="none")
+    each = each * (-each).exp().detach() if dft else each
+    expected = (weights.double() * each).sum()
+    (expected / 21).backward()
+    wanted = [parameter.grad for parameter in precise.parameters()]
+    largest = max(float(grad.abs().max()) for grad in wanted if grad is not None)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    for kind in ("plain", "chunked", "trl"):
+        head.install(model, kind)
+        output, grads = found(model, head_dft=dft, loss_weights=weights.view(torch.int32))
+        assert output.loss.item() == pytest.approx(expected.item(), rel=2e-6)
+        assert output.label_mask.sum() == 18
+        for a, b in zip(wanted, grads, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                torch.testing.assert_close(b.double(), a, rtol=1e-4, atol=1e-6 * largest)
 
 
 def test_metrics_are_left_out_unless_asked_for(tmp_path: Path) -> None:

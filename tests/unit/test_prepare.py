@@ -259,6 +259,27 @@ def test_a_mixture_sees_each_source_as_often_as_asked(tmp_path: Path) -> None:
     assert not set(held_out) & set(texts(split.train))
 
 
+def test_of_each_source_of_a_mixture_the_first_rows_are_read(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", [pair(n) for n in range(10)])
+    b = write(tmp_path / "b.jsonl", [{"q": f"q{n}", "completion": "x"} for n in range(10)])
+    mix = {
+        "a": {"path": a, "weight": 2, "max_rows": 3},
+        "b": {"path": b, "columns": {"prompt": "q"}, "max_rows": None},
+    }
+    mixed = made(None, mix=mix)
+    found = texts(mixed.train)
+    assert sorted(found) == sorted(
+        [f"p{n} c{n}<|end|>" for n in range(3)] * 2 + [f"q{n}x<|end|>" for n in range(10)]
+    )
+    read = {name: source["rows"] for name, source in mixed.train.counts.sources.items()}
+    assert read == {"a": 3, "b": 10}
+    # dataset.max_rows is of each source too, and the smaller number holds.
+    few = made(None, mix=mix, max_rows=5).train.counts
+    assert {name: source["rows"] for name, source in few.sources.items()} == {"a": 3, "b": 5}
+    few = made(None, mix=mix, max_rows=2).train.counts
+    assert {name: source["rows"] for name, source in few.sources.items()} == {"a": 2, "b": 2}
+
+
 def test_copies_are_found_within_and_between(tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl", [pair(1), pair(1), pair(2), pair(3)])
     held_out = write(tmp_path / "eval.jsonl", [pair(3), pair(4)])

@@ -100,6 +100,18 @@ def test_a_mixture_is_of_samples_in_the_ratio_of_the_weights(tmp_path: Path, fol
     assert (found.count("p"), found.count("q")) == (150, 50)
 
 
+def test_of_a_streamed_source_no_more_rows_are_read_than_asked(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = shards(tmp_path / "other", 20, "q")
+    mix = {"a": {"path": str(folder), "max_rows": 30}, "b": {"path": str(other), "max_rows": 500}}
+    with caplog.at_level("INFO", "sft"):
+        prepared = made(None, 200, mix=mix)
+    found = [text[0] for text in texts(prepared)]
+    assert (found.count("p"), found.count("q")) == (30, 100)
+    assert "the source ended after 130 samples; the run takes 200" in caplog.text
+
+
 def test_a_source_that_ends_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "sft"):
         assert made(folder, 5000).train.counts.samples == 20 * ROWS

@@ -268,13 +268,17 @@ def test_flags_of_a_row_and_of_a_message(audit: Any) -> None:
         turn = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
         return {"messages": [*turn[:1], {**turn[1], **flag}, *turn]}
 
+    bad[0] = {"weight": 1.5}
     rows = [chat(flag) for flag in [*flags, *off, *bad]]
     texts, figures, dropped = audit(rows, "template=plain-chat")
     turn = "USER: u\nASSISTANT:⟦ a<|end|>⟧\n"
     context = "USER: u\nASSISTANT: a<|end|>\n"
     assert texts == [turn + turn] * 4 + [context + turn] * 4
     assert [row["line"] for row in dropped] == [9, 10, 11, 12]
-    assert dropped[0]["reason"].startswith("message 2 has weight=0.5: 1 or true trains it")
+    reason = (
+        "message 2 has weight=1.5: 1 or true trains it, 0 or false does not, and a fraction less"
+    )
+    assert dropped[0]["reason"].startswith(reason)
 
 
 def test_what_is_not_used_is_counted(audit: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -241,7 +241,7 @@ def test_a_setting_that_another_switches_off_is_refused_with_a_fix(need: no_effe
     if need.fix is None:
         put(config, need.setting, default)
     else:
-        values = (True, False, None, "steps", "none", "linear")
+        values = (True, False, None, "steps", "epoch", "none", "linear")
         put(config, need.other, next(value for value in values if need.holds(value)))
     assert refused() == []
 
