@@ -113,7 +113,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.model.precision import dtype_of
         from sft.plan import choices
         from sft.run import resume
-        from sft.training import build, loop, start, summary
+        from sft.training import build, groups, loop, start, summary
 
     tokenizer = load_tokenizer(config.model)
     architecture = load_architecture(config.model)
@@ -122,6 +122,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     fast_lora.leave_out_unusual(lora, architecture)
     refusals.say_before_training(config, architecture.config, lora)
     start.require(config, lora, architecture, resume_from)
+    groups.require(config, architecture, lora)
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
@@ -139,6 +140,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         base = load_base(config, architecture.config, precision.value, chosen.attention.value)
         collator = build.make_collator(config, chosen, tokenizer)
         trainer = build.make_trainer(base, args, chosen, prepared, collator, tokenizer, lora)
+        trainer.rates = groups.Rates.of(config.train)
         if resume_from is None:
             start.load(config, trainer)
         summary.describe_run(config, trainer, prepared, tokenizer)

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from sft.data.sampler import Fillers, Shuffle, eval_batches, samples_of
 from sft.fast import head
+from sft.training.groups import Rates
 from sft.training.resumable import ResumableTrainer
 from sft.training.signals import end_with_rank
 
@@ -24,6 +25,7 @@ class Trainer(ResumableTrainer):
 
     control: Any
     lm_head = "trl"
+    rates: Rates | None = None
     _loader: Any = None  # of the training samples, without what Accelerate wraps around it
 
     def use_head(self, kind: str) -> None:
@@ -65,6 +67,16 @@ class Trainer(ResumableTrainer):
         # The tokens of every rank are counted, and DDP takes the mean of the ranks' gradients.
         loss = output.loss / torch.as_tensor(num_items_in_batch).clamp(min=1)
         return loss * self.accelerator.num_processes
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Make the optimizer, with groups of parameters where some have rates of their own."""
+        if self.rates is not None and self.rates.differ and self.optimizer is None:
+            trained = self.model if model is None else model
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            decayed = set(self.get_decay_parameter_names(trained))
+            groups = self.rates.groups(trained, decayed, self.args.weight_decay)
+            self.optimizer_cls_and_kwargs = kind, {**arguments, "params": groups}
+        return super().create_optimizer(model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Report the loss of every micro-batch to the guard."""
