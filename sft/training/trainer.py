@@ -76,7 +76,12 @@ class Trainer(ResumableTrainer):
             decayed = set(self.get_decay_parameter_names(trained))
             groups = self.rates.groups(trained, decayed, self.args.weight_decay)
             self.optimizer_cls_and_kwargs = kind, {**arguments, "params": groups}
-        return super().create_optimizer(model)
+        made = super().create_optimizer(model)
+        # A fused optimizer leaves out a step whose gradients overflowed by itself, and Accelerate
+        # would take it for made: the schedule would advance. So the loss scaler leaves it out.
+        if self.args.fp16 and hasattr(made, "_step_supports_amp_scaling"):
+            made._step_supports_amp_scaling = False
+        return made
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Report the loss of every micro-batch to the guard."""
@@ -98,7 +103,9 @@ class Trainer(ResumableTrainer):
             self.optimizer._is_overflow = not math.isfinite(norm)
             if self.optimizer._is_overflow:
                 model.zero_grad(set_to_none=True)
-        if self._get_learning_rate() > 0 and not self.accelerator.optimizer_step_was_skipped:
+        overflowed = self.args.fp16 and not math.isfinite(norm)
+        skips = overflowed or self.accelerator.optimizer_step_was_skipped
+        if self._get_learning_rate() > 0 and not skips:
             self.updates += 1
         return norm
 
