@@ -30,6 +30,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "transformers.trainer_callback:ProgressCallback": ("current_step", "training_bar"),
     "transformers.trainer_callback:TrainerState": ("compute_steps(args, max_steps)",),
     "trl.trainer.sft_trainer:SFTTrainer": ("_metrics", "_total_train_tokens", "aux_loss_enabled"),
+    "trl.trainer": ("sft_trainer",),
     "trl.trainer.sft_trainer": ("get_peft_model",),
     "accelerate.accelerator:Accelerator": ("optimizer_step_was_skipped", "scaler"),
     "accelerate.optimizer:AcceleratedOptimizer": ("_is_overflow", "optimizer"),
@@ -131,7 +132,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     ),
     "transformers.convert_slow_tokenizer": ("bytes_to_unicode()",),
     # Adapters.
-    "peft.tuners.lora": ("Linear", "LoraConfig"),
+    "peft.tuners.lora": ("Embedding", "Linear", "LoraConfig"),
     "peft.tuners.lora.layer": (
         "Linear(base_layer, adapter_name, config, r, lora_alpha)",
         *("LoraLayer", "ParamWrapper"),

@@ -108,8 +108,8 @@ class Rates:
 
 def _of_embeddings(model: Any) -> Iterator[torch.nn.Parameter]:
     """Yield the parameters of embeddings, of LM heads, and of adapters on embeddings."""
-    from peft.tuners.lora.layer import Embedding
-    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.lora import Embedding
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from torch import nn
 
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
