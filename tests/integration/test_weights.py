@@ -10,6 +10,7 @@ from support import SAME_LOSS, assert_same_adapter, build_adapter, losses, recor
 from warm import run_warm
 
 from sft import prove
+from sft.errors import ConfigError, MergeError
 
 FILE = "adapter/adapter_model.safetensors"
 
@@ -148,3 +149,154 @@ def test_a_step_that_overflows_in_fp16_is_left_out(
     float16.scale = 1.0  # what a restored scale replaces
     assert_goes_on(run, *fp16)
     assert float16.trainer.accelerator.scaler.get_scale() == 2.0**18
+
+
+def stored(folder: Path, base: Path, quantization: str, dtype: Any, **changed: Any) -> Path:
+    """Write a base as Transformers saves it once bitsandbytes has quantised it."""
+    from transformers import AutoTokenizer
+
+    from sft.model.base import load_frozen
+    from sft.train import main
+
+    asked = [f"model.name_or_path={base}", f"quantization={quantization}"]
+    config = main.compose(["model=hf", *asked])
+    load_frozen(config.model, config.quantization, dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"] |= changed
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def based_on(base: Path, settings: list[str], *more: str) -> list[str]:
+    """Replace the base of a run."""
+    return [*without(settings, "model.name_or_path"), f"model.name_or_path={base}", *more]
+
+
+@pytest.fixture
+def short(llama: Path, tmp_path: Path) -> Path:
+    """Give a base in bfloat16, as most are."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "short"
+    )
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "short")
+    return tmp_path / "short"
+
+
+@pytest.mark.parametrize(("quantization", "precision"), [("nf4", "fp32"), ("int8", "bf16")])
+def test_files_that_are_quantised_train_as_what_they_were_made_of(
+    tmp_path: Path, short: Path, saving: list[str], quantization: str, precision: str
+) -> None:
+    """Bit for bit, whatever precision the machine that quantised them computed in."""
+    import torch
+
+    from sft.merge import __main__ as merge
+
+    saving = [*without(saving, "precision"), f"precision={precision}"]
+    expected, run = tmp_path / "expected", tmp_path / "run"
+    files = stored(
+        tmp_path / "files", short, quantization, torch.bfloat16, bnb_4bit_compute_dtype="float16"
+    )
+    train(*based_on(short, saving, f"quantization={quantization}"), f"output_dir={expected}")
+    train(*based_on(files, saving), f"output_dir={run}")
+    assert (run / FILE).read_bytes() == (expected / FILE).read_bytes()
+    assert losses(run) == losses(expected)
+    record = json.loads((run / "run.json").read_text())
+    assert record["choices"]["quantization"]["value"] == quantization
+    card, other = (json.loads((at / "adapter" / "sft.json").read_text()) for at in (run, expected))
+    assert card["quantization"] == other["quantization"]
+    if quantization == "int8":
+        assert_goes_on(run, *based_on(files, saving))
+        return
+    with pytest.raises(MergeError, match=r"are already quantised.*\n.*check_base=false"):
+        merge.merge(merge.main.compose([f"run={run}"]))
+    onto = [f"base={short}", "check_base=false", f"output={tmp_path / 'merged'}"]
+    merge.merge(merge.main.compose([f"run={run}", *onto]))
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert report["passed"] and report["onto"] == "dequantized"
+
+
+def fp8(folder: Path, base: Path) -> tuple[Path, Path]:
+    """Write a base with 8-bit floating-point weights and a scale for each block, and its values.
+
+    Returns:
+        The quantised base, and the same numbers in float32.
+    """
+    import shutil
+
+    import torch
+    from safetensors.torch import save_file
+
+    plain = folder / "plain"
+    quantised = folder / "fp8"
+    for path in (plain, quantised):
+        shutil.copytree(base, path)
+    tensors = load_file(base / "model.safetensors")
+    stored, values = dict(tensors), dict(tensors)
+    for name, weight in tensors.items():
+        if "_proj" in name:
+            blocks = weight.float().unflatten(0, (-1, 32)).unflatten(2, (-1, 32))
+            scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+            small = (blocks / scale).to(torch.float8_e4m3fn)
+            stored[name] = small.flatten(2).flatten(0, 1).contiguous()
+            stored[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
+            values[name] = (small.float() * scale).flatten(2).flatten(0, 1)
+    save_file(stored, quantised / "model.safetensors", {"format": "pt"})
+    save_file(values, plain / "model.safetensors", {"format": "pt"})
+    content = json.loads((base / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    (quantised / "config.json").write_text(json.dumps(content))
+    return quantised, plain
+
+
+@pytest.mark.parametrize("lora", ["all-linear", "none"])
+def test_fp8_files_are_dequantised(
+    tmp_path: Path, short: Path, saving: list[str], lora: str
+) -> None:
+    files, plain = fp8(tmp_path, short)
+    saving = [*saving, f"lora={lora}", "train.max_steps=3"]
+    saving = [*without(saving, "train.max_steps=6", "train.save_"), "train.save_strategy=no"]
+    train(*based_on(plain, saving), f"output_dir={tmp_path / 'expected'}")
+    train(*based_on(files, saving), f"output_dir={tmp_path / 'run'}")
+    assert losses(tmp_path / "run") == losses(tmp_path / "expected")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["choices"]["quantization"] == {
+        "value": "none",
+        "reason": "the model's fp8 files are dequantised, which takes 0.0 GiB for weights",
+    }
+    if lora == "none":
+        content = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+        assert "quantization_config" not in content
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        ("gptq", "", "quantised by gptq, and sft cannot train on them\n.*WAS_QUANTISED"),
+        ("awq", "quantization=nf4", "quantised by awq"),
+        ("fp8", "quantization=nf4", r"are quantised already \(fp8\)\n.*quantization=none"),
+        ("compressed-tensors", "", "pip install compressed-tensors"),
+        ("bitsandbytes", "quantization=int8", "with load_in_4bit=true, bnb_4bit_quant_type=fp4"),
+        ("bitsandbytes", "lora=none", r"cannot be trained; the files .*\n.*WAS_QUANTISED"),
+        ("bitsandbytes", "lora.extra.init_lora_weights=olora", "changes the base weights"),
+        ("bitsandbytes", "quantization.extra.llm_int8_threshold=5", "in another way"),
+        ("bitsandbytes", "quantization=nf4", "with load_in_4bit=true, bnb_4bit_quant_type=fp4"),
+    ],
+)
+def test_files_that_cannot_be_trained_are_refused(
+    tmp_path: Path, llama: Path, rows: Path, method: str, settings: str, said: str
+) -> None:
+    """Before any weight loads: the folder has none."""
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(llama, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    content = json.loads((base / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": method, "load_in_4bit": True, "bits": 4}
+    (base / "config.json").write_text(json.dumps(content))
+    run = ["model=hf", f"model.name_or_path={base}", "dataset=jsonl", f"dataset.path={rows}"]
+    with pytest.raises(ConfigError, match=said):
+        train(*run, "template=chat", f"output_dir={tmp_path / 'run'}", *settings.split())
