@@ -108,7 +108,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.fast import cpu_products
         from sft.fast import lora as fast_lora
         from sft.merge import refusals
-        from sft.model import adapter, prequantized
+        from sft.model import adapter, prequantized, trainable
         from sft.model.base import check_fits, load_architecture, load_base, load_tokenizer
         from sft.model.precision import dtype_of
         from sft.plan import choices
@@ -118,6 +118,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     tokenizer = load_tokenizer(config.model)
     architecture = load_architecture(config.model)
     config = prequantized.as_stored(config, architecture.config)
+    trainable.freeze_architecture(config.model, architecture)
     precision = choices.choose_precision(config, architecture, run.begun_identity())
     lora = adapter.lora_config(config, architecture)
     fast_lora.leave_out_unusual(lora, architecture)

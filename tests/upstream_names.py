@@ -80,7 +80,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "transformers.configuration_utils:PreTrainedConfig": ("_attn_implementation",),
     "transformers.modeling_utils:PreTrainedModel": (
         *("_can_record_outputs", "_supports_attention_backend", "_supports_sdpa"),
-        *("_get_dtype_plan(dtype)", "_weight_conversions", "hf_quantizer"),
+        "_get_dtype_plan(dtype)",
     ),
     "torch.nn.attention.varlen": (
         "varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size)",

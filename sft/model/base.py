@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sft.config.settings import Config, ModelConfig, QuantizationConfig
 from sft.errors import ModelError
 from sft.limits import OutOfTime, TimeLimit
-from sft.model import config_checks, weights
+from sft.model import config_checks, trainable, weights
 from sft.model.precision import dtype_of, needs_masters
 from sft.model.quantization import keep_training_layout
 from sft.model.source import loading, source
@@ -191,6 +191,8 @@ def load_base(
             )
     if getattr(model, "is_loaded_in_4bit", False):  # set so, or its files are 4-bit
         keep_training_layout(model)
+    if config.model.trainable is not None:
+        trainable.freeze(model, config.model.trainable)
     return model
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from support import SAME_LOSS, assert_same_adapter, build_adapter, losses, records
+from support import SAME_LOSS, assert_same_adapter, build_adapter, build_model, losses, records
 from warm import run_warm
 
 from sft import prove
@@ -300,3 +300,65 @@ def test_files_that_cannot_be_trained_are_refused(
     run = ["model=hf", f"model.name_or_path={base}", "dataset=jsonl", f"dataset.path={rows}"]
     with pytest.raises(ConfigError, match=said):
         train(*run, "template=chat", f"output_dir={tmp_path / 'run'}", *settings.split())
+
+
+SOME = "model.trainable=[lm_head, 'model[.]layers[.]1[.]mlp']"
+
+
+def model_of(run: Path) -> dict[str, Any]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_weights_that_are_named_train(
+    tmp_path: Path, llama: Path, saving: list[str], tied: bool
+) -> None:
+    """SGD's first step moves them as when all train, and leaves the others as they were."""
+    base = build_model(tmp_path / "tied", "llama", tied=True) if tied else llama
+    once = without(saving, "train.max_steps", "train.save_")
+    once = based_on(base, once, "lora=none", "train.optim=sgd", "train.lr_scheduler_type=constant")
+    once += ["train.max_steps=1", "train.warmup_steps=0", "train.max_grad_norm=0"]
+    once += ["train.save_strategy=no"]
+    every, some = tmp_path / "every", tmp_path / "some"
+    train(*once, f"output_dir={every}")
+    train(*once, SOME, "train.gradient_checkpointing=true", f"output_dir={some}")
+    before, moved, found = load_file(base / "model.safetensors"), model_of(every), model_of(some)
+    trained = {name for name, value in found.items() if not value.equal(before[name])}
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    parts = ("gate_proj", "up_proj", "down_proj")
+    assert trained == {head} | {f"model.layers.1.mlp.{part}.weight" for part in parts}
+    for name in trained:
+        assert (found[name] - moved[name]).abs().max() < 1e-6
+
+
+def test_named_weights_train_under_zero_and_go_on(tmp_path: Path, saving: list[str]) -> None:
+    some = [*without(saving, "train.learning_rate"), "train.learning_rate=1e-3"]
+    some += ["lora=none", SOME]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(*some, f"output_dir={one}")
+    run_warm("train", *some, "zero=stage3", f"output_dir={two}", ranks=2, cwd=tmp_path)
+    assert losses(two) == pytest.approx(losses(one), rel=SAME_LOSS)
+    expected = model_of(one)
+    for name, value in model_of(two).items():
+        assert (value - expected[name]).abs().max() < 1e-4, name
+    assert_goes_on(one, *some)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("model.trainable=[model.layer.1.mlp]", "matches .* no weight's name; close are model.la"),
+        ("model.trainable=[]", "or nothing is trained"),
+        ("model.trainable=['(']", "is not a regular expression"),
+        ("model.trainable=['(m+)+x']", "no weight's name"),
+        ("model.trainable=['model.embed_tokens.weight$[:32000]']", "some rows of a weight"),
+        ("model.trainable=[lm_head] lora=lora=all-linear", "has no effect with lora.enabled=true"),
+    ],
+)
+def test_names_that_cannot_be_trained_are_refused(
+    tmp_path: Path, llama: Path, rows: Path, settings: str, said: str
+) -> None:
+    run = ["model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"]
+    run += ["template=chat", f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=said):
+        train(*run, *settings.split(" lora="), *[] if "lora=" in settings else ["lora=none"])
