@@ -109,21 +109,24 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.fast import cpu_products
         from sft.fast import lora as fast_lora
         from sft.merge import refusals
-        from sft.model import adapter
+        from sft.model import adapter, prequantized, trainable
         from sft.model.base import check_fits, load_architecture, load_base, load_tokenizer
         from sft.model.precision import dtype_of
         from sft.plan import choices
         from sft.run import resume
-        from sft.training import build, loop, start, summary
+        from sft.training import build, groups, loop, start, summary
 
     build.require(config)
     tokenizer = load_tokenizer(config.model)
     architecture = load_architecture(config.model)
+    config = prequantized.as_stored(config, architecture.config)
+    trainable.freeze_architecture(config.model, architecture)
     precision = choices.choose_precision(config, architecture, run.begun_identity())
     lora = adapter.lora_config(config, architecture)
     fast_lora.leave_out_unusual(lora, architecture)
     refusals.say_before_training(config, architecture.config, lora)
     start.require(config, lora, architecture, resume_from)
+    groups.require(config, architecture, lora)
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
@@ -141,6 +144,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         base = load_base(config, architecture.config, precision.value, chosen.attention.value)
         collator = build.make_collator(config, chosen, tokenizer)
         trainer = build.make_trainer(base, args, chosen, prepared, collator, tokenizer, lora)
+        trainer.rates = groups.Rates.of(config.train)
         if resume_from is None:
             start.load(config, trainer)
         summary.describe_run(config, trainer, prepared, tokenizer)

@@ -30,6 +30,8 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "transformers.trainer_callback:ProgressCallback": ("current_step", "training_bar"),
     "transformers.trainer_callback:TrainerState": ("compute_steps(args, max_steps)",),
     "trl.trainer.sft_trainer:SFTTrainer": ("_metrics", "_total_train_tokens", "aux_loss_enabled"),
+    "trl.trainer": ("sft_trainer",),
+    "trl.trainer.sft_trainer": ("get_peft_model",),
     "accelerate.accelerator:Accelerator": ("optimizer_step_was_skipped", "scaler"),
     "accelerate.optimizer:AcceleratedOptimizer": ("_is_overflow", "optimizer"),
     "accelerate.scheduler:AcceleratedScheduler": ("scheduler",),
@@ -38,6 +40,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "accelerate.state:AcceleratorState": ("_reset_state(reset_partial_state)",),
     "accelerate.state:GradientState": ("_reset_state()",),
     "torch.utils.data:DataLoader": ("_iterator",),
+    "torch.optim:AdamW": ("_step_supports_amp_scaling",),
     "torch.optim.lr_scheduler:LambdaLR": ("_last_lr", "_step_count", "base_lrs", "lr_lambdas"),
     # The files that sft.config.upstream reads setting names from.
     "trl.trainer.base_config": ("_BaseConfig",),
@@ -77,6 +80,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "transformers.configuration_utils:PreTrainedConfig": ("_attn_implementation",),
     "transformers.modeling_utils:PreTrainedModel": (
         *("_can_record_outputs", "_supports_attention_backend", "_supports_sdpa"),
+        "_get_dtype_plan(dtype)",
     ),
     "torch.nn.attention.varlen": (
         "varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size)",
@@ -129,7 +133,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     ),
     "transformers.convert_slow_tokenizer": ("bytes_to_unicode()",),
     # Adapters.
-    "peft.tuners.lora": ("Linear", "LoraConfig"),
+    "peft.tuners.lora": ("Embedding", "Linear", "LoraConfig"),
     "peft.tuners.lora.layer": (
         "Linear(base_layer, adapter_name, config, r, lora_alpha)",
         *("LoraLayer", "ParamWrapper"),

@@ -25,6 +25,7 @@ from sft.errors import Problem
 from sft.process import world_size
 
 MIN_RATES = {"min_lr", "min_lr_rate"}
+OWN_GROUPS = ("galore_", "apollo_", "lomo", "adalomo")  # these group parameters themselves
 
 
 def check(config: Config) -> list[Problem]:
@@ -141,6 +142,14 @@ def _optimizer(config: Config) -> Iterator[Problem]:
             if train.optim.lower() in ("adam", "adamw")
             else upstream.did_you_mean(train.optim, upstream.optimizer_names()),
         )
+    if train.optim.startswith(OWN_GROUPS):
+        for name in ("loraplus_lr_ratio", "embedding_learning_rate"):
+            if getattr(train, name) is not None:
+                yield Problem(
+                    f"train.{name}={getattr(train, name):g}",
+                    f"has no effect with train.optim={train.optim}, which groups the parameters",
+                    "train.optim=adamw_torch_fused",
+                )
     schedule, given = train.lr_scheduler_type, train.lr_scheduler_kwargs
     if schedule == default.lr_scheduler_type and not given:
         return

@@ -118,12 +118,6 @@ def quantization(config: Config) -> Iterator[Problem]:
         )
     if not config.lora.enabled:
         yield Problem("lora=none", "quantised weights cannot be trained", "lora=all-linear")
-    if config.precision == "fp16":
-        yield Problem(
-            "precision=fp16",
-            "a quantised model cannot be trained in fp16: its adapter is stored in bf16",
-            "precision=bf16",
-        )
 
 
 def _json(config: Config) -> dict[str, Any] | None:

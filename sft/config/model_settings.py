@@ -54,8 +54,9 @@ class ModelConfig:
     )
     trainable: list[str] | None = setting(
         None,
-        "with lora=none: regular expressions; weights whose full names match one are trained and "
-        "the others are frozen; null: all are trained",
+        "with lora=none: regular expressions; weights whose full names begin with a match of one "
+        "are trained, the others are frozen; null: all are trained",
+        example="'model.trainable=[lm_head, model.layers.3[01]]'",
     )
     attn_implementation: str | None = setting(
         "auto",

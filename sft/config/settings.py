@@ -70,8 +70,8 @@ class Config:
     )
     precision: str = setting(
         "auto",
-        "precision of weights and arithmetic; auto: bf16 on a GPU that supports it or a CPU that "
-        "computes faster in it, else fp32",
+        "precision of weights and arithmetic; auto: bf16 on a GPU that supports it, else fp16; on "
+        "a CPU bf16 if it computes faster in it, else fp32",
         one_of("auto", "fp32", "bf16", "fp16"),
         decides=("train.bf16", "train.fp16", "train.bf16_full_eval", "train.fp16_full_eval"),
         called=("bf16",),

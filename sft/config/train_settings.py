@@ -55,14 +55,15 @@ class TrainConfig:
     )
     loraplus_lr_ratio: float | None = setting(
         None,
-        "LoRA+: the learning rate of the adapter's B matrices divided by that of its A matrices; "
-        "null: both have train.learning_rate",
+        "LoRA+: the learning rate of the adapter's B matrices, and of trained vectors such as "
+        "biases and DoRA's magnitudes, divided by train.learning_rate; null: all have that",
         above(0),
         ours=True,
     )
     embedding_learning_rate: float | None = setting(
         None,
-        "learning rate of trained embeddings and of LM heads; null: train.learning_rate",
+        "learning rate of trained embeddings, of adapters on them, and of LM heads; null: "
+        "train.learning_rate",
         above(0),
         ours=True,
     )

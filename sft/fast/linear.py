@@ -74,7 +74,7 @@ def choose(config: Config, architecture: PreTrainedModel, precision: str, stage:
     quantization = config.quantization
     reasons = {
         "there is a GPU": torch.cuda.is_available(),
-        "every weight is trained": not config.lora.enabled,
+        "there is no adapter": not config.lora.enabled,
         "the weights are quantised": quantization.load_in_4bit or quantization.load_in_8bit,
         f"precision is {precision}": precision != "fp32",
         "under ZeRO stage 3 no rank holds a whole layer": stage == 3,

@@ -95,7 +95,7 @@ def find(
     if commit := commit_of(base):  # so that all files are read from the same commit
         base = dataclasses.replace(base, revision=commit)
     if merging and (reason := refusals.of_base(str(base.name_or_path), config)):
-        raise MergeError(f"{reason}\n    fix: base=THE_MODEL_THAT_WAS_QUANTISED")
+        raise MergeError(f"{reason}\n    fix: base=THE_MODEL_THAT_WAS_QUANTISED check_base=false")
     stored = config.dtype or torch.float32
     precision = card.identity.get("precision") if card else None
     return Sources(

@@ -6,19 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import process
 from sft.config.settings import Config, ModelConfig, QuantizationConfig
 from sft.errors import ModelError
 from sft.limits import OutOfTime, TimeLimit
-from sft.model import config_checks
+from sft.model import config_checks, trainable, weights
 from sft.model.precision import dtype_of, needs_masters
-from sft.model.quantization import (
-    flatten_inputs,
-    keep_training_layout,
-    quantization_config,
-    stored_method,
-    unquantized,
-)
+from sft.model.quantization import keep_training_layout
 from sft.model.source import loading, source
 
 if TYPE_CHECKING:
@@ -96,6 +89,9 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
             "    fix: put the adapter into a folder of its own, and merge it into the model"
         )
     config_checks.require_plausible(model, config)
+    if not model.pretrained:
+        for part in (config, config.get_text_config(decoder=True)):
+            vars(part).pop("quantization_config", None)  # which is of the files' weights
     return config
 
 
@@ -184,44 +180,20 @@ def load_base(
     set_seed(config.seed)
     with loading("weights", config.model):
         if config.model.pretrained:
-            quantized = quantization_config(config.quantization, dtype)
-            if quantized is not None:
-                options["quantization_config"] = quantized
-                if not is_deepspeed_zero3_enabled():  # ZeRO-3 places the weights itself
-                    options["device_map"] = _device_map()
-            model = _whole(config.model, **options)
+            stored = load_config(config.model)
+            options |= weights.stored_as(stored, config.quantization, dtype)
+            if is_deepspeed_zero3_enabled():  # it places the weights itself
+                options.pop("device_map", None)
+            model = weights.whole(config.model, **options)
         else:
             model = AutoModelForCausalLM.from_config(
                 architecture, trust_remote_code=config.model.trust_remote_code, **options
             )
     if getattr(model, "is_loaded_in_4bit", False):  # set so, or its files are 4-bit
         keep_training_layout(model)
+    if config.model.trainable is not None:
+        trainable.freeze(model, config.model.trainable)
     return model
-
-
-def _whole(model: ModelConfig, **options: Any) -> PreTrainedModel:
-    """Load weights, and raise if one is missing: Transformers would initialise it at random."""
-    from transformers import AutoModelForCausalLM
-
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        **source(model), use_safetensors=True, output_loading_info=True, **options
-    )
-    lacking = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
-    if lacking:
-        raise ModelError(
-            f"the weights of {model.name_or_path} lack {len(lacking)} tensors that its config "
-            f"names, such as {lacking[0]}\n    fix: download or save the model again"
-        )
-    if "quantization_config" not in options and (name := unquantized(loaded)):
-        raise ModelError(
-            f"the config of {model.name_or_path} says that its files are quantised by "
-            f"{stored_method(loaded.config)}, but they hold the weights of {name} unquantised\n"
-            "    fix: remove quantization_config from its config.json, or download it again"
-        )
-    if getattr(loaded, "is_loaded_in_8bit", False):
-        flatten_inputs(loaded)
-    config_checks.require_stop_tokens(model, loaded.generation_config)
-    return loaded
 
 
 def load_frozen(
@@ -239,21 +211,12 @@ def load_frozen(
     """
     import torch
 
-    options: dict[str, Any] = {"dtype": dtype}
-    load_config(model)
+    config = load_config(model)
     with loading("weights", model):
-        quantized = quantization_config(quantization, torch.float32 if dtype == "auto" else dtype)
-        if quantized is not None:
-            options |= {"quantization_config": quantized, "device_map": _device_map()}
-        elif torch.cuda.is_available() and dtype == "auto":
-            options["device_map"] = _device_map()
-        loaded = _whole(model, **options).eval()
+        computed = torch.float32 if dtype == "auto" else dtype
+        options = weights.stored_as(config, quantization, computed)
+        if torch.cuda.is_available() and dtype == "auto":
+            options["device_map"] = weights.device_map()
+        loaded = weights.whole(model, dtype=dtype, **options).eval()
         config_checks.require_decoder(model, loaded.config)
         return loaded
-
-
-def _device_map() -> dict[str, Any]:
-    """Map the whole model to this rank's device; bitsandbytes cannot move it later."""
-    import torch
-
-    return {"": process.local_rank() if torch.cuda.is_available() else "cpu"}

@@ -58,9 +58,12 @@ def choose(
     if not torch.cuda.is_available():
         return _on_cpu(name, why, begun.get("products"), width)
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto" and has_bf16:
+        return _precision("bf16", "the GPU has bf16")
     if name == "auto":
-        reason = f"the GPU has {'bf16' if has_bf16 else 'no bf16'}"
-        return _precision("bf16" if has_bf16 else "fp32", reason)
+        return _precision(
+            "fp16", "the GPU has no bf16; trained weights are float32, and the loss is scaled"
+        )
     if name == "bf16" and not has_bf16:
         why += "; the GPU has no bf16 and emulates it, which is slow"
     return _precision(name, why)

@@ -43,7 +43,7 @@ def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.d
 
 def stored_method(config: PreTrainedConfig) -> str | None:
     """Return how a model's own files are quantised, such as mxfp4 or fp8; None if they are not."""
-    values = _stored(config)
+    values = stored_values(config)
     if values is None:
         return None
     method = values.get("quant_method", "unknown method")
@@ -57,7 +57,7 @@ def unknown_method(config: PreTrainedConfig) -> str | None:
     """
     from transformers.quantizers import AutoHfQuantizer
 
-    values = _stored(config)
+    values = stored_values(config)
     try:
         known = values is None or AutoHfQuantizer.supports_quant_method(values)
     except ValueError:  # no method is named
@@ -65,11 +65,11 @@ def unknown_method(config: PreTrainedConfig) -> str | None:
     return None if known else stored_method(config)
 
 
-def _stored(config: PreTrainedConfig) -> dict[str, Any] | None:
+def stored_values(config: PreTrainedConfig) -> dict[str, Any] | None:
     """Return ``quantization_config`` of a model's config; None if it has none."""
     parts = (config, config.get_text_config(decoder=True))
     found = next(filter(None, (getattr(it, "quantization_config", None) for it in parts)), None)
-    return found if isinstance(found, dict | None) else dict(vars(found))
+    return dict(found if isinstance(found, dict) else vars(found)) if found else None
 
 
 def unquantized(model: PreTrainedModel) -> str | None:

@@ -15,7 +15,7 @@ from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
 from sft.fast import head, linear, mixers
 from sft.fast import lora as fast_lora
-from sft.model import experts
+from sft.model import experts, prequantized
 from sft.model import precision as precisions
 from sft.model.precision import Precision, dtype_of, needs_masters
 from sft.plan import kernel, memory, schedule
@@ -38,6 +38,7 @@ class Choices:
         precision: fp32, bf16 or fp16, and how bf16 products are computed on a CPU.
         tf32: Whether float32 products may use TF32.
         zero: The DeepSpeed JSON; None without ZeRO.
+        quantization: How a base is loaded whose files are quantised already; None for another.
         packing: How documents are packed into samples.
         attention: The attention kernel; None for the architecture's own.
         padding_free: Whether a micro-batch is joined into one row.
@@ -59,6 +60,7 @@ class Choices:
     precision: Precision
     tf32: Choice
     zero: Choice | None
+    quantization: Choice | None
     packing: Choice
     attention: Choice
     padding_free: Choice
@@ -184,6 +186,9 @@ def decide(
         precision=_with_masters(config, precision),
         tf32=precisions.choose_tf32(name, config.train.extra),
         zero=zero_choice,
+        quantization=prequantized.choice(
+            config, architecture.config, architecture.num_parameters(), dtype_of(name).itemsize
+        ),
         packing=_packing(config),
         attention=attention,
         padding_free=joined,

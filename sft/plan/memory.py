@@ -43,7 +43,7 @@ def activation_bytes(config: Any, tokens: int, itemsize: int, scored: int = 0) -
     return int(tokens * layers * numbers * itemsize)
 
 
-def state_bytes(config: Config, parameters: int, itemsize: int, stage: int) -> int:
+def state_bytes(config: Config, parameters: int, itemsize: int, stage: int, frozen: int = 0) -> int:
     """Estimate the bytes of weights, gradients and optimizer state on one rank.
 
     An adapter's are small compared with the base model's weights and are not counted.
@@ -53,6 +53,7 @@ def state_bytes(config: Config, parameters: int, itemsize: int, stage: int) -> i
         parameters: Number of the model's parameters.
         itemsize: Bytes of a number in the run's precision.
         stage: ZeRO stage.
+        frozen: How many of them model.trainable freezes.
     """
     ranks = world_size()
     if config.lora.enabled:
@@ -61,11 +62,15 @@ def state_bytes(config: Config, parameters: int, itemsize: int, stage: int) -> i
         else:
             each = 1.0 if config.quantization.load_in_8bit else itemsize
         return int(parameters * each / (ranks if stage == 3 else 1))
+    # Without DeepSpeed, frozen weights are stored in float32, too.
+    held = frozen * (itemsize if stage else 4) / (ranks if stage == 3 else 1)
+    parameters -= frozen
     # AdamW's two moments and the weights in float32; under DeepSpeed also a copy in the run's
     # precision.
     masters, copies = 12 / (ranks if stage else 1), itemsize * (1 if stage else 0)
     gradients = (itemsize if stage else 4) / (ranks if stage >= 2 else 1)
-    return int(parameters * (masters + gradients + copies / (ranks if stage == 3 else 1)))
+    each = masters + gradients + copies / (ranks if stage == 3 else 1)
+    return int(parameters * each + held)
 
 
 def choose_checkpointing(
@@ -102,7 +107,9 @@ def choose_checkpointing(
     tokens = config.train.per_device_train_batch_size * longest
     text = architecture.config.get_text_config()
     kept = activation_bytes(text, tokens, itemsize, longest if keeps_scores else 0)
-    state = state_bytes(config, architecture.num_parameters(), itemsize, stage)
+    every = architecture.num_parameters()
+    frozen = every - architecture.num_parameters(only_trainable=True)
+    state = state_bytes(config, every, itemsize, stage, frozen)
     room = available() - taken
     recomputes = MARGIN * (kept + state) > room
     fit = f"plus a margin of {MARGIN - 1:.0%} do not fit" if recomputes else "fit"

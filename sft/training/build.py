@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import environment
+from sft.attributes import replaced
 from sft.config import zero
 from sft.config.rules import named
 from sft.config.settings import Config, TrainConfig
@@ -190,6 +192,26 @@ def _start_deepspeed(stage: int) -> None:
         zero3.learn_each_way()
 
 
+@contextlib.contextmanager
+def _initial_values() -> Iterator[dict[Any, Any]]:
+    """Keep the values of the parameters that PEFT adds, as it made them.
+
+    TRL rounds those on a quantised base to bfloat16.
+    """
+    from trl.trainer import sft_trainer
+
+    initial: dict[Any, Any] = {}
+    make = sft_trainer.get_peft_model
+
+    def make_and_keep(*args: Any, **kwargs: Any) -> Any:
+        model = make(*args, **kwargs)
+        initial.update((p, p.data) for p in model.parameters() if p.requires_grad)
+        return model
+
+    with replaced(sft_trainer, {"get_peft_model": make_and_keep}):
+        yield initial
+
+
 def make_trainer(
     base: Any,
     args: SFTConfig,
@@ -206,7 +228,7 @@ def make_trainer(
     from sft.training.trainer import Trainer
 
     _name_experts(base.config.get_text_config())
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _initial_values() as initial:
         # PEFT writes patterns for stacked experts, and compares them with modules only.
         # model.adapter_checks checks the patterns that are set.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
@@ -219,12 +241,12 @@ def make_trainer(
             processing_class=tokenizer,
             peft_config=lora,
         )
-    if args.deepspeed is None and not getattr(base, "is_quantized", False):
-        # PEFT keeps LoRA in float32, and modules_to_save in the base's precision, in which AdamW
-        # would lose small updates. DeepSpeed keeps its own float32 copies.
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            value = initial.get(parameter, parameter.data)
+            # PEFT keeps LoRA in float32, and modules_to_save in the base's precision, in which
+            # AdamW would lose small updates. DeepSpeed keeps its own float32 copies.
+            parameter.data = value if args.deepspeed is not None else value.float()
     trainer.use_head(choices.lm_head.value)
     if choices.frozen_linear.value == "packed":
         linear.install(trainer.model)

@@ -204,6 +204,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         raise RunError(
             f"{what}; {there}\n"
             f"    fix: check the rows of this step; use a smaller train.learning_rate{else_}"
+            + (", or precision=fp32: float16 ends at 65,504" if self.args.fp16 else "")
         )
 
 

@@ -47,6 +47,8 @@ def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer
         100 * trained / total,
         of_experts and f"; {of_experts}",
     )
+    if trainer.rates is not None and trainer.rates.differ:
+        logger.info("learning rates: %s", trainer.rates.describe(trainer.model))
     if config.quantization.load_in_8bit:
         logger.info(
             "quantization.load_in_8bit: bitsandbytes also rounds the inputs of linear layers, "

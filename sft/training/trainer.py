@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from sft.data.sampler import Fillers, Shuffle, eval_batches, samples_of
 from sft.fast import head
+from sft.training.groups import Rates
 from sft.training.resumable import ResumableTrainer
 from sft.training.signals import end_with_rank
 
@@ -24,6 +25,7 @@ class Trainer(ResumableTrainer):
 
     control: Any
     lm_head = "trl"
+    rates: Rates | None = None
     _loader: Any = None  # of the training samples, without what Accelerate wraps around it
 
     def use_head(self, kind: str) -> None:
@@ -82,6 +84,21 @@ class Trainer(ResumableTrainer):
         loss = output.loss / torch.where(count > 0, count, 1).to(output.loss.dtype)
         return loss * self.accelerator.num_processes
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Make the optimizer, with groups of parameters where some have rates of their own."""
+        if self.rates is not None and self.rates.differ and self.optimizer is None:
+            trained = self.model if model is None else model
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            decayed = set(self.get_decay_parameter_names(trained))
+            groups = self.rates.groups(trained, decayed, self.args.weight_decay)
+            self.optimizer_cls_and_kwargs = kind, {**arguments, "params": groups}
+        made = super().create_optimizer(model)
+        # A fused optimizer leaves out a step whose gradients overflowed by itself, and Accelerate
+        # would take it for made: the schedule would advance. So the loss scaler leaves it out.
+        if self.args.fp16 and hasattr(made, "_step_supports_amp_scaling"):
+            made._step_supports_amp_scaling = False
+        return made
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Report the loss of every micro-batch to the guard."""
         loss = super().training_step(*args, **kwargs)
@@ -102,7 +119,9 @@ class Trainer(ResumableTrainer):
             self.optimizer._is_overflow = not math.isfinite(norm)
             if self.optimizer._is_overflow:
                 model.zero_grad(set_to_none=True)
-        if self._get_learning_rate() > 0 and not self.accelerator.optimizer_step_was_skipped:
+        overflowed = self.args.fp16 and not math.isfinite(norm)
+        skips = overflowed or self.accelerator.optimizer_step_was_skipped
+        if self._get_learning_rate() > 0 and not skips:
             self.updates += 1
         return norm
 

@@ -1,130 +1,364 @@
-"""Runs with weights of messages, compared with plain PyTorch."""
+"""Which weights train, how fast, and in which precision: rates by kind, fp16, quantised bases."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from datasets import Dataset
 from safetensors.torch import load_file
-from support import records
-from transformers import AutoModelForCausalLM
+from support import SAME_LOSS, assert_same_adapter, build_adapter, build_model, losses, records
 from warm import run_warm
 
-WEIGHTS = (0.5, None, 0.1, 0, 0.25)  # of the answers, in turn
-RATE, STEPS = 1e-2, 3
+from sft import prove
+from sft.errors import ConfigError, MergeError
+
+FILE = "adapter/adapter_model.safetensors"
+
+
+def train(*overrides: str) -> None:
+    from sft.train import main, train
+
+    train(main.compose(list(overrides)))
+
+
+def without(settings: list[str], *names: str) -> list[str]:
+    """Leave settings out, by the beginning of their names."""
+    return [item for item in settings if not item.startswith(names)]
+
+
+def test_one_step_moves_each_kind_by_its_rate(
+    tmp_path: Path, llama: Path, saving: list[str]
+) -> None:
+    """SGD's first step is the rate times the gradient, which is the same in both runs."""
+    start = build_adapter(tmp_path / "start", llama, modules_to_save=["embed_tokens"])
+    once = without(saving, "train.max_steps", "train.save_")
+    once += [f"lora.init_from={start}", "lora.r=4", "lora.lora_alpha=8", "train.optim=sgd"]
+    once += ["lora.modules_to_save=[embed_tokens]", "lora.target_modules=[q_proj,v_proj]"]
+    once += ["train.max_steps=1", "train.lr_scheduler_type=constant", "train.warmup_steps=0"]
+    once += ["train.save_strategy=no", "train.max_grad_norm=0"]
+    train(*once, f"output_dir={tmp_path / 'plain'}")
+    rates = ["train.loraplus_lr_ratio=8", "train.embedding_learning_rate=2e-2"]
+    train(*once, *rates, f"output_dir={tmp_path / 'rates'}")
+    before = load_file(start / "adapter_model.safetensors")
+    plain, other = (load_file(tmp_path / run / FILE) for run in ("plain", "rates"))
+    factors = {"lora_A": 1.0, "lora_B": 8.0, "embed_tokens": 2.0}
+    for name, value in before.items():
+        factor = next(factor for kind, factor in factors.items() if kind in name)
+        moved, expected = other[name] - value, factor * (plain[name] - value)
+        assert moved.abs().max() > 1e-5
+        # Both are differences of float32 numbers of about 1.
+        assert (moved - expected).abs().max() < 1e-6 + 1e-4 * expected.abs().max(), name
+
+
+def test_rates_by_kind_are_the_same_under_zero_and_on_resume(
+    tmp_path: Path, saving: list[str]
+) -> None:
+    rates = ["train.loraplus_lr_ratio=4", "train.embedding_learning_rate=1e-3"]
+    rates += ["lora.modules_to_save=[embed_tokens]", "train.weight_decay=0.1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(*saving, *rates, f"output_dir={one}")
+    run_warm("train", *saving, *rates, "zero=stage2", f"output_dir={two}", ranks=2, cwd=tmp_path)
+    assert losses(two) == pytest.approx(losses(one), rel=SAME_LOSS)
+    assert_same_adapter(two, one, rate=4e-2, steps=6)
+    assert_goes_on(one, *saving, *rates)
+
+
+def assert_goes_on(run: Path, *settings: str) -> None:
+    """Require that a finished run, cut back to step 4, ends with the same bits."""
+    straight = prove.outcome(run)
+    prove.cut_back(run, 4)
+    train(*settings, f"output_dir={run}")
+    assert prove.differences(straight, prove.outcome(run)) == []
+
+
+class Float16:
+    """What a GPU does with precision=fp16, on the CPU: autocast, and a loss that is scaled."""
+
+    scale = 2.0**16
+    trainer: Any = None  # the newest one
 
 
 @pytest.fixture
-def talks(tmp_path: Path) -> Path:
-    """Give 6 conversations of two answers each."""
-    lines = []
-    for row in range(6):
-        messages: list[dict[str, Any]] = []
-        for turn in range(2):
-            weight = WEIGHTS[(2 * row + turn) % len(WEIGHTS)]
-            messages.append({"role": "user", "content": f"{row} {turn}?"})
-            answer: dict[str, Any] = {"role": "assistant", "content": "ab" * (1 + row) + str(turn)}
-            messages.append(answer if weight is None else {**answer, "weight": weight})
-        lines.append({"messages": messages})
-    path = tmp_path / "talks.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+def float16(monkeypatch: pytest.MonkeyPatch) -> Float16:
+    """Let fp16 train here: sft refuses it on a CPU, where Accelerate would compute in float32."""
+    import torch
+    from accelerate import Accelerator
+
+    from sft.model import precision
+    from sft.training import build
+
+    found, start, make = Float16(), Accelerator.__init__, build.make_trainer
+
+    def scaling(self: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        if self.mixed_precision == "fp16":
+            self.native_amp = True
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=found.scale)
+
+    def noted(*args: Any) -> Any:
+        found.trainer = make(*args)
+        return found.trainer
+
+    def as_asked(name: str, why: str, *_: Any) -> precision.Precision:
+        return precision.Precision("precision", name, why)
+
+    monkeypatch.setattr(Accelerator, "__init__", scaling)
+    monkeypatch.setattr(build, "make_trainer", noted)
+    monkeypatch.setattr(precision, "_on_cpu", as_asked)
+    return found
 
 
-def settings(llama: Path, talks: Path) -> list[str]:
-    """Train every weight on all samples in each step."""
-    return [
-        *("model=hf", f"model.name_or_path={llama}", "template=chat", "lora=none"),
-        *(f"dataset={talks}", f"dataset.eval_path={talks}", "dataset.eval_fraction=0"),
-        "train.global_batch_size=6",
-        *(f"train.learning_rate={RATE}", "train.logging_steps=1", f"train.max_steps={STEPS}"),
-        *("train.lr_scheduler_type=constant", "train.max_grad_norm=1e9", "train.optim=adamw_torch"),
-        *("train.save_strategy=steps", "train.save_steps=1", "train.warmup_steps=0"),
-        *("precision=fp32", "train.save_total_limit=null"),
-    ]
-
-
-def plainly(llama: Path, talks: Path, samples: Any) -> tuple[list[tuple[float, float]], float, Any]:
-    """Train with plain PyTorch: the loss and gradient norm of each step, the first evaluation.
-
-    The weights are taken from the rows: the trained spans of a sample are the answers of its row
-    whose weight is not 0, in order.
-    """
-    rows = [json.loads(line) for line in talks.open()]
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    batches = []
-    for sample in samples:
-        turns = rows[sample["rows"][0] - 1]["messages"][1::2]
-        of_answers = iter([turn.get("weight", 1.0) for turn in turns if turn.get("weight") != 0])
-        labels, weights, weight = sample["labels"], [], 0.0
-        for place, label in enumerate(labels):
-            if label != -100 and labels[place - 1] == -100:
-                weight = next(of_answers)
-            weights.append(weight if label != -100 else 0.0)
-        assert next(of_answers, None) is None
-        batches.append((torch.tensor([sample["input_ids"]]), torch.tensor(weights[1:])))
-
-    def losses() -> tuple[torch.Tensor, torch.Tensor]:
-        each, weights = [], []
-        for ids, weight in batches:
-            scores = model(input_ids=ids).logits[0, :-1]
-            each.append(torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="none"))
-            weights.append(weight)
-        return torch.cat(each), torch.cat(weights)
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    figures = []
-    with torch.no_grad():
-        each, weights = losses()
-        evaluated = float(each[weights > 0].mean())
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        each, weights = losses()
-        loss = (each * weights).sum() / weights.sum()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-        optimizer.step()
-        figures.append((loss.item(), norm.item()))
-    return figures, evaluated, model.state_dict()
-
-
-def test_the_loss_is_the_weighted_mean_over_all_ranks_and_micro_batches(
-    tmp_path: Path, llama: Path, talks: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_base_trains_in_fp16(
+    tmp_path: Path, saving: list[str], float16: Float16, quantization: str
 ) -> None:
-    from sft import prove
+    """With float32 adapters, the losses of float32 and a merge that is verified."""
+    import torch
 
-    monkeypatch.setenv("SFT_CACHE_DIR", str(tmp_path / "cache"))
-    command = settings(llama, talks)
-    micro = "train.per_device_train_batch_size"
-    runs = {
-        "chunked": (1, [f"{micro}=3", "model.lm_head=chunked"]),
-        "packed": (1, [f"{micro}=1", "model.lm_head=trl", "dataset.packing=bfd"]),
-        "ranks": (2, [f"{micro}=1", "model.lm_head=plain", "zero=stage2"]),
-    }
-    for name, (ranks, own) in runs.items():
-        run_warm(
-            "train", *command, *own, f"output_dir={tmp_path / name}", ranks=ranks, cwd=tmp_path
-        )
-    arrows = [Dataset.from_file(str(path)) for path in (tmp_path / "cache").rglob("train.arrow")]
-    (samples,) = (arrow for arrow in arrows if "seq_lengths" not in arrow.column_names)
-    figures, evaluated, weights = plainly(llama, talks, samples)
-    for name in runs:
-        logged = [record for record in records(tmp_path / name) if "loss" in record]
-        found = [(record["loss"], record["grad_norm"]) for record in logged]
-        assert found == [pytest.approx(pair, rel=2e-4) for pair in figures], name
-        first = next(r for r in records(tmp_path / name) if "eval_loss" in r)
-        assert first["eval_loss"] == pytest.approx(evaluated, rel=1e-5), name
-        trained = load_file(tmp_path / name / "model" / "model.safetensors")
-        for key, tensor in trained.items():
-            # Adam's first steps follow the sign of a gradient, which rounding may turn near 0.
-            apart = (tensor - weights[key]).abs() > 0.1 * RATE
-            assert apart.float().mean() < 0.005, (name, key)
-    # A resumed run is the same, bit for bit.
-    straight = prove.outcome(tmp_path / "chunked")
-    prove.cut_back(tmp_path / "chunked", 1)
-    run_warm(
-        "train", *command, *runs["chunked"][1], f"output_dir={tmp_path / 'chunked'}", cwd=tmp_path
+    from sft.merge import __main__ as merge
+
+    bits = [f"quantization={quantization}", "lora.modules_to_save=[embed_tokens]"]
+    train(*saving, *bits, f"output_dir={tmp_path / 'fp32'}")
+    run, fp16 = tmp_path / "run", [*without(saving, "precision"), *bits, "precision=fp16"]
+    train(*fp16, f"output_dir={run}")
+    parameters = dict(float16.trainer.model.named_parameters())
+    trained = {p.dtype for p in parameters.values() if p.requires_grad}
+    frozen = {p.dtype for p in parameters.values() if not p.requires_grad}
+    assert trained == {torch.float32} and torch.float16 in frozen and torch.float32 not in frozen
+    assert losses(run) == pytest.approx(losses(tmp_path / "fp32"), rel=2e-3)
+    assert losses(run) != losses(tmp_path / "fp32")
+    assert_goes_on(run, *fp16)
+    merge.merge(merge.main.compose([f"run={run}"]))
+    report = json.loads((run / "merged" / "merge_report.json").read_text())
+    assert report["passed"] and report["onto"] == "dequantized"
+
+
+def test_a_step_that_overflows_in_fp16_is_left_out(
+    tmp_path: Path, saving: list[str], float16: Float16
+) -> None:
+    """The scale is halved and neither the weights nor the schedule go on; a resume goes on so."""
+    float16.scale = 2.0**20  # with 2**19, too, the gradients of the first steps overflow
+    run, fp16 = tmp_path / "run", [*without(saving, "precision"), "quantization=nf4"]
+    fp16 += ["precision=fp16", "train.warmup_steps=1"]
+    train(*fp16, f"output_dir={run}")
+    logged = [record for record in records(run) if "loss" in record]
+    assert [record["grad_norm"] is None for record in logged] == [True] * 2 + [False] * 4
+    assert [record["learning_rate"] for record in logged][:4] == [0.0, 0.0, 0.0, 1e-2]
+    state = json.loads((run / "checkpoint-4" / "state.json").read_text())
+    assert state["scaler"]["scale"] == 2.0**18 and state["scaler"]["_growth_tracker"] == 2
+    float16.scale = 1.0  # what a restored scale replaces
+    assert_goes_on(run, *fp16)
+    assert float16.trainer.accelerator.scaler.get_scale() == 2.0**18
+
+
+def stored(folder: Path, base: Path, quantization: str, dtype: Any, **changed: Any) -> Path:
+    """Write a base as Transformers saves it once bitsandbytes has quantised it."""
+    from transformers import AutoTokenizer
+
+    from sft.model.base import load_frozen
+    from sft.train import main
+
+    asked = [f"model.name_or_path={base}", f"quantization={quantization}"]
+    config = main.compose(["model=hf", *asked])
+    load_frozen(config.model, config.quantization, dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"] |= changed
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def based_on(base: Path, settings: list[str], *more: str) -> list[str]:
+    """Replace the base of a run."""
+    return [*without(settings, "model.name_or_path"), f"model.name_or_path={base}", *more]
+
+
+@pytest.fixture
+def short(llama: Path, tmp_path: Path) -> Path:
+    """Give a base in bfloat16, as most are."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "short"
     )
-    assert prove.differences(straight, prove.outcome(tmp_path / "chunked")) == []
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "short")
+    return tmp_path / "short"
+
+
+@pytest.mark.parametrize(("quantization", "precision"), [("nf4", "fp32"), ("int8", "bf16")])
+def test_files_that_are_quantised_train_as_what_they_were_made_of(
+    tmp_path: Path, short: Path, saving: list[str], quantization: str, precision: str
+) -> None:
+    """Bit for bit, whatever precision the machine that quantised them computed in."""
+    import torch
+
+    from sft.merge import __main__ as merge
+
+    saving = [*without(saving, "precision"), f"precision={precision}"]
+    expected, run = tmp_path / "expected", tmp_path / "run"
+    files = stored(
+        tmp_path / "files", short, quantization, torch.bfloat16, bnb_4bit_compute_dtype="float16"
+    )
+    train(*based_on(short, saving, f"quantization={quantization}"), f"output_dir={expected}")
+    train(*based_on(files, saving), f"output_dir={run}")
+    assert (run / FILE).read_bytes() == (expected / FILE).read_bytes()
+    assert losses(run) == losses(expected)
+    record = json.loads((run / "run.json").read_text())
+    assert record["choices"]["quantization"]["value"] == quantization
+    card, other = (json.loads((at / "adapter" / "sft.json").read_text()) for at in (run, expected))
+    assert card["quantization"] == other["quantization"]
+    if quantization == "int8":
+        assert_goes_on(run, *based_on(files, saving))
+        return
+    with pytest.raises(MergeError, match=r"are already quantised.*\n.*check_base=false"):
+        merge.merge(merge.main.compose([f"run={run}"]))
+    onto = [f"base={short}", "check_base=false", f"output={tmp_path / 'merged'}"]
+    merge.merge(merge.main.compose([f"run={run}", *onto]))
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert report["passed"] and report["onto"] == "dequantized"
+
+
+def fp8(folder: Path, base: Path) -> tuple[Path, Path]:
+    """Write a base with 8-bit floating-point weights and a scale for each block, and its values.
+
+    Returns:
+        The quantised base, and the same numbers in float32.
+    """
+    import shutil
+
+    import torch
+    from safetensors.torch import save_file
+
+    plain = folder / "plain"
+    quantised = folder / "fp8"
+    for path in (plain, quantised):
+        shutil.copytree(base, path)
+    tensors = load_file(base / "model.safetensors")
+    stored, values = dict(tensors), dict(tensors)
+    for name, weight in tensors.items():
+        if "_proj" in name:
+            blocks = weight.float().unflatten(0, (-1, 32)).unflatten(2, (-1, 32))
+            scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+            small = (blocks / scale).to(torch.float8_e4m3fn)
+            stored[name] = small.flatten(2).flatten(0, 1).contiguous()
+            stored[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
+            values[name] = (small.float() * scale).flatten(2).flatten(0, 1)
+    save_file(stored, quantised / "model.safetensors", {"format": "pt"})
+    save_file(values, plain / "model.safetensors", {"format": "pt"})
+    content = json.loads((base / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    (quantised / "config.json").write_text(json.dumps(content))
+    return quantised, plain
+
+
+@pytest.mark.parametrize("lora", ["all-linear", "none"])
+def test_fp8_files_are_dequantised(
+    tmp_path: Path, short: Path, saving: list[str], lora: str
+) -> None:
+    files, plain = fp8(tmp_path, short)
+    saving = [*saving, f"lora={lora}", "train.max_steps=3"]
+    saving = [*without(saving, "train.max_steps=6", "train.save_"), "train.save_strategy=no"]
+    train(*based_on(plain, saving), f"output_dir={tmp_path / 'expected'}")
+    train(*based_on(files, saving), f"output_dir={tmp_path / 'run'}")
+    assert losses(tmp_path / "run") == losses(tmp_path / "expected")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["choices"]["quantization"] == {
+        "value": "none",
+        "reason": "the model's fp8 files are dequantised, which takes 0.0 GiB for weights",
+    }
+    if lora == "none":
+        content = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+        assert "quantization_config" not in content
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        ("gptq", "", "quantised by gptq, and sft cannot train on them\n.*WAS_QUANTISED"),
+        ("awq", "quantization=nf4", "quantised by awq"),
+        ("fp8", "quantization=nf4", r"are quantised already \(fp8\)\n.*quantization=none"),
+        ("compressed-tensors", "", "pip install compressed-tensors"),
+        ("bitsandbytes", "quantization=int8", "with load_in_4bit=true, bnb_4bit_quant_type=fp4"),
+        ("bitsandbytes", "lora=none", r"cannot be trained; the files .*\n.*WAS_QUANTISED"),
+        ("bitsandbytes", "lora.extra.init_lora_weights=olora", "changes the base weights"),
+        ("bitsandbytes", "quantization.extra.llm_int8_threshold=5", "in another way"),
+        ("bitsandbytes", "quantization=nf4", "with load_in_4bit=true, bnb_4bit_quant_type=fp4"),
+    ],
+)
+def test_files_that_cannot_be_trained_are_refused(
+    tmp_path: Path, llama: Path, rows: Path, method: str, settings: str, said: str
+) -> None:
+    """Before any weight loads: the folder has none."""
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(llama, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    content = json.loads((base / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": method, "load_in_4bit": True, "bits": 4}
+    (base / "config.json").write_text(json.dumps(content))
+    run = ["model=hf", f"model.name_or_path={base}", "dataset=jsonl", f"dataset.path={rows}"]
+    with pytest.raises(ConfigError, match=said):
+        train(*run, "template=chat", f"output_dir={tmp_path / 'run'}", *settings.split())
+
+
+SOME = "model.trainable=[lm_head, 'model[.]layers[.]1[.]mlp']"
+
+
+def model_of(run: Path) -> dict[str, Any]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_weights_that_are_named_train(
+    tmp_path: Path, llama: Path, saving: list[str], tied: bool
+) -> None:
+    """SGD's first step moves them as when all train, and leaves the others as they were."""
+    base = build_model(tmp_path / "tied", "llama", tied=True) if tied else llama
+    once = without(saving, "train.max_steps", "train.save_")
+    once = based_on(base, once, "lora=none", "train.optim=sgd", "train.lr_scheduler_type=constant")
+    once += ["train.max_steps=1", "train.warmup_steps=0", "train.max_grad_norm=0"]
+    once += ["train.save_strategy=no"]
+    every, some = tmp_path / "every", tmp_path / "some"
+    train(*once, f"output_dir={every}")
+    train(*once, SOME, "train.gradient_checkpointing=true", f"output_dir={some}")
+    before, moved, found = load_file(base / "model.safetensors"), model_of(every), model_of(some)
+    trained = {name for name, value in found.items() if not value.equal(before[name])}
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    parts = ("gate_proj", "up_proj", "down_proj")
+    assert trained == {head} | {f"model.layers.1.mlp.{part}.weight" for part in parts}
+    for name in trained:
+        assert (found[name] - moved[name]).abs().max() < 1e-6
+
+
+def test_named_weights_train_under_zero_and_go_on(tmp_path: Path, saving: list[str]) -> None:
+    some = [*without(saving, "train.learning_rate"), "train.learning_rate=1e-3"]
+    some += ["lora=none", SOME]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(*some, f"output_dir={one}")
+    run_warm("train", *some, "zero=stage3", f"output_dir={two}", ranks=2, cwd=tmp_path)
+    assert losses(two) == pytest.approx(losses(one), rel=SAME_LOSS)
+    expected = model_of(one)
+    for name, value in model_of(two).items():
+        assert (value - expected[name]).abs().max() < 1e-4, name
+    assert_goes_on(one, *some)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("model.trainable=[model.layer.1.mlp]", "matches .* no weight's name; close are model.la"),
+        ("model.trainable=[]", "or nothing is trained"),
+        ("model.trainable=['(']", "is not a regular expression"),
+        ("model.trainable=['(m+)+x']", "no weight's name"),
+        ("model.trainable=['model.embed_tokens.weight$[:32000]']", "some rows of a weight"),
+        ("model.trainable=[lm_head] lora=lora=all-linear", "has no effect with lora.enabled=true"),
+    ],
+)
+def test_names_that_cannot_be_trained_are_refused(
+    tmp_path: Path, llama: Path, rows: Path, settings: str, said: str
+) -> None:
+    run = ["model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"]
+    run += ["template=chat", f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=said):
+        train(*run, *settings.split(" lora="), *[] if "lora=" in settings else ["lora=none"])

@@ -530,14 +530,6 @@ def test_a_setting_is_written_as_it_is_typed(value: Any, text: str) -> None:
             {"output_dir": ""},
             ("output_dir=", "must not be empty", "output_dir=DIR, or leave it out"),
         ),
-        (
-            {"quantization__load_in_4bit": True, "precision": "fp16"},
-            (
-                "precision=fp16",
-                "a quantised model cannot be trained in fp16: its adapter is stored in bf16",
-                "precision=bf16",
-            ),
-        ),
     ],
 )
 def test_impossible_combinations(settings: dict[str, Any], problem: tuple[str, str, str]) -> None:

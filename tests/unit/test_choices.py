@@ -67,7 +67,7 @@ def test_the_block_is_aligned_and_reasons_go_on_below_themselves() -> None:
         " " * 39 + "to dataset.max_length",
     ]
     assert "lora.enabled                  false    as set" in lines
-    assert "model.frozen_linear           plain    every weight is trained" in lines
+    assert "model.frozen_linear           plain    there is no adapter" in lines
     assert "train.gradient_checkpointing  true     as set" in lines
     assert len(chosen.lines(200)) == len(list(chosen)) == 10
     assert max(map(len, chosen.lines(20))) < 80  # a very narrow terminal is not obeyed

@@ -74,7 +74,7 @@ def test_autocast_and_other_precisions_take_the_plain_way() -> None:
         ([], 0, False, 1 << 40, "plain", "MKL is as fast"),
         ([], 0, True, 1 << 20, "plain", "half of the free memory"),
         ([], 3, True, 1 << 40, "plain", "no rank holds a whole layer"),
-        (["lora=none"], 0, True, 1 << 40, "plain", "every weight is trained"),
+        (["lora=none"], 0, True, 1 << 40, "plain", "there is no adapter"),
         (["quantization=nf4"], 0, True, 1 << 40, "plain", "quantised"),
     ],
 )

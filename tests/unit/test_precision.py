@@ -80,6 +80,21 @@ def test_nothing_is_measured_where_nothing_is_to_choose(processor: Any) -> None:
     assert "computed in float32 and rounded" in choose("bf16").reason
 
 
+@pytest.mark.parametrize(("has_bf16", "chosen"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_without_bf16_trains_in_fp16(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, chosen: str
+) -> None:
+    """Such as a T4 or V100, on which PyTorch emulates bf16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: has_bf16 or including_emulation,
+    )
+    assert choose("auto").value == chosen
+    assert choose("auto", {"precision": "fp32"}).value == "fp32"
+
+
 def test_a_resumed_run_goes_on_with_what_it_began_with(processor: Any) -> None:
     processor(BF16, None)
     for products in (cpu_products.NATIVE, cpu_products.WIDENED, cpu_products.SHORTENED):
