@@ -199,10 +199,10 @@ def _adapted(config: GenerateConfig, folder: Path) -> Any:
         check_base(found)
     if is_lora(found.configs[0]):  # some other kinds compute with the base's weights
         architecture = load_architecture(found.base)
-        resize_embedding(architecture, found.shapes)
+        resize_embedding(architecture, found.shapes, found.configs)
         attach(with_placeholders(architecture), [folder], found.configs)
     model = load_frozen(found.base, found.quantization)
-    resize_embedding(model, found.shapes)
+    resize_embedding(model, found.shapes, found.configs)
     return attach(model, [folder], found.configs, str(model.device), loaded=True).eval()
 
 

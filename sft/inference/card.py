@@ -21,6 +21,8 @@ from sft.files import write_text
 
 CARD = "sft.json"
 ADAPTER_SETTINGS = "adapter_config.json"
+TOKENIZER = "tokenizer_config.json"
+GENERATION = "generation_config.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 

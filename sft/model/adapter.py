@@ -16,11 +16,13 @@ from sft.config.settings import Config, LoraSection
 from sft.errors import ConfigError, Problem
 from sft.model.adapter_checks import (
     attention_names,
+    new_token_problems,
     problems,
     require_quick_patterns,
     targeted,
 )
-from sft.model.base import load_architecture
+from sft.model.base import load_architecture, load_tokens
+from sft.model.tokens import NO_TOKENS, NewTokens, grow, trained_rows
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -33,12 +35,15 @@ EXCLUDE = "lora.extra.exclude_modules"
 GROUPS = ("all-linear", "attention")  # values of lora.target_modules that stand for many modules
 
 
-def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | None:
+def lora_config(
+    config: Config, architecture: PreTrainedModel, new: NewTokens = NO_TOKENS
+) -> LoraConfig | None:
     """Make PEFT's config; None if the run trains no adapter.
 
     Args:
         config: The run's config.
-        architecture: The model on the meta device.
+        architecture: The model on the meta device, with the rows of the new tokens.
+        new: The new tokens, whose rows the adapter trains.
 
     Raises:
         ConfigError: Entries match no module or cannot be trained; all of them are listed.
@@ -52,6 +57,7 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
     require_quick_patterns(lora, architecture)
     refused = sorted(_refused_names(architecture, targeted(lora, architecture)))
     found = list(problems(lora, architecture, zero.stage(zero.read(config.zero))))
+    found += new_token_problems(lora, architecture, new)
     if refused and lora.target_modules not in GROUPS:
         found.append(_cannot_carry(lora, refused, targeted(lora, architecture)))
     found += _missing_layers(lora, targeted(lora, architecture))
@@ -65,6 +71,8 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
     fields = {name: values[name] for name in named(LoraSection, ours=False)} | values["extra"]
     if lora.target_modules == "attention":
         fields["target_modules"] = attention_names(architecture)
+    if new:
+        fields["trainable_token_indices"] = trained_rows(architecture, new, lora.modules_to_save)
     if refused:
         fields["exclude_modules"] = excluding(
             fields.get("exclude_modules"), map(ending_in, refused)
@@ -182,8 +190,10 @@ def count_parameters(config: Config) -> int | None:
     if not config.lora.enabled:
         return None
     try:
+        _, new = load_tokens(config.model)
         architecture = load_architecture(config.model)
-        lora = lora_config(config, architecture)
+        grow(architecture, new.needed)
+        lora = lora_config(config, architecture, new)
         assert lora is not None
         model = _try(config.lora, lora, architecture)
     except Exception as error:  # an audit of the data needs no adapter, so PEFT must not stop it

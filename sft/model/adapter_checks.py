@@ -16,6 +16,7 @@ from sft.config.settings import LoraSection
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
 from sft.limits import slow_pattern
+from sft.model.tokens import NewTokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,11 +132,11 @@ def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[
         if not 1 <= rank <= LARGEST_RANK:
             rule = f"must be from 1 to {LARGEST_RANK}"
             yield Problem(f"lora.rank_pattern.{name}={rank}", rule, "remove it")
-    yield from _shared_weights(lora, model, adapted, stage)
+    yield from _shared_weights(lora, model, adapted)
 
 
 def _shared_weights(
-    lora: LoraSection, model: PreTrainedModel, adapted: list[str], stage: int
+    lora: LoraSection, model: PreTrainedModel, adapted: list[str]
 ) -> Iterator[Problem]:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = bool(model.config.get_text_config().tie_word_embeddings)
@@ -150,17 +151,6 @@ def _shared_weights(
                 f"LoRA on {path} cannot be merged correctly: the head shares its weight",
                 f"lora.modules_to_save=[{path.rpartition('.')[2]}]",
             )
-    if lora.extra.get("trainable_token_indices") is not None:
-        if tied:
-            yield Problem(
-                "lora.extra.trainable_token_indices",
-                "TRL's fused head cannot train single tokens of a tied embedding",
-                f"lora.modules_to_save=[{_leaf(model, embedding)}]",
-            )
-        elif stage == 3:
-            yield Problem(
-                "lora.extra.trainable_token_indices", "does not work under ZeRO-3", "zero=stage2"
-            )
     if lora.extra.get("lora_bias"):
         bare = [
             path for path in adapted if getattr(model.get_submodule(path), "bias", None) is None
@@ -173,6 +163,39 @@ def _shared_weights(
             )
 
 
+def new_token_problems(
+    lora: LoraSection, model: PreTrainedModel, new: NewTokens
+) -> Iterator[Problem]:
+    """Yield the settings with which the rows of new tokens would not be trained as they are used.
+
+    Args:
+        lora: The adapter's settings.
+        model: The architecture.
+        new: The new tokens.
+    """
+    if not new:
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if any(model.get_submodule(path) is embedding for path in targeted(lora, model)):
+        rule = "an embedding with an adapter cannot train the rows of model.new_tokens too"
+        written = f"lora.target_modules={lora.target_modules}"
+        yield Problem(written, rule, f"lora.modules_to_save=[{_leaf(model, embedding)}]")
+    saved = lora.modules_to_save or ()
+    whole = [
+        end
+        for end in (embedding, head)
+        if any(_matches(path, name) for path in _paths(model, end) for name in saved)
+    ]
+    tied = head.weight is embedding.weight and not lora.extra.get("ensure_weight_tying")
+    if tied and len(whole) == 1:
+        rule = "unties the head from the embedding, and the new tokens' rows of one stay untrained"
+        written = f"lora.modules_to_save=[{','.join(saved)}]"
+        yield Problem(written, rule, "lora.extra.ensure_weight_tying=true")
+
+
+def _paths(model: PreTrainedModel, wanted: Any) -> list[str]:
+    return [path for path, module in model.named_modules() if module is wanted]
+
+
 def _leaf(model: PreTrainedModel, wanted: Any) -> str:
-    paths = (str(path) for path, module in model.named_modules() if module is wanted)
-    return next(paths).rpartition(".")[2]
+    return _paths(model, wanted)[0].rpartition(".")[2]

@@ -10,7 +10,7 @@ from sft import process
 from sft.config.settings import Config, ModelConfig, QuantizationConfig
 from sft.errors import ModelError
 from sft.limits import OutOfTime, TimeLimit
-from sft.model import config_checks
+from sft.model import config_checks, tokens
 from sft.model.precision import dtype_of, needs_masters
 from sft.model.quantization import (
     flatten_inputs,
@@ -20,6 +20,7 @@ from sft.model.quantization import (
     unquantized,
 )
 from sft.model.source import loading, source
+from sft.model.tokens import NewTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,11 +46,19 @@ def commit_of(model: ModelConfig) -> str | None:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, and use EOS as pad token if it has none (labels mask padding by length).
+    """Load the tokenizer with its new tokens; see ``load_tokens``."""
+    return load_tokens(model)[0]
+
+
+def load_tokens(model: ModelConfig) -> tuple[PreTrainedTokenizerBase, NewTokens]:
+    """Load the tokenizer, add new tokens, and choose EOS and pad token.
+
+    EOS is the pad token of a tokenizer that has none; labels mask padding by length.
 
     Raises:
         ModelError: The tokenizer does not exist, cannot be reached, or has no EOS token, or its
             files are missing.
+        ConfigError: A token that is set does not exist, or cannot be added.
     """
     from transformers import AutoTokenizer
 
@@ -65,14 +74,15 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             f"{folder} has no tokenizer: none of the files {', '.join(sorted(files))}\n"
             "    fix: copy them from where the weights come from"
         )
+    new = tokens.add(tokenizer, model)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {model.name_or_path} has no EOS token, so no text could end\n"
-            "    fix: set eos_token in its tokenizer_config.json"
+            "    fix: model.eos_token=TOKEN, or set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return tokenizer, new
 
 
 def load_config(model: ModelConfig) -> PreTrainedConfig:

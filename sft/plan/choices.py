@@ -15,9 +15,10 @@ from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
 from sft.fast import head, linear, mixers
 from sft.fast import lora as fast_lora
-from sft.model import experts
+from sft.model import experts, tokens
 from sft.model import precision as precisions
 from sft.model.precision import Precision, dtype_of, needs_masters
+from sft.model.tokens import NO_TOKENS, NewTokens
 from sft.plan import kernel, memory, schedule
 from sft.ranks import TIMEOUT, exchange, from_rank_zero
 
@@ -53,6 +54,7 @@ class Choices:
         evaluates: Whether there are held-out rows.
         balances: Whether the loss that balances experts is added.
         boundaries: Whether convolutions or states need the boundaries of documents.
+        new_tokens: Which rows are trained for the new tokens; None if there are none.
     """
 
     precision: Precision
@@ -73,6 +75,7 @@ class Choices:
     evaluates: bool
     balances: bool
     boundaries: bool
+    new_tokens: Choice | None = None
 
     @property
     def stage(self) -> int:
@@ -138,7 +141,11 @@ def choose_precision(
 
 
 def decide(
-    config: Config, architecture: PreTrainedModel, precision: Precision, prepared: Prepared
+    config: Config,
+    architecture: PreTrainedModel,
+    precision: Precision,
+    prepared: Prepared,
+    new: NewTokens = NO_TOKENS,
 ) -> Choices:
     """Decide everything that the settings leave to ``auto``, with the same result on all ranks.
 
@@ -147,6 +154,7 @@ def decide(
         architecture: The model on the meta device.
         precision: See ``choose_precision``.
         prepared: The data; the length of its longest sample decides the memory of a step.
+        new: The new tokens.
 
     Raises:
         ConfigError: A value that is set cannot be used with this model, data or machine.
@@ -187,6 +195,7 @@ def decide(
         evaluates=prepared.eval is not None,
         balances=head.balances(config, architecture),
         boundaries=(packed or joined.value) and bool(mixers.mixers(architecture)),
+        new_tokens=tokens.choose_rows(config, architecture, new),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.checkpoint import sharded
+from sft.checkpoint.weights import adapter_tensors
 from sft.errors import ConfigError, Problem
 from sft.inference.card import ADAPTER_SETTINGS, read_card
 from sft.merge import adapter_files
@@ -102,10 +103,8 @@ def _tensors(
     architecture: PreTrainedModel,
 ) -> list[Problem]:
     """Compare names and shapes of the tensors, and the scales of single modules."""
-    from peft import get_peft_model_state_dict
-
     model = attached(ours, architecture)
-    own = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
+    own = {name: tuple(t.shape) for name, t in adapter_tensors(model).items()}
     different = sorted(set(own.items()) ^ set(shapes.items()))
     if own.keys() != shapes.keys():
         name = different[0][0]
@@ -154,13 +153,12 @@ def load(config: Config, trainer: Trainer) -> None:
     """Replace the first values of the run's adapter by those of the adapter that is set."""
     if config.lora.init_from is None or not config.lora.enabled:
         return
-    from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     folder = Path(config.lora.init_from)
     values = load_file(folder / adapter_files.WEIGHTS)
     model: Any = trainer.model
-    parameters = get_peft_model_state_dict(model, dict(model.named_parameters()))
+    parameters = adapter_tensors(model, dict(model.named_parameters()))
     if parameters.keys() != values.keys():
         name = sorted(parameters.keys() ^ values.keys())[0]
         rule = f"{name} is trained by one of the adapters only"
