@@ -110,8 +110,9 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.inference.stops import stop_at
         from sft.merge import refusals
         from sft.model import adapter, tokens
-        from sft.model.base import check_fits, load_architecture, load_base, load_tokens
+        from sft.model.base import check_fits, load_architecture, load_base
         from sft.model.precision import dtype_of
+        from sft.model.tokenizer import load_tokens
         from sft.plan import choices
         from sft.run import resume
         from sft.training import build, loop, start, summary

@@ -48,11 +48,11 @@ def install(model: nn.Module, partitioned: bool) -> None:
             continue
         module.forward = types.MethodType(_forward, module)
         if partitioned:
-            from deepspeed.zero import register_external_parameter
+            import deepspeed
 
             # They belong to a ParameterDict, which is not called either.
             for values in module.trainable_tokens_delta.values():
-                register_external_parameter(module, values)
+                deepspeed.zero.register_external_parameter(module, values)
 
 
 def split(head: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:

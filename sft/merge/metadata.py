@@ -14,8 +14,8 @@ from sft.config.plain import read_json
 from sft.config.settings import ModelConfig, QuantizationConfig, TemplateConfig
 from sft.errors import DataError, MergeError
 from sft.files import write_text
-from sft.inference.card import GENERATION, TOKENIZER, write_card
-from sft.inference.stops import stop_at
+from sft.inference.card import TOKENIZER, write_card
+from sft.inference.stops import generation_of, stop_at
 from sft.model.base import load_config, load_tokenizer
 from sft.model.source import loading, source
 
@@ -120,12 +120,9 @@ def _generation(prepared: PreparedMerge) -> GenerationConfig:
 
     adapter, where = prepared.sources.adapters[0], source(prepared.sources.base)
     try:
-        if (adapter / GENERATION).is_file():
-            generation = GenerationConfig.from_pretrained(adapter)
-        else:
-            generation = GenerationConfig.from_pretrained(
-                where["pretrained_model_name_or_path"], revision=where["revision"]
-            )
+        generation = generation_of(adapter) or GenerationConfig.from_pretrained(
+            where["pretrained_model_name_or_path"], revision=where["revision"]
+        )
     except OSError:  # the base has no generation_config.json
         generation = GenerationConfig.from_model_config(prepared.model.config)
     if prepared.sources.card is not None or (adapter / TOKENIZER).is_file():

@@ -21,8 +21,9 @@ from sft.model.adapter_checks import (
     require_quick_patterns,
     targeted,
 )
-from sft.model.base import load_architecture, load_tokens
-from sft.model.tokens import NO_TOKENS, NewTokens, grow, trained_rows
+from sft.model.base import load_architecture
+from sft.model.tokenizer import NO_TOKENS, NewTokens, load_tokens
+from sft.model.tokens import grow, trained_beside
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -72,7 +73,7 @@ def lora_config(
     if lora.target_modules == "attention":
         fields["target_modules"] = attention_names(architecture)
     if new:
-        fields["trainable_token_indices"] = trained_rows(architecture, new, lora.modules_to_save)
+        fields |= trained_beside(architecture, new, lora.modules_to_save)
     if refused:
         fields["exclude_modules"] = excluding(
             fields.get("exclude_modules"), map(ending_in, refused)

@@ -16,7 +16,7 @@ from sft.config.settings import LoraSection
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
 from sft.limits import slow_pattern
-from sft.model.tokens import NewTokens
+from sft.model.tokenizer import NewTokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -191,6 +191,11 @@ def new_token_problems(
         rule = "unties the head from the embedding, and the new tokens' rows of one stay untrained"
         written = f"lora.modules_to_save=[{','.join(saved)}]"
         yield Problem(written, rule, "lora.extra.ensure_weight_tying=true")
+    if tied and not whole and getattr(head, "bias", None) is not None:
+        leaf = _leaf(model, embedding)
+        rule = "PEFT cannot train single rows of a tied embedding beside the head's bias"
+        fix = f"lora.modules_to_save=[{leaf}] lora.extra.ensure_weight_tying=true"
+        yield Problem("model.new_tokens", rule, fix)
 
 
 def _paths(model: PreTrainedModel, wanted: Any) -> list[str]:

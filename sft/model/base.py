@@ -1,4 +1,4 @@
-"""The tokenizer and the base model: find them, load them, and check that they fit the data."""
+"""The base model: find it, load it, and check that it fits the data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sft import process
 from sft.config.settings import Config, ModelConfig, QuantizationConfig
 from sft.errors import ModelError
 from sft.limits import OutOfTime, TimeLimit
-from sft.model import config_checks, tokens
+from sft.model import config_checks
 from sft.model.precision import dtype_of, needs_masters
 from sft.model.quantization import (
     flatten_inputs,
@@ -20,7 +20,7 @@ from sft.model.quantization import (
     unquantized,
 )
 from sft.model.source import loading, source
-from sft.model.tokens import NewTokens
+from sft.model.tokenizer import load_tokenizer as load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,46 +43,6 @@ def commit_of(model: ModelConfig) -> str | None:
         path = cached_file(name, "config.json", revision=model.revision)
     commit: str | None = extract_commit_hash(path, None)
     return None if Path(name).is_dir() else commit
-
-
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with its new tokens; see ``load_tokens``."""
-    return load_tokens(model)[0]
-
-
-def load_tokens(model: ModelConfig) -> tuple[PreTrainedTokenizerBase, NewTokens]:
-    """Load the tokenizer, add new tokens, and choose EOS and pad token.
-
-    EOS is the pad token of a tokenizer that has none; labels mask padding by length.
-
-    Raises:
-        ModelError: The tokenizer does not exist, cannot be reached, or has no EOS token, or its
-            files are missing.
-        ConfigError: A token that is set does not exist, or cannot be added.
-    """
-    from transformers import AutoTokenizer
-
-    with loading("tokenizer", model):
-        tokenizer = AutoTokenizer.from_pretrained(**source(model))
-        if not isinstance(tokenizer.model_max_length, int | float):
-            raise ValueError(f"model_max_length={tokenizer.model_max_length} must be a number")
-    # Without files, Transformers creates an empty tokenizer of the model's kind.
-    folder = Path(str(model.name_or_path))
-    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-    if folder.is_dir() and not any((folder / file).is_file() for file in files):
-        raise ModelError(
-            f"{folder} has no tokenizer: none of the files {', '.join(sorted(files))}\n"
-            "    fix: copy them from where the weights come from"
-        )
-    new = tokens.add(tokenizer, model)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"the tokenizer of {model.name_or_path} has no EOS token, so no text could end\n"
-            "    fix: model.eos_token=TOKEN, or set eos_token in its tokenizer_config.json"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, new
 
 
 def load_config(model: ModelConfig) -> PreTrainedConfig:

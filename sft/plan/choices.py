@@ -18,7 +18,7 @@ from sft.fast import lora as fast_lora
 from sft.model import experts, tokens
 from sft.model import precision as precisions
 from sft.model.precision import Precision, dtype_of, needs_masters
-from sft.model.tokens import NO_TOKENS, NewTokens
+from sft.model.tokenizer import NO_TOKENS, NewTokens
 from sft.plan import kernel, memory, schedule
 from sft.ranks import TIMEOUT, exchange, from_rank_zero
 
