@@ -43,6 +43,8 @@ def read_new_tokens(given: Any) -> list[str] | dict[str, str] | None:
 
 def _content(name: str) -> Any:
     path = Path(name)
+    if not name:
+        raise ConfigError([Problem(f"{NAME}=", "has no value", f"{NAME}={EXAMPLE}")])
     if not path.is_file():
         fix = f"'{NAME}=[\"{name}\"]' for this token, or {NAME}=FILE"
         raise ConfigError([Problem(f"{NAME}={name}", "there is no such file", fix)])

@@ -17,6 +17,7 @@ from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
 from sft.limits import slow_pattern
 from sft.model.tokenizer import NewTokens
+from sft.model.tokens import is_tied
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,7 +140,7 @@ def _shared_weights(
     lora: LoraSection, model: PreTrainedModel, adapted: list[str]
 ) -> Iterator[Problem]:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    tied = is_tied(model)
     written = f"lora.target_modules={lora.target_modules}"
     for path in adapted:
         module = model.get_submodule(path)
@@ -186,7 +187,7 @@ def new_token_problems(
         for end in (embedding, head)
         if any(_matches(path, name) for path in _paths(model, end) for name in saved)
     ]
-    tied = head.weight is embedding.weight and not lora.extra.get("ensure_weight_tying")
+    tied = is_tied(model) and not lora.extra.get("ensure_weight_tying")
     if tied and len(whole) == 1:
         rule = "unties the head from the embedding, and the new tokens' rows of one stay untrained"
         written = f"lora.modules_to_save=[{','.join(saved)}]"

@@ -75,6 +75,11 @@ def _mean(weight: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return (total / len(rows)).to(weight.dtype)
 
 
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether the head shares its weight with the embedding, by the model's config."""
+    return bool(model.config.get_text_config().tie_word_embeddings)
+
+
 def choose_rows(config: Config, model: PreTrainedModel, new: NewTokens) -> Choice | None:
     """Describe which rows are trained for the new tokens, and why; None without new tokens.
 
@@ -85,14 +90,14 @@ def choose_rows(config: Config, model: PreTrainedModel, new: NewTokens) -> Choic
     """
     if not new:
         return None
-    count, head = len(new.ids), model.get_output_embeddings()
+    count = len(new.ids)
     if not config.lora.enabled:
         return Choice(NAME, count, "lora=none trains every row")
     chosen = trained_beside(model, new, config.lora.modules_to_save)
     found, reasons = chosen["trainable_token_indices"], []
     if found:
         numbers = sum(count * model.get_submodule(path).weight.shape[1] for path in found)
-        shared = ", which the head shares" * (head.weight is model.get_input_embeddings().weight)
+        shared = ", which the head shares" * is_tied(model)
         reasons += [
             f"only the rows of new tokens are trained beside the adapter, in {' and '.join(found)}"
             f"{shared}: {numbers:,} parameters"
@@ -119,7 +124,7 @@ def trained_beside(
         PEFT would leave out beside single rows.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    ends = [embedding] if head.weight is embedding.weight else [embedding, head]
+    ends = [embedding] if is_tied(model) else [embedding, head]
     rows, whole = {}, list(saved or ())
     for path, module in model.named_modules():
         if not any(module is end for end in ends):

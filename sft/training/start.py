@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from sft.checkpoint import sharded
 from sft.checkpoint.weights import adapter_tensors
+from sft.config.new_tokens import NAME as NEW_TOKENS
+from sft.config.rules import written
 from sft.errors import ConfigError, Problem
-from sft.inference.card import ADAPTER_SETTINGS, read_card
+from sft.inference.card import ADAPTER_SETTINGS, Card, read_card
 from sft.merge import adapter_files
 from sft.merge.attach import attach
 from sft.merge.placeholders import with_placeholders
@@ -76,6 +78,8 @@ def require(
         fix = f"model.name_or_path={card.model.name_or_path}"
         found.append(Problem(f"{NAME}={folder}", rule, fix))
     if not found:
+        found += _new_tokens(config, folder, lora, theirs, card)
+    if not found:
         # Its patterns, modules and tensors are checked as for generating and merging.
         attach(with_placeholders(copy.deepcopy(architecture)), [folder], [theirs])
         found += _tensors(config, folder, shapes, lora, theirs, architecture)
@@ -92,6 +96,20 @@ def _scales(folder: Path, ours: LoraConfig, theirs: LoraConfig) -> list[Problem]
             fix = f"lora.{name}={other}".lower()
             found.append(Problem(f"lora.{name}={own}".lower(), f"{folder} has {name}={other}", fix))
     return found
+
+
+def _new_tokens(
+    config: Config, folder: Path, ours: LoraConfig, theirs: LoraConfig, card: Card | None
+) -> list[Problem]:
+    """Compare the new tokens, whose rows both adapters train."""
+    there = card.model.new_tokens if card else None
+    if ours.trainable_token_indices == theirs.trainable_token_indices:
+        return []
+    if not (there or config.model.new_tokens):
+        return []
+    rule = f"{folder} has {len(there or ())} new tokens, {written(NEW_TOKENS, there)}"
+    given = written(NEW_TOKENS, config.model.new_tokens)
+    return [Problem(given, rule, f"'{written(NEW_TOKENS, there)}'")]
 
 
 def _tensors(
