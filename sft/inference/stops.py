@@ -34,8 +34,7 @@ def stop_at(
         tokenizer: Its EOS ends an answer too, and its pad token pads the answers of a batch.
         stop_ids: The tokens that end an answer in the template of training.
     """
-    stops = all_stop_ids(generation, tokenizer, stop_ids)
-    generation.eos_token_id = stops if len(stops) > 1 else stops[0]
+    generation.eos_token_id = all_stop_ids(generation, tokenizer, stop_ids)
     generation.pad_token_id = tokenizer.pad_token_id
     # Transformers refuses to save changed settings of which some have no effect, such as a
     # temperature without sampling. Published models have them.

@@ -187,16 +187,19 @@ def new_token_problems(
         for end in (embedding, head)
         if any(_matches(path, name) for path in _paths(model, end) for name in saved)
     ]
-    tied = is_tied(model) and not lora.extra.get("ensure_weight_tying")
-    if tied and len(whole) == 1:
+    if not is_tied(model):
+        return
+    if len(whole) == 1 and not lora.extra.get("ensure_weight_tying"):
+        both = ",".join(_leaf(model, end) for end in (embedding, head))
         rule = "unties the head from the embedding, and the new tokens' rows of one stay untrained"
         written = f"lora.modules_to_save=[{','.join(saved)}]"
-        yield Problem(written, rule, "lora.extra.ensure_weight_tying=true")
-    if tied and not whole and getattr(head, "bias", None) is not None:
-        leaf = _leaf(model, embedding)
+        fix = (
+            f"lora.modules_to_save=null, which trains these rows, or lora.modules_to_save=[{both}]"
+        )
+        yield Problem(written, rule, fix)
+    if not whole and getattr(head, "bias", None) is not None:
         rule = "PEFT cannot train single rows of a tied embedding beside the head's bias"
-        fix = f"lora.modules_to_save=[{leaf}] lora.extra.ensure_weight_tying=true"
-        yield Problem("model.new_tokens", rule, fix)
+        yield Problem("model.new_tokens", rule, "lora=none")
 
 
 def _paths(model: PreTrainedModel, wanted: Any) -> list[str]:

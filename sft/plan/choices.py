@@ -13,6 +13,7 @@ from sft.config import zero
 from sft.config.artefact_meta import meta_of
 from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
+from sft.errors import ConfigError, Problem
 from sft.fast import head, linear, mixers
 from sft.fast import lora as fast_lora
 from sft.model import experts, tokens
@@ -164,6 +165,10 @@ def decide(
     zero_choice, ds_config = zero.choose(config, architecture)
     stage = zero.stage(ds_config)
     packed = "seq_lengths" in prepared.train.dataset.column_names
+    balances = head.balances(config, architecture)
+    if balances and stage == 3 and (new or config.lora.extra.get("trainable_token_indices")):
+        rule = "TRL's head, which balances the experts, cannot gather single trained rows"
+        raise ConfigError([Problem("zero=stage3", rule, "zero=stage2")])
     attention, joined = kernel.choose(config, architecture, name, packed)
     frozen = linear.choose(config, architecture, name, stage)
     by_peft = fast_lora.left_to_peft(config, stage)
@@ -193,7 +198,7 @@ def decide(
         packed=packed,
         fused_adapters=not by_peft,
         evaluates=prepared.eval is not None,
-        balances=head.balances(config, architecture),
+        balances=balances,
         boundaries=(packed or joined.value) and bool(mixers.mixers(architecture)),
         new_tokens=tokens.choose_rows(config, architecture, new),
     )

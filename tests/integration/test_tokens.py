@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from made_tokenizers import train_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support import FAMILIES, assert_same_adapter, build_model, losses, records
+from support import FAMILIES, assert_same_adapter, build_adapter, build_model, losses, records
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -306,10 +306,8 @@ def test_what_is_saved_stops_where_the_template_ends_a_turn(
     for folder in folders:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         generation = GenerationConfig.from_pretrained(folder)
-        own = generation.eos_token_id
-        own = own if isinstance(own, list) else [own]
         ids = tokenizer.convert_tokens_to_ids(["<|end|>", stop])
-        assert sorted(own) == sorted(set(ids))  # the base's own and the template's
+        assert sorted(generation.eos_token_id) == sorted(set(ids))
         assert generation.pad_token_id == tokenizer.pad_token_id
         if folder.name == "adapter":
             base: Any = AutoModelForCausalLM.from_pretrained(bases["tied"])
@@ -398,3 +396,82 @@ def test_settings_that_would_leave_new_rows_untrained(
     ):
         with pytest.raises(ConfigError, match=match):
             train(*settings(bases[kind], thoughts, tmp_path / "run", NEW, more))
+
+
+def test_a_new_token_in_a_conversation_is_one_token(bases: dict[str, Path]) -> None:
+    """A token of the data is one; those that the chat template writes are text in the data."""
+    from sft.config.settings import TemplateConfig
+    from sft.data.row_encoder import RowEncoder
+    from sft.data.rows import Row
+    from sft.data.template import Template
+
+    names = ["<|stop|>", "<call>"]
+    tokenizer, new = load_tokens(ModelConfig(name_or_path=str(bases["tied"]), new_tokens=names))
+    stop, call = tokenizer.convert_tokens_to_ids(names)
+    template = Template(TemplateConfig(kind="chat", chat_template=CHAT), tokenizer)
+    assert template.stop_ids == [stop]
+    messages = [
+        {"role": "user", "content": "a<|stop|><call>"},
+        {"role": "assistant", "content": "<call>b<|user|>"},
+    ]
+    found = RowEncoder(template)([Row({"messages": messages}, "rows.jsonl", 1)])
+    assert not found.bad
+    assert [token for token in found.ids.tolist() if token in new.rows] == [call, stop] * 2
+    trained = found.ids[found.marks % 2 == 1].tolist()
+    assert trained[0] == call and trained[-1] == stop and stop not in trained[:-1]
+
+
+def test_a_merge_takes_over_how_a_foreign_adapter_stops(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    from sft.merge import __main__ as merge
+
+    adapter = build_adapter(tmp_path / "adapter", bases["tied"], target_modules=["q_proj"])
+    asked = [f"adapter={adapter}", "verify=false"]
+
+    def generation_of(name: str) -> dict[str, Any]:
+        merge.merge(merge.main.compose([*asked, f"output={tmp_path / name}"]))
+        content = (tmp_path / name / "generation_config.json").read_text()
+        return dict(json.loads(content))
+
+    tokenizer = AutoTokenizer.from_pretrained(bases["tied"])
+    end, pad = tokenizer.convert_tokens_to_ids(["<|end|>", "<|pad|>"])
+    assert generation_of("bare")["eos_token_id"] == end  # the base's own
+    turn = tokenizer.convert_ids_to_tokens(259)
+    tokenizer.eos_token, tokenizer.chat_template = "<|pad|>", CHAT.replace("<|stop|>", turn)
+    tokenizer.save_pretrained(adapter)
+    found = generation_of("with tokenizer")
+    assert found["eos_token_id"] == [pad, end, 259] and found["pad_token_id"] == pad
+    # Entries without effect would not be saved.
+    GenerationConfig(eos_token_id=7, max_new_tokens=5, temperature=0.5).to_json_file(
+        adapter / "generation_config.json"
+    )
+    found = generation_of("with settings")
+    assert found["eos_token_id"] == [7, pad, 259] and found["max_new_tokens"] == 5
+    assert "temperature" not in found
+
+
+def test_new_tokens_on_a_quantised_base(
+    bases: dict[str, Path], thoughts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(*settings(bases["untied"], thoughts, run, NEW, "quantization=nf4"))
+    merge_of(run)
+    report = json.loads((run / "merged" / "merge_report.json").read_text())
+    assert report["passed"] is True
+    for end, old in zip(ends_of(run / "merged"), ends_of(bases["untied"]), strict=True):
+        assert end[:KNOWN].equal(old[:KNOWN])
+        assert (end[KNOWN:] - old[:KNOWN].mean(0)).abs().amax(1).min() > 1e-3
+
+
+def test_a_card_names_no_file_of_tokens(
+    bases: dict[str, Path], thoughts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from sft.inference.card import CARD, read_card
+
+    for value in ("tokens.txt", [1]):
+        (tmp_path / CARD).write_text(
+            json.dumps({"model": {"new_tokens": value}, "template": {}, "quantization": {}})
+        )
+        with pytest.raises(SftError, match="is damaged"):
+            read_card(tmp_path)
