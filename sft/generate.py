@@ -189,6 +189,7 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
 
 def _adapted(config: GenerateConfig, folder: Path) -> Any:
     """Load the base and the adapter; what a merge refuses is refused, before any weight loads."""
+    from sft.inference.stops import generation_of
     from sft.merge.adapter_files import is_lora
     from sft.merge.attach import attach, resize_embedding
     from sft.merge.placeholders import with_placeholders
@@ -198,12 +199,14 @@ def _adapted(config: GenerateConfig, folder: Path) -> Any:
     found = find([folder], [1.0], config.base, config.trust_remote_code, merging=False)
     if config.check_base:
         check_base(found)
+    generation = generation_of(folder)
     if is_lora(found.configs[0]):  # some other kinds compute with the base's weights
         architecture = load_architecture(found.base)
-        resize_embedding(architecture, found.shapes)
+        resize_embedding(architecture, found.shapes, found.configs)
         attach(with_placeholders(architecture), [folder], found.configs)
     model = load_frozen(found.base, found.quantization)
-    resize_embedding(model, found.shapes)
+    model.generation_config = generation or model.generation_config
+    resize_embedding(model, found.shapes, found.configs)
     return attach(model, [folder], found.configs, str(model.device), loaded=True).eval()
 
 

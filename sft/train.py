@@ -108,21 +108,24 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.data.template import Template
         from sft.fast import cpu_products
         from sft.fast import lora as fast_lora
+        from sft.inference.stops import stop_at
         from sft.merge import refusals
-        from sft.model import adapter, prequantized, trainable
-        from sft.model.base import check_fits, load_architecture, load_base, load_tokenizer
+        from sft.model import adapter, prequantized, tokens, trainable
+        from sft.model.base import check_fits, load_architecture, load_base
         from sft.model.precision import dtype_of
+        from sft.model.tokenizer import load_tokens
         from sft.plan import choices
         from sft.run import resume
         from sft.training import build, groups, loop, start, summary
 
     build.require(config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer, new = load_tokens(config.model)
     architecture = load_architecture(config.model)
+    tokens.grow(architecture, new.needed)
     config = prequantized.as_stored(config, architecture.config)
     trainable.freeze_architecture(config.model, architecture)
     precision = choices.choose_precision(config, architecture, run.begun_identity())
-    lora = adapter.lora_config(config, architecture)
+    lora = adapter.lora_config(config, architecture, new)
     fast_lora.leave_out_unusual(lora, architecture)
     refusals.say_before_training(config, architecture.config, lora)
     start.require(config, lora, architecture, resume_from)
@@ -131,7 +134,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
     check_batch(config, prepared)
-    chosen = choices.decide(config, architecture, precision, prepared)
+    chosen = choices.decide(config, architecture, precision, prepared, new)
     run.identify(chosen, prepared)
     logger.info("%s", "\n".join(chosen.lines()))
     cpu_products.widen_products(dtype_of(precision.value), precision.products)
@@ -142,6 +145,8 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     with _ending(run):
         resume.require_same_checkpoint(run.dir, resume_from)
         base = load_base(config, architecture.config, precision.value, chosen.attention.value)
+        tokens.initialise(base, new)
+        stop_at(base.generation_config, tokenizer, template.stop_ids)
         collator = build.make_collator(config, chosen, tokenizer)
         trainer = build.make_trainer(base, args, chosen, prepared, collator, tokenizer, lora)
         trainer.rates = groups.Rates.of(config.train)

@@ -120,16 +120,15 @@ def build_model(folder: Path, family: str, tied: bool, **changed: Any) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     common = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes = {} if "n_embd" in FAMILIES[family] else common
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **{**sizes, **FAMILIES[family], **changed},
-    )
+    fixed = {
+        "vocab_size": len(tokenizer),
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.1,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = AutoConfig.for_model(family, **{**fixed, **sizes, **FAMILIES[family], **changed})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -159,17 +159,23 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     ),
     "peft.tuners.trainable_tokens": ("TrainableTokensLayer",),
     "peft.tuners.trainable_tokens.layer:TrainableTokensLayer": (
-        *("token_indices", "trainable_tokens_delta"),
+        *("_collect_token_weights(weight, rows, embed_dim)", "token_indices"),
+        "trainable_tokens_delta",
     ),
+    "peft.tuners.tuners_utils:BaseTunerLayer": ("_get_embed_scale()",),
     "peft.tuners.tuners_utils": (
         *("BaseTunerLayer", "_check_lora_target_modules_mamba(peft_config, model, target_name)"),
         "check_target_module_exists(config, key)",
     ),
-    "peft.utils.other": ("AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"),
+    "peft.utils.integrations": ("gather_params_ctx(param, modifier_rank)",),
+    "peft.utils.other": (
+        *("AuxiliaryTrainingWrapper", "ModulesToSaveWrapper", "TrainableTokensWrapper"),
+    ),
     "peft.utils.transformers_weight_conversion": (
         "convert_peft_adapter_state_dict_for_transformers("
         "model, peft_config, adapter_state_dict, adapter_name)",
     ),
+    "peft.utils.other:TrainableTokensWrapper": ("original_module",),
     "peft.utils.other:ModulesToSaveWrapper": ("modules_to_save", "original_module"),
     "bitsandbytes.functional": (
         *("dequantize_4bit(A, quant_state)", "int8_vectorwise_dequant(A, stats)"),
@@ -203,7 +209,10 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         "safe_set_local_fp32_param(param, value)",
         "safe_set_local_optimizer_state(param, value, optim_state_key)",
     ),
-    "deepspeed.zero": ("GatheredParameters(params, modifier_rank)",),
+    "deepspeed.zero": (
+        "GatheredParameters(params, modifier_rank)",
+        "register_external_parameter(module, parameter)",
+    ),
     # Ranks, data, the command line.
     "torch.distributed.distributed_c10d": ("PrefixStore",),
     "torch.distributed.rendezvous": ("rendezvous(url)",),

@@ -40,7 +40,7 @@ def gathered(
     if not isinstance(model, PeftModel):
         return whole_model() or {}
     parameters = dict(model.named_parameters())
-    adapter = {id(value) for value in get_peft_model_state_dict(model, parameters).values()}
+    adapter = {id(value) for value in adapter_tensors(model, parameters).values()}
     whole = {}
     for name, parameter in parameters.items():
         if id(parameter) in adapter or parameter.requires_grad:
@@ -65,12 +65,38 @@ def write(
     Raises:
         CheckpointError: The files do not hold what was trained.
     """
-    model.save_pretrained(folder, state_dict=weights)
+    adapter = isinstance(model, PeftModel)
+    options = {"save_embedding_layers": _embedding_layers(model)} if adapter else {}
+    model.save_pretrained(folder, state_dict=weights, **options)
     tokenizer.save_pretrained(folder)
-    live = get_peft_model_state_dict(model, weights) if isinstance(model, PeftModel) else weights
-    check(folder, live, isinstance(model, PeftModel), updated)
+    if adapter and (generation := getattr(model.get_base_model(), "generation_config", None)):
+        generation.save_pretrained(folder)
+    check(folder, adapter_tensors(model, weights) if adapter else weights, adapter, updated)
 
 
+def adapter_tensors(model: PeftModel, state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the tensors of an adapter by their names in its file.
+
+    Args:
+        model: The model with the adapter.
+        state: All of the model's tensors by their names in the model; None: the model's own.
+    """
+    options = {"save_embedding_layers": _embedding_layers(model)}
+    found: dict[str, Any] = get_peft_model_state_dict(model, state, **options)
+    return found
+
+
+def _embedding_layers(model: PeftModel) -> bool | str:
+    """Return whether PEFT puts the whole embedding and head into the adapter's file.
+
+    PEFT does so where the embedding has other rows than the base's. The rows of new tokens are the
+    adapter's own, so that the others need not be saved.
+    """
+    rows = model.peft_config[model.active_adapter].trainable_token_indices
+    return "auto" if rows is None else False
+
+
+@dataclass
 @dataclass
 class Contents:
     """What weight files hold.

@@ -19,9 +19,10 @@ from sft.config import (
     zero_checks,
 )
 from sft.config.compare import CONTENTS, flatten
+from sft.config.new_tokens import read_new_tokens
 from sft.config.rules import LONGEST_NAME, name_fault, rule_problems
 from sft.config.settings import Config, TrainConfig
-from sft.errors import Problem
+from sft.errors import ConfigError, Problem
 from sft.process import world_size
 
 MIN_RATES = {"min_lr", "min_lr_rate"}
@@ -33,6 +34,7 @@ def check(config: Config) -> list[Problem]:
     problems = list(rule_problems(config))
     for find in (
         _names,
+        _tokens,
         _resume,
         data_checks.problems,
         _batch,
@@ -66,6 +68,23 @@ def _names(config: Config) -> Iterator[Problem]:
         name = getattr(getattr(config, section), leaf)
         if name is not None and (fault := name_fault(name)):
             yield Problem(f"{key}={name}", fault, f"{key}=NAME")
+
+
+def _tokens(config: Config) -> Iterator[Problem]:
+    """Check the settings of tokens, whatever the tokenizer is."""
+    try:
+        new = read_new_tokens(config.model.new_tokens)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    for name in ("eos_token", "pad_token"):
+        if getattr(config.model, name) == "":
+            rule = "has no value; it must be the text of a token, or null"
+            yield Problem(f"model.{name}=", rule, f"model.{name}=null")
+    if new and config.lora.extra.get("trainable_token_indices") is not None:
+        rule = "model.new_tokens chooses the rows to train by itself"
+        fix = "leave lora.extra.trainable_token_indices out"
+        yield Problem("lora.extra.trainable_token_indices", rule, fix)
 
 
 def _resume(config: Config) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sft.config.data_settings import DatasetConfig
 from sft.config.model_settings import LoraSection, ModelConfig, QuantizationConfig
+from sft.config.new_tokens import read_new_tokens
 from sft.config.rules import AS_SET, LARGEST_SEED, Choice, between, name_fault, one_of, setting
 from sft.config.template_settings import TemplateConfig
 from sft.config.train_settings import ResumeConfig, TrainConfig, ZeroConfig
@@ -122,11 +123,14 @@ def fill_names(config: Config) -> None:
     """Fill in names and the output folder that are null; without a clock, so that ranks agree.
 
     Raises:
-        ConfigError: A name that follows from a path or a mix is no folder's name.
+        ConfigError: A name that follows from a path or a mix is no folder's name, or the file of
+            new tokens cannot be read.
     """
     # An absolute path stays valid when a later command runs in a different folder, and has a name.
     if config.model.name_or_path and Path(config.model.name_or_path).is_dir():
         config.model.name_or_path = str(Path(config.model.name_or_path).resolve())
+    # The run's config.yaml holds the tokens themselves, so that their file is read once.
+    config.model.new_tokens = read_new_tokens(config.model.new_tokens)
     for section, path in (
         (config.model, config.model.name_or_path),
         (config.dataset, config.dataset.path),

@@ -21,6 +21,7 @@ from sft.config.rules import AS_SET, Choice
 from sft.data.collator import trained_places
 from sft.errors import ConfigError, Problem
 from sft.fast.loss import Logits, SummedLoss
+from sft.fast.rows import split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,20 +117,28 @@ def install(model: PreTrainedModel, kind: str) -> None:
         backbone = self.base_model if self.base_model is not self else self.model
         states = backbone(*args, **kwargs).last_hidden_state
         states = states.flatten(0, 1)[(loss_positions - 1).to(states.device)]
-        head = self.get_output_embeddings()
+        head, rows, values = split(self.get_output_embeddings())
         states, labels = states.to(head.weight.device), labels.to(head.weight.device)
-        with maybe_gather_lm_head_ctx(head.weight, head.bias):
-            return score(states, head, labels, logits, asked)
+        with maybe_gather_lm_head_ctx(head.weight, head.bias, values):
+            trained = (head.weight, head.bias, rows, values)
+            return score(states, trained, labels, logits, asked)
 
     forward.before = before  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
 def _by_chunks(
-    states: torch.Tensor, head: Any, labels: torch.Tensor, logits: Logits, asked: Asked
+    states: torch.Tensor,
+    trained: tuple[Any, ...],
+    labels: torch.Tensor,
+    logits: Logits,
+    asked: Asked,
 ) -> HeadOutput:
-    """Compute the loss of the labels, (N,), from the backbone's states, (N, width)."""
-    trained: tuple[Any, ...] = (head.weight, head.bias)
+    """Compute the loss of the labels, (N,), from the backbone's states, (N, width).
+
+    ``trained`` is the head's weight and bias, and the indices and the values of single trained
+    rows, or None.
+    """
     if not torch.is_grad_enabled():  # otherwise SummedLoss would compute their gradients
         trained = tuple(None if weight is None else weight.detach() for weight in trained)
     factors = None if asked.weights is None else asked.weights.to(states.device)
@@ -146,12 +155,19 @@ def _by_chunks(
 
 
 def _by_trl(
-    states: torch.Tensor, head: Any, labels: torch.Tensor, logits: Logits, asked: Asked
+    states: torch.Tensor,
+    trained: tuple[Any, ...],
+    labels: torch.Tensor,
+    logits: Logits,
+    asked: Asked,
 ) -> HeadOutput:
     """Compute the same with TRL's kernel, which uses Triton on a GPU."""
+    weight, bias, rows, values = trained
+    if rows is not None:
+        weight = weight.index_copy(0, rows, values.to(weight.dtype))
     wanted = ("entropy", "is_top1") if asked.metrics else ()
     log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
-        states, head.weight, head.bias, labels, 1.0, TILE, logits.softcap, logits.scale, wanted
+        states, weight, bias, labels, 1.0, TILE, logits.softcap, logits.scale, wanted
     )
     return HeadOutput(
         loss=asked.losses(log_probs).sum(),

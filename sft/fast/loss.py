@@ -118,6 +118,8 @@ class SummedLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        index: torch.Tensor | None,
+        values: torch.Tensor | None,
         labels: torch.Tensor,
         weights: torch.Tensor | None,
         logits: Logits,
@@ -131,6 +133,8 @@ class SummedLoss(torch.autograd.Function):
             hidden: The backbone's last states, (N, width).
             weight: The head's weight, (vocabulary, width).
             bias: The head's bias, (vocabulary,), or None.
+            index: The indices of single rows of the weight that are trained, (rows,), or None.
+            values: The values of these rows, (rows, width), which replace those of the weight.
             labels: (N,).
             weights: Factors of the positions' losses, (N,), float32; None: 1.
             logits: What the model applies to the head's output.
@@ -144,11 +148,16 @@ class SummedLoss(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
         head, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if index is not None and values is not None:
+            head = head.index_copy(0, index, values.to(dtype))
         wanted = ctx.needs_input_grad
         grads = [
             torch.empty_like(hidden, dtype=dtype) if wanted[0] else None,
             torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None,
             torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None,
+            torch.zeros_like(values, dtype=torch.float32)
+            if values is not None and wanted[4]
+            else None,
         ]
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropy = torch.empty_like(log_probs[: len(hidden) if metrics else 0])
@@ -171,9 +180,12 @@ class SummedLoss(torch.autograd.Function):
                         p *= log_probs[part, None].exp()
                     if weights is not None:
                         p *= weights[part, None]
-                    _add_gradients(grads, part, logits.backward_(p, slope).to(dtype), x, head)
+                    p = logits.backward_(p, slope).to(dtype)
+                    _add_gradients(grads[:3], part, p, x, head)
+                    if grads[3] is not None:
+                        grads[3].addmm_(p[:, index].float().t(), x.float())
         ctx.save_for_backward(*grads)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = [None if it is None else it.dtype for it in (hidden, weight, bias, values)]
         ctx.mark_non_differentiable(log_probs, entropy, is_top1)
         each = -log_probs * log_probs.exp() if dft else -log_probs
         each = each if weights is None else each * weights
@@ -184,4 +196,4 @@ class SummedLoss(torch.autograd.Function):
         """Scale the gradients that the forward pass computed."""
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         found = [None if grad is None else (grad * of_loss).to(dtype) for grad, dtype in pairs]
-        return (*found, None, None, None, None, None)
+        return (*found[:3], None, found[3], None, None, None, None, None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +18,11 @@ from sft.attributes import replaced
 from sft.checkpoint.sharded import shape_of
 from sft.data.row_encoder import IGNORE_INDEX
 from sft.errors import DataError
+from sft.inference.stops import all_stop_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 logger = logging.getLogger("sft")
@@ -29,15 +31,31 @@ ROUTERS = "output_router_logits"  # of a config: return the routers' scores and 
 
 
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *given: Any, **options: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    device: torch.device,
+    stop_ids: Sequence[int] = (),
+    **options: Any,
 ) -> list[str]:
-    """Continue a batch of encoded prompts with text; the arguments are those of ``continuations``.
+    """Continue a batch of encoded prompts with text; for the arguments see ``continuations``.
 
     Returns:
-        The texts that follow the prompts, without special tokens.
+        The texts that follow the prompts, without special tokens and the token that ended them.
     """
-    ids = continuations(model, tokenizer, *given, **options)
-    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    given = (prompts, max_new_tokens, device, stop_ids)
+    ids = continuations(model, tokenizer, *given, **options).tolist()
+    stops = all_stop_ids(model.generation_config, tokenizer, stop_ids)
+    return _texts(tokenizer, ids, stops)
+
+
+def _texts(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]], stops: Sequence[int]
+) -> list[str]:
+    """Decode each row up to the first token that ends an answer, which need not be special."""
+    ended = [list(itertools.takewhile(lambda token: token not in stops, row)) for row in rows]
+    texts: list[str] = tokenizer.batch_decode(ended, skip_special_tokens=True)
     return texts
 
 
@@ -173,15 +191,6 @@ def room(model: PreTrainedModel, prompts: Sequence[list[int]], wanted: int) -> i
     return int(positions - longest)
 
 
-def all_stop_ids(
-    generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
-) -> list[int]:
-    """List the tokens that end an answer: the tokenizer's EOS, the model's and ``stop_ids``."""
-    own = generation.eos_token_id
-    found = [tokenizer.eos_token_id, *stop_ids, *(own if isinstance(own, list) else [own])]
-    return sorted({token for token in found if token is not None})
-
-
 def exact_match(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -208,7 +217,8 @@ def exact_match(
     """
     began = time.perf_counter()
     prompts, wanted = zip(*(_last_answer(sample) for sample in samples), strict=True)
-    answers = [text.strip() for text in tokenizer.batch_decode(wanted, skip_special_tokens=True)]
+    stops = all_stop_ids(model.generation_config, tokenizer, stop_ids)
+    answers = [text.strip() for text in _texts(tokenizer, wanted, stops)]
     # Allow two tokens more than the longest answer: an answer that is longer is wrong anyway.
     longest = max(map(len, wanted)) + 2
     if not takes_padding(model, tokenizer, device):

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from sft.config import upstream
+from sft.config.new_tokens import read_new_tokens
 from sft.config.plain import from_json, read_json
 from sft.config.settings import Config, ModelConfig, QuantizationConfig, TemplateConfig
 from sft.config.template_settings import parts_of
-from sft.errors import ModelError
+from sft.errors import ConfigError, ModelError
 from sft.files import write_text
 
 CARD = "sft.json"
 ADAPTER_SETTINGS = "adapter_config.json"
+TOKENIZER = "tokenizer_config.json"
+GENERATION = "generation_config.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -79,7 +82,10 @@ def read_card(folder: Path) -> Card | None:
             raise ValueError("quantization has both load_in_4bit and load_in_8bit")
         if unknown := card.quantization.extra.keys() - upstream.bnb_config_names():
             raise ValueError(f"there is no entry quantization.extra.{min(unknown)}")
-    except ValueError as error:
+        if isinstance(card.model.new_tokens, str):  # a run names no file there
+            raise ValueError("model.new_tokens must be a list or a mapping")
+        read_new_tokens(card.model.new_tokens)
+    except (ValueError, ConfigError) as error:
         raise damaged(path, error) from error
     card.model.trust_remote_code = False
     card.template.chat_template = None

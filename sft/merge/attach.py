@@ -16,6 +16,7 @@ from sft.errors import MergeError
 from sft.merge.adapter_files import is_lora, require_quick_patterns, restarts
 from sft.model.config_checks import MOST_LAYERS
 from sft.model.source import named
+from sft.model.tokens import grow
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -143,23 +144,41 @@ def _reason(error: Exception) -> str:
 
 
 def resize_embedding(
-    model: PreTrainedModel, shapes: Sequence[dict[str, tuple[int, ...]]]
+    model: PreTrainedModel,
+    shapes: Sequence[dict[str, tuple[int, ...]]],
+    configs: Sequence[PeftConfig],
 ) -> int | None:
     """Resize the embedding to the adapter's vocabulary.
 
     Args:
         model: The base.
         shapes: The shapes of each adapter's tensors, by name.
+        configs: Their settings, which may name rows that are trained one by one.
 
     Returns:
-        The new number of rows; None if no adapter has an embedding of a different size.
+        The new number of rows; None if no adapter has other rows than the base.
     """
     embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    endings = (f"{name}.weight", f"{name}.base_layer.weight")
+    before = embedding.num_embeddings
+    paths = [name for name, module in model.named_modules() if module is embedding]
+    paths += [
+        name for name, module in model.named_modules() if module is model.get_output_embeddings()
+    ]
+    endings = tuple(f"{path}{part}.weight" for path in paths for part in ("", ".base_layer"))
     for tensors in shapes:
         for tensor, shape in tensors.items():
-            if tensor.endswith(endings) and shape[0] != embedding.weight.shape[0]:
-                model.resize_token_embeddings(shape[0], mean_resizing=False)
+            if tensor.endswith(endings) and shape[0] != before:
+                if shape[0] < before:
+                    model.resize_token_embeddings(shape[0], mean_resizing=False)
+                grow(model, shape[0])
                 return shape[0]
-    return None
+    needed = max((row + 1 for config in configs for row in _rows(config)), default=0)
+    grow(model, needed)
+    return needed if needed > before else None
+
+
+def _rows(config: PeftConfig) -> list[int]:
+    """List the rows of embedding and head that an adapter trains one by one."""
+    given = getattr(config, "trainable_token_indices", None) or []
+    lists = given.values() if isinstance(given, dict) else [given]
+    return [row for rows in lists for row in rows]

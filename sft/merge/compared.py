@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft.config.settings import ModelConfig, QuantizationConfig
-from sft.merge.attach import name_of, names_kept
+from sft.merge.attach import name_of, names_kept, resize_embedding
 from sft.merge.base_files import Base
 from sft.merge.placeholders import with_placeholders
 from sft.merge.stored import shards
@@ -74,7 +74,7 @@ def reference(
     if weights_only and derived and sources.dtype != sources.stored_dtype:
         _restore_others(base, prepared)
     if prepared.resized:
-        base.resize_token_embeddings(prepared.resized, mean_resizing=False)
+        resize_embedding(base, sources.shapes, sources.configs)
     # The adapters were read before: see attach.
     with warnings.catch_warnings(action="ignore"), names_kept():
         model = PeftModel.from_pretrained(base, str(sources.adapters[0]), adapter_name=name_of(0))

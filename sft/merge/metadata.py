@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft.config.plain import read_json
-from sft.config.settings import ModelConfig, QuantizationConfig
-from sft.errors import MergeError
+from sft.config.settings import ModelConfig, QuantizationConfig, TemplateConfig
+from sft.errors import DataError, MergeError
 from sft.files import write_text
-from sft.inference.answers import all_stop_ids
-from sft.inference.card import write_card
+from sft.inference.card import TOKENIZER, write_card
+from sft.inference.stops import generation_of, stop_at
 from sft.model.base import load_config, load_tokenizer
 from sft.model.source import loading, source
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
     from sft.merge.prepare import PreparedMerge
 
 
@@ -41,6 +43,8 @@ def write(prepared: PreparedMerge, dtype: torch.dtype | None, folder: Path) -> N
         if dtype is not None:
             level.pop("torch_dtype", None)
             level["dtype"] = str(dtype).removeprefix("torch.")
+    if prepared.sources.card is not None:
+        _name_tokens(text, prepared.sources.card.model, prepared.tokenizer)
     rows = prepared.model.get_input_embeddings().weight.shape[0]
     if "vocab_size" in text and prepared.resized:
         text["vocab_size"] = rows
@@ -52,6 +56,14 @@ def write(prepared: PreparedMerge, dtype: torch.dtype | None, folder: Path) -> N
         # The merged model is no longer quantised, and depends on no base model.
         whole = dataclasses.replace(card, quantization=QuantizationConfig(), identity={})
         write_card(folder, whole)
+
+
+def _name_tokens(text: dict[str, Any], model: ModelConfig, tokenizer: Any) -> None:
+    """Write the ids of an EOS and a pad token that the run chose into the model's config."""
+    if model.eos_token is not None:
+        text["eos_token_id"] = tokenizer.eos_token_id
+    if model.eos_token is not None or model.pad_token is not None:
+        text["pad_token_id"] = tokenizer.pad_token_id
 
 
 def check(prepared: PreparedMerge, folder: Path) -> None:
@@ -102,25 +114,35 @@ def _carry_code(base: ModelConfig, settings: dict[str, Any], folder: Path) -> No
             settings["auto_map"][kind] = f"{name}--{reference}"
 
 
-def _generation(prepared: PreparedMerge) -> Any:
+def _generation(prepared: PreparedMerge) -> GenerationConfig:
+    """Return the adapter's generation settings, or the base's, with the stops of both."""
     from transformers import GenerationConfig
 
-    where = source(prepared.sources.base)
+    adapter, where = prepared.sources.adapters[0], source(prepared.sources.base)
     try:
-        generation = GenerationConfig.from_pretrained(
+        generation = generation_of(adapter) or GenerationConfig.from_pretrained(
             where["pretrained_model_name_or_path"], revision=where["revision"]
         )
     except OSError:  # the base has no generation_config.json
         generation = GenerationConfig.from_model_config(prepared.model.config)
-    if prepared.sources.card is not None:
-        stops = all_stop_ids(generation, prepared.tokenizer, stop_ids(prepared))
-        generation.eos_token_id = stops
+    if prepared.sources.card is not None or (adapter / TOKENIZER).is_file():
+        stop_at(generation, prepared.tokenizer, stop_ids(prepared))
     return generation
 
 
 def stop_ids(prepared: PreparedMerge) -> list[int]:
-    """Return the tokens that end an answer in the template of training."""
+    """Return the tokens that end an answer in the template of training.
+
+    Of an adapter without card, that is the chat template which it brings.
+    """
     from sft.data.template import Template
 
-    card = prepared.sources.card
-    return Template(card.template, prepared.tokenizer).stop_ids if card is not None else []
+    tokenizer, card = prepared.tokenizer, prepared.sources.card
+    if card is not None:
+        return Template(card.template, tokenizer).stop_ids
+    if not (prepared.sources.adapters[0] / TOKENIZER).is_file() or not tokenizer.chat_template:
+        return []
+    try:
+        return Template(TemplateConfig(kind="chat"), tokenizer).stop_ids
+    except DataError:  # it ends an answer with no control token
+        return []

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sft.config.settings import ModelConfig
+from sft.inference.card import TOKENIZER
 from sft.merge.adapter_files import restarts
 from sft.merge.adapters import changes
 from sft.merge.attach import attach, resize_embedding
 from sft.merge.base_files import Base
+from sft.merge.change import Change
 from sft.merge.layout import Layout, Transform, plan
-from sft.merge.placeholders import with_placeholders
+from sft.merge.placeholders import base_name, with_placeholders
 from sft.merge.quantized import dequantizers
 from sft.merge.sources import Sources
 from sft.merge.stored import shards
@@ -22,8 +24,6 @@ from sft.merge.stored import shards
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass
@@ -80,9 +80,11 @@ def prepare(
     architecture = load_architecture(sources.base, buffers=True)
     base = Base.read(shards(sources.base), architecture)
     names = _stored_names(architecture)
-    resized = resize_embedding(architecture, sources.shapes)
+    resized = resize_embedding(architecture, sources.shapes, sources.configs)
     model = attach(with_placeholders(architecture), sources.adapters, sources.configs)
     found = changes(model, sources.weights, sources.configs, base.partners)
+    if resized is not None:
+        _append_rows(found, base, model.get_base_model())
     transforms: dict[str, Transform] = {}
     if dequantized:
         transforms |= dequantizers(
@@ -97,6 +99,33 @@ def prepare(
     brings = (sources.adapters[0] / TOKENIZER).is_file()
     tokenizer = load_tokenizer(own if brings else sources.base)
     return PreparedMerge(sources, base, model, transforms, layout, dequantized, resized, tokenizer)
+
+
+def _append_rows(found: dict[str, Change], base: Base, model: PreTrainedModel) -> None:
+    """Replace the parameters that have more rows than the base's by these and the new rows.
+
+    Args:
+        found: The changes, which are added to.
+        base: The base's files.
+        model: The architecture with the new rows, whose adapter has values for them.
+    """
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        name = base_name(name)
+        before = base.shapes.get(name)
+        change = found.get(name, Change())
+        if before is None or parameter.shape[0] <= before[0] or change.replaced is not None:
+            continue
+        stored = next(filter(None, map(base.stored, base.partners(name))))
+        old = stored.read(0, stored.rows).view(before)
+        # As model.tokens.grow sets the head's bias; the adapter has the new rows of a weight.
+        mean = old.double().mean() if old.ndim == 1 else torch.zeros(())
+        new = old.new_empty(parameter.shape)
+        new[: len(old)], new[len(old) :] = old, mean
+        if change.tokens is not None:
+            rows, values = change.tokens
+            new = new.to(torch.promote_types(new.dtype, values.dtype))
+            new[rows] = values.to(new.dtype)
+        found[name] = Change(replaced=new)
 
 
 def _restart(before: Transform | None, restart: Transform, dtype: torch.dtype) -> Transform:

@@ -100,7 +100,8 @@ def _greedy(
     model: Any, prepared: PreparedMerge, samples: Probes, resident: bool
 ) -> list[list[int]]:
     """Continue the first prompts greedily; an answer includes the token that stopped it."""
-    from sft.inference.answers import all_stop_ids, continuations
+    from sft.inference.answers import continuations
+    from sft.inference.stops import all_stop_ids
 
     tokenizer = prepared.tokenizer
     stop_ids = metadata.stop_ids(prepared)

@@ -15,12 +15,15 @@ from sft.config.settings import Config, LoraSection
 from sft.errors import ConfigError, Problem
 from sft.model.adapter_checks import (
     missing_layers,
+    new_token_problems,
     problems,
     require_quick_patterns,
     target_modules,
     targeted,
 )
 from sft.model.base import load_architecture
+from sft.model.tokenizer import NO_TOKENS, NewTokens, load_tokens
+from sft.model.tokens import grow, trained_beside
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -33,12 +36,15 @@ EXCLUDE = "lora.extra.exclude_modules"
 GROUPS = ("all-linear", "attention")  # values of lora.target_modules that stand for many modules
 
 
-def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | None:
+def lora_config(
+    config: Config, architecture: PreTrainedModel, new: NewTokens = NO_TOKENS
+) -> LoraConfig | None:
     """Make PEFT's config; None if the run trains no adapter.
 
     Args:
         config: The run's config.
-        architecture: The model on the meta device.
+        architecture: The model on the meta device, with the rows of the new tokens.
+        new: The new tokens, whose rows the adapter trains.
 
     Raises:
         ConfigError: Entries match no module or cannot be trained; all of them are listed.
@@ -52,6 +58,7 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
     require_quick_patterns(lora, architecture)
     refused = sorted(_refused_names(architecture, targeted(lora, architecture)))
     found = list(problems(lora, architecture, zero.stage(zero.read(config.zero))))
+    found += new_token_problems(lora, architecture, new)
     if refused and lora.target_modules not in GROUPS:
         found.append(_cannot_carry(lora, refused, targeted(lora, architecture)))
     found += missing_layers(lora, targeted(lora, architecture))
@@ -63,6 +70,8 @@ def lora_config(config: Config, architecture: PreTrainedModel) -> LoraConfig | N
         raise ConfigError(found)
     values = dataclasses.asdict(lora)  # copies, because PEFT writes into its config
     fields = {name: values[name] for name in named(LoraSection, ours=False)} | values["extra"]
+    if new:
+        fields |= trained_beside(architecture, new, lora.modules_to_save)
     if refused:
         fields["exclude_modules"] = excluding(
             fields.get("exclude_modules"), map(ending_in, refused)
@@ -160,8 +169,10 @@ def count_parameters(config: Config) -> int | None:
     if not config.lora.enabled:
         return None
     try:
+        _, new = load_tokens(config.model)
         architecture = load_architecture(config.model)
-        lora = lora_config(config, architecture)
+        grow(architecture, new.needed)
+        lora = lora_config(config, architecture, new)
         assert lora is not None
         model = _try(config.lora, lora, architecture)
     except Exception as error:  # an audit of the data needs no adapter, so PEFT must not stop it

@@ -17,6 +17,8 @@ from sft.config.settings import LoraSection
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
 from sft.limits import slow_pattern
+from sft.model.tokenizer import NewTokens
+from sft.model.tokens import is_tied
 
 if TYPE_CHECKING:
     from torch import nn
@@ -179,14 +181,14 @@ def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[
         if not 1 <= rank <= LARGEST_RANK:
             rule = f"must be from 1 to {LARGEST_RANK}"
             yield Problem(f"lora.rank_pattern.{name}={rank}", rule, "remove it")
-    yield from _shared_weights(lora, model, adapted, stage)
+    yield from _shared_weights(lora, model, adapted)
 
 
 def _shared_weights(
-    lora: LoraSection, model: PreTrainedModel, adapted: list[str], stage: int
+    lora: LoraSection, model: PreTrainedModel, adapted: list[str]
 ) -> Iterator[Problem]:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    tied = is_tied(model)
     written = f"lora.target_modules={lora.target_modules}"
     for path in adapted:
         module = model.get_submodule(path)
@@ -197,17 +199,6 @@ def _shared_weights(
                 written,
                 f"LoRA on {path} cannot be merged correctly: the head shares its weight",
                 f"lora.modules_to_save=[{path.rpartition('.')[2]}]",
-            )
-    if lora.extra.get("trainable_token_indices") is not None:
-        if tied:
-            yield Problem(
-                "lora.extra.trainable_token_indices",
-                "TRL's fused head cannot train single tokens of a tied embedding",
-                f"lora.modules_to_save=[{_leaf(model, embedding)}]",
-            )
-        elif stage == 3:
-            yield Problem(
-                "lora.extra.trainable_token_indices", "does not work under ZeRO-3", "zero=stage2"
             )
     if lora.extra.get("lora_bias"):
         bare = [
@@ -221,6 +212,47 @@ def _shared_weights(
             )
 
 
+def new_token_problems(
+    lora: LoraSection, model: PreTrainedModel, new: NewTokens
+) -> Iterator[Problem]:
+    """Yield the settings with which the rows of new tokens would not be trained as they are used.
+
+    Args:
+        lora: The adapter's settings.
+        model: The architecture.
+        new: The new tokens.
+    """
+    if not new:
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if any(model.get_submodule(path) is embedding for path in targeted(lora, model)):
+        rule = "an embedding with an adapter cannot train the rows of model.new_tokens too"
+        written = f"lora.target_modules={lora.target_modules}"
+        yield Problem(written, rule, f"lora.modules_to_save=[{_leaf(model, embedding)}]")
+    saved = lora.modules_to_save or ()
+    whole = [
+        end
+        for end in (embedding, head)
+        if any(_matches(path, name) for path in _paths(model, end) for name in saved)
+    ]
+    if not is_tied(model):
+        return
+    if len(whole) == 1 and not lora.extra.get("ensure_weight_tying"):
+        both = ",".join(_leaf(model, end) for end in (embedding, head))
+        rule = "unties the head from the embedding, and the new tokens' rows of one stay untrained"
+        written = f"lora.modules_to_save=[{','.join(saved)}]"
+        fix = (
+            f"lora.modules_to_save=null, which trains these rows, or lora.modules_to_save=[{both}]"
+        )
+        yield Problem(written, rule, fix)
+    if not whole and getattr(head, "bias", None) is not None:
+        rule = "PEFT cannot train single rows of a tied embedding beside the head's bias"
+        yield Problem("model.new_tokens", rule, "lora=none")
+
+
+def _paths(model: PreTrainedModel, wanted: Any) -> list[str]:
+    return [path for path, module in model.named_modules() if module is wanted]
+
+
 def _leaf(model: PreTrainedModel, wanted: Any) -> str:
-    paths = (str(path) for path, module in model.named_modules() if module is wanted)
-    return next(paths).rpartition(".")[2]
+    return _paths(model, wanted)[0].rpartition(".")[2]

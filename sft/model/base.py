@@ -1,4 +1,4 @@
-"""The tokenizer and the base model: find them, load them, and check that they fit the data."""
+"""The base model: find it, load it, and check that it fits the data."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sft.model import config_checks, trainable, weights
 from sft.model.precision import dtype_of, needs_masters
 from sft.model.quantization import keep_training_layout
 from sft.model.source import loading, source
+from sft.model.tokenizer import load_tokenizer as load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,37 +36,6 @@ def commit_of(model: ModelConfig) -> str | None:
         path = cached_file(name, "config.json", revision=model.revision)
     commit: str | None = extract_commit_hash(path, None)
     return None if Path(name).is_dir() else commit
-
-
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, and use EOS as pad token if it has none (labels mask padding by length).
-
-    Raises:
-        ModelError: The tokenizer does not exist, cannot be reached, or has no EOS token, or its
-            files are missing.
-    """
-    from transformers import AutoTokenizer
-
-    with loading("tokenizer", model):
-        tokenizer = AutoTokenizer.from_pretrained(**source(model))
-        if not isinstance(tokenizer.model_max_length, int | float):
-            raise ValueError(f"model_max_length={tokenizer.model_max_length} must be a number")
-    # Without files, Transformers creates an empty tokenizer of the model's kind.
-    folder = Path(str(model.name_or_path))
-    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-    if folder.is_dir() and not any((folder / file).is_file() for file in files):
-        raise ModelError(
-            f"{folder} has no tokenizer: none of the files {', '.join(sorted(files))}\n"
-            "    fix: copy them from where the weights come from"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"the tokenizer of {model.name_or_path} has no EOS token, so no text could end\n"
-            "    fix: set eos_token in its tokenizer_config.json"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_config(model: ModelConfig) -> PreTrainedConfig:

@@ -13,11 +13,13 @@ from sft.config import zero
 from sft.config.artefact_meta import meta_of
 from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
+from sft.errors import ConfigError, Problem
 from sft.fast import head, linear, mixers
 from sft.fast import lora as fast_lora
-from sft.model import experts, prequantized
+from sft.model import experts, prequantized, tokens
 from sft.model import precision as precisions
 from sft.model.precision import Precision, dtype_of, needs_masters
+from sft.model.tokenizer import NO_TOKENS, NewTokens
 from sft.plan import kernel, memory, schedule
 from sft.ranks import TIMEOUT, exchange, from_rank_zero
 
@@ -55,6 +57,7 @@ class Choices:
         evaluates: Whether there are held-out rows.
         balances: Whether the loss that balances experts is added.
         boundaries: Whether convolutions or states need the boundaries of documents.
+        new_tokens: Which rows are trained for the new tokens; None if there are none.
     """
 
     precision: Precision
@@ -77,6 +80,7 @@ class Choices:
     evaluates: bool
     balances: bool
     boundaries: bool
+    new_tokens: Choice | None = None
 
     @property
     def stage(self) -> int:
@@ -150,7 +154,11 @@ def choose_precision(
 
 
 def decide(
-    config: Config, architecture: PreTrainedModel, precision: Precision, prepared: Prepared
+    config: Config,
+    architecture: PreTrainedModel,
+    precision: Precision,
+    prepared: Prepared,
+    new: NewTokens = NO_TOKENS,
 ) -> Choices:
     """Decide everything that the settings leave to ``auto``, with the same result on all ranks.
 
@@ -159,6 +167,7 @@ def decide(
         architecture: The model on the meta device.
         precision: See ``choose_precision``.
         prepared: The data; the length of its longest sample decides the memory of a step.
+        new: The new tokens.
 
     Raises:
         ConfigError: A value that is set cannot be used with this model, data or machine.
@@ -170,6 +179,10 @@ def decide(
     columns = prepared.train.dataset.column_names
     packed = "seq_lengths" in columns
     samples = prepared.train.counts.samples
+    balances = head.balances(config, architecture)
+    if balances and stage == 3 and (new or config.lora.extra.get("trainable_token_indices")):
+        rule = "TRL's head, which balances the experts, cannot gather single trained rows"
+        raise ConfigError([Problem("zero=stage3", rule, "zero=stage2")])
     attention, joined = kernel.choose(config, architecture, name, packed)
     frozen = linear.choose(config, architecture, name, stage)
     by_peft = fast_lora.left_to_peft(config, stage)
@@ -203,8 +216,9 @@ def decide(
         packed=packed,
         fused_adapters=not by_peft,
         evaluates=prepared.eval is not None,
-        balances=head.balances(config, architecture),
+        balances=balances,
         boundaries=(packed or joined.value) and bool(mixers.mixers(architecture)),
+        new_tokens=tokens.choose_rows(config, architecture, new),
     )
 
 

@@ -222,12 +222,14 @@ def make_trainer(
     lora: Any,
 ) -> Trainer:
     """Build the trainer with the base model and the adapter, and install the chosen fast layers."""
-    from sft.fast import linear
+    from sft.fast import linear, rows
     from sft.fast import lora as fast_lora
     from sft.training import left_out
     from sft.training.trainer import Trainer
 
     _name_experts(base.config.get_text_config())
+    if choices.stage == 3:
+        rows.values_of_base()
     with warnings.catch_warnings(), _initial_values() as initial:
         # PEFT writes patterns for stacked experts, and compares them with modules only.
         # model.adapter_checks checks the patterns that are set.
@@ -247,6 +249,7 @@ def make_trainer(
             # PEFT keeps LoRA in float32, and modules_to_save in the base's precision, in which
             # AdamW would lose small updates. DeepSpeed keeps its own float32 copies.
             parameter.data = value if args.deepspeed is not None else value.float()
+    rows.install(trainer.model, choices.stage == 3)
     trainer.use_head(choices.lm_head.value)
     if choices.frozen_linear.value == "packed":
         linear.install(trainer.model)

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.checkpoint import sharded
+from sft.checkpoint.weights import adapter_tensors
+from sft.config.new_tokens import NAME as NEW_TOKENS
+from sft.config.rules import written
 from sft.errors import ConfigError, Problem
-from sft.inference.card import ADAPTER_SETTINGS, read_card
+from sft.inference.card import ADAPTER_SETTINGS, Card, read_card
 from sft.merge import adapter_files
 from sft.merge.attach import attach
 from sft.merge.placeholders import with_placeholders
@@ -75,6 +78,8 @@ def require(
         fix = f"model.name_or_path={card.model.name_or_path}"
         found.append(Problem(f"{NAME}={folder}", rule, fix))
     if not found:
+        found += _new_tokens(config, folder, lora, theirs, card)
+    if not found:
         # Its patterns, modules and tensors are checked as for generating and merging.
         attach(with_placeholders(copy.deepcopy(architecture)), [folder], [theirs])
         found += _tensors(config, folder, shapes, lora, theirs, architecture)
@@ -93,6 +98,20 @@ def _scales(folder: Path, ours: LoraConfig, theirs: LoraConfig) -> list[Problem]
     return found
 
 
+def _new_tokens(
+    config: Config, folder: Path, ours: LoraConfig, theirs: LoraConfig, card: Card | None
+) -> list[Problem]:
+    """Compare the new tokens, whose rows both adapters train."""
+    there = card.model.new_tokens if card else None
+    if ours.trainable_token_indices == theirs.trainable_token_indices:
+        return []
+    if not (there or config.model.new_tokens):
+        return []
+    rule = f"{folder} has {len(there or ())} new tokens, {written(NEW_TOKENS, there)}"
+    given = written(NEW_TOKENS, config.model.new_tokens)
+    return [Problem(given, rule, f"'{written(NEW_TOKENS, there)}'")]
+
+
 def _tensors(
     config: Config,
     folder: Path,
@@ -102,10 +121,8 @@ def _tensors(
     architecture: PreTrainedModel,
 ) -> list[Problem]:
     """Compare names and shapes of the tensors, and the scales of single modules."""
-    from peft import get_peft_model_state_dict
-
     model = attached(ours, architecture)
-    own = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
+    own = {name: tuple(t.shape) for name, t in adapter_tensors(model).items()}
     different = sorted(set(own.items()) ^ set(shapes.items()))
     if own.keys() != shapes.keys():
         name = different[0][0]
@@ -154,13 +171,12 @@ def load(config: Config, trainer: Trainer) -> None:
     """Replace the first values of the run's adapter by those of the adapter that is set."""
     if config.lora.init_from is None or not config.lora.enabled:
         return
-    from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     folder = Path(config.lora.init_from)
     values = load_file(folder / adapter_files.WEIGHTS)
     model: Any = trainer.model
-    parameters = get_peft_model_state_dict(model, dict(model.named_parameters()))
+    parameters = adapter_tensors(model, dict(model.named_parameters()))
     if parameters.keys() != values.keys():
         name = sorted(parameters.keys() ^ values.keys())[0]
         rule = f"{name} is trained by one of the adapters only"
