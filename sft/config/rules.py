@@ -101,8 +101,6 @@ def setting(
     ours: bool = False,
     in_data_key: bool = True,
     decides: tuple[str, ...] = (),
-    called: tuple[str, ...] = (),
-    example: str | None = None,
     path: str | None = None,
 ) -> Any:
     """Declare a field of a section; the value None always passes the rule.
@@ -119,8 +117,6 @@ def setting(
             only with the same value. Read for settings of the dataset section only.
         decides: Upstream fields that this setting decides, such as ``train.bf16``; the ``extra`` of
             their section refuses them.
-        called: Names of the setting in other tools or older releases.
-        example: An override that a fix shows; None: the setting with its default.
         path: ``read`` or ``written`` if the value is the path of a local file or folder, so that
             ``~/`` at its beginning is the home folder.
     """
@@ -131,8 +127,6 @@ def setting(
         "ours": ours,
         "in_data_key": in_data_key,
         "decides": decides,
-        "called": called,
-        "example": example,
         "path": path,
     }
     if isinstance(default, (list, dict)):
@@ -155,11 +149,6 @@ def declared(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.
             yield from declared(item.default_factory, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, item
-
-
-def example_of(name: str, item: dataclasses.Field[Any]) -> str:
-    """Return an override that shows how a setting is used."""
-    return item.metadata["example"] or written(name, default_of(item))
 
 
 def named(schema: type, **facts: bool) -> frozenset[str]:
