@@ -84,6 +84,7 @@ def to(
     change: Callable[[Any], Any] | None = None,
     also: str = "",
     example: Any = None,
+    kind: str = "",
 ) -> Key:
     """Convert a key to a setting, whose meaning differs if there is a note.
 
@@ -93,8 +94,9 @@ def to(
         change: Returns our value, or an Outcome for a value that cannot be converted.
         also: Words of further settings that an import sets.
         example: A value that is converted.
+        kind: What becomes of the key, if the note is no difference.
     """
-    kind = DIFFERS if note else CONVERTED
+    kind = kind or (DIFFERS if note else CONVERTED)
 
     def becomes(value: Any) -> Outcome:
         ours = change(value) if change else value
@@ -117,7 +119,10 @@ def by(values: Mapping[Any, str | Outcome], note: str = "", rest: Key | None = N
     known = {str(value).lower(): found for value, found in values.items()}
 
     def becomes(value: Any) -> Outcome:
-        found = known.get(str(value).lower())
+        text = str(value).lower()
+        if text in ("0", "1") and text not in known:
+            text = str(text == "1").lower()
+        found = known.get(text)
         if isinstance(found, Outcome):
             return found
         if found is not None:

@@ -179,7 +179,7 @@ KEYS: dict[str, Key] = {
     "bnb_config_kwargs": no("write each of them as quantization.NAME"),
     "loraplus_lr_ratio": to("train.loraplus_lr_ratio", example=16.0),
     "loraplus_lr_embedding": to("train.embedding_learning_rate", example=1e-6),
-    "unfrozen_parameters": to("model.trainable", change=listed, example=["layers.1[0-9]."]),
+    "unfrozen_parameters": to("model.trainable", change=listed, example=["layers.1."]),
     "merge_lora": to("train.merge", example=True),
     **dict.fromkeys(
         ("relora", "relora_prune_ratio", "relora_cpu_offload", "relora_prune_method"),

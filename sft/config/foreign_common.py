@@ -66,7 +66,7 @@ def held_out(value: Any) -> Outcome:
         return off(f"{value} is no share of the rows: dataset.eval_fraction=0.05")
     if value < 1:
         return Outcome(CONVERTED, {"dataset.eval_fraction": value})
-    note = f"holds out {value} rows, and sft a share of them: divide {value} by the number of rows"
+    note = f"a share, not {value} rows: divide {value} by the number of rows"
     return Outcome(DIFFERS, {"dataset.eval_fraction": 0.05}, note)
 
 
@@ -75,6 +75,8 @@ def deepspeed(value: Any) -> Outcome:
     if isinstance(value, dict):
         return off("write the mapping into a JSON file: zero.config=FILE")
     name, text = str(value).rpartition("/")[2].lower(), str(value)
+    if name in ("1", "2", "3"):
+        return Outcome(CONVERTED, {"zero": f"stage{name}"})
     if name in ("z0", "zero0", "ds_z0_config.json"):
         return Outcome(CONVERTED, {"zero": "none"})
     shipped = "deepspeed_configs/" in text or "examples/deepspeed/" in text or "." not in name
@@ -145,9 +147,12 @@ TRAINING: dict[str, Key] = {
     **{name: no(reason) for name, reason in TRAIN_REFUSED.items()},
     **dict.fromkeys(("do_train", "do_eval"), done(TRAIN_REFUSED["do_train"])),
     "do_predict": no("sft generate file=ROWS answers rows after training"),
-    "eval_strategy": by({False: "train.eval_strategy=no"}, rest=to("train.eval_strategy")),
+    "eval_strategy": by({False: "train.eval_strategy='no'"}, rest=to("train.eval_strategy")),
     "save_strategy": by(
-        {False: "train.save_strategy=no", "best": off("train.save_strategy=steps keeps the best")},
+        {
+            False: "train.save_strategy='no'",
+            "best": off("train.save_strategy=steps keeps the best"),
+        },
         rest=to("train.save_strategy"),
     ),
     "optim": to("train.optim", change=lambda name: {"adamw_hf": "adamw_torch"}.get(name, name)),
@@ -200,8 +205,13 @@ TRAINING: dict[str, Key] = {
     ),
     "hub_token": secret("HF_TOKEN in the environment"),
     # Names of older releases.
-    "evaluation_strategy": by({False: "train.eval_strategy=no"}, rest=to("train.eval_strategy")),
-    "warmup_ratio": to("train.warmup_steps"),
+    "evaluation_strategy": by({False: "train.eval_strategy='no'"}, rest=to("train.eval_strategy")),
+    "warmup_ratio": to(
+        "train.warmup_steps",
+        "below 1 it is a share of all steps",
+        example=0.1,
+        kind=CONVERTED,
+    ),
     "overwrite_output_dir": by({True: "overwrite=true", False: ""}),
     "group_by_length": no(ORDER),
     "per_gpu_train_batch_size": to("train.per_device_train_batch_size"),
@@ -230,7 +240,7 @@ LORA: dict[str, Key] = {
     "target_modules": to("lora.target_modules", change=targets, example="all-linear"),
     "bias": by({"none": ""}, rest=to("lora.extra.bias")),
     "init_lora_weights": by({True: ""}, rest=to("lora.extra.init_lora_weights")),
-    "task_type": by({"CAUSAL_LM": "", "TaskType.CAUSAL_LM": ""}),
+    "task_type": by({"CAUSAL_LM": "", "TaskType.CAUSAL_LM": ""}, rest=no("CAUSAL_LM")),
     "peft_type": by({"LORA": ""}),
     "inference_mode": no("an adapter is trained"),
     "fan_in_fan_out": done("PEFT detects the layout of each layer"),

@@ -169,7 +169,7 @@ TORCHTUNE: dict[str, Key] = {
 SHORT: dict[str, Key] = {
     **dict.fromkeys(("rank", "lora.rank"), to("lora.r")),
     "alpha": to("lora.lora_alpha"),
-    "dropout": to("lora.lora_dropout", example=0.05),
+    **dict.fromkeys(("dropout", "drop_out"), to("lora.lora_dropout", example=0.05)),
     "lr": to("train.learning_rate"),
     "batch_size": to("train.global_batch_size"),
     **dict.fromkeys(
@@ -179,7 +179,11 @@ SHORT: dict[str, Key] = {
     **dict.fromkeys(("data_path", "train_file"), to("dataset.path")),
     "validation_file": to("dataset.eval_path"),
     **dict.fromkeys(("val_ratio", "test_size", "validation_split_percentage"), HELD_OUT),
-    "train_ratio": no("dataset.eval_fraction is the share that is held out"),
+    "train_ratio": to(
+        "dataset.eval_fraction",
+        change=lambda value: round(1 - value, 6) if isinstance(value, float) else value,
+        example=0.9,
+    ),
     "system_prompt": to("template.system"),
     "gradient_clipping": to("train.max_grad_norm"),
     "qlora": by({True: "quantization=nf4", False: ""}),

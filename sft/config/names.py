@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -116,6 +117,12 @@ def _report_problems(value: Any) -> Iterator[Problem]:
             yield Problem(f"train.extra.report_to={name}", rule, f"pip install {packages[0]}")
 
 
+@functools.cache
+def _structured(schema: Any) -> Any:
+    """Return a typed config on which values are tried; what it holds does not matter."""
+    return OmegaConf.structured(schema)
+
+
 def _takes(schema: Any, key: str, value: Any) -> bool:
     """Check that a schema has a setting, or a group, and that the value is of its type."""
     if issubclass(schema, Config) and key in GROUPS:
@@ -123,7 +130,7 @@ def _takes(schema: Any, key: str, value: Any) -> bool:
     field = field_of(schema, key)
     if not isinstance(field, dataclasses.Field):
         return False
-    typed = OmegaConf.structured(schema)
+    typed = _structured(schema)
     try:
         OmegaConf.update(typed, key, escaped(value), force_add=True)
     except OmegaConfBaseException:
@@ -182,6 +189,9 @@ def suggest(path: str, schema: Any, value: Any = None) -> str:
         value: The value that it was given; the suggestion keeps it.
     """
     section, _, leaf = path.rpartition(".")
+    owned, refused, legal = SECTIONS.get(section, (frozenset(), {}, frozenset))
+    if leaf in legal() - owned - refused.keys():
+        return f"{section}.extra.{leaf}={hydra_text(value)}"
     if hint := foreign_hint(path, schema, value):
         return hint
     paths = list(dict(declared(schema)))
@@ -190,10 +200,6 @@ def suggest(path: str, schema: Any, value: Any = None) -> str:
         return f"{same_leaf[0]}={hydra_text(value)}"
     if same_leaf:
         return f"did you mean {' or '.join(same_leaf)}?"
-    for place in SECTIONS if issubclass(schema, Config) and not section else [section]:
-        owned, refused, legal = SECTIONS.get(place, (frozenset(), {}, frozenset))
-        if leaf in legal() - owned - refused.keys():
-            return f"{place}.extra.{leaf}={hydra_text(value)}"
     paths += sorted({path.rpartition(".")[0] for path in paths} - {""})  # the sections
     siblings = [known.rpartition(".")[2] for known in paths if known.startswith(f"{section}.")]
     if close := upstream.closest(leaf, siblings, CLOSE):

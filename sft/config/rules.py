@@ -243,6 +243,4 @@ def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
             usable = default_of(item)
             if isinstance(value, dict):  # the rule is of each value
                 usable = {name: one for name, one in value.items() if rule.holds({name: one})}
-            elif str(value).lower() in ("false", "no", "off") and "none" in rule.choices:
-                usable = "none"
             yield Problem(written(key, value), rule.text, written(key, usable))

@@ -110,7 +110,7 @@ main = Command(
     run=convert,
     check=check,
     takes="file",
-    summary="turn a configuration of Axolotl, LLaMA-Factory or TRL into a settings file",
+    summary="convert a configuration of Axolotl, LLaMA-Factory or TRL",
     examples=(
         "sft import axolotl.yaml",
         "sft import llama3_lora_sft.yaml gpus=4 output=mine.yaml",
