@@ -108,9 +108,9 @@ def put_sources(conversion: Conversion, sources: list[dict[str, Any]]) -> None:
     elif sources:
         settings["dataset.mix"] = {}
         for source in sources:
-            stem = re.sub(r"\W+", "-", str(source.get("path", "rows")).rstrip("/"))
-            stem = stem.rpartition("-json")[0] or stem
-            label = stem = stem.strip("-").lower()[-40:].strip("-") or "rows"
+            last = str(source.get("path", "")).rstrip("/").rpartition("/")[2]
+            stem = re.sub(r"(\.(jsonl?|csv|tsv|parquet|arrow|txt|gz))+$", "", last)
+            label = stem = re.sub(r"[^\w-]+", "-", stem).strip("-").lower() or "rows"
             count = 1
             while label in settings["dataset.mix"]:
                 count += 1
@@ -287,8 +287,9 @@ def test_datasets(conversion: Conversion, name: str, value: Any, given: bool) ->
 def finish(conversion: Conversion) -> None:
     """Settle what several keys decide together."""
     texts(conversion, "chat_template")
-    if conversion.kind == "text" and conversion.settings.get("dataset.packing") == "none":
-        conversion.wanted["dataset.overlong"] = "split"
+    packing = {**conversion.wanted, **conversion.settings}.get("dataset.packing")
+    if conversion.kind == "text" and packing == "none":
+        conversion.wanted["dataset.overlong"] = "split"  # Axolotl cuts a text into rows
     held_out(conversion)
 
 

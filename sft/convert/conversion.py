@@ -9,7 +9,7 @@ from typing import Any
 from sft.config.foreign import DEFAULT, DIFFERS, UNKNOWN, Key, Outcome, off, same
 
 # Keys that decide when several give one setting, and keys that give way.
-STRONG = ("cosine_min_lr_ratio", "excess_length_strategy", "truncation_strategy", "neat_packing")
+STRONG = ("cosine_min_lr_ratio", "excess_length_strategy", "lora_target_linear", "neat_packing")
 WEAK = ("dtype", "torch_dtype", "compute_dtype", "bnb_4bit_compute_dtype")
 
 
@@ -202,7 +202,7 @@ def plain_text(conversion: Conversion) -> None:
         conversion.mark(key, Outcome(DIFFERS, {"dataset.packing": "wrapped"}, note))
         conversion.wanted.pop("dataset.overlong", None)
     elif "dataset.packing" not in settings:
-        conversion.wanted["dataset.packing"] = "none"
+        conversion.wanted.setdefault("dataset.packing", "none")
 
 
 def finished(conversion: Conversion) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from sft.errors import ConfigError, Problem
 
 TOOLS = {"axolotl": "Axolotl", "llamafactory": "LLaMA-Factory", "trl": "TRL"}
 DEFAULTS = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl}
-LEAST_KNOWN = 0.5  # share of the keys that a tool must know
+LEAST_KNOWN = 0.6  # share of the keys that a tool must know
 # Settings that an option of a group gives.
 BY_OPTION = {
     ("lora", "none"): {"lora.enabled": False},
@@ -65,7 +66,7 @@ def recognise(source: Source, asked: str | None) -> str:
         asked: The tool that the user names; None: any.
 
     Raises:
-        ConfigError: No tool, or not the one that is asked for, knows half of the keys.
+        ConfigError: No tool, or not the one that is asked for, knows most of the keys.
     """
     if source.path.suffix == ".py":
         return asked or "trl"
@@ -157,10 +158,13 @@ def _without_effect(conversion: Conversion) -> None:
 
 def text_of(settings: dict[str, Any], head: str) -> str:
     """Return the settings file: one setting per line, by its full name."""
-    body: str = yaml.safe_dump(
-        escaped(settings), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
-    )
-    return head + body
+    lines = []
+    for key, value in escaped(settings).items():
+        text: str = yaml.safe_dump(
+            value, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False
+        )
+        lines.append(f"{key}: {text.removesuffix('...' + chr(10)).strip()}")
+    return head + "\n".join(lines) + "\n"
 
 
 def _problems(settings: dict[str, Any], train: Command[Any]) -> list[Problem]:

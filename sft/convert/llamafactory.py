@@ -272,6 +272,9 @@ def finish(conversion: Conversion) -> None:
     if conversion.kind != "chat":
         for name in ("prompts", "completions"):
             conversion.wanted.pop(f"template.{name}", None)
+    if conversion.kind == "text" and conversion.get("packing") is None:
+        conversion.wanted["dataset.packing"] = "wrapped"  # stage pt joins texts and cuts them
+        conversion.wanted.pop("dataset.overlong", None)
     texts(conversion, "template")
     held_out(conversion)
 

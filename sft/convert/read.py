@@ -15,7 +15,7 @@ from sft.config.plain import parse_json
 from sft.config.yaml_files import require_small
 from sft.errors import ConfigError, Problem
 
-LARGEST = 1 << 20  # bytes; a configuration has some thousands
+LARGEST = 1 << 18  # bytes; a configuration has some thousands
 # The calls of a script whose keywords are read, and where their keys belong.
 CALLS = {
     "SFTConfig": "",
@@ -104,7 +104,9 @@ def _yaml(path: Path, text: str) -> Any:
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise _refuse(place, f"is not plain YAML: {error.problem}", "correct this line") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except RecursionError as error:
+        raise _refuse(path, "is nested too deeply", "correct the file") from error
+    except (yaml.YAMLError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise _refuse(path, f"cannot be read: {reason}", "correct the file") from error
 

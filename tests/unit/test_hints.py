@@ -47,7 +47,9 @@ def value_for(key: Key) -> Any:
     kind = str(field.type).partition(" |")[0]
     if setting.count(".") > 1:
         return True
-    return {"list[str]": ["word"], "dict[str, Any]": {"a": 1}}.get(kind, TYPICAL.get(kind, "word"))
+    if kind.startswith("dict"):
+        return {"a": 1}
+    return {"list[str]": ["word"]}.get(kind, TYPICAL.get(kind, "word"))
 
 
 def every() -> dict[str, Any]:
