@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -28,9 +28,13 @@ class Problem:
 
 
 class SftError(Exception):
-    """An error that the user can correct; shown as a message without a traceback."""
+    """An error that the user can correct; shown as a message without a traceback.
+
+    ``result`` is what the command has found nevertheless; ``--json`` prints it beside the error.
+    """
 
     exit_code = 1
+    result: Mapping[str, object] = {}
 
 
 class ConfigError(SftError):

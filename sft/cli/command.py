@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -36,10 +36,12 @@ class Command(Described[C]):
     Attributes:
         run: Runs the command with a checked config; ``--json`` prints what it returns.
         check: Finds the problems of a config whose keys and types are right.
+        takes: The setting that a word without ``=`` gives, such as the file to convert.
     """
 
     run: Callable[[C], dict[str, Any] | None]
     check: Callable[[C], list[Problem]]
+    takes: str | None = None
 
     def __call__(self, argv: list[str] | None = None) -> None:
         """Parse, compose, check and run; on an error, print a message and exit with its code."""
@@ -53,7 +55,7 @@ class Command(Described[C]):
             # All ranks stop for the same reason, so only rank 0 reports it.
             end(stopped.exit_code, str(stopped), as_json, speaks=process.rank() == 0)
         except SftError as error:
-            end(error.exit_code, str(error), as_json)
+            end(error.exit_code, str(error), as_json, result=error.result)
         except KeyboardInterrupt as interrupt:
             if sys.stderr.isatty():  # a progress bar, or the ^C, is on the line
                 sys.stderr.write("\n")
@@ -110,6 +112,11 @@ class Command(Described[C]):
         self, words: list[str], config_dir: str | None = None, sweep: bool = False
     ) -> tuple[list[Override], list[Problem]]:
         """Parse settings, options and a settings file; also gives what is wrong with them."""
+        if self.takes is not None:
+            words = [
+                f"{self.takes}={word}" if "=" not in word or os.path.isfile(word) else word
+                for word in words
+            ]
         reader = Reader(self.schema, config_dir, self.config_name is not None, sweep, option_of)
         return reader.read(words), reader.problems
 
@@ -167,13 +174,27 @@ def _answer(argv: list[str], name: str, text: str) -> dict[str, Any] | None:
 
 
 def end(
-    exit_code: int, message: str, as_json: bool, details: str = "", speaks: bool = True
+    exit_code: int,
+    message: str,
+    as_json: bool,
+    details: str = "",
+    speaks: bool = True,
+    result: Mapping[str, object] | None = None,
 ) -> NoReturn:
-    """Report an error and exit; with --json also print ``{"error": ...}`` on stdout."""
+    """Report an error and exit; with --json also print ``{"error": ...}`` on stdout.
+
+    Args:
+        exit_code: The code of the process.
+        message: What is wrong, the rule, and a fix.
+        as_json: Whether ``--json`` is given.
+        details: What is printed before the message, such as a traceback.
+        speaks: Whether this process prints it.
+        result: What the command has found nevertheless, for ``--json``.
+    """
     if speaks:
         report_error(message, details)
     if as_json:
-        _print_once(to_json({"error": message}) + "\n")
+        _print_once(to_json({"error": message, **(result or {})}) + "\n")
     sys.exit(exit_code)
 
 

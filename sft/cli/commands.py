@@ -8,6 +8,7 @@ from typing import Any
 COMMANDS = {
     "train": "sft.train",
     "data": "sft.data.__main__",
+    "import": "sft.convert.__main__",
     "generate": "sft.generate",
     "merge": "sft.merge.__main__",
     "prove": "sft.prove",

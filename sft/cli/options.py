@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from sft.config import upstream
+from sft.config.grammar import parse as parse_override
 from sft.config.groups import groups
+from sft.config.names import suggest
 from sft.config.settings import Config
 from sft.config.settings_file import field_of
 from sft.errors import ConfigError, Problem
@@ -41,26 +44,42 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         what, _, rest = message.partition(": ")
-        if what == "unrecognized arguments":
-            option = rest.split(" ")[0]
-            known = [name for name in OPTIONS if name.startswith("--")]
-            fix = _as_setting(option) or upstream.did_you_mean(option, known)
-            if fix == "remove it":
-                fix = "remove it; a setting is written as NAME=VALUE"
-            raise ConfigError([Problem(option, "there is no such option", fix)])
         option = what.removeprefix("argument ").partition("/")[0]
         raise ConfigError(
             [Problem(option, rest or message, "sft COMMAND --help lists the options")]
         )
 
 
-def _as_setting(option: str) -> str | None:
-    """Return the word for a setting that is written as an option, such as ``--lora.r=8``."""
-    word = option.lstrip("-")
-    if "=" in word:
-        return word
-    known = word in groups(None) or field_of(Config, word) is not None
-    return f"{word}=VALUE" if known else None
+def _no_option(option: str, value: str | None) -> Problem:
+    """Return the problem of an option that is not ours, such as ``--learning_rate 1e-4``.
+
+    Args:
+        option: The option, with its value if they are one word.
+        value: The word after it, if that may be its value.
+    """
+    name, equals, text = option.lstrip("-").partition("=")
+    text = text if equals else value or "true"
+    parsed = parse_override(f"key={text}")
+    known = [name for name in OPTIONS if name.startswith("--")]
+    fix = "remove it; a setting is written as NAME=VALUE"
+    if name in groups(None) or field_of(Config, name) is not None:
+        fix = f"{name}={text}" if equals or value else f"{name}=VALUE"
+    elif closest := upstream.closest(option, known, 0.75):
+        fix = f"did you mean {closest}?"
+    else:
+        hint = suggest(name, Config, text if parsed is None else parsed.value())
+        fix = fix if hint == "remove it" else hint
+    return Problem(option, "there is no such option", fix)
+
+
+def _no_options(argv: list[str], unknown: list[str]) -> Iterator[Problem]:
+    """Yield the problem of each unknown option, with the word after it as its value."""
+    for option in unknown:
+        following = argv[argv.index(option) + 1 :][:1]
+        is_value = following and (re.match(r"-\.?\d", following[0]) or following[0][:1] != "-")
+        value = following[0] if is_value and "=" not in following[0] else None
+        if not re.match(r"-\.?\d", option):  # a number is the value of an option
+            yield _no_option(option, value)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -73,7 +92,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*")
     for names, options in ARGUMENTS:
         parser.add_argument(*names, **options)
-    args = parser.parse_intermixed_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown := [word for word in unknown if word.startswith("-")]:
+        raise ConfigError(list(_no_options(argv, unknown)))
     if args.shell_completion:  # Hydra's spelling: -sc install=bash
         args.completion = next(iter(args.overrides), "install=").partition("=")[2]
         if args.completion not in SHELLS:

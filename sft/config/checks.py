@@ -31,7 +31,7 @@ OWN_GROUPS = ("galore_", "apollo_", "lomo", "adalomo")  # these group parameters
 
 def check(config: Config) -> list[Problem]:
     """Find every problem of a config whose keys and types have been checked."""
-    problems = list(rule_problems(config))
+    problems = [_meant(problem) for problem in rule_problems(config)]
     for find in (
         _names,
         _tokens,
@@ -50,6 +50,13 @@ def check(config: Config) -> list[Problem]:
         problems += find(config)
     problems += zero_checks.problems(config.zero, config.train.optim, not config.lora.enabled)
     return problems
+
+
+def _meant(problem: Problem) -> Problem:
+    """Let the fix be the value of ours for a value of other tools, such as packing=true."""
+    key, _, value = problem.setting.partition("=")
+    hint = names.foreign_hint(key, Config, value)
+    return dataclasses.replace(problem, fix=hint) if hint.startswith(f"{key}=") else problem
 
 
 def _names(config: Config) -> Iterator[Problem]:

@@ -99,7 +99,6 @@ class DatasetConfig:
         "maximum number of tokens in a sample",
         at_least(8),
         decides=("train.max_length",),
-        called=("max_seq_length", "sequence_len", "cutoff_len"),
     )
     overlong: str = setting(
         "error",

@@ -20,13 +20,11 @@ class ModelConfig:
         "hub id or local folder of the base model",
         path="read",
         decides=("lora.base_model_name_or_path",),
-        example="model.name_or_path=HUB_ID_OR_FOLDER",
     )
     revision: str | None = setting(
         None,
         "branch, tag or commit of the model on the hub; null: the default branch",
         decides=("lora.revision",),
-        example="model.revision=COMMIT",
     )
     pretrained: bool = setting(
         True,
@@ -37,7 +35,6 @@ class ModelConfig:
         False,
         "true: run the Python code in the model's repository or folder",
         decides=("train.model_init_kwargs", "train.trust_remote_code"),
-        example="model.trust_remote_code=true",
     )
     config: dict[str, Any] = setting(
         {}, "values that replace those of the model's config.json, such as {rope_theta: 1000000}"
@@ -98,7 +95,6 @@ class LoraSection:
         8,
         "rank; a higher rank learns more and takes more memory",
         between(1, LARGEST_RANK),
-        called=("lora_r", "lora_rank"),
     )
     lora_alpha: int = setting(16, "the adapter's output is scaled by lora_alpha / r", at_least(1))
     lora_dropout: float = setting(
@@ -134,7 +130,6 @@ class LoraSection:
         "from; null: PEFT's initial values",
         ours=True,
         path="read",
-        example="lora.init_from=FOLDER",
     )
     extra: dict[str, Any] = setting({}, "any other fields of peft.LoraConfig, by name", ours=True)
 

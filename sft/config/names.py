@@ -1,7 +1,9 @@
-"""Map names that other libraries and tools use to our settings."""
+"""Answer an unknown setting: a name of another tool, a field upstream, or a mistyped name."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -9,72 +11,48 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sft.config import upstream, verdicts
-from sft.config.rules import declared, example_of, written
+from sft.config import (
+    foreign_axolotl,
+    foreign_llamafactory,
+    foreign_others,
+    foreign_trl,
+    upstream,
+    verdicts,
+)
+from sft.config.foreign import DEFAULT, DIFFERS, NOT_OURS, Key, Outcome
+from sft.config.foreign_common import LORA
+from sft.config.grammar import hydra_text
+from sft.config.rules import declared
 from sft.config.saved import escaped
 from sft.config.settings import Config
+from sft.config.settings_file import field_of
 from sft.errors import Problem
 
-
-def _examples(fact: str, section: str = "") -> dict[str, str]:
-    """Map the names that settings declare as ``decides`` or ``called`` to those settings."""
-    return {
-        name.removeprefix(section): example_of(key, item)
-        for key, item in declared(Config)
-        for name in item.metadata[fact]
-        if name.startswith(section)
-    }
+GROUPS = ("dataset", "lora", "model", "quantization", "template", "train", "zero")
+CLOSE = 0.75  # similarity from which a mistyped name is taken for a setting; 1: the same text
 
 
-# Fields of upstream classes that ``extra`` refuses, and what to do instead. A field that one of our
-# settings decides is declared with that setting.
-TRAIN_OWNED = _examples("decides", "train.") | verdicts.TRAIN_OWNED
-LORA_OWNED = _examples("decides", "lora.") | verdicts.LORA_OWNED
-EVAL_FRACTION = ("val_ratio", "val_size", "val_set_size", "test_size")
-# Names of other tools and of older releases, and what to write instead. A name that belongs to one
-# setting is declared with that setting.
-RENAMED = _examples("called") | {
-    "group_by_length": "remove it: train.padding_free joins rows of any length without padding",
-    **dict.fromkeys(("train_ratio", *EVAL_FRACTION), "dataset.eval_fraction=0.05"),
-    "cache_dir": "HF_HOME=DIR in the environment, for the hub's files; SFT_CACHE_DIR=DIR for data",
-    "fp16": "precision=fp16",
-    "tf32": "train.extra.tf32=true",
+TABLES: dict[str, dict[str, Key]] = {
+    "axolotl": foreign_axolotl.KEYS,
+    "llamafactory": foreign_llamafactory.KEYS,
+    "trl": foreign_trl.KEYS,
+    "peft": LORA,
+    "unsloth": foreign_trl.UNSLOTH,
+    "ms-swift": foreign_others.SWIFT,
+    "torchtune": foreign_others.TORCHTUNE,
+    "others": foreign_others.SHORT,
 }
 
 
-# Names with the same meaning as a setting, which takes their values too.
-CALLED = {name: key for key, item in declared(Config) for name in item.metadata["called"]}
-CALLED |= dict.fromkeys(EVAL_FRACTION, "dataset.eval_fraction")
-CALLED |= {
-    **dict.fromkeys(("max_seq_len", "block_size", "model_max_length"), "dataset.max_length"),
-    **dict.fromkeys(("base_model", "base_model_name_or_path", "model_id"), "model.name_or_path"),
-    **dict.fromkeys(("datasets", "dataset_dir", "dataset_name", "data_path"), "dataset.path"),
-    **dict.fromkeys(("adapter_name_or_path", "lora_model_dir"), "lora.init_from"),
-    **dict.fromkeys(("lora_target", "lora_target_modules"), "lora.target_modules"),
-    "optimizer": "train.optim",
-    **dict.fromkeys(("system_prompt", "default_system"), "template.system"),
-    "attn_impl": "model.attn_implementation",
-}
-# Names whose values mean a value of ours; other values have no such fix.
-BY_VALUE = {
-    ("bf16", "False"): "precision=fp32",
-    ("fp16", "False"): "precision=fp32",
-    **{
-        (name, value): f"dataset.packing={ours}"
-        for name in ("packing", "sample_packing")
-        for value, ours in (("True", "bfd"), ("False", "none"))
-    },
-    ("train_on_inputs", "False"): "remove it: the completion or the assistant's turns are trained",
-    ("train_on_inputs", "True"): "template.train_on=all",
-    ("quantization_bit", "4"): "quantization=nf4",
-    ("quantization_bit", "8"): "quantization=int8",
-    ("flash_attention", "True"): "model.attn_implementation=flash_attention_2",
-    ("lora_target_linear", "True"): "lora=all-linear",
-    ("train_type", "lora"): "remove it: sft trains LoRA adapters",
-    ("train_type", "full"): "lora=none train=full",
-    **{("deepspeed", f"zero{stage}"): f"zero=stage{stage}" for stage in (1, 2, 3)},
-}
-OTHER_UNITS = {"gradient_accumulation_steps"}  # names whose values mean something else here
+def _decided(section: str) -> frozenset[str]:
+    """Return the upstream fields of a section that settings declare as ``decides``."""
+    names = (name for _, item in declared(Config) for name in item.metadata["decides"])
+    return frozenset(name.removeprefix(section) for name in names if name.startswith(section))
+
+
+# Fields of upstream classes that ``extra`` refuses.
+TRAIN_OWNED = _decided("train.") | verdicts.TRAIN_OWNED
+LORA_OWNED = _decided("lora.") | verdicts.LORA_OWNED
 
 # Transformers' names of trackers, and the packages of which each needs one.
 TRACKERS: dict[str, tuple[str, ...]] = {
@@ -97,11 +75,12 @@ TRACKERS: dict[str, tuple[str, ...]] = {
 }
 
 
-# Of each section with ``extra``: fields that it refuses, with a fix or without, and all fields.
-SECTIONS: dict[str, tuple[dict[str, str], dict[str, str], Callable[[], frozenset[str]]]] = {
+# Of each section with ``extra``: fields that it refuses because sft sets them, or because they have
+# no effect, and all fields.
+SECTIONS: dict[str, tuple[frozenset[str], dict[str, str], Callable[[], frozenset[str]]]] = {
     "train": (TRAIN_OWNED, verdicts.TRAIN_REFUSED, upstream.sft_config_names),
     "lora": (LORA_OWNED, verdicts.LORA_REFUSED, upstream.lora_config_names),
-    "quantization": ({}, {}, upstream.bnb_config_names),
+    "quantization": (frozenset(), {}, upstream.bnb_config_names),
 }
 
 
@@ -115,17 +94,14 @@ def extra_problems(config: Config) -> Iterator[Problem]:
             if key in own_fields:
                 yield Problem(given, "has a setting of its own", f"{name}.{key}={value}")
             elif key in owned:
-                yield Problem(given, "is set by sft itself", owned[key])
+                fix = foreign_hint(f"{name}.{key}", Config, value) or "remove it"
+                yield Problem(given, "is set by sft itself", fix)
             elif key in refused:
                 yield Problem(given, f"has no effect: {refused[key]}", "remove it")
-            elif key in RENAMED and key not in legal():
-                yield Problem(given, f"the installed version has no setting {key}", RENAMED[key])
             elif key not in legal():
-                yield Problem(
-                    given,
-                    f"the installed version has no setting {key}",
-                    upstream.did_you_mean(key, legal() - owned.keys() - refused.keys()),
-                )
+                hint = foreign_hint(f"{name}.{key}", Config, value)
+                hint = hint or upstream.did_you_mean(key, legal() - owned - refused.keys())
+                yield Problem(given, f"the installed version has no setting {key}", hint)
     yield from _report_problems(config.train.extra.get("report_to", "none"))
 
 
@@ -141,18 +117,67 @@ def _report_problems(value: Any) -> Iterator[Problem]:
             yield Problem(f"train.extra.report_to={name}", rule, f"pip install {packages[0]}")
 
 
-def _with_value(key: str, value: Any, schema: Any) -> str | None:
-    """Return a setting with a value that it takes; None if it does not take the value."""
-    item = dict(declared(schema)).get(key)
-    if item is None or not isinstance(value, str | int | float):
-        return None
-    typed = OmegaConf.structured(schema)
+@functools.cache
+def _structured(schema: Any) -> Any:
+    """Return a typed config on which values are tried; what it holds does not matter."""
+    return OmegaConf.structured(schema)
+
+
+def _takes(schema: Any, key: str, value: Any) -> bool:
+    """Check that a schema has a setting, or a group, and that the value is of its type."""
+    if issubclass(schema, Config) and key in GROUPS:
+        return True
+    field = field_of(schema, key)
+    if not isinstance(field, dataclasses.Field):
+        return False
+    typed = _structured(schema)
     try:
-        OmegaConf.update(typed, key, escaped(value))
+        OmegaConf.update(typed, key, escaped(value), force_add=True)
     except OmegaConfBaseException:
-        return None
-    taken, rule = OmegaConf.select(typed, key), item.metadata["rule"]
-    return written(key, value) if rule is None or rule.holds(taken) else None
+        return False
+    rule = field.metadata["rule"]
+    inside = key.rpartition(".")[2] != field.name
+    return inside or rule is None or value is None or rule.holds(OmegaConf.select(typed, key))
+
+
+def found(path: str, value: Any) -> dict[str, Outcome]:
+    """Look a name of other tools up.
+
+    Args:
+        path: The name as it was given, with the section, if any.
+        value: Its value.
+
+    Returns:
+        What becomes of it, by the tools that have the name.
+    """
+    if path in foreign_others.NESTED:
+        return {"others": foreign_others.NESTED[path].of(value)}
+    leaf = path.rpartition(".")[2].replace("-", "_")
+    return {tool: keys[leaf].of(value) for tool, keys in TABLES.items() if leaf in keys}
+
+
+def foreign_hint(path: str, schema: Any, value: Any) -> str:
+    """Answer a name of other tools by our setting with the value; "": no tool has the name."""
+    by_tool = found(path, value)
+    meant: dict[str, list[str]] = {}  # the tools by our words
+    for tool, item in by_tool.items():
+        if item.settings and all(_takes(schema, *pair) for pair in item.settings.items()):
+            meant.setdefault(item.words(), []).append(tool)
+    if len(meant) == 1:
+        note = next((item.note for item in by_tool.values() if item.settings and item.note), "")
+        return next(iter(meant)) + (f" ({note})" if note else "")
+    if meant:
+        return ", or ".join(f"{words} (as in {tools[0]})" for words, tools in meant.items())
+    if not issubclass(schema, Config):
+        return ""
+    refused = sorted({key for item in by_tool.values() for key in item.settings})
+    if refused:
+        return f"did you mean {' or '.join(refused)}?"
+    for kind, start in ((DIFFERS, ""), (NOT_OURS, "remove it: "), (DEFAULT, "remove it: ")):
+        for item in by_tool.values():
+            if item.kind == kind:
+                return start + item.note
+    return ""
 
 
 def suggest(path: str, schema: Any, value: Any = None) -> str:
@@ -161,35 +186,23 @@ def suggest(path: str, schema: Any, value: Any = None) -> str:
     Args:
         path: The unknown setting.
         schema: The settings of the command.
-        value: The value that it was given; the suggestion keeps it where that is sure to be right.
+        value: The value that it was given; the suggestion keeps it.
     """
     section, _, leaf = path.rpartition(".")
-    settings = dict(declared(schema))
-    if schema is Config and path not in settings and (leaf, str(value)) in BY_VALUE:
-        return BY_VALUE[leaf, str(value)]
-    if CALLED.get(leaf) in settings and leaf not in OTHER_UNITS:
-        example = RENAMED.get(leaf) or f"did you mean {CALLED[leaf]}?"
-        kept = _with_value(CALLED[leaf], value, schema)
-        return example if kept is None else kept + "".join(example.partition(" (")[1:])
-    if leaf in RENAMED and (schema is Config or leaf not in CALLED):
-        return RENAMED[leaf]
-    paths = list(settings)
-    paths += sorted({path.rpartition(".")[0] for path in paths} - {""})  # the sections
+    owned, refused, legal = SECTIONS.get(section, (frozenset(), {}, frozenset))
+    if leaf in legal() - owned - refused.keys():
+        return f"{section}.extra.{leaf}={hydra_text(value)}"
+    if hint := foreign_hint(path, schema, value):
+        return hint
+    paths = list(dict(declared(schema)))
     same_leaf = [known for known in paths if known.rpartition(".")[2] == leaf]
+    if len(same_leaf) == 1 and _takes(schema, same_leaf[0], value):
+        return f"{same_leaf[0]}={hydra_text(value)}"
     if same_leaf:
-        kept = _with_value(same_leaf[0], value, schema) if len(same_leaf) == 1 else None
-        return kept or f"did you mean {same_leaf[0]}?"
-    for place in SECTIONS if schema is Config and not section else [section]:
-        owned, refused, legal = SECTIONS.get(place, ({}, {}, frozenset))
-        if leaf in owned:
-            return owned[leaf]
-        if leaf in refused:
-            return "remove it"
-        if leaf in legal():
-            is_plain = isinstance(value, str | int | float)
-            return written(f"{place}.extra.{leaf}", value if is_plain else "...")
+        return f"did you mean {' or '.join(same_leaf)}?"
+    paths += sorted({path.rpartition(".")[0] for path in paths} - {""})  # the sections
     siblings = [known.rpartition(".")[2] for known in paths if known.startswith(f"{section}.")]
-    hint = upstream.did_you_mean(leaf, siblings)
-    if hint.startswith("did"):
-        return hint.replace("mean ", f"mean {section}." if section else "mean ")
-    return upstream.did_you_mean(path, paths)
+    if close := upstream.closest(leaf, siblings, CLOSE):
+        return f"did you mean {section}.{close}?" if section else f"did you mean {close}?"
+    close = upstream.closest(path, paths, CLOSE)
+    return f"did you mean {close}?" if close else "remove it"

@@ -100,8 +100,6 @@ def setting(
     ours: bool = False,
     in_data_key: bool = True,
     decides: tuple[str, ...] = (),
-    called: tuple[str, ...] = (),
-    example: str | None = None,
     path: str | None = None,
     null: Any = None,
 ) -> Any:
@@ -119,8 +117,6 @@ def setting(
             only with the same value. Read for settings of the dataset section only.
         decides: Upstream fields that this setting decides, such as ``train.bf16``; the ``extra`` of
             their section refuses them.
-        called: Names of the setting in other tools or older releases.
-        example: An override that a fix shows; None: the setting with its default.
         path: ``read`` or ``written`` if the value is the path of a local file or folder, so that
             ``~/`` at its beginning is the home folder.
         null: The value that null stands for, in a setting that is not null itself: "off". A list,
@@ -133,8 +129,6 @@ def setting(
         "ours": ours,
         "in_data_key": in_data_key,
         "decides": decides,
-        "called": called,
-        "example": example,
         "path": path,
         "null": null,
     }
@@ -158,11 +152,6 @@ def declared(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.
             yield from declared(item.default_factory, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, item
-
-
-def example_of(name: str, item: dataclasses.Field[Any]) -> str:
-    """Return an override that shows how a setting is used."""
-    return item.metadata["example"] or written(name, default_of(item))
 
 
 def named(schema: type, **facts: bool) -> frozenset[str]:
@@ -248,6 +237,4 @@ def rule_problems(node: Any, prefix: str = "") -> Iterator[Problem]:
             usable = default_of(item)
             if isinstance(value, dict):  # the rule is of each value
                 usable = {name: one for name, one in value.items() if rule.holds({name: one})}
-            elif str(value).lower() in ("false", "no", "off") and "none" in rule.choices:
-                usable = "none"
             yield Problem(written(key, value), rule.text, written(key, usable))

@@ -46,7 +46,6 @@ class Config:
         "name of the run; null: <model>_<dataset>_r<rank>_seed<seed>",
         changes_training=False,
         decides=("train.run_name",),
-        example="run_name=NAME",
     )
     output_dir: str | None = setting(
         None,
@@ -54,14 +53,11 @@ class Config:
         path="written",
         changes_training=False,
         decides=("train.output_dir",),
-        example="output_dir=DIR",
     )
     overwrite: bool = setting(
         False,
         "true: delete the run that is already in output_dir and start again",
         changes_training=False,
-        called=("overwrite_output_dir",),
-        example="overwrite=true",
     )
     seed: int = setting(
         42,
@@ -75,8 +71,6 @@ class Config:
         "a CPU bf16 if it computes faster in it, else fp32",
         one_of("auto", "fp32", "bf16", "fp16"),
         decides=("train.bf16", "train.fp16", "train.bf16_full_eval", "train.fp16_full_eval"),
-        called=("bf16",),
-        example="precision=bf16",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

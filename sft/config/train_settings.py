@@ -24,7 +24,6 @@ class TrainConfig:
         at_least(1),
         ours=True,
         decides=("train.gradient_accumulation_steps",),
-        called=("batch_size", "gradient_accumulation_steps"),
     )
     per_device_train_batch_size: int = setting(
         4,
@@ -32,7 +31,6 @@ class TrainConfig:
         at_least(1),
         changes_training=False,
         decides=("train.auto_find_batch_size",),
-        called=("micro_batch_size",),
     )
     per_device_eval_batch_size: int = setting(
         8,
@@ -40,9 +38,7 @@ class TrainConfig:
         at_least(1),
         changes_training=False,
     )
-    num_train_epochs: float = setting(
-        3.0, "passes over the training data", above(0), called=("num_epochs", "epochs")
-    )
+    num_train_epochs: float = setting(3.0, "passes over the training data", above(0))
     max_steps: int = setting(
         -1, "number of optimizer steps; -1: num_train_epochs decides", at_least(-1), null=-1
     )
@@ -50,8 +46,6 @@ class TrainConfig:
         2e-4,
         "peak learning rate; about 2e-4 for LoRA, 2e-5 for full fine-tuning",
         above(0),
-        called=("lr",),
-        example="train.learning_rate=2e-4",
     )
     loraplus_lr_ratio: float | None = setting(
         None,
@@ -77,8 +71,6 @@ class TrainConfig:
         0.03,
         "number of warm-up steps; below 1: a fraction of all steps",
         at_least(0),
-        called=("warmup_ratio",),
-        example="train.warmup_steps=0.03 (below 1 it is a share of all steps)",
         null=0.0,
     )
     weight_decay: float = setting(0.0, "decoupled weight decay of AdamW", at_least(0), null=0.0)
@@ -96,7 +88,6 @@ class TrainConfig:
         one_of("auto", True, False),
         changes_training=False,
         decides=("train.activation_checkpointing",),
-        example="train.gradient_checkpointing=true",
     )
     logging_steps: int | float = setting(
         10,
@@ -111,7 +102,6 @@ class TrainConfig:
         one_of("no", "steps", "epoch"),
         changes_training=False,
         decides=("train.eval_on_start",),
-        called=("evaluation_strategy",),
     )
     eval_steps: int | float | None = setting(
         None,
@@ -213,8 +203,6 @@ class ZeroConfig:
         "for another tool; null: plain DDP without DeepSpeed",
         changes_training=False,
         decides=("train.deepspeed", "train.fsdp", "train.fsdp_config", "train.parallelism_config"),
-        called=("deepspeed",),
-        example="zero=stage2",
     )
     overrides: dict[str, Any] = setting(
         {},
@@ -232,7 +220,6 @@ class ResumeConfig:
         "checkpoint to resume from, such as checkpoint-40; null: the newest complete one",
         changes_training=False,
         decides=("train.resume_from_checkpoint",),
-        example="resume.checkpoint=checkpoint-40; without it, the newest is taken",
     )
     allow: list[str] = setting(
         [],

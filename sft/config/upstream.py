@@ -144,8 +144,14 @@ def bnb_config_names() -> frozenset[str]:
     return init_names("transformers", "utils/quantization_config.py", "BitsAndBytesConfig")
 
 
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the name that is most similar to a mistyped name; "" if none is similar enough."""
+    spelled = {item.lower(): item for item in sorted(known)}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
+    return spelled[close[0]] if close else ""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Suggest the legal name that is most similar to a mistyped name."""
-    spelled = {item.lower(): item for item in sorted(known)}
-    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.6)
-    return f"did you mean {spelled[close[0]]}?" if close else "remove it"
+    close = closest(name, known)
+    return f"did you mean {close}?" if close else "remove it"

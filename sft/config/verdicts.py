@@ -8,40 +8,21 @@ gets a verdict before it can be used.
 
 from __future__ import annotations
 
-# Fields of SFTConfig that sft sets itself, or must not have, and what to do instead.
-TRAIN_OWNED = {
-    "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
-    "local_rank": "torchrun --nproc_per_node N",
-    "hub_token": "set HF_TOKEN in the environment, so that the token is not in a saved config",
-    "save_only_model": "remove it: a run could not resume from such a checkpoint",
-    "ignore_data_skip": "remove it: a resumed run would train on some rows twice",
-    "restore_callback_states_from_checkpoint": "remove it: sft always restores its counts",
-    "save_on_each_node": "remove it: rank 0 saves, to a folder that all nodes share",
-    **dict.fromkeys(
-        (
-            *("push_to_hub", "hub_strategy", "hub_always_push", "hub_model_id"),
-            *("hub_private_repo", "hub_revision"),
-        ),
-        "hf upload USER/NAME outputs/RUN/adapter, after the run has finished",
-    ),
-    "dataloader_multiprocessing_context": "remove it: sft forks workers, which ignore signals",
-    "accelerator_config": "remove it: each rank makes its own batches",
-    "load_best_model_at_end": "remove it: sft writes the adapter of the last step",
-    "enable_jit_checkpoint": "remove it: a run that it stops would look finished",
-    "average_tokens_across_devices": "remove it: the loss is the mean over the tokens of all ranks",
-    "label_smoothing_factor": "remove it: the LM head computes nll and dft (train.extra.loss_type)",
-    "dataloader_drop_last": "remove it: rows would be left out without a message",
-    "disable_tqdm": "remove it: the progress bar is shown on a terminal only",
-    **dict.fromkeys(
-        (
-            *("assistant_only_loss", "chat_template_path", "completion_only_loss"),
-            *("dataset_kwargs", "dataset_num_proc", "dataset_text_field", "eos_token"),
-            *("eval_packing", "label_names", "packing", "packing_strategy", "pad_token"),
-            *("padding_free", "remove_unused_columns", "shuffle_dataset", "truncation_mode"),
-        ),
-        "template=... and dataset=..., which decide what is trained",
-    ),
-}
+# Fields of SFTConfig that sft sets itself, or must not have; the tables of keys (``foreign_*.py``)
+# say what to do instead.
+TRAIN_OWNED = frozenset(
+    (
+        *("use_cpu", "local_rank", "hub_token", "save_only_model", "ignore_data_skip"),
+        *("restore_callback_states_from_checkpoint", "save_on_each_node", "push_to_hub"),
+        *("hub_strategy", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision"),
+        *("dataloader_multiprocessing_context", "accelerator_config", "load_best_model_at_end"),
+        *("enable_jit_checkpoint", "average_tokens_across_devices", "label_smoothing_factor"),
+        *("dataloader_drop_last", "disable_tqdm", "assistant_only_loss", "chat_template_path"),
+        *("completion_only_loss", "dataset_kwargs", "dataset_num_proc", "dataset_text_field"),
+        *("eos_token", "eval_packing", "label_names", "packing", "packing_strategy", "pad_token"),
+        *("padding_free", "remove_unused_columns", "shuffle_dataset", "truncation_mode"),
+    )
+)
 # Fields of SFTConfig that would have no effect, because sft does otherwise: the reason.
 _ORDER = "the seed alone decides the order of the rows; train.padding_free joins rows of any length"
 _EVALUATION = "sft computes the evaluation itself: the mean loss over all held-out tokens"
@@ -81,12 +62,7 @@ TRAIN_PASSED = frozenset(
 )
 
 # Fields of LoraConfig.
-LORA_OWNED = {
-    "task_type": "remove it: CAUSAL_LM",
-    "peft_type": "remove it: LORA",
-    "inference_mode": "remove it",
-    "fan_in_fan_out": "remove it: PEFT detects the layout of each layer",
-}
+LORA_OWNED = frozenset(("task_type", "peft_type", "inference_mode", "fan_in_fan_out"))
 _PASS = "sft does not run the pass over data that this initialisation needs"
 _UNSUPPORTED = "sft trains no adapter of this kind"
 LORA_REFUSED = {

@@ -9,6 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 
 MOST_VALUES = 100_000  # a config has some hundreds
+NESTED = "it is nested too deeply, or an alias holds itself"
 
 
 def loaded(path: Path) -> Any:
@@ -20,12 +21,25 @@ def loaded(path: Path) -> Any:
     """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise yaml.YAMLError(NESTED) from None
+    require_small(root)
+    return OmegaConf.load(path)
+
+
+def require_small(root: yaml.Node | None) -> None:
+    """Refuse YAML whose aliases multiply.
+
+    Raises:
+        yaml.YAMLError: It is nested too deeply, or has more than ``MOST_VALUES`` values once each
+            alias is replaced by what it stands for.
+    """
+    try:
         values = 0 if root is None else _values(root, {})
     except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply, or an alias holds itself") from None
+        raise yaml.YAMLError(NESTED) from None
     if values > MOST_VALUES:
         raise yaml.YAMLError(f"its aliases make more than {MOST_VALUES:,} values")
-    return OmegaConf.load(path)
 
 
 def _values(node: yaml.Node, known: dict[int, int]) -> int:

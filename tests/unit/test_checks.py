@@ -621,26 +621,26 @@ def test_every_problem_of_every_section_comes_at_once() -> None:
         ("lora", "use_dora", "has a setting of its own", "lora.use_dora=1"),
         ("quantization", "load_in_4bit", "has a setting of its own", "quantization.load_in_4bit=1"),
         ("train", "bf16", "is set by sft itself", "precision=bf16"),
-        ("train", "deepspeed", "is set by sft itself", "zero=stage2"),
-        ("train", "max_length", "is set by sft itself", "dataset.max_length=1024"),
+        ("train", "deepspeed", "is set by sft itself", "zero=stage1"),
+        ("train", "max_length", "is set by sft itself", "did you mean dataset.max_length?"),
         ("lora", "task_type", "is set by sft itself", "remove it: CAUSAL_LM"),
         (
             "train",
             "auto_find_batch_size",
             "is set by sft itself",
-            "train.per_device_train_batch_size=4",
+            "remove it: set train.per_device_train_batch_size; the global batch stays",
         ),
         (
             "train",
             "warmup_ratio",
             "the installed version has no setting warmup_ratio",
-            "train.warmup_steps=0.03 (below 1 it is a share of all steps)",
+            "train.warmup_steps=1 (below 1 it is a share of all steps)",
         ),
         (
             "train",
             "max_seq_length",
             "the installed version has no setting max_seq_length",
-            "dataset.max_length=1024",
+            "did you mean dataset.max_length?",
         ),
         (
             "train",
@@ -679,8 +679,8 @@ def test_extra_takes_what_upstream_has() -> None:
 
 def test_the_settings_that_we_own_exist_upstream() -> None:
     assert len(names.TRAIN_OWNED) >= 41
-    assert names.TRAIN_OWNED.keys() - upstream.sft_config_names() == set()
-    assert names.LORA_OWNED.keys() - upstream.lora_config_names() == set()
+    assert names.TRAIN_OWNED - upstream.sft_config_names() == set()
+    assert names.LORA_OWNED - upstream.lora_config_names() == set()
 
 
 def test_a_problem_reads_as_setting_rule_and_fix() -> None:

@@ -59,7 +59,11 @@ def test_alone_it_lists_every_command_and_imports_no_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     listed = re.findall(r"^    (\w+) +\w", done.stdout, re.MULTILINE)
-    assert listed == list(program.COMMANDS) == ["train", "data", "generate", "merge", "prove"]
+    assert (
+        listed
+        == list(program.COMMANDS)
+        == [*("train", "data", "import", "generate", "merge", "prove")]
+    )
     assert "    merge      merge an adapter into full weights, and verify them\n" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert set(done.stderr.split()) & HEAVY == set()
@@ -90,7 +94,8 @@ def test_the_version_is_ours(words, capsys, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (
             "trian",
-            "there is no command trian; the commands are train, data, generate, merge, prove",
+            "there is no command trian; the commands are train, data, import, generate, merge, "
+            "prove",
         ),
         ("trian", "fix: did you mean train?"),
         ("lora.r=4", "fix: sft train lora.r=4"),
@@ -593,7 +598,7 @@ def test_help_fits_the_terminal(name: str, columns: int, monkeypatch: pytest.Mon
     assert max(map(len, text.splitlines())) < columns
     assert text.startswith(f"sft {name}: ")
     first = {"train": "dataset=OPTION", "data": "    preview=0", "prove": "    steps=null"}
-    first |= {"generate": "    run=null", "merge": "    run=null"}
+    first |= {"generate": "    run=null", "merge": "    run=null", "import": "    file=null"}
     shown = re.search(r"^(\w+=OPTION|    \w+=\w+)$", text, re.MULTILINE)
     assert shown is not None
     assert shown[1] == first[name]

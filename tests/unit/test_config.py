@@ -400,29 +400,39 @@ def test_a_files_short_name_is_its_stem_and_a_folders_its_last_part(tmp_path: Pa
 
 def test_unknown_keys_are_refused_however_they_are_typed() -> None:
     fixes = {
-        "lora.drop_out=0.3": "did you mean lora.lora_dropout?",
-        "+lora.alpha=8": "did you mean lora.lora_alpha?",
-        "++lora.dropout=0.3": "did you mean lora.lora_dropout?",
+        "lora.drop_out=0.3": "lora.lora_dropout=0.3",
+        "+lora.alpha=8": "lora.lora_alpha=8",
+        "++lora.dropout=0.3": "lora.lora_dropout=0.3",
         "+lora.r_pattern={}": "did you mean lora.rank_pattern?",
         "trian.max_steps=3": "did you mean train?",
-        "train.max_length=64": "dataset.max_length=64",
+        "train.max_length=64": (
+            "dataset.max_length=64 (TRL cuts off the end of longer rows, and sft stops: "
+            "dataset.overlong=truncate)"
+        ),
         "sed=1": "did you mean seed?",
         "train.lr=0.0001": "train.learning_rate=0.0001",
-        "lr=fast": "train.learning_rate=2e-4",
-        "lora_r=0": "lora.r=8",
-        "gradient_accumulation_steps=4": "train.global_batch_size=32",
-        "+batch_size=8": "train.global_batch_size=8",
+        "lr=fast": "did you mean train.learning_rate?",
+        "lora_r=0": "did you mean lora.r?",
+        "gradient_accumulation_steps=4": (
+            "train.global_batch_size=N, with N = train.per_device_train_batch_size x 4 x GPUs"
+        ),
+        "+batch_size=8": (
+            "train.global_batch_size=8 (as in axolotl), or "
+            "train.per_device_train_batch_size=8 (as in torchtune)"
+        ),
         "train.adam_beta2=0.9": "train.extra.adam_beta2=0.9",
         "lora.bias=all": "lora.extra.bias=all",
         "quantization.bnb_4bit_compute_dtype=bfloat16": (
             "quantization.extra.bnb_4bit_compute_dtype=bfloat16"
         ),
         "train.packing=true": "dataset.packing=bfd",
-        "lora.task_type=CAUSAL_LM": "remove it: CAUSAL_LM",
+        "lora.task_type=CAUSAL_LM": "remove it: sft does so anyway",
         "zzzzzz=1": "remove it",
-        "dataset.train_ratio=0.9": "dataset.eval_fraction=0.05",
+        "dataset.train_ratio=0.9": "dataset.eval_fraction=0.1",
         "val_set_size=0.1": "dataset.eval_fraction=0.1",
-        "val_size=2000": "dataset.eval_fraction=0.05",
+        "val_size=2000": (
+            "dataset.eval_fraction=0.05 (a share, not 2000 rows: divide 2000 by the number of rows)"
+        ),
     }
     problems = {problem.setting: problem for problem in refused(*fixes)}
     assert len(problems) == len(fixes)
@@ -651,7 +661,7 @@ def test_a_refused_setting_exits_2_without_torch_or_a_traceback() -> None:
     assert "\n".join(lines) == (
         "error: 2 settings are refused\n\n"
         "lora.drop_out=0.3\n    there is no such setting\n"
-        "    fix: did you mean lora.lora_dropout?\n\n"
+        "    fix: lora.lora_dropout=0.3\n\n"
         "lora.r=0\n    must be from 1 to 65536\n    fix: lora.r=8"
     )
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sft.config import compare, names
+from sft.config import compare
 from sft.config.rules import declared, default_of, named
 from sft.config.settings import Config, DatasetConfig, TemplateConfig
 from sft.data import prepare
@@ -65,17 +65,3 @@ def test_every_setting_of_the_data_has_its_verdict_on_the_cache(
     for name, item in declared(DatasetConfig):
         changed = dataclasses.replace(DatasetConfig(), **{name: other(default_of(item))})
         assert (key(changed) != usual) is (name not in NOT_IN_KEY), name
-
-
-def test_a_name_of_another_tool_leads_to_the_setting() -> None:
-    settings = dict(declared(Config))
-    for fixes in (names.RENAMED, names.TRAIN_OWNED, names.LORA_OWNED):
-        for name, fix in fixes.items():
-            if "=" in fix and not fix.startswith(("train.extra.", "template=", "remove it")):
-                setting = fix.partition("=")[0]
-                assert setting in {*settings, "zero", "CUDA_VISIBLE_DEVICES", "HF_HOME"}, name
-    assert names.RENAMED["lora_rank"] == "lora.r=8"
-    assert names.RENAMED["cutoff_len"] == "dataset.max_length=1024"
-    assert names.RENAMED["deepspeed"] == names.TRAIN_OWNED["fsdp"] == "zero=stage2"
-    assert names.TRAIN_OWNED["bf16"] == "precision=bf16"
-    assert names.LORA_OWNED["revision"] == "model.revision=COMMIT"

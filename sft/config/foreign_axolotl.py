@@ -1,0 +1,383 @@
+"""Keys of Axolotl's YAML (axolotl.utils.schemas, as of July 2026)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sft.config.foreign import (
+    CONVERTED,
+    DIFFERS,
+    Key,
+    Outcome,
+    by,
+    done,
+    fn,
+    listed,
+    no,
+    off,
+    same,
+    secret,
+    to,
+)
+from sft.config.foreign_common import (
+    ACCUMULATION,
+    FUSED,
+    GALORE,
+    HELD_OUT,
+    LORA,
+    ORDER,
+    PREFERENCE,
+    QUANTIZED,
+    TRACKER,
+    TRAINING,
+    VISION,
+    ZERO,
+    targets,
+)
+
+TEMPLATES = {
+    "chatml": "template=chatml",
+    "tokenizer_default": "",
+    "jinja": "",
+    **{name: f"template.chat_template={name}" for name in ("llama3", "gemma", "gemma3", "gemma4")},
+    **{name: f"template.chat_template={name}" for name in ("cohere", "qwen3")},
+    "qwen_25": "template.chat_template=qwen2_5",
+    "phi_3": "template.chat_template=phi3",
+    "phi_35": "template.chat_template=phi3_5",
+    "deepseek_v3": "template.chat_template=deepseekv3",
+}
+OWN = "the tokenizer's own chat template is used, not Axolotl's copy of one"
+OVERLONG = "Axolotl leaves out longer rows, and sft stops: dataset.overlong=drop"
+KERNEL = "needs the package flash-attn; without the setting sft uses PyTorch's flash kernel"
+
+
+def special_tokens(value: Any) -> Outcome:
+    """Convert tokens by their role."""
+    if not isinstance(value, dict):
+        return off("must be a mapping such as {pad_token: TOKEN}")
+    names = {
+        "eos_token": "model.eos_token",
+        "pad_token": "model.pad_token",
+        "additional_special_tokens": "model.new_tokens",
+    }
+    given = {key: token for key, token in value.items() if token}
+    settings = {names[key]: token for key, token in given.items() if key in names}
+    others = [key for key in given if key not in names]
+    if not others:
+        return Outcome(CONVERTED, settings)
+    note = f"{' and '.join(others)}: the tokenizer's own are used"
+    return Outcome(DIFFERS if settings else "default", settings, note)
+
+
+def optimizer(value: Any) -> Outcome:
+    """Choose an optimizer of Transformers; Axolotl adds others."""
+    others = ("optimi", "ao_", "adopt", "came", "muon", "dion", "sinkgd", "flash_", "q_galore")
+    if str(value).startswith(others):
+        return off(f"{value} is Axolotl's own; sft has those of Transformers: train.optim=NAME")
+    return Outcome(CONVERTED, {"train.optim": value})
+
+
+def schedule(value: Any) -> Outcome:
+    """Choose a schedule of Transformers; Axolotl adds two."""
+    if value in ("one_cycle", "rex"):
+        return off(f"{value} is Axolotl's own: train.lr_scheduler_type=cosine")
+    return Outcome(CONVERTED, {"train.lr_scheduler_type": value})
+
+
+def minimum(value: Any) -> Outcome:
+    """Choose the cosine schedule that ends at a share of the peak learning rate."""
+    settings = {"train.lr_scheduler_type": "cosine_with_min_lr"}
+    return Outcome(CONVERTED, {**settings, "train.lr_scheduler_kwargs.min_lr_rate": value})
+
+
+def first_path(value: Any) -> Any:
+    """Return the path of the first of Axolotl's data sets; an import converts all of them."""
+    first = value[0] if isinstance(value, list) else value
+    path = first.get("path") if isinstance(first, dict) else first
+    return path if isinstance(path, str) else off("dataset.path=FILE_OR_HUB_ID")
+
+
+def plugins(value: Any) -> Outcome:
+    """Leave out plugins that make kernels faster; others change what is trained."""
+    others = [name for name in listed(value) if not re.search("liger|cut_cross", str(name).lower())]
+    if others:
+        return off(f"sft loads no plugins of Axolotl ({', '.join(map(str, others))})")
+    return same(FUSED)
+
+
+def fsdp_config(value: Any) -> Outcome:
+    """Split by ZeRO what FSDP splits; without a version, ``fsdp`` says whether it is used."""
+    offload = "_offload" if str(value).find("offload_params': True") >= 0 else ""
+    return Outcome(DIFFERS, {"zero": f"stage3{offload}"}, "sft splits by DeepSpeed ZeRO")
+
+
+MINIMUM = fn("train.lr_scheduler_type, train.lr_scheduler_kwargs.min_lr_rate", minimum, example=0.1)
+KEYS: dict[str, Key] = {
+    **QUANTIZED,
+    # model and tokenizer
+    "base_model": to("model.name_or_path"),
+    "revision_of_model": to("model.revision"),
+    "overrides_of_model_config": to("model.config", example={"rope_theta": 500000}),
+    "overrides_of_model_kwargs": no("sft loads the model itself"),
+    **dict.fromkeys(
+        ("model_type", "type_of_model", "tokenizer_type", "cls_model_config"),
+        done("the architecture is that of the model's config"),
+    ),
+    **dict.fromkeys(
+        ("base_model_config", "tokenizer_config"),
+        no("config and tokenizer are those of model.name_or_path: copy them into one folder"),
+    ),
+    **dict.fromkeys(
+        (
+            *("is_falcon_derived_model", "is_llama_derived_model", "is_qwen_derived_model"),
+            *("is_mistral_derived_model", "tokenizer_use_fast", "tokenizer_legacy"),
+            *("tokenizer_save_jinja_files", "low_cpu_mem_usage", "device_map", "device"),
+            *("experimental_skip_move_to_device", "hf_use_auth_token", "strict", "lora_on_cpu"),
+        ),
+        done("sft decides it from the model and the machine"),
+    ),
+    "trust_remote_code": TRAINING["trust_remote_code"],
+    "special_tokens": fn(
+        "model.eos_token, model.pad_token, model.new_tokens",
+        special_tokens,
+        example={"pad_token": "<pad>"},
+    ),
+    "tokens": to("model.new_tokens", change=listed, example=["<tool>"]),
+    "added_tokens_overrides": no("model.new_tokens adds tokens; it replaces none"),
+    "resize_token_embeddings_to_32x": no("the embedding has as many rows as tokens"),
+    "fix_untrained_tokens": no("rows of model.new_tokens begin as the mean of the embedding"),
+    "shrink_embeddings": no("the embedding keeps its rows"),
+    "max_memory": no("a rank holds the model, or its share under zero=stage3"),
+    "gpu_memory_limit": no("a rank holds the model, or its share under zero=stage3"),
+    # adapter
+    "adapter": by(
+        {"lora": "", "qlora": "quantization=nf4", "full": "lora=none"},
+        rest=no("sft trains LoRA adapters, or every weight with lora=none"),
+    ),
+    "lora_model_dir": to("lora.init_from"),
+    "lora_r": to("lora.r"),
+    "lora_alpha": to("lora.lora_alpha"),
+    "lora_dropout": to("lora.lora_dropout", example=0.05),
+    "lora_target_modules": to("lora.target_modules", change=targets, example=["q_proj", "v_proj"]),
+    "lora_target_linear": by({True: "lora.target_modules=all-linear", False: ""}),
+    "lora_target_parameters": to("lora.extra.target_parameters", example=["experts.down_proj"]),
+    "lora_modules_to_save": to("lora.modules_to_save", change=listed, example=["lm_head"]),
+    "lora_rank_pattern": to("lora.rank_pattern", example={"q_proj": 16}),
+    "lora_alpha_pattern": to("lora.alpha_pattern", example={"q_proj": 32}),
+    "lora_fan_in_fan_out": LORA["fan_in_fan_out"],
+    "peft_use_dora": to("lora.use_dora", example=True),
+    "peft_use_rslora": to("lora.use_rslora", example=True),
+    "peft_layers_to_transform": LORA["layers_to_transform"],
+    "peft_layers_pattern": LORA["layers_pattern"],
+    "peft_layer_replication": LORA["layer_replication"],
+    "peft_init_lora_weights": LORA["init_lora_weights"],
+    "peft_trainable_token_indices": LORA["trainable_token_indices"],
+    "peft_ensure_weight_tying": LORA["ensure_weight_tying"],
+    "peft": no("sft does not run the pass over data that LoftQ needs"),
+    "peft_autocast_adapter_dtype": done("adapters are trained in float32"),
+    "bnb_config_kwargs": no("write each of them as quantization.NAME"),
+    "loraplus_lr_ratio": to("train.loraplus_lr_ratio", example=16.0),
+    "loraplus_lr_embedding": to("train.embedding_learning_rate", example=1e-6),
+    "unfrozen_parameters": to("model.trainable", change=listed, example=["layers.1."]),
+    "merge_lora": to("train.merge", example=True),
+    **dict.fromkeys(
+        ("relora", "relora_prune_ratio", "relora_cpu_offload", "relora_prune_method"),
+        no("sft has no ReLoRA; a second run with lora.init_from goes on from an adapter"),
+    ),
+    # rows
+    "datasets": to("dataset.path", change=first_path, example=[{"path": "x"}]),
+    "test_datasets": to("dataset.eval_path", change=first_path, example=[{"path": "x"}]),
+    "pretraining_dataset": to("dataset.path", change=first_path),
+    "dataset_prepared_path": done("samples are cached by content; sft data output=DIR keeps them"),
+    "val_set_size": HELD_OUT,
+    "sequence_len": to("dataset.max_length", OVERLONG, also="dataset.overlong=drop", example=2048),
+    "excess_length_strategy": by(
+        {
+            "drop": "dataset.overlong=drop",
+            "truncate": "dataset.overlong=truncate",
+            "raise": "dataset.overlong=error",
+        }
+    ),
+    "eval_sequence_len": no("held-out rows have dataset.max_length too"),
+    "sample_packing": by({True: "dataset.packing=bfd", False: "dataset.packing=none"}),
+    "eval_sample_packing": done("packing does not change sft's evaluation loss"),
+    **dict.fromkeys(
+        (
+            *("sample_packing_group_size", "sample_packing_bin_size", "multipack_real_batches"),
+            *("sample_packing_mp_start_method", "pad_to_sequence_len", "batch_flattening"),
+            *("sample_packing_eff_est", "pretrain_multipack_buffer_size"),
+            *("streaming_multipack_buffer_size", "total_num_tokens", "pretrain_multipack_attn"),
+        ),
+        done("best-fit packing over all rows, without padding"),
+    ),
+    "sample_packing_sequentially": no("dataset.packing=bfd packs by length"),
+    "curriculum_sampling": no(ORDER),
+    "group_by_length": no(ORDER),
+    "min_sample_len": no("leave short rows out of the file"),
+    "train_on_inputs": by({True: "template.train_on=all", False: ""}),
+    "chat_template": by(
+        TEMPLATES, rest=Key(DIFFERS, lambda value: Outcome(DIFFERS, note=OWN), "template.kind", OWN)
+    ),
+    "chat_template_jinja": to("template.chat_template"),
+    "chat_template_kwargs": to("template.kwargs", example={"enable_thinking": False}),
+    "default_system_message": to("template.system"),
+    "eot_tokens": done("the token that ends a turn is found from what the chat template writes"),
+    "shuffle_merged_datasets": by({True: "", False: off(ORDER)}),
+    "shuffle_before_merging_datasets": done("the samples of all sources are shuffled together"),
+    "dataset_exact_deduplication": no("dataset.warn_above.duplicates counts exact copies"),
+    "dataset_keep_in_memory": done("samples are read from the cache as they are needed"),
+    **dict.fromkeys(("dataset_processes", "dataset_num_proc"), to("dataset.num_proc", example=8)),
+    **dict.fromkeys(
+        ("dataset_shard_num", "dataset_shard_idx"), no("dataset.max_rows reads fewer rows")
+    ),
+    "streaming": to("dataset.streaming", example=True),
+    "skip_prepare_dataset": no("sft reads, tokenises and audits every row"),
+    "push_dataset_to_hub": no("sft data output=DIR writes the samples to a folder"),
+    "remove_unused_columns": TRAINING["remove_unused_columns"],
+    # steps
+    "micro_batch_size": to("train.per_device_train_batch_size"),
+    "eval_batch_size": to("train.per_device_eval_batch_size"),
+    "gradient_accumulation_steps": ACCUMULATION,
+    "batch_size": to("train.global_batch_size", "Axolotl counts the rows of one GPU, sft of all"),
+    "num_epochs": to("train.num_train_epochs"),
+    "optimizer": fn("train.optim", optimizer, example="adamw_8bit"),
+    "lr_scheduler": fn("train.lr_scheduler_type", schedule, example="linear"),
+    "cosine_min_lr_ratio": MINIMUM,
+    "cosine_constant_lr_ratio": no("train.lr_scheduler_type=warmup_stable_decay holds a rate"),
+    "lr_quadratic_warmup": no("the warm-up is linear"),
+    "lr_groups": no("train.loraplus_lr_ratio and train.embedding_learning_rate are the groups"),
+    **dict.fromkeys(("jagged_restart_steps", "jagged_restart_warmup_steps"), no("ReLoRA's")),
+    "embedding_lr": to("train.embedding_learning_rate", example=1e-5),
+    "embedding_lr_scale": no("train.embedding_learning_rate is the rate itself"),
+    "evals_per_epoch": to("train.evals_per_epoch"),
+    "saves_per_epoch": to("train.saves_per_epoch"),
+    "eval_steps": to("train.eval_steps", also="train.eval_strategy=steps"),
+    "save_steps": to("train.save_steps", also="train.save_strategy=steps"),
+    "save_first_step": no("checkpoints follow train.save_steps"),
+    **{
+        name: TRAINING[name]
+        for name in (
+            *(
+                "learning_rate",
+                "weight_decay",
+                "max_grad_norm",
+                "lr_scheduler_kwargs",
+                "optim_args",
+            ),
+            *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules", "max_steps"),
+            *("warmup_steps", "warmup_ratio", "eval_strategy", "evaluation_strategy"),
+            *("save_strategy", "save_total_limit", "save_only_model", "logging_steps", "seed"),
+            *("gradient_checkpointing_kwargs", "output_dir", "load_best_model_at_end", "tf32"),
+            *("metric_for_best_model", "greater_is_better", "resume_from_checkpoint", "bf16"),
+            *("neftune_noise_alpha", "torch_compile", "torch_compile_backend", "fp16", "deepspeed"),
+            *("torch_compile_mode", "activation_offloading", "ddp_timeout", "ddp_bucket_cap_mb"),
+            *("ddp_broadcast_buffers", "ddp_find_unused_parameters", "dataloader_pin_memory"),
+            *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_drop_last"),
+            *("torch_empty_cache_steps", "hub_model_id", "hub_strategy", "hub_revision", "fsdp"),
+            *("save_safetensors", "local_rank", "accelerator_config", "auto_find_batch_size"),
+            "early_stopping_patience",
+        )
+    },
+    "fsdp_config": fn("zero", fsdp_config, "by DeepSpeed ZeRO", {"reshard_after_forward": True}),
+    "fsdp_version": done("zero=stage3 needs none of FSDP's options"),
+    "auto_resume_from_checkpoints": done("the same command given again resumes the run"),
+    "gradient_checkpointing": by(
+        {
+            "unsloth": Outcome(
+                DIFFERS, {"train.gradient_checkpointing": True}, "activations stay on the GPU"
+            ),
+            "offload": "train.gradient_checkpointing=true train.extra.activation_offloading=true",
+        },
+        rest=to("train.gradient_checkpointing"),
+    ),
+    "bfloat16": by({True: "precision=bf16", False: ""}),
+    "float16": by({True: "precision=fp16", False: ""}),
+    "float32": by({True: "precision=fp32", False: ""}),
+    # attention and kernels
+    "flash_attention": by({True: "model.attn_implementation=flash_attention_2", False: ""}, KERNEL),
+    "sdp_attention": by({True: "model.attn_implementation=sdpa", False: ""}),
+    "eager_attention": by({True: "model.attn_implementation=eager", False: ""}),
+    "flex_attention": by({True: "model.attn_implementation=flex_attention", False: ""}),
+    "attn_implementation": by(
+        {
+            "xformers": off("model.attn_implementation=auto uses PyTorch's kernels"),
+            "sage": off("its 8-bit attention changes the result"),
+            "fp8": off("its 8-bit attention changes the result"),
+        },
+        rest=to("model.attn_implementation", example="sdpa"),
+    ),
+    "xformers_attention": no("model.attn_implementation=auto uses PyTorch's kernels"),
+    "sage_attention": no("its 8-bit attention changes the result"),
+    "s2_attention": no("shifted sparse attention changes the result"),
+    **dict.fromkeys(
+        (
+            *("flash_attn_cross_entropy", "flash_attn_rms_norm", "flash_attn_fuse_mlp"),
+            *("flash_attn_fuse_qkv", "flash_optimum", "lora_mlp_kernel", "lora_qkv_kernel"),
+            *("lora_o_kernel", "lora_embedding_kernel", "liger_rope", "liger_rms_norm"),
+            *("liger_glu_activation", "liger_swiglu", "liger_layer_norm", "tiled_mlp"),
+            *("liger_fused_linear_cross_entropy", "liger_cross_entropy", "use_kernels"),
+            *("unsloth_cross_entropy_loss", "unsloth_lora_mlp", "unsloth_lora_qkv"),
+            *("unsloth_lora_o", "unsloth_rms_norm", "unsloth_rope", "scaling_softmax"),
+        ),
+        no(FUSED),
+    ),
+    **dict.fromkeys(
+        ("chunked_cross_entropy", "cut_cross_entropy"),
+        done("model.lm_head=auto never holds all logits"),
+    ),
+    "plugins": fn("", plugins, example=["axolotl.integrations.kd.KDPlugin"]),
+    "deepcompile": no("train.extra.torch_compile=true compiles the model"),
+    **dict.fromkeys(
+        (
+            *("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"),
+            *("dp_shard_size", "dp_replicate_size", "ring_attn_func", "heads_k_stride"),
+        ),
+        no(ZERO, 1),
+    ),
+    # logs and the rest
+    **{
+        f"use_{name}": by({True: f"train.extra.report_to={name}", False: ""})
+        for name in ("wandb", "mlflow", "tensorboard", "trackio")
+    },
+    "use_comet": by({True: "train.extra.report_to=comet_ml", False: ""}),
+    "wandb_project": to("train.extra.project", also="train.extra.report_to=wandb"),
+    "trackio_project_name": to("train.extra.project", also="train.extra.report_to=trackio"),
+    **dict.fromkeys(
+        (
+            *("wandb_entity", "wandb_name", "wandb_watch", "wandb_log_model", "wandb_mode"),
+            *("wandb_run_id", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name"),
+            *("hf_mlflow_log_artifacts", "comet_workspace", "comet_project_name", "comet_mode"),
+            *("trackio_run_name", "trackio_space_id"),
+        ),
+        no(TRACKER),
+    ),
+    "comet_api_key": secret(TRACKER),
+    **dict.fromkeys(("debug", "verbosity", "profiler_steps"), no("benchmarks/ measure steps", "")),
+    **dict.fromkeys(("gc_steps", "gc_collect_steps"), no("sft collects garbage after evaluations")),
+    **dict.fromkeys(
+        ("loss_watchdog_threshold", "loss_watchdog_patience"),
+        no("train.max_loss_jump=3 stops a run whose loss jumps"),
+    ),
+    **dict.fromkeys(
+        ("eval_table_size", "eval_max_new_tokens", "do_causal_lm_eval", "generate_samples"),
+        no("dataset.exact_match=200 answers held-out prompts"),
+    ),
+    **dict.fromkeys(("do_bench_eval", "bench_dataset"), no("sft measures the held-out loss")),
+    **dict.fromkeys(
+        ("lisa_n_layers", "lisa_step_interval", "lisa_layers_attribute"),
+        no("sft has no LISA; model.trainable=[REGEX] trains chosen layers"),
+    ),
+    **dict.fromkeys(
+        ("qgalore_rank", "qgalore_scale", "qgalore_update_proj_gap", "qgalore_proj_type"),
+        no(GALORE),
+    ),
+    **dict.fromkeys(
+        ("rl", "rl_beta", "reward_model", "process_reward_model", "dpo_beta", "trl", "orpo_alpha"),
+        no(PREFERENCE),
+    ),
+    **dict.fromkeys(("qat", "fp8", "quantization"), no("sft trains in bf16, fp16 or fp32")),
+    **dict.fromkeys(("processor_type", "freeze_mm_modules", "image_size"), no(VISION)),
+    **dict.fromkeys(("use_ray", "ray_num_workers", "ray_run_name"), no("torchrun starts ranks")),
+    **dict.fromkeys(("use_pose", "pose_max_context_len"), no("sft has no PoSE")),
+}

@@ -1,0 +1,1 @@
+"""From the configuration of another tool to a settings file of sft."""

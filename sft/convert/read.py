@@ -1,0 +1,171 @@
+"""Read a configuration of another tool: YAML, JSON, or the calls of a Python script."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sft.config.plain import parse_json
+from sft.config.yaml_files import require_small
+from sft.errors import ConfigError, Problem
+
+LARGEST = 1 << 18  # bytes; a configuration has some thousands
+# The calls of a script whose keywords are read, and where their keys belong.
+CALLS = {
+    "SFTConfig": "",
+    "TrainingArguments": "",
+    "LoraConfig": "LoraConfig.",
+    "BitsAndBytesConfig": "BitsAndBytesConfig.",
+    "FastLanguageModel.from_pretrained": "FastLanguageModel.",
+    "FastLanguageModel.get_peft_model": "get_peft_model.",
+    "SFTTrainer": "SFTTrainer.",
+}
+
+
+@dataclass
+class Source:
+    """A configuration as it was read.
+
+    Attributes:
+        path: Its file.
+        keys: Its keys and values, in the order of the file.
+        unread: Keys of a script whose values are not constants.
+    """
+
+    path: Path
+    keys: dict[str, Any]
+    unread: list[str] = field(default_factory=list)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without tags that make objects, with numbers such as 1e-4, without duplicate keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def _refuse(path: Path | str, rule: str, fix: str) -> ConfigError:
+    return ConfigError([Problem(str(path), rule, fix)])
+
+
+def read(file: str) -> Source:
+    """Read a configuration; no code runs and no variable of the environment is expanded.
+
+    Raises:
+        ConfigError: The file is missing, too large, damaged, or holds no keys.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise _refuse(file, "there is no such file", f"give a path that exists, from {Path.cwd()}")
+    if path.stat().st_size > LARGEST:
+        rule = f"has {path.stat().st_size:,} bytes, and a configuration at most {LARGEST:,}"
+        raise _refuse(file, rule, "give the YAML that the other tool trains with")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _refuse(file, "is not text in UTF-8", "give a YAML, JSON or Python file") from error
+    if path.suffix == ".py":
+        return _of_script(path, text)
+    values = _json(path, text) if path.suffix == ".json" else _yaml(path, text)
+    if not isinstance(values, dict) or not values:
+        rule = "holds no keys: it must be a mapping, such as base_model: NAME"
+        raise _refuse(file, rule, "give the YAML that the other tool trains with")
+    return Source(path, {str(key): value for key, value in values.items()})
+
+
+def _json(path: Path, text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise _refuse(path, f"is not valid JSON: {error}", "correct the file") from error
+
+
+def _yaml(path: Path, text: str) -> Any:
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        require_small(root)
+        for first, again in _duplicates(root):
+            rule = f"{again.value} is given in line {first.start_mark.line + 1} already"
+            raise _refuse(
+                f"{path}:{again.start_mark.line + 1}", rule, "keep one, as most tools the last"
+            )
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise _refuse(place, f"is not plain YAML: {error.problem}", "correct this line") from error
+    except RecursionError as error:
+        raise _refuse(path, "is nested too deeply", "correct the file") from error
+    except (yaml.YAMLError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise _refuse(path, f"cannot be read: {reason}", "correct the file") from error
+
+
+def _duplicates(node: yaml.Node | None) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    """Yield the keys that a mapping has twice, within other mappings too."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    yield seen[key.value], key
+                seen[key.value] = key
+            yield from _duplicates(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _duplicates(item)
+
+
+def _of_script(path: Path, text: str) -> Source:
+    """Read the keywords of the calls of a script, without running it."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise _refuse(path, f"is not valid Python: {error}", "give the script itself") from error
+    constants = {
+        node.targets[0].id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and len(node.targets) == 1
+        and isinstance(node.targets[0], ast.Name)
+    }
+    source = Source(path, {})
+    for node in ast.walk(tree):
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        prefix = next((CALLS[call] for call in CALLS if f".{name}".endswith(f".{call}")), None)
+        if prefix is not None and isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                _keyword(source, prefix, keyword, constants)
+    if not source.keys and not source.unread:
+        rule = f"has no call of {', '.join(CALLS)} with keywords"
+        raise _refuse(path, rule, "write the keywords into a YAML file, one per line")
+    return source
+
+
+def _keyword(
+    source: Source, prefix: str, keyword: ast.keyword, constants: dict[str, ast.expr]
+) -> None:
+    key = f"{prefix}{keyword.arg or '**' + ast.unparse(keyword.value)}"
+    node: ast.expr = keyword.value
+    if isinstance(node, ast.Name):
+        node = constants.get(node.id, node)
+    text = ast.unparse(node)
+    if re.fullmatch(r"torch\.\w+", text):
+        source.keys[key] = text
+        return
+    try:
+        source.keys[key] = ast.literal_eval(node)
+    except ValueError:
+        # An object of the script, such as the model, is no setting.
+        if prefix != "SFTTrainer." or isinstance(node, ast.Constant):
+            source.unread.append(key)

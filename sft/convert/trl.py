@@ -1,0 +1,147 @@
+"""Convert a configuration of TRL's ``trl sft``, or the keywords of SFTConfig in a script."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sft.config.foreign import CONVERTED, DIFFERS, UNKNOWN, Outcome, no, off, same
+from sft.config.foreign_trl import WHOLE
+from sft.convert.axolotl import put_sources
+from sft.convert.conversion import Conversion, Special, batch, held_out, texts
+from sft.convert.llamafactory import overwrite
+
+CHOSEN = "PEFT chooses query and value of most models; lora=attention adapts the key and output too"
+ENTRY = {
+    "columns": no("columns are chosen by the format; dataset.columns renames them"),
+    "fraction": no("dataset.max_rows=N reads fewer rows"),
+    "data_dir": no("dataset.path=FOLDER"),
+}
+FIELDS = {"path": "path", "name": "subset", "split": "split"}
+
+
+def defaults(keys: dict[str, Any]) -> dict[str, Any]:
+    """Return what TRL does where the file says nothing, if it changes what is trained."""
+    values: dict[str, Any] = {
+        "learning_rate": 2e-5,
+        "num_train_epochs": 3.0,
+        "lr_scheduler_type": "linear",
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "max_length": 1024,
+        "save_strategy": "steps",
+        "eval_strategy": "no",
+    }
+    if "max_seq_length" in keys or "SFTTrainer.max_seq_length" in keys:
+        del values["max_length"]
+    if "FastLanguageModel.max_seq_length" in keys:
+        values.pop("max_length", None)
+    if keys.get("warmup_ratio") is None:
+        values["warmup_steps"] = 0
+    if "evaluation_strategy" in keys:
+        del values["eval_strategy"]
+    if any(name.startswith("LoraConfig.") for name in keys):
+        values |= {"LoraConfig.r": 8, "LoraConfig.lora_alpha": 8}
+        values["LoraConfig.target_modules"] = None
+    elif any(name.startswith("get_peft_model.") for name in keys):
+        values |= {"get_peft_model.r": 16, "get_peft_model.lora_alpha": 16}
+    elif keys.get("use_peft"):
+        values |= {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+        values["lora_target_modules"] = None
+    elif "model_name_or_path" in keys:
+        values["use_peft"] = False
+    if keys.get("load_in_4bit") or keys.get("BitsAndBytesConfig.load_in_4bit"):
+        script = "BitsAndBytesConfig.load_in_4bit" in keys
+        name = "BitsAndBytesConfig.bnb_4bit_use_double_quant" if script else "use_bnb_nested_quant"
+        values[name] = False
+    if keys.get("FastLanguageModel.model_name"):
+        values["FastLanguageModel.load_in_4bit"] = True
+    return values
+
+
+def chosen_modules(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+    """Choose the attention's layers where PEFT chooses by the architecture."""
+    if value is None:
+        settings = {"lora.target_modules": "attention"}
+        conversion.add(name, value, Outcome(DIFFERS, settings, CHOSEN), given)
+    else:
+        conversion.plain(name, value, given)
+
+
+def datasets(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+    """Convert the list of data sets."""
+    sources = []
+    for number, entry in enumerate(value if isinstance(value, list) else [value]):
+        source: dict[str, Any] = {"columns": {}}
+        for key, item in (entry if isinstance(entry, dict) else {"path": entry}).items():
+            place = f"{name}[{number}].{key}"
+            files = entry.get("data_files") if isinstance(entry, dict) else None
+            if key in FIELDS and item is not None:
+                ours = files if key == "path" and isinstance(files, str) else item
+                source[FIELDS[key]] = ours
+                outcome = Outcome(CONVERTED, {}, f"dataset.{FIELDS[key]}={ours}")
+            elif key == "data_files":
+                is_one = isinstance(item, str)
+                outcome = same("is the path") if is_one else off("dataset.path is one pattern")
+            else:
+                unknown = Outcome(UNKNOWN, note="unknown to sft import")
+                outcome = ENTRY[key].of(item) if key in ENTRY else unknown
+            conversion.add(place, item, outcome)
+        sources.append(source)
+    put_sources(conversion, sources)
+
+
+def held_out_split(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+    """Convert the split that is evaluated, which TRL reads only if it evaluates."""
+    strategy = conversion.get("eval_strategy", conversion.get("evaluation_strategy", "no"))
+    if strategy in ("no", False):
+        conversion.add(name, value, same("nothing is evaluated: eval_strategy=no"), given)
+    else:
+        conversion.plain(name, value, given)
+
+
+def text_field(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+    """Train on plain text, from the column that is named."""
+    conversion.kind = "text"
+    note = "every token of the text is trained (template=text)"
+    settings = {} if value in (None, "text") else {"dataset.columns.text": value}
+    conversion.add(name, value, Outcome(CONVERTED, settings, note), given)
+
+
+def model_arguments(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+    """Convert the arguments that TRL passes on when it loads the model."""
+    for key, item in value.items() if isinstance(value, dict) else ():
+        conversion.plain(f"{name}.{key}", item, given)
+    if not isinstance(value, dict):
+        conversion.plain(name, value, given)
+
+
+def device_map(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+    """Leave out where weights are put."""
+    conversion.add(name, value, same("each rank has its GPU"), given)
+
+
+def finish(conversion: Conversion) -> None:
+    """Settle what several keys decide together."""
+    settings = conversion.settings
+    packs = conversion.get("packing", conversion.get("SFTTrainer.packing"))
+    if not packs:
+        name = next((line.key for line in conversion.lines if "packing_strategy" in line.key), "")
+        conversion.drop("dataset.packing", "nothing is packed") if name else None
+    if conversion.kind == "chat" and "template.train_on" not in settings:
+        if not conversion.get("assistant_only_loss") and not conversion.get("completion_only_loss"):
+            conversion.add("assistant_only_loss", False, Outcome(DIFFERS, {}, WHOLE), False)
+    texts(conversion, "chat_template_path")
+    held_out(conversion)
+
+
+SPECIAL: dict[str, Special] = {
+    **batch("per_device_train_batch_size", "gradient_accumulation_steps"),
+    "lora_target_modules": chosen_modules,
+    "LoraConfig.target_modules": chosen_modules,
+    "datasets": datasets,
+    "dataset_test_split": held_out_split,
+    "dataset_text_field": text_field,
+    "model_init_kwargs": model_arguments,
+    "device_map": device_map,
+    "overwrite_output_dir": overwrite,
+}

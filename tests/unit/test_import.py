@@ -1,0 +1,300 @@
+"""``sft import``: real configurations are converted, and every key has a line."""
+
+import contextlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sft.config.foreign import DEFAULT, DIFFERS, NOT_OURS, UNKNOWN
+from sft.convert import convert, report
+from sft.convert.__main__ import main
+from sft.convert.convert import Result, recognise
+from sft.convert.read import read
+from sft.train import main as train
+
+FILE = Path(__file__).parents[1] / "foreign_configs.yaml"
+CASES = {case["name"]: case for case in yaml.safe_load_all(FILE.read_text()) if case}
+
+
+def written(case: dict[str, Any], folder: Path) -> Path:
+    """Write a configuration as its user has it, beside its dataset_info.json."""
+    if "script" in case:
+        path = folder / "train.py"
+        path.write_text(case["script"])
+        return path
+    if "info" in case:
+        (folder / "data").mkdir()
+        (folder / "data" / "dataset_info.json").write_text(json.dumps(case["info"]))
+    path = folder / "theirs.yaml"
+    path.write_text(yaml.safe_dump(case["config"], sort_keys=False))
+    return path
+
+
+def imported(case: dict[str, Any], folder: Path) -> Result:
+    source = read(str(written(case, folder)))
+    return convert.convert(source, recognise(source, None), case.get("gpus", 1), train)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Convert every configuration, from the folder that its user trains in."""
+    found = {}
+    for name, case in CASES.items():
+        with contextlib.chdir(tmp_path_factory.mktemp("run")):
+            found[name] = imported(case, Path())
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_configuration_becomes_the_settings_that_mean_the_same(
+    name: str, results: dict[str, Result]
+) -> None:
+    case, result = CASES[name], results[name]
+    assert result.tool == case["tool"]
+    if "settings" in case:
+        assert result.settings == case["settings"]
+    # Each key of the file has a line.
+    keys = {line.key.partition("[")[0] for line in result.conversion.lines if line.given}
+    keys = {key.partition(".")[0] for key in keys} | keys
+    assert keys >= set(case.get("config", {}))
+    needed = {"dataset.path"} if case.get("dataset_needed") else set()
+    needed |= set(case.get("refused", ()))
+    if "model.name_or_path" not in result.settings and needed:
+        needed.add("model.name_or_path")
+    refused = {problem.setting.partition("=")[0] for problem in result.problems}
+    said = [str(problem) for problem in result.problems]
+    assert needed - {"model.name_or_path"} <= refused, said
+    assert refused <= needed | set(case.get("may_be_refused", ())), said
+
+
+def test_nine_of_ten_keys_convert_by_themselves(results: dict[str, Result]) -> None:
+    tools = Counter(case["tool"] for case in CASES.values())
+    assert tools == {"axolotl": 13, "llamafactory": 9, "trl": 8}
+    assert sum("settings" in case for case in CASES.values()) >= 12
+    total = sum((Counter(report.counts(result)) for result in results.values()), Counter[str]())
+    keys = sum(total.values())
+    assert keys >= 850
+    assert (keys - total[NOT_OURS] - total[UNKNOWN]) / keys >= 0.90
+    assert min(report.share(result) for result in results.values()) >= 0.75
+    assert total[UNKNOWN] <= 3
+    assert min(total[DEFAULT], total[DIFFERS]) > 50 and total[NOT_OURS] > 10
+
+
+# The door
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+        raise SystemExit(0)
+    return int(str(ended.value.code))
+
+
+def put(text: str, name: str = "theirs.yaml") -> str:
+    Path(name).write_text(text)
+    return name
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SMALL = """base_model: facebook/opt-125m
+datasets: [{path: rows.jsonl, type: alpaca}]
+adapter: lora
+lora_r: 16
+learning_rate: 1e-4
+micro_batch_size: 2
+"""
+
+
+def test_the_file_that_is_written_composes_and_is_reported(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(SMALL + "wandb_entity: us\nhub_model_id: me/x\nnot_a_key: sesame\n")
+    assert run("theirs.yaml", "gpus=4", "output=ours.yaml") == 0
+    said = capsys.readouterr().out
+    config = train.compose(["ours.yaml"])
+    assert config.model.name_or_path == "facebook/opt-125m"
+    assert (config.lora.r, config.train.learning_rate, config.train.global_batch_size) == (
+        16,
+        1e-4,
+        8,
+    )
+    # Axolotl's own defaults, where the file says nothing: not ours, which are 3 and 1024.
+    assert (config.train.num_train_epochs, config.dataset.max_length) == (1, 512)
+    for name in yaml.safe_load(SMALL):
+        assert f"\n  {name}" in said, name
+    assert "wandb_entity: us" in said and "hf upload USER/NAME" in said
+    assert "unknown to sft import:\n  not_a_key: (not shown)" in said
+    assert "10 keys: 6 converted, 0 converted with another meaning, 1 left out" in said
+    assert "next: sft data ours.yaml preview=3, then sft train ours.yaml" in said
+    assert "sesame" not in said + Path("ours.yaml").read_text()
+
+
+def test_the_report_is_the_same_as_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(SMALL)
+    assert run("theirs.yaml", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["output"] == "theirs.sft.yaml" and found["tool"] == "axolotl"
+    assert found["settings"]["lora.r"] == 16 and found["problems"] == []
+    by_key = {line["key"]: line for line in found["keys"]}
+    assert by_key["learning_rate"]["settings"] == {"train.learning_rate": 0.0001}
+    assert by_key["sequence_len"]["in_file"] is False
+    assert sum(found["counts"].values()) == 7
+
+
+def test_what_sft_refuses_is_said_at_the_end_with_exit_code_2(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(SMALL + "lora_target_modules: [q_proj, lm_head]\n")
+    assert run("theirs.yaml", "--json") == 2
+    found = json.loads(capsys.readouterr().out)
+    (problem,) = found["problems"]
+    assert problem["setting"] == "lora.target_modules=['q_proj', 'lm_head']"
+    assert problem["fix"] == "lora.modules_to_save=[lm_head]"
+    assert "1 setting is refused" in found["error"] and Path("theirs.sft.yaml").is_file()
+
+
+def test_a_file_is_replaced_only_if_asked_for(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(SMALL)
+    Path("theirs.sft.yaml").write_text("mine")
+    assert run("theirs.yaml") == 2
+    assert "fix: overwrite=true" in capsys.readouterr().err
+    assert Path("theirs.sft.yaml").read_text() == "mine"
+    assert run("theirs.yaml", "overwrite=true") == 0
+    assert "lora.r: 16" in Path("theirs.sft.yaml").read_text()
+
+
+def test_secrets_are_neither_written_nor_shown(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(
+        "model_name_or_path: a/b\nstage: sft\nfinetuning_type: lora\ncutoff_len: 512\n"
+        "hub_token: sesame\nhf_hub_token: sesame\nswanlab_api_key: sesame\n"
+        "my_api_key: sesame\nWANDB_API_KEY: sesame\noutput_dir: ${HOME}/x\n"
+    )
+    for words in ([], ["--json", "overwrite=true"]):
+        run("theirs.yaml", *words)
+        out = capsys.readouterr()
+        assert "sesame" not in out.out + out.err
+    text = Path("theirs.sft.yaml").read_text()
+    assert "sesame" not in text and "output_dir: \\${HOME}/x" in text
+
+
+DEEP = "a: " + "[" * 3000 + "]" * 3000
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 10)}]\n" for n in range(6)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "says"),
+    [
+        ("", "x.yaml", "holds no keys"),
+        ("- a\n- b\n", "x.yaml", "holds no keys"),
+        ("just text", "x.yaml", "holds no keys"),
+        ("[1, 2]", "x.json", "holds no keys"),
+        ('{"a": NaN}', "x.json", "is not valid JSON"),
+        ("a: [1", "x.yaml", "is not plain YAML"),
+        ("a: !!python/object/apply:os.system [touch pwned]", "x.yaml", "is not plain YAML"),
+        (SMALL + "lora_r: 8\n", "x.yaml", "lora_r is given in line 4 already"),
+        (BOMB, "x.yaml", "aliases make more than"),
+        (DEEP, "x.yaml", "nested too deeply"),
+        ("a: 1\n" * 60_000, "x.yaml", "bytes, and a configuration at most"),
+        ("key: 1\nother: 2\n", "x.yaml", "0 of its 2 keys are keys of"),
+        ("def f(:\n", "x.py", "is not valid Python"),
+        ("print(1)\n", "x.py", "has no call of SFTConfig"),
+        ("stage: dpo\nfinetuning_type: lora\ncutoff_len: 5\n", "x.yaml", "no preferences"),
+        (SMALL + "rl: dpo\n", "x.yaml", "no preferences"),
+        ("stage: sft\ndataset: mine\nfinetuning_type: lora\n", "x.yaml", "there is no data/"),
+    ],
+)
+def test_a_file_that_cannot_be_converted_is_refused(
+    text: str, name: str, says: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(put(text, name)) == 2
+    error = capsys.readouterr().err
+    assert says in error and "Traceback" not in error
+    assert sorted(path.name for path in here.iterdir()) == [name]  # nothing is written
+
+
+def test_the_word_for_another_tool_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(SMALL)
+    assert run("theirs.yaml", "tool=trl") == 2
+    assert "fix: tool=axolotl" in capsys.readouterr().err
+    assert run("nothing.yaml") == 2
+    assert "there is no such file" in capsys.readouterr().err
+    assert run() == 2
+    assert "fix: sft import FILE.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("info", "says"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "must be a mapping of names"),
+        ('{"other": {"file_name": "x.json"}}', "has no dataset mine; it has other"),
+        ('{"mine": {"file_name": "x.json", "ranking": true}}', "no preferences"),
+    ],
+)
+def test_a_damaged_list_of_datasets_is_refused(
+    info: str, says: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(info, "dataset_info.json")
+    assert run(put("stage: sft\ndataset: mine\nfinetuning_type: lora\ndataset_dir: .\n")) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "becomes"),
+    [
+        ("lora_r: [8, 16]", "lora.r", "refused"),
+        ("lora_r: null", "lora.r", "absent"),
+        ("micro_batch_size: [2]", "train.per_device_train_batch_size", "refused"),
+        ("gradient_accumulation_steps: four", "train.global_batch_size", "absent"),
+        ("num_epochs: {a: 1}", "train.num_train_epochs", "refused"),
+        ("datasets: 5", "dataset.path", "absent"),
+        ("datasets: [5]", "dataset.path", "absent"),
+        ("special_tokens: [a]", "model.pad_token", "absent"),
+        ("sequence_len: long", "dataset.max_length", "refused"),
+        ("adapter: [lora]", "lora", "absent"),
+    ],
+)
+def test_a_value_of_another_kind_is_reported(
+    line: str, key: str, becomes: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = yaml.safe_load(SMALL) | yaml.safe_load(line)
+    code = run(put(yaml.safe_dump(values)), "--json")
+    out = capsys.readouterr()
+    found = json.loads(out.out)
+    assert "Traceback" not in out.err
+    assert (key in found["settings"]) is (becomes == "refused"), found["settings"]
+    if becomes == "refused":
+        assert code == 2 and any(p["setting"].startswith(key) for p in found["problems"])
+
+
+def test_a_script_is_read_and_not_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(
+        "import os\nos.system('touch pwned')\nrate = 3e-4\n"
+        "args = SFTConfig(learning_rate=rate, max_length=os.getpid(), packing=not True,\n"
+        "                 num_train_epochs=2, **more)\n",
+        "train.py",
+    )
+    assert run("train.py", "--json") == 2  # neither model nor data stand in the script
+    found = json.loads(capsys.readouterr().out)
+    assert not Path("pwned").exists()
+    assert found["settings"]["train.learning_rate"] == 3e-4
+    assert found["settings"]["train.num_train_epochs"] == 2
+    unread = [line["key"] for line in found["keys"] if line["becomes"] == "unknown"]
+    assert unread == ["max_length", "packing", "**more"]
