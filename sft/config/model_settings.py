@@ -53,7 +53,6 @@ class ModelConfig:
         None,
         "with lora=none: regular expressions; weights whose full names begin with a match of one "
         "are trained, the others are frozen; null: all are trained",
-        example="'model.trainable=[lm_head, model.layers.3[01]]'",
     )
     attn_implementation: str | None = setting(
         "auto",
