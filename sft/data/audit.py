@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,15 +147,20 @@ def gate(parts: dict[str, Counts], config: DatasetConfig, dropped: str) -> list[
                 stops.append(f"{line}\n    fix: correct the data, or dataset.stop_above.{check}=1")
             elif verdict == "warn":
                 warnings.append(line)
-    met: dict[str, int] = {}
-    for source in (source for counts in parts.values() for source in counts.sources.values()):
-        for name, count in source.get("roles", {}).items():
-            met[name] = met.get(name, 0) + count
-    if absent := [name for name, count in met.items() if not count]:
+    if absent := [name for name, count in roles_met(parts.values()).items() if not count]:
         warnings.append(f"dataset.roles: no message has the role {' or '.join(absent)}")
     if stops:
         raise DataError("the data exceeds limits that stop the run:\n" + "\n".join(stops))
     return warnings
+
+
+def roles_met(counts: Iterable[Counts]) -> dict[str, int]:
+    """Count the messages that have each name of ``dataset.roles``, in all sources."""
+    met: dict[str, int] = {}
+    for source in (source for each in counts for source in each.sources.values()):
+        for name, count in source.get("roles", {}).items():
+            met[name] = met.get(name, 0) + count
+    return met
 
 
 def _above(part: int, whole: int) -> float:

@@ -61,8 +61,9 @@ class MessageNames:
         self.found |= set(present.values())
         for key in ("role", "from"):
             said = message.get(key)
-            if isinstance(said, str) and said in self.roles:
-                self.counts[said] += 1
-                message[key] = self.roles[said]
+            if is_filled(said):
+                if str(said) in self.roles:  # a number names a speaker too
+                    self.counts[str(said)] += 1
+                    message[key] = self.roles[str(said)]
                 break
         return message, bool(present)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sft.config.data_settings import CHECKS
 from sft.config.settings import DatasetConfig
+from sft.data import audit
 from sft.data.audit import Counts, verdicts
 from sft.data.folders import few
 from sft.data.outlook import Outlook
@@ -98,6 +99,9 @@ def _figures(parts: dict[str, Counts], config: DatasetConfig) -> list[tuple[str,
         if any(f and f["weight"] != 1 for f in found) or len(counts[0].sources) > 1:
             cells = [f"{f['rows']:,} x {f['weight']:g}" if f else None for f in found]
             add(f"  from {source}", cells)
+    met = [audit.roles_met([c]) for c in counts]
+    for role in {name: None for each in met for name in each}:
+        add(f"  messages of the role {role}", [each.get(role) for each in met])
     add("documents kept", [c.documents for c in counts])
     add("  overlong", [c.overlong for c in counts])
     add("  truncated", [c.truncated for c in counts])

@@ -41,7 +41,7 @@ KNOWN = {
 # Keys of messages that say, in other words than FLAGS_OF_MESSAGES, what of them is trained.
 KNOWN_OF_MESSAGES = KNOWN | dict.fromkeys(
     ("mask", "masked", "loss_mask", "loss_scale", "train_detail"),
-    "train: true or train: false in each message",
+    "train: true or false, or a weight from 0 to 1, in each message",
 )
 _KNOWN_OF_TOKENS = frozenset((*MEDIA, "prompt_mask", "seq_lengths"))
 _PLAIN = frozenset((str, int, bool, list, dict, bytes, type(None)))

@@ -119,6 +119,15 @@ def test_each_source_of_a_mix_has_its_own_names(audit: Any, tmp_path: Any) -> No
     assert "roles" not in figures["sources"]["b"]
 
 
+def test_speakers_may_be_numbers(audit: Any) -> None:  # noqa: F811
+    turns = [{"speaker": number % 2, "content": f"t{number}"} for number in range(4)]
+    usual = [{"role": ("user", "assistant")[t["speaker"]], "content": t["content"]} for t in turns]
+    roles = "dataset.roles={user: ['0'], assistant: ['1']}"
+    texts, figures, _ = audit([{"messages": turns}], CHAT, "dataset.columns={role: speaker}", roles)
+    assert texts == audit([{"messages": usual}], CHAT)[0]
+    assert figures["sources"]["data"]["roles"] == {"0": 2, "1": 2}
+
+
 def test_a_column_stays_one_where_no_message_has_the_key(audit: Any) -> None:  # noqa: F811
     row = {"prompt": "p", "body": "c"}
     template = ("template=completion", "template.completions=['{content}']")

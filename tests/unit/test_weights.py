@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from support import TINY
 from transformers import AutoTokenizer
 from unit.test_values import audit, refused  # noqa: F401
@@ -93,6 +93,13 @@ def test_the_column_is_there_only_for_fractions_and_not_for_evaluations(prepared
     samples, figures = prepared(ROWS, "dataset.eval_path=held_out.jsonl", part="eval")
     assert samples.column_names == ["input_ids", "labels", "rows"]
     assert figures["trained_tokens"] == len("halfwholelittle") + 2 * 3
+
+
+def test_prepared_data_keeps_them(prepared: Any) -> None:
+    samples, _ = prepared(ROWS, "output=made")
+    kept = load_from_disk("made")["train"]
+    assert kept.column_names == ["input_ids", "labels", "rows", "weights"]
+    assert kept["weights"][:] == samples["weights"][:]
 
 
 def test_batches_before_the_first_fraction_have_ones(
