@@ -116,12 +116,16 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         "rename_source_key(source_key, weight_renamings, weight_converters, base_model_prefix, "
         "meta_state_dict)",
         *("dot_natural_key(s)", "revert_weight_conversion(model, state_dict)"),
+        "_weight_conversions",
         *("WeightConverter", "WeightRenaming", "Chunk", "Concatenate", "MergeModulelist", "Split"),
     ),
     "transformers.core_model_loading:WeightConverter": (
         *("operations", "source_patterns", "target_patterns"),
     ),
     "transformers.quantizers": ("AutoHfQuantizer",),
+    "transformers.utils.import_utils": (
+        *("KERNELS_MAX_VERSION", "KERNELS_MIN_VERSION", "is_kernels_available()"),
+    ),
     "transformers.quantizers.base:HfQuantizer": ("is_quantized", "preprocess_model(model)"),
     "transformers.quantizers.quantizer_bnb_4bit": ("is_loaded_in_4bit",),
     "transformers.quantizers.quantizer_bnb_8bit": ("is_loaded_in_8bit",),

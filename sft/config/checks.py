@@ -7,6 +7,7 @@ Checks that need the model's architecture (does ``target_modules`` match anythin
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 
 from sft.config import (
@@ -20,7 +21,7 @@ from sft.config import (
 )
 from sft.config.compare import CONTENTS, flatten
 from sft.config.new_tokens import read_new_tokens
-from sft.config.rules import LONGEST_NAME, name_fault, rule_problems
+from sft.config.rules import HUB_KERNEL, LONGEST_NAME, name_fault, rule_problems
 from sft.config.settings import Config, TrainConfig
 from sft.errors import ConfigError, Problem
 from sft.process import world_size
@@ -212,9 +213,23 @@ def _optimizer(config: Config) -> Iterator[Problem]:
 
 def _precision(config: Config) -> Iterator[Problem]:
     kernel = config.model.attn_implementation or ""
-    if kernel.startswith("flash_attention") and config.precision == "fp32":
+    of_hub = HUB_KERNEL.fullmatch(kernel) is not None
+    flash = kernel.startswith("flash_attention") or (of_hub and "flash" in kernel)
+    if flash and config.precision == "fp32":
         yield Problem(
             f"model.attn_implementation={kernel}",
             "has no float32 kernel, but precision=fp32 is set",
             "precision=bf16, or model.attn_implementation=sdpa",
+        )
+    if of_hub and not config.model.trust_remote_code:
+        yield Problem(
+            f"model.attn_implementation={kernel}",
+            "downloads code from the hub and runs it, which needs your consent",
+            "read that code, then model.trust_remote_code=true on the command line",
+        )
+    if of_hub and importlib.util.find_spec("kernels") is None:
+        yield Problem(
+            f"model.attn_implementation={kernel}",
+            "needs the package kernels, which is not installed",
+            "pip install kernels, or model.attn_implementation=auto",
         )

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sft.config.rules import LARGEST_RANK, at_least, between, each, one_of, setting, within
+from sft.config.rules import (
+    HUB_KERNEL,
+    LARGEST_RANK,
+    at_least,
+    between,
+    each,
+    one_of,
+    or_matching,
+    setting,
+    within,
+)
 
 
 @dataclass
@@ -58,10 +68,14 @@ class ModelConfig:
         "auto",
         "attention kernel. packed: ours, for rows that hold several documents; auto: packed if "
         "rows hold several documents, else the architecture's default; null: the architecture's "
-        "default",
-        one_of(
-            *("auto", "packed", "eager", "sdpa"),
-            *("flash_attention_2", "flash_attention_3", "flex_attention"),
+        "default; OWNER/NAME: a kernel of the Hugging Face hub, with @REVISION and :FUNCTION where "
+        "it has them",
+        or_matching(
+            HUB_KERNEL,
+            one_of(
+                *("auto", "packed", "eager", "sdpa"),
+                *("flash_attention_2", "flash_attention_3", "flex_attention"),
+            ),
         ),
         changes_training=False,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,17 @@ def one_of(*choices: str | bool) -> Rule:
     """Allow only these names or booleans."""
     names = ", ".join(str(choice).lower() for choice in choices)
     return Rule(f"must be one of {names}", lambda value: value in choices, choices)
+
+
+# A kernel of the hub, as Transformers takes it: OWNER/NAME, @REVISION, :FUNCTION.
+HUB_KERNEL = re.compile(r"[^/:@\s]+/[^/:@\s]+(@[^/:@\s]+)?(:[^/:@\s]+)?")
+
+
+def or_matching(pattern: re.Pattern[str], rule: Rule) -> Rule:
+    """Allow texts that match a pattern, besides the values of a rule."""
+    return Rule(
+        rule.text, lambda value: rule.holds(value) or bool(pattern.fullmatch(value)), rule.choices
+    )
 
 
 @dataclass(frozen=True)

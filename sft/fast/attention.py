@@ -18,6 +18,7 @@ from sft.errors import ModelError
 
 NAME = "packed"
 FLASH = ("flash_attention_2", "flash_attention_3")
+HUB = "/"  # in the name of a kernel of the hub; Transformers calls it as flash attention
 UNPACKED = "dataset.packing=none"  # the fix if documents cannot be kept apart
 
 
@@ -175,6 +176,11 @@ def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
         and query.shape[-1] <= 256
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
+
+
+def is_flash(name: str | None) -> bool:
+    """Return whether a kernel finds the documents of a row by their positions."""
+    return name in FLASH or HUB in (name or "")
 
 
 def kernel_of(config: Any) -> str | None:

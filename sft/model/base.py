@@ -147,6 +147,8 @@ def load_base(
     options: dict[str, Any] = {"dtype": dtype}
     if kernel is not None:
         options["attn_implementation"] = kernel
+        if "/" in kernel:  # of the hub; model.trust_remote_code consents to its code
+            options["allow_all_kernels"] = True
     set_seed(config.seed)
     with loading("weights", config.model):
         if config.model.pretrained:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.utils.import_utils import (
+    KERNELS_MAX_VERSION,
+    KERNELS_MIN_VERSION,
+    is_kernels_available,
+)
 
 from sft.config.rules import AS_SET, Choice, typed
 from sft.errors import ConfigError, Problem
 from sft.fast import mixers
-from sft.fast.attention import FLASH, NAME, UNPACKED, register
+from sft.fast.attention import HUB, NAME, UNPACKED, is_flash, register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,9 +107,13 @@ def resolve(architecture: PreTrainedModel, asked: str | None, several: bool) -> 
                 )
             ]
         )
+    if HUB in (asked or "") and not is_kernels_available():
+        rule = f"needs the package kernels, from {KERNELS_MIN_VERSION} to {KERNELS_MAX_VERSION}"
+        fix = f"pip install kernels=={KERNELS_MIN_VERSION}"
+        raise ConfigError([Problem(f"model.attn_implementation={asked}", rule, fix)])
     if asked == "auto":
         asked = NAME if several and ours else None
-    if several and kind in LEAKS and asked not in (NAME, *FLASH):
+    if several and kind in LEAKS and asked != NAME and not is_flash(asked):
         raise ConfigError(
             [
                 Problem(
@@ -129,7 +138,7 @@ def unjoinable(architecture: PreTrainedModel, asked: str | None, precision: str)
         asked: ``model.attn_implementation``.
         precision: fp32, bf16 or fp16.
     """
-    if asked in FLASH:
+    if is_flash(asked):
         return ""
     if asked not in ("auto", NAME):
         return f"model.attn_implementation={typed(asked)} cannot separate joined rows"

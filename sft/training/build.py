@@ -78,7 +78,7 @@ def make_collator(config: Config, choices: Choices, tokenizer: Any) -> Collator:
     kernel = choices.attention.value
     return Collator(
         tokenizer.pad_token_id,
-        padding_free=choices.padding_free.value or (choices.packed and kernel in attention.FLASH),
+        padding_free=choices.padding_free.value or (choices.packed and attention.is_flash(kernel)),
         pad_to_multiple_of=config.train.pad_to_multiple_of,
         documents=kernel == attention.NAME or choices.boundaries,
     )

@@ -10,7 +10,7 @@ from support import SAME_LOSS, assert_same_adapter, build_adapter, build_model, 
 from warm import run_warm
 
 from sft import prove
-from sft.errors import ConfigError, MergeError
+from sft.errors import ConfigError, MergeError, ModelError
 
 FILE = "adapter/adapter_model.safetensors"
 
@@ -362,3 +362,81 @@ def test_names_that_cannot_be_trained_are_refused(
     run += ["template=chat", f"output_dir={tmp_path / 'run'}"]
     with pytest.raises(ConfigError, match=said):
         train(*run, *settings.split(" lora="), *[] if "lora=" in settings else ["lora=none"])
+
+
+def kernel_of_the_hub(monkeypatch: pytest.MonkeyPatch, honest: bool) -> None:
+    """Let Transformers get a kernel from the hub, which attends with PyTorch's sdpa."""
+    import importlib.util
+    import itertools
+    import types
+
+    import torch
+    from transformers.integrations import hub_kernels
+
+    def varlen(q: Any, k: Any, v: Any, cu_seqlens_q: Any, *_: Any, **options: Any) -> Any:
+        bounds = cu_seqlens_q.tolist() if honest else [0, len(q)]
+        parts = []
+        for begin, end in itertools.pairwise(bounds):
+            heads = (x[None, begin:end].transpose(1, 2) for x in (q, k, v))
+            found = torch.nn.functional.scaled_dot_product_attention(
+                *heads, is_causal=True, enable_gqa=True, scale=options.get("softmax_scale")
+            )
+            parts.append(found[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    def dense(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        rows = zip(q, k, v, strict=True)
+        bounds = torch.tensor([0, q.shape[1]])
+        return torch.stack([varlen(*row, bounds, **options) for row in rows])
+
+    module = types.ModuleType("kernel")
+    module.flash_attn_func, module.flash_attn_varlen_func = dense, varlen  # type: ignore[attr-defined]
+    find = importlib.util.find_spec
+    there = importlib.machinery.ModuleSpec("kernels", None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: there if name == "kernels" else find(name, *a)
+    )
+    for where in ("sft.plan.kernel", "transformers.modeling_utils", hub_kernels.__name__):
+        monkeypatch.setattr(f"{where}.is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", lambda *_, **__: module)
+
+
+HUB = ("model.attn_implementation=someone/flash-kernel@main", "model.trust_remote_code=true")
+
+
+def test_a_kernel_of_the_hub_is_checked_with_packing(
+    tmp_path: Path, saving: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = [*without(saving, "train.max_steps", "train.save_"), "train.max_steps=2"]
+    packed = [*without(packed, "precision"), "precision=bf16", "dataset.packing=bfd"]
+    packed += ["train.save_strategy=no", "dataset.max_length=96"]
+    train(*packed, f"output_dir={tmp_path / 'ours'}")
+    kernel_of_the_hub(monkeypatch, honest=True)
+    train(*packed, *HUB, f"output_dir={tmp_path / 'theirs'}")
+    assert losses(tmp_path / "theirs") == pytest.approx(losses(tmp_path / "ours"), rel=2e-3)
+    record = json.loads((tmp_path / "theirs" / "run.json").read_text())
+    assert record["choices"]["model.attn_implementation"]["value"] == HUB[0].partition("=")[2]
+    monkeypatch.undo()
+    kernel_of_the_hub(monkeypatch, honest=False)
+    with pytest.raises(ModelError, match="other-flash, documents that are packed together"):
+        other = "model.attn_implementation=someone/other-flash"
+        train(*packed, other, HUB[1], f"output_dir={tmp_path / 'leaks'}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ((HUB[0],), "needs your consent"),
+        (HUB, "pip install kernels"),
+        ((*HUB, "precision=fp32"), "has no float32 kernel"),
+        (("model.attn_implementation=a/b/c",), "must be one of"),
+        (("model.attn_implementation=./kernel",), "needs your consent"),
+    ],
+)
+def test_a_kernel_of_the_hub_needs_consent_and_its_package(
+    settings: tuple[str, ...], said: str
+) -> None:
+    from sft.train import main
+
+    with pytest.raises(ConfigError, match=said):
+        main.compose(["model=tiny", *settings])
