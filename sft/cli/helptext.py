@@ -58,8 +58,8 @@ def overview(summaries: dict[str, str]) -> str:
         "sft COMMAND --help lists a command's settings, sft --version prints the version.",
     ]
     lines += ["sft --completion SHELL prints the tab completion script for bash, zsh or fish."]
-    lines += ["Each command also runs as python -m sft.COMMAND, and training on several GPUs"]
-    lines += ["as torchrun --nproc_per_node 4 -m sft.train."]
+    lines += ["Each command also runs as python -m sft.COMMAND (import as sft.convert), and"]
+    lines += ["training on several GPUs as torchrun --nproc_per_node 4 -m sft.train."]
     return "\n".join(lines) + "\n"
 
 

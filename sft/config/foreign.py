@@ -107,13 +107,19 @@ def to(
     return Key(kind, becomes, setting, note, example)
 
 
-def by(values: Mapping[Any, str | Outcome], note: str = "", rest: Key | None = None) -> Key:
+def by(
+    values: Mapping[Any, str | Outcome],
+    note: str = "",
+    rest: Key | None = None,
+    example: Any = None,
+) -> Key:
     """Convert a key by its value.
 
     Args:
         values: Words of settings for each value; "": the value asks for what sft does anyway.
         note: How the meaning of the words differs.
         rest: What becomes of other values; None: they are not ours.
+        example: A value that is converted; None: the first of the values.
     """
     kind = DIFFERS if note else CONVERTED
     known = {str(value).lower(): found for value, found in values.items()}
@@ -132,7 +138,8 @@ def by(values: Mapping[Any, str | Outcome], note: str = "", rest: Key | None = N
     words = [f"{str(value).lower()}: {item}" for value, item in values.items() if item]
     shown = [text for text in words if "Outcome(" not in text]
     shown += [rest.ours] if rest and rest.ours else []
-    example = next((value for value, item in values.items() if isinstance(item, str) and item), "")
+    usual = (value for value, item in values.items() if isinstance(item, str) and item)
+    example = next(usual, "") if example is None else example
     return Key(kind, becomes, "; ".join(shown), note, example)
 
 

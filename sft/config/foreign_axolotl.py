@@ -118,7 +118,10 @@ KEYS: dict[str, Key] = {
     # model and tokenizer
     "base_model": to("model.name_or_path"),
     "revision_of_model": to("model.revision"),
-    "overrides_of_model_config": to("model.config", example={"rope_theta": 500000}),
+    **dict.fromkeys(
+        ("overrides_of_model_config", "model_config"),
+        to("model.config", example={"rope_theta": 500000}),
+    ),
     "overrides_of_model_kwargs": no("sft loads the model itself"),
     **dict.fromkeys(
         ("model_type", "type_of_model", "tokenizer_type", "cls_model_config"),
@@ -250,8 +253,10 @@ KEYS: dict[str, Key] = {
     **dict.fromkeys(("jagged_restart_steps", "jagged_restart_warmup_steps"), no("ReLoRA's")),
     "embedding_lr": to("train.embedding_learning_rate", example=1e-5),
     "embedding_lr_scale": no("train.embedding_learning_rate is the rate itself"),
-    "evals_per_epoch": to("train.evals_per_epoch"),
-    "saves_per_epoch": to("train.saves_per_epoch"),
+    "evals_per_epoch": by(
+        {0: "train.eval_strategy='no'"}, rest=to("train.evals_per_epoch"), example=4
+    ),
+    "saves_per_epoch": by({0: ""}, rest=to("train.saves_per_epoch"), example=2),
     "eval_steps": to("train.eval_steps", also="train.eval_strategy=steps"),
     "save_steps": to("train.save_steps", also="train.save_strategy=steps"),
     "save_first_step": no("checkpoints follow train.save_steps"),
@@ -353,7 +358,9 @@ KEYS: dict[str, Key] = {
         no(TRACKER),
     ),
     "comet_api_key": secret(TRACKER),
-    **dict.fromkeys(("debug", "verbosity", "profiler_steps"), no("benchmarks/ measure steps", "")),
+    **dict.fromkeys(
+        ("debug", "verbosity", "profiler_steps"), no("train.extra.log_level=debug shows more", "")
+    ),
     **dict.fromkeys(("gc_steps", "gc_collect_steps"), no("sft collects garbage after evaluations")),
     **dict.fromkeys(
         ("loss_watchdog_threshold", "loss_watchdog_patience"),

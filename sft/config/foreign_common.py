@@ -181,8 +181,10 @@ TRAINING: dict[str, Key] = {
     "average_tokens_across_devices": done("the loss is the mean over the tokens of all ranks"),
     "save_only_model": no("a run could not resume from such a checkpoint"),
     "load_best_model_at_end": no("sft writes the adapter of the last step; checkpoints remain"),
-    "metric_for_best_model": by({"eval_loss": "", "loss": ""}),
-    "greater_is_better": done("the best checkpoint is the one with the lowest loss"),
+    "metric_for_best_model": by(
+        {"eval_loss": "", "loss": ""}, rest=to("train.extra.metric_for_best_model")
+    ),
+    "greater_is_better": by({False: ""}, rest=to("train.extra.greater_is_better", example=True)),
     "label_smoothing_factor": no("the LM head computes nll and dft: train.extra.loss_type", 0, 0.0),
     "dataloader_drop_last": no("rows would be left out without a message"),
     "disable_tqdm": done("the progress bar is shown on a terminal only"),

@@ -67,6 +67,7 @@ MODEL: dict[str, Key] = {
     "model_revision": to("model.revision", change=lambda name: same() if name == "main" else name),
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
     "attn_implementation": to("model.attn_implementation", example="sdpa"),
+    "use_flash_attention_2": by({True: "model.attn_implementation=flash_attention_2", False: ""}),
     "use_peft": by({True: "", False: "lora=none"}),
     "lora_r": to("lora.r"),
     "lora_alpha": to("lora.lora_alpha"),

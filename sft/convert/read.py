@@ -18,6 +18,8 @@ from sft.errors import ConfigError, Problem
 LARGEST = 1 << 18  # bytes; a configuration has some thousands
 # The calls of a script whose keywords are read, and where their keys belong.
 CALLS = {
+    "load_dataset": "load_dataset.",
+    "AutoModelForCausalLM.from_pretrained": "from_pretrained.",
     "SFTConfig": "",
     "TrainingArguments": "",
     "LoraConfig": "LoraConfig.",
@@ -26,6 +28,17 @@ CALLS = {
     "FastLanguageModel.get_peft_model": "get_peft_model.",
     "SFTTrainer": "SFTTrainer.",
 }
+# The names of their arguments without a keyword, of which the first may be an object.
+ARGUMENTS = {
+    "load_dataset.": ("path", "name"),
+    "from_pretrained.": ("model_name_or_path",),
+    "FastLanguageModel.": ("model_name",),
+    "SFTTrainer.": ("model",),
+}
+# Arguments that are objects of the script, which other calls describe.
+OBJECTS = {"model", "args", "peft_config", "train_dataset", "quantization_config", "tokenizer"}
+OBJECTS |= {"processing_class", "eval_dataset"}
+BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # of Datasets, for local files
 
 
 @dataclass
@@ -144,8 +157,13 @@ def _of_script(path: Path, text: str) -> Source:
         name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
         prefix = next((CALLS[call] for call in CALLS if f".{name}".endswith(f".{call}")), None)
         if prefix is not None and isinstance(node, ast.Call):
-            for keyword in node.keywords:
+            names = ARGUMENTS.get(prefix, ())
+            given = [
+                ast.keyword(name, value) for name, value in zip(names, node.args, strict=False)
+            ]
+            for keyword in [*given, *node.keywords]:
                 _keyword(source, prefix, keyword, constants)
+    _name_rows(source)
     if not source.keys and not source.unread:
         rule = f"has no call of {', '.join(CALLS)} with keywords"
         raise _refuse(path, rule, "write the keywords into a YAML file, one per line")
@@ -163,9 +181,26 @@ def _keyword(
     if re.fullmatch(r"torch\.\w+", text):
         source.keys[key] = text
         return
+    if key in source.keys or key in source.unread:
+        return  # the first call counts
     try:
         source.keys[key] = ast.literal_eval(node)
     except ValueError:
-        # An object of the script, such as the model, is no setting.
-        if prefix != "SFTTrainer." or isinstance(node, ast.Constant):
+        if keyword.arg not in OBJECTS:
             source.unread.append(key)
+
+
+def _name_rows(source: Source) -> None:
+    """Name the arguments of load_dataset, and the model, as ``trl sft`` names them."""
+    names = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split"}
+    files = source.keys.pop("load_dataset.data_files", None)
+    if isinstance(files, str) and source.keys.get("load_dataset.path") in BUILDERS:
+        source.keys["load_dataset.path"] = files
+    elif files is not None:
+        source.unread.append("load_dataset.data_files")
+    renamed = {f"load_dataset.{name}": key for name, key in names.items()}
+    renamed |= {
+        "from_pretrained.model_name_or_path": "model_name_or_path",
+        "SFTTrainer.model": "model_name_or_path",
+    }
+    source.keys = {renamed.get(key, key): value for key, value in source.keys.items()}

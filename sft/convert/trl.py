@@ -39,6 +39,9 @@ def defaults(keys: dict[str, Any]) -> dict[str, Any]:
         values["warmup_steps"] = 0
     if "evaluation_strategy" in keys:
         del values["eval_strategy"]
+    evaluates = keys.get("eval_strategy", keys.get("evaluation_strategy")) in ("steps", "epoch")
+    if evaluates and keys.get("dataset_name"):
+        values["dataset_test_split"] = "test"
     if any(name.startswith("LoraConfig.") for name in keys):
         values |= {"LoraConfig.r": 8, "LoraConfig.lora_alpha": 8}
         values["LoraConfig.target_modules"] = None

@@ -7,7 +7,6 @@ this; of `make train` the Makefile's own line is run. Commands in ```sh blocks a
 models or GPUs that are not here: their settings are composed and checked, and nothing is run.
 """
 
-import importlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import warm_python
 from support import ROOT
 from warm import run_warm
 
+from sft.cli.commands import command
 from sft.config import compose
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +31,7 @@ GAP = "[...]"
 COLD = {
     "sft generate run=outputs/tiny_demo_r8_seed42 prompt='Write this word backwards: robot'",
     "python -m sft.train model=opt-125 lora.rank=8 train.warmup_ratio=0.1",
+    "sft import axolotl.yaml gpus=2",
 }
 Ran = Callable[[str], subprocess.CompletedProcess[str]]
 
@@ -179,8 +180,7 @@ def test_a_described_command_has_settings_that_exist(
     door = next(i for i, word in enumerate(words) if word == "sft" or word.startswith("sft."))
     name = words[door].partition(".")[2] or words[door + 1]
     given = words[door + (1 if "." in words[door] else 2) :]
-    module = f"sft.{name}.__main__" if name in ("data", "merge") else f"sft.{name}"
-    main = importlib.import_module(module).main
+    main = command(name)
     overrides = [word for word in given if not word.startswith("-") and word != "job"]
     assert given == [] or overrides or "--help" in given
     read, problems = main.read(overrides, None, "-m" in given)
