@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from made_tokenizers import train_tokenizer
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support import FAMILIES, assert_same_adapter, build_adapter, build_model, losses, records
 from transformers import (
@@ -20,6 +20,7 @@ from transformers import (
 )
 from warm import run_warm
 
+from sft.config.new_tokens import read_new_tokens
 from sft.config.settings import ModelConfig
 from sft.errors import ConfigError, RunError, SftError
 from sft.fast import head, rows
@@ -169,11 +170,8 @@ def test_an_adapter_with_new_tokens_is_the_same_everywhere(
     assert numbers.get(kind, "which the head shares: 128 parameters") in line["reason"]
     final = eval_losses(run)[-1]
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
-    model: Any = AutoModelForCausalLM.from_pretrained(bases[kind], dtype=torch.float32)
-    if len(tokenizer) > model.config.vocab_size:
-        model.resize_token_embeddings(len(tokenizer))
-    model = PeftModel.from_pretrained(model, str(run / "adapter"))
-    assert loss_of(model, tokenizer, thoughts[1]) == pytest.approx(final, rel=1e-5)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32)
+    assert loss_of(adapted, tokenizer, thoughts[1]) == pytest.approx(final, rel=1e-5)
     merge_of(run)
     whole = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
     assert loss_of(whole, tokenizer, thoughts[1]) == pytest.approx(final, rel=1e-5)
@@ -310,9 +308,7 @@ def test_what_is_saved_stops_where_the_template_ends_a_turn(
         assert sorted(generation.eos_token_id) == sorted(set(ids))
         assert generation.pad_token_id == tokenizer.pad_token_id
         if folder.name == "adapter":
-            base: Any = AutoModelForCausalLM.from_pretrained(bases["tied"])
-            base.resize_token_embeddings(len(tokenizer))
-            model: Any = PeftModel.from_pretrained(base, str(folder))
+            model: Any = AutoPeftModelForCausalLM.from_pretrained(folder)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder)
         prompt = tokenizer("abc", return_tensors="pt").input_ids
@@ -475,3 +471,32 @@ def test_a_card_names_no_file_of_tokens(
         )
         with pytest.raises(SftError, match="is damaged"):
             read_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "<a>\n\n <b c> \r\n", ["<a>", "<b c>"]),
+        ("a.json", '["<a>", "<b>"]', ["<a>", "<b>"]),
+        ("a.json", '{"<a>": "first", "<b>": null}', {"<a>": "first", "<b>": None}),
+        ("a.yaml", "- <a>\n- <b>\n", ["<a>", "<b>"]),
+        ("a.yml", "<a>: first\n", {"<a>": "first"}),
+        ("a.txt", "", None),
+        ("a.json", "[", "cannot be read"),
+        ("a.yaml", "[", "cannot be read"),
+        ("a.json", "7", "must be a list of tokens"),
+        ("a.json", "[7]", "must be a text"),
+        ("a.txt", "<a>\n<a>\n", "named twice"),
+    ],
+)
+def test_files_of_new_tokens(tmp_path: Path, name: str, content: str, expected: Any) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            read_new_tokens(str(path))
+    else:
+        assert read_new_tokens(str(path)) == expected
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_new_tokens(str(path))

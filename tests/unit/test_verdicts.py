@@ -178,6 +178,7 @@ ALWAYS = {
     *("run_name", "output_dir", "overwrite", "seed", "precision", "lora.enabled", "zero.config"),
     *("model.name", "model.name_or_path", "model.revision", "model.pretrained"),
     *("model.trust_remote_code", "model.attn_implementation", "model.lm_head"),
+    *("model.eos_token", "model.pad_token", "model.new_tokens"),
     *("model.frozen_linear", "quantization.load_in_8bit", "quantization.load_in_4bit"),
     *("quantization.extra", "resume.checkpoint", "resume.allow"),
     *("train.global_batch_size", "train.per_device_train_batch_size"),
