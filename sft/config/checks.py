@@ -7,7 +7,6 @@ Checks that need the model's architecture (does ``target_modules`` match anythin
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterator
 
 from sft.config import (
@@ -226,10 +225,4 @@ def _precision(config: Config) -> Iterator[Problem]:
             f"model.attn_implementation={kernel}",
             "downloads code from the hub and runs it, which needs your consent",
             "read that code, then model.trust_remote_code=true on the command line",
-        )
-    if of_hub and importlib.util.find_spec("kernels") is None:
-        yield Problem(
-            f"model.attn_implementation={kernel}",
-            "needs the package kernels, which is not installed",
-            "pip install kernels, or model.attn_implementation=auto",
         )
