@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft.config.foreign import DIFFERS, Key, Outcome, by, done, fn, listed, no, off, same, to
+from sft.config.foreign import (
+    DIFFERS,
+    Key,
+    Outcome,
+    by,
+    done,
+    fn,
+    listed,
+    no,
+    off,
+    same,
+    secret,
+    to,
+)
 from sft.config.foreign_common import (
     DTYPE,
     FUSED,
@@ -13,7 +26,6 @@ from sft.config.foreign_common import (
     QUANTIZED,
     TRAINING,
     VISION,
-    secret,
     targets,
 )
 
