@@ -53,9 +53,11 @@ class Command(Described[C]):
                 result = self._dispatch(argv)
         except Stopped as stopped:
             # All ranks stop for the same reason, so only rank 0 reports it.
-            end(stopped.exit_code, str(stopped), as_json, speaks=process.rank() == 0)
+            if process.rank() != 0:
+                sys.exit(stopped.exit_code)
+            end(stopped.exit_code, str(stopped), as_json)
         except SftError as error:
-            end(error.exit_code, str(error), as_json, **error.result)
+            end(error.exit_code, str(error), as_json, found=error.result)
         except KeyboardInterrupt as interrupt:
             if sys.stderr.isatty():  # a progress bar, or the ^C, is on the line
                 sys.stderr.write("\n")
@@ -170,18 +172,12 @@ def _answer(argv: list[str], name: str, text: str) -> dict[str, Any] | None:
 
 
 def end(
-    exit_code: int,
-    message: str,
-    as_json: bool,
-    details: str = "",
-    speaks: bool = True,
-    **found: Any,
+    exit_code: int, message: str, as_json: bool, details: str = "", found: Any = ()
 ) -> NoReturn:
     """Report an error and exit; with --json also print ``{"error": ..., **found}`` on stdout."""
-    if speaks:
-        report_error(message, details)
+    report_error(message, details)
     if as_json:
-        _print_once(to_json({"error": message, **found}) + "\n")
+        _print_once(to_json({"error": message, **dict(found)}) + "\n")
     sys.exit(exit_code)
 
 
