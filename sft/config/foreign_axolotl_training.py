@@ -55,6 +55,16 @@ def minimum(value: Any) -> Outcome:
     return Outcome(CONVERTED, {**settings, "train.lr_scheduler_kwargs.min_lr_rate": value})
 
 
+def project(tracker: str) -> Key:
+    """Convert the name of a tracker's project, which chooses the tracker too."""
+
+    def becomes(value: Any) -> Outcome:
+        settings = {"train.extra.report_to": tracker, "train.extra.project": value}
+        return Outcome(CONVERTED, settings)
+
+    return fn("train.extra.report_to, train.extra.project", becomes, example="mine")
+
+
 def plugins(value: Any) -> Outcome:
     """Leave out plugins that make kernels faster; others change what is trained."""
     others = [name for name in listed(value) if not re.search("liger|cut_cross", str(name).lower())]
@@ -179,8 +189,8 @@ TRAINING_KEYS: dict[str, Key] = {
         for name in ("wandb", "mlflow", "tensorboard", "trackio")
     },
     "use_comet": by({True: "train.extra.report_to=comet_ml", False: ""}),
-    "wandb_project": to("train.extra.project", also="train.extra.report_to=wandb"),
-    "trackio_project_name": to("train.extra.project", also="train.extra.report_to=trackio"),
+    "wandb_project": project("wandb"),
+    "trackio_project_name": project("trackio"),
     **dict.fromkeys(
         (
             *("wandb_entity", "wandb_name", "wandb_watch", "wandb_log_model", "wandb_mode"),

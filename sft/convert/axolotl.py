@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sft.config.foreign import CONVERTED, DIFFERS, Outcome, off, same
+from sft.config.foreign import CONVERTED, DIFFERS, Outcome, listed, off, same
 from sft.convert.axolotl_rows import entry_of, put_sources
-from sft.convert.conversion import Conversion, Special, batch, held_out, texts
+from sft.convert.conversion import Conversion, Special, batch, held_out, texts, tokens
+from sft.errors import ConfigError, Problem
 
 
 def defaults(keys: dict[str, Any]) -> dict[str, Any]:
@@ -27,9 +28,12 @@ def defaults(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def adapter(conversion: Conversion, name: str, value: Any, given: bool) -> None:
-    """Train every weight if there is no adapter."""
+    """Train every weight if there is no adapter; refuse adapters that are not LoRA's."""
     if not value:
         conversion.add(name, value, Outcome(CONVERTED, {"lora": "none"}), given)
+    elif value not in ("lora", "qlora", "full"):
+        rule = "sft trains LoRA adapters, or every weight"
+        raise ConfigError([Problem(f"adapter={value}", rule, "adapter: lora")])
     else:
         conversion.plain(name, value, given)
 
@@ -61,10 +65,17 @@ def datasets(conversion: Conversion, name: str, value: Any, given: bool) -> None
             entry = {"path": entry}
         if not isinstance(entry, dict):
             conversion.add(f"{name}[{number}]", entry, off("is no mapping with a path"))
-            continue
+            entry = {}
         sources.append(entry_of(conversion, f"{name}[{number}]", entry))
-    kinds = {source.pop("kind") for source in sources}
+    kinds = [source.pop("kind") for source in sources]
     conversion.kind = "chat" if "chat" in kinds else next(iter(kinds), "chat")
+    note = f"one run has one template, and these rows get template={conversion.kind} too"
+    for line in conversion.lines:
+        place = re.match(rf"{name}\[(\d+)\]\.type", line.key)
+        if place and kinds[int(place[1])] != conversion.kind:
+            for setting in [*line.outcome.settings]:
+                conversion.settings.pop(setting, None)
+            line.outcome = Outcome(DIFFERS, {}, note)
     put_sources(conversion, sources)
 
 
@@ -97,7 +108,21 @@ def finish(conversion: Conversion) -> None:
     held_out(conversion)
 
 
+def fsdp(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+    """Choose the ZeRO stage by ``fsdp``, and by its configuration, which says what to offload."""
+    options = conversion.get("fsdp_config")
+    if name == "fsdp" and value and "offload_params': True" in str(options):
+        value = [*listed(value), "offload"]
+    if name == "fsdp_config" and conversion.get("fsdp"):
+        conversion.add(name, value, same("is part of what fsdp becomes"), given)
+    else:
+        conversion.plain(name, value, given)
+
+
 SPECIAL: dict[str, Special] = {
+    "fsdp": fsdp,
+    "fsdp_config": fsdp,
+    **tokens("tokens", "special_tokens"),
     **batch("micro_batch_size", "gradient_accumulation_steps"),
     "batch_size": batch_size,
     "adapter": adapter,

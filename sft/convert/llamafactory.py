@@ -7,7 +7,7 @@ from typing import Any
 
 from sft.config.foreign import CONVERTED, DIFFERS, Outcome, same
 from sft.config.foreign_common import PREFERENCE
-from sft.convert.conversion import Conversion, Special, batch, held_out, texts
+from sft.convert.conversion import Conversion, Special, batch, held_out, texts, tokens
 from sft.convert.llamafactory_rows import INFO, Rows
 from sft.errors import ConfigError, Problem
 
@@ -45,6 +45,14 @@ def stage(conversion: Conversion, name: str, value: Any, given: bool) -> None:
     else:
         outcome = same("sft trains by supervised fine-tuning")
     conversion.add(name, value, outcome, given)
+
+
+def method(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+    """Refuse methods of training that would become another one."""
+    if value not in (None, "lora", "full"):
+        rule = "sft trains LoRA adapters, or every weight"
+        raise ConfigError([Problem(f"finetuning_type={value}", rule, "finetuning_type: lora")])
+    conversion.plain(name, value, given)
 
 
 def template(conversion: Conversion, name: str, value: Any, given: bool) -> None:
@@ -103,6 +111,8 @@ def special(folder: Path) -> dict[str, Special]:
     return {
         **batch("per_device_train_batch_size", "gradient_accumulation_steps"),
         "stage": stage,
+        "finetuning_type": method,
+        **tokens("add_tokens", "add_special_tokens", "new_special_tokens"),
         "template": template,
         "dataset": rows.train,
         "eval_dataset": rows.held_out,
