@@ -10,13 +10,13 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from sft import __version__, process
 from sft.cli.helptext import Described, help_text
-from sft.cli.options import parse
+from sft.cli.options import named, parse
 from sft.config import compose, saved
 from sft.config.overrides import Override, Reader, located
 from sft.config.paths import CONF_DIR, expand_paths
@@ -53,9 +53,11 @@ class Command(Described[C]):
                 result = self._dispatch(argv)
         except Stopped as stopped:
             # All ranks stop for the same reason, so only rank 0 reports it.
-            end(stopped.exit_code, str(stopped), as_json, speaks=process.rank() == 0)
+            if process.rank() != 0:
+                sys.exit(stopped.exit_code)
+            end(stopped.exit_code, str(stopped), as_json)
         except SftError as error:
-            end(error.exit_code, str(error), as_json, result=error.result)
+            end(error.exit_code, str(error), as_json, found=error.result)
         except KeyboardInterrupt as interrupt:
             if sys.stderr.isatty():  # a progress bar, or the ^C, is on the line
                 sys.stderr.write("\n")
@@ -112,11 +114,7 @@ class Command(Described[C]):
         self, words: list[str], config_dir: str | None = None, sweep: bool = False
     ) -> tuple[list[Override], list[Problem]]:
         """Parse settings, options and a settings file; also gives what is wrong with them."""
-        if self.takes is not None:
-            words = [
-                f"{self.takes}={word}" if "=" not in word or os.path.isfile(word) else word
-                for word in words
-            ]
+        words = named(words, self.takes)
         reader = Reader(self.schema, config_dir, self.config_name is not None, sweep, option_of)
         return reader.read(words), reader.problems
 
@@ -174,27 +172,12 @@ def _answer(argv: list[str], name: str, text: str) -> dict[str, Any] | None:
 
 
 def end(
-    exit_code: int,
-    message: str,
-    as_json: bool,
-    details: str = "",
-    speaks: bool = True,
-    result: Mapping[str, object] | None = None,
+    exit_code: int, message: str, as_json: bool, details: str = "", found: Any = ()
 ) -> NoReturn:
-    """Report an error and exit; with --json also print ``{"error": ...}`` on stdout.
-
-    Args:
-        exit_code: The code of the process.
-        message: What is wrong, the rule, and a fix.
-        as_json: Whether ``--json`` is given.
-        details: What is printed before the message, such as a traceback.
-        speaks: Whether this process prints it.
-        result: What the command has found nevertheless, for ``--json``.
-    """
-    if speaks:
-        report_error(message, details)
+    """Report an error and exit; with --json also print ``{"error": ..., **found}`` on stdout."""
+    report_error(message, details)
     if as_json:
-        _print_once(to_json({"error": message, **(result or {})}) + "\n")
+        _print_once(to_json({"error": message, **dict(found)}) + "\n")
     sys.exit(exit_code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -80,6 +81,14 @@ def _no_options(argv: list[str], unknown: list[str]) -> Iterator[Problem]:
         value = following[0] if is_value and "=" not in following[0] else None
         if not re.match(r"-\.?\d", option):  # a number is the value of an option
             yield _no_option(option, value)
+
+
+def named(words: list[str], setting: str | None) -> list[str]:
+    """Name the setting of a word without ``=``, such as a file; None: no setting is given so."""
+    if setting is None:
+        return words
+    is_plain = [word for word in words if "=" not in word or os.path.isfile(word)]
+    return [f"{setting}={word}" if word in is_plain else word for word in words]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -20,7 +20,7 @@ from sft.config import (
 )
 from sft.config.compare import CONTENTS, flatten
 from sft.config.new_tokens import read_new_tokens
-from sft.config.rules import HUB_KERNEL, LONGEST_NAME, name_fault, rule_problems
+from sft.config.rules import HUB_KERNEL, LONGEST_NAME, declared, name_fault, rule_problems
 from sft.config.settings import Config, TrainConfig
 from sft.errors import ConfigError, Problem
 from sft.process import world_size
@@ -55,6 +55,9 @@ def check(config: Config) -> list[Problem]:
 def _meant(problem: Problem) -> Problem:
     """Let the fix be the value of ours for a value of other tools, such as packing=true."""
     key, _, value = problem.setting.partition("=")
+    item = dict(declared(Config)).get(key)
+    if item is None or not item.metadata["rule"] or not item.metadata["rule"].choices:
+        return problem
     hint = names.foreign_hint(key, Config, value)
     return dataclasses.replace(problem, fix=hint) if hint.startswith(f"{key}=") else problem
 

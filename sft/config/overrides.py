@@ -103,9 +103,7 @@ class Reader:
         given = [*(self._of_file(files[0], line) if files else []), *line.values()]
         for item in given if self.sweep else []:
             if item.kind == "setting" and parse(item.hydra()) is None:
-                rule = (
-                    "this value cannot be passed to a sweep's trials: it is not in Hydra's grammar"
-                )
+                rule = "cannot be passed to a sweep's trials: it is not in Hydra's grammar"
                 fix = "put it into an option of your own: --config-dir DIR"
                 place = f"{item.source}: " if item.source else ""
                 self._wrong(f"{place}{item.key}={item.value}", rule, fix)

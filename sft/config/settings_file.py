@@ -19,6 +19,7 @@ from sft.errors import ConfigError, Problem
 
 Entry = tuple[str, Any, str]  # dotted key, value, FILE:LINE
 ENDINGS = (".yaml", ".yml")
+FOREIGN = 6  # so many unknown keys, and most of all keys, make a file another tool's
 
 
 def is_one(word: str) -> bool:
@@ -70,6 +71,11 @@ def entries(path: str, schema: Any, groups: set[str], problems: list[Problem]) -
         ConfigError: The file is missing, is not a YAML mapping, or is an option of a group.
     """
     root, values = _loaded(path)
+    unknown = [key for key in map(str, values) if key not in groups and not field_of(schema, key)]
+    if len(unknown) >= FOREIGN and 2 * len(unknown) > len(values):
+        rule = f"{len(unknown)} of its {len(values)} keys are no settings of sft"
+        fix = f"sft import {path}, if Axolotl, LLaMA-Factory or TRL takes this file"
+        raise ConfigError([Problem(path, rule, fix)])
     seen: dict[str, str] = {}
 
     def walk(node: yaml.MappingNode, values: dict[Any, Any], prefix: str) -> Iterator[Entry]:

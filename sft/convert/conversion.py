@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sft.config.foreign import DEFAULT, DIFFERS, UNKNOWN, Key, Outcome, off, same
+from sft.config.foreign import DEFAULT, DIFFERS, UNKNOWN, Key, Outcome, listed, off, same
 
 # Keys that decide when several give one setting, and keys that give way.
-STRONG = ("cosine_min_lr_ratio", "excess_length_strategy", "lora_target_linear", "neat_packing")
+STRONG = (
+    *("cosine_min_lr_ratio", "excess_length_strategy", "lora_target_linear", "neat_packing"),
+    *("tokens", "add_tokens"),
+)
 WEAK = ("dtype", "torch_dtype", "compute_dtype", "bnb_4bit_compute_dtype")
 
 
@@ -152,6 +155,21 @@ def batch(micro: str, accumulation: str) -> dict[str, Special]:
         conversion.add(name, value, outcome, given)
 
     return {accumulation: accumulated}
+
+
+def tokens(*names: str) -> dict[str, Special]:
+    """Return the functions for keys that each add tokens: the first adds those of all of them."""
+
+    def added(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+        found: list[Any] = []
+        for other in names:
+            more = conversion.get(other)
+            more = more.get("additional_special_tokens") if isinstance(more, dict) else more
+            found += [token for token in listed(more or []) if token not in found]
+        conversion.plain(name, found if value else value, given)
+        conversion.lines[-1].value = value
+
+    return {names[0]: added}
 
 
 def held_out(conversion: Conversion) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sft.config.foreign import CONVERTED, DIFFERS, UNKNOWN, Outcome, no, off, same
 from sft.config.foreign_trl import WHOLE
-from sft.convert.axolotl import put_sources
+from sft.convert.axolotl_rows import put_sources
 from sft.convert.conversion import Conversion, Special, batch, held_out, texts
 from sft.convert.llamafactory import overwrite
 

@@ -460,7 +460,7 @@ def test_a_sweep_refuses_what_no_trial_can_be_given(folder: Path) -> None:
         Path(name).write_text('{"prompt": "a", "completion": "b"}\n')
     for word, rule in (
         ("lora.r=interval(1,2)", "interval() does not list the values to try"),
-        ("lora.rank_pattern={^a: 2}", "this value cannot be passed to a sweep's trials"),
+        ("lora.rank_pattern={^a: 2}", "cannot be passed to a sweep's trials"),
         ("dataset=a.jsonl,b.jsonl", "a sweep over files needs dataset=OPTION"),
     ):
         problems = train.read([word], sweep=True)[1]

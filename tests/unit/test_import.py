@@ -16,7 +16,8 @@ from sft.config.foreign import DEFAULT, DIFFERS, NOT_OURS, UNKNOWN
 from sft.convert import convert, report
 from sft.convert.__main__ import main
 from sft.convert.convert import Result, recognise
-from sft.convert.read import read
+from sft.convert.read import Source, read
+from sft.errors import ConfigError
 from sft.train import main as train
 
 FILE = ROOT / "tests" / "foreign_configs.yaml"
@@ -168,6 +169,15 @@ def test_what_sft_refuses_is_said_at_the_end_with_exit_code_2(
     assert "1 setting is refused" in found["error"] and Path("theirs.sft.yaml").is_file()
 
 
+def test_training_with_a_file_of_another_tool_leads_to_the_import(here: Path) -> None:
+    put(SMALL)
+    with pytest.raises(ConfigError) as refused:
+        train.compose(["theirs.yaml"])
+    (problem,) = refused.value.problems
+    assert problem.rule == "6 of its 6 keys are no settings of sft"
+    assert problem.fix.startswith("sft import theirs.yaml")
+
+
 def test_a_file_is_replaced_only_if_asked_for(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +231,9 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("print(1)\n", "x.py", "has no call of load_dataset"),
         ("stage: dpo\nfinetuning_type: lora\ncutoff_len: 5\n", "x.yaml", "no preferences"),
         (SMALL + "rl: dpo\n", "x.yaml", "no preferences"),
+        (SMALL.replace("adapter: lora", "adapter: [lora]"), "x.yaml", "sft trains LoRA adapters"),
+        (SMALL.replace("adapter: lora", "adapter: ia3"), "x.yaml", "sft trains LoRA adapters"),
+        ("stage: sft\nfinetuning_type: oft\ncutoff_len: 5\n", "x.yaml", "trains LoRA adapters"),
         ("stage: sft\ndataset: mine\nfinetuning_type: lora\n", "x.yaml", "there is no data/"),
     ],
 )
@@ -274,7 +287,6 @@ def test_a_damaged_list_of_datasets_is_refused(
         ("datasets: [5]", "dataset.path", "absent"),
         ("special_tokens: [a]", "model.pad_token", "absent"),
         ("sequence_len: long", "dataset.max_length", "refused"),
-        ("adapter: [lora]", "lora", "absent"),
     ],
 )
 def test_a_value_of_another_kind_is_reported(
@@ -288,6 +300,50 @@ def test_a_value_of_another_kind_is_reported(
     assert (key in found["settings"]) is (becomes == "refused"), found["settings"]
     if becomes == "refused":
         assert code == 2 and any(p["setting"].startswith(key) for p in found["problems"])
+
+
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        # Both keys add tokens.
+        (
+            {"tokens": ["<a>"], "special_tokens": {"additional_special_tokens": ["<b>"]}},
+            {"model.new_tokens": ["<a>", "<b>"]},
+        ),
+        # FSDP's stage is in one key, and what it offloads in another.
+        (
+            {"fsdp": ["shard_grad_op"], "fsdp_config": {"fsdp_offload_params": True}},
+            {"zero": "stage2_offload"},
+        ),
+        ({"fsdp_config": {"reshard_after_forward": True}}, {"zero": "stage3"}),
+        ({"deepspeed": "mine/zero3.json"}, {"zero.config": "mine/zero3.json"}),
+        ({"batch_size": 8}, {"train.global_batch_size": 8}),
+        ({"neftune_noise_alpha": 5}, {"train.padding_free": False}),
+        ({"bf16": False, "fp16": True}, {"precision": "fp16"}),
+        ({"bf16": False}, {"precision": "fp32"}),
+        ({"val_set_size": 200}, {"dataset.eval_fraction": 0.05}),
+        ({"evals_per_epoch": 4}, {"train.evals_per_epoch": None}),  # nothing is held out
+        ({"excess_length_strategy": "truncate"}, {"dataset.overlong": "truncate"}),
+        (
+            {"lr_scheduler": "cosine", "cosine_min_lr_ratio": 0.1},
+            {"train.lr_scheduler_type": "cosine_with_min_lr"},
+        ),
+        ({"adapter": None}, {"lora": "none", "lora.r": None}),
+        ({"wandb_project": "p"}, {"train.extra.report_to": "wandb", "train.extra.project": "p"}),
+        (
+            {"datasets": [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "sharegpt"}]},
+            {"template": "chat", "dataset": "mix"},
+        ),
+        (
+            {"datasets": [{"path": "json", "data_files": "x/y.jsonl", "type": "alpaca"}]},
+            {"dataset.path": "x/y.jsonl"},
+        ),
+    ],
+)
+def test_what_several_keys_decide(given: Any, settings: Any, here: Path) -> None:
+    source = Source(Path("x.yaml"), yaml.safe_load(SMALL) | given)
+    found = convert.convert(source, "axolotl", 1, train).settings
+    assert {name: found.get(name) for name in settings} == settings
 
 
 def test_a_script_is_read_and_not_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
