@@ -323,6 +323,9 @@ def test_what_is_saved_stops_where_the_template_ends_a_turn(
         ids = tokenizer.convert_tokens_to_ids(["<|end|>", stop])
         assert sorted(generation.eos_token_id) == sorted(set(ids))
         assert generation.pad_token_id == tokenizer.pad_token_id
+        if way == "own EOS" and folder.name != "adapter":
+            config = json.loads((folder / "config.json").read_text())
+            assert config["eos_token_id"] == ids[1] == tokenizer.eos_token_id
         if folder.name == "adapter":
             model: Any = AutoPeftModelForCausalLM.from_pretrained(folder)
         else:
