@@ -55,6 +55,15 @@ def install(model: nn.Module, partitioned: bool) -> None:
                 deepspeed.zero.register_external_parameter(module, values)
 
 
+def trained_rows(model: nn.Module) -> list[nn.Parameter]:
+    """List the values of single trained rows, one for each weight that has such rows."""
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            found |= {id(values): values for values in module.trainable_tokens_delta.values()}
+    return list(found.values())
+
+
 def split(head: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
     """Split a head into its frozen layer, the indices of its trained rows, and their values.
 

@@ -200,6 +200,13 @@ def _shared_weights(
                 f"LoRA on {path} cannot be merged correctly: the head shares its weight",
                 f"lora.modules_to_save=[{path.rpartition('.')[2]}]",
             )
+    rows = lora.extra.get("trainable_token_indices")
+    if rows is not None and getattr(head, "bias", None) is not None:
+        named = rows if isinstance(rows, dict) else ()
+        if tied or any(_matches(path, name) for path in _paths(model, head) for name in named):
+            rule = "PEFT would leave out the head's bias beside single rows"
+            fix = f"lora.modules_to_save=[{_leaf(model, head)}]"
+            yield Problem(f"lora.extra.trainable_token_indices={rows}", rule, fix)
     if lora.extra.get("lora_bias"):
         bare = [
             path for path in adapted if getattr(model.get_submodule(path), "bias", None) is None

@@ -112,7 +112,11 @@ def add(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> NewTokens:
     if old := [token for token in described if token in known]:
         logger.info("%s: the tokenizer has %s already", NAME, ", ".join(map(repr, old)))
     rows = {token: _encoded(tokenizer, token, described[token]) for token in fresh}
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in fresh])
+    try:
+        tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in fresh])
+    except (NotImplementedError, ValueError) as error:
+        rule = f"{type(tokenizer).__name__} takes no new tokens: {error}"
+        raise ConfigError([Problem(NAME, rule, f"{NAME}=null")]) from error
     found = tokenizer.get_vocab()
     split = (tokenizer.encode(token, add_special_tokens=False) for token in fresh)
     if lost := [t for t, ids in zip(fresh, split, strict=True) if ids != [found.get(t)]]:

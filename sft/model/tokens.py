@@ -80,32 +80,41 @@ def is_tied(model: PreTrainedModel) -> bool:
     return bool(model.config.get_text_config().tie_word_embeddings)
 
 
-def choose_rows(config: Config, model: PreTrainedModel, new: NewTokens) -> Choice | None:
+def choose_rows(
+    config: Config, model: PreTrainedModel, new: NewTokens, largest_id: int
+) -> Choice | None:
     """Describe which rows are trained for the new tokens, and why; None without new tokens.
 
     Args:
         config: The run's config.
         model: The model on the meta device, with the rows of the new tokens.
         new: The new tokens.
+        largest_id: The largest token id of the data.
     """
     if not new:
         return None
-    count = len(new.ids)
+    reason = _rows_reason(config, model, new)
+    if largest_id < new.ids[0]:
+        reason += "; warning: no sample holds one of them: neither template nor data writes it"
+    return Choice(NAME, len(new.ids), reason)
+
+
+def _rows_reason(config: Config, model: PreTrainedModel, new: NewTokens) -> str:
     if not config.lora.enabled:
-        return Choice(NAME, count, "lora=none trains every row")
+        return "lora=none trains every row"
     chosen = trained_beside(model, new, config.lora.modules_to_save)
     found, reasons = chosen["trainable_token_indices"], []
     if found:
-        numbers = sum(count * model.get_submodule(path).weight.shape[1] for path in found)
+        widths = (model.get_submodule(path).weight.shape[1] for path in found)
         shared = ", which the head shares" * is_tied(model)
         reasons += [
             f"only the rows of new tokens are trained beside the adapter, in {' and '.join(found)}"
-            f"{shared}: {numbers:,} parameters"
+            f"{shared}: {len(new.ids) * sum(widths):,} parameters"
         ]
     saved = chosen["modules_to_save"] or []
     if added := [path for path in saved if path not in (config.lora.modules_to_save or ())]:
         reasons += [f"{added[0]} is trained whole, because PEFT cannot train rows beside its bias"]
-    return Choice(NAME, count, "; ".join(reasons) or "lora.modules_to_save trains every row")
+    return "; ".join(reasons) or "lora.modules_to_save trains every row"
 
 
 def trained_beside(

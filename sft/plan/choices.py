@@ -218,7 +218,9 @@ def decide(
         evaluates=prepared.eval is not None,
         balances=balances,
         boundaries=(packed or joined.value) and bool(mixers.mixers(architecture)),
-        new_tokens=tokens.choose_rows(config, architecture, new),
+        new_tokens=tokens.choose_rows(
+            config, architecture, new, max(part.largest_id for part in prepared.parts.values())
+        ),
     )
 
 

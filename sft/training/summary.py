@@ -9,6 +9,7 @@ from sft.checkpoint import sharded
 from sft.data import audit
 from sft.data.prepared import Prepared
 from sft.data.preview import marked
+from sft.fast.rows import trained_rows
 from sft.plan.schedule import planned_steps
 from sft.training import experts
 
@@ -39,13 +40,15 @@ def describe_run(config: Config, trainer: Trainer, prepared: Prepared, tokenizer
         f"{steps:,}",
         f"{counts.tokens * steps // per_epoch:,}",
     )
-    of_experts = experts.describe(trainer.model, config.lora) if config.lora.enabled else ""
+    parts = [experts.describe(trainer.model, config.lora) if config.lora.enabled else ""]
+    if rows := sum(sharded.shape_of(value).numel() for value in trained_rows(trainer.model)):
+        parts.append(f"{rows:,} of them are rows of single tokens")
     logger.info(
         "parameters: %s of %s are trained (%.2f %%)%s",
         f"{trained:,}",
         f"{total:,}",
         100 * trained / total,
-        of_experts and f"; {of_experts}",
+        "".join(f"; {part}" for part in parts if part),
     )
     if trainer.rates is not None and trainer.rates.differ:
         logger.info("learning rates: %s", trainer.rates.describe(trainer.model))

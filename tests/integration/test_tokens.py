@@ -70,21 +70,21 @@ def thoughts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def settings(base: Path, data: tuple[Path, Path], run: Path, *more: str) -> list[str]:
-    return [
+    """Give the settings of four steps; those of ``more`` replace the others."""
+    given = [
         *("model=hf", f"model.name_or_path={base}", "template=completion", "precision=fp32"),
         *("dataset=jsonl", f"dataset.path={data[0]}", f"dataset.eval_path={data[1]}"),
-        "dataset.eval_fraction=0",
+        *("dataset.eval_fraction=0", f"output_dir={run}", "train.max_steps=4"),
         *("train.global_batch_size=4", "train.per_device_train_batch_size=2"),
-        *("train.learning_rate=1e-2", "train.logging_steps=1"),
-        *("train.max_steps=4", "train.save_strategy=no", f"output_dir={run}", *more),
+        *("train.learning_rate=1e-2", "train.logging_steps=1", "train.save_strategy=no", *more),
     ]
+    return list({item.partition("=")[0]: item for item in given}.values())
 
 
-def train(*given: str) -> None:
-    """Train; a setting that is given twice has the later value."""
+def train(given: list[str]) -> None:
     from sft.train import main, train
 
-    train(main.compose(list({item.partition("=")[0]: item for item in given}.values())))
+    train(main.compose(given))
 
 
 def eval_losses(run: Path) -> list[float]:
@@ -155,17 +155,24 @@ def test_rows_get_the_gradients_of_peft(bases: dict[str, Path], kind: str, way: 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "spare", "bias"])
 def test_an_adapter_with_new_tokens_is_the_same_everywhere(
-    bases: dict[str, Path], thoughts: tuple[Path, Path], tmp_path: Path, kind: str
+    bases: dict[str, Path],
+    thoughts: tuple[Path, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
 ) -> None:
     """As it was trained, loaded by PEFT alone, and merged."""
     run = tmp_path / "run"
-    train(*settings(bases[kind], thoughts, run, NEW))
+    caplog.set_level("INFO", "sft")
+    train(settings(bases[kind], thoughts, run, NEW))
     saved = load_file(run / "adapter" / WEIGHTS)
     ends = [name for name in saved if "lora_" not in name]
     assert len(ends) == {"untied": 2, "bias": 3}.get(kind, 1)
     assert all(saved[name].shape[0] == 2 for name in ends if "token_adapter" in name)
     line = json.loads((run / "run.json").read_text())["choices"]["model.new_tokens"]
     assert line["value"] == 2
+    count = 256 if kind == "untied" else 128
+    assert f"{count} of them are rows of single tokens" in caplog.text
     numbers = {"untied": "256 parameters", "bias": "lm_head is trained whole"}
     assert numbers.get(kind, "which the head shares: 128 parameters") in line["reason"]
     final = eval_losses(run)[-1]
@@ -214,13 +221,13 @@ def test_a_run_with_new_tokens_goes_on_without_their_file(
     saving = ("train.save_strategy=steps", "train.save_steps=2")
     file.write_text("<think>\n\n</think>\n")
     for run in (straight, again):
-        train(*settings(bases["tied"], thoughts, run, f"model.new_tokens={file}", *saving))
+        train(settings(bases["tied"], thoughts, run, f"model.new_tokens={file}", *saving))
     prove.cut_back(again, 2)
     file.write_text("<think>\n</thought>\n")
     with pytest.raises(RunError, match=r"new_tokens: \['<think>', '</think>'\] there"):
-        train(*settings(bases["tied"], thoughts, again, f"model.new_tokens={file}", *saving))
+        train(settings(bases["tied"], thoughts, again, f"model.new_tokens={file}", *saving))
     file.unlink()
-    train(*settings(bases["tied"], thoughts, again, NEW, *saving))
+    train(settings(bases["tied"], thoughts, again, NEW, *saving))
     assert losses(again) == losses(straight)
     one, other = (load_file(run / "adapter" / WEIGHTS) for run in (again, straight))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
@@ -228,34 +235,43 @@ def test_a_run_with_new_tokens_goes_on_without_their_file(
     third = tmp_path / "third"
     more = (f"lora.init_from={straight}",)
     with pytest.raises(ConfigError, match=r"model\.new_tokens"):
-        train(*settings(bases["tied"], thoughts, third, *more))
-    train(*settings(bases["tied"], thoughts, third, NEW, *more))
+        train(settings(bases["tied"], thoughts, third, *more))
+    train(settings(bases["tied"], thoughts, third, NEW, *more))
     assert eval_losses(third)[0] == pytest.approx(eval_losses(straight)[-1], rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
-        ("tied", ["zero=stage3", "train.gradient_checkpointing=true"]),
-        ("untied", ["zero=stage3", "lora=none"]),
+        ("tied", ["train.gradient_checkpointing=true"]),
+        ("untied", ["lora=none"]),
     ],
 )
 def test_zero_trains_the_same_rows(
     bases: dict[str, Path], thoughts: tuple[Path, Path], tmp_path: Path, kind: str, more: list[str]
 ) -> None:
+    from sft import prove
+
     one, two = tmp_path / "one", tmp_path / "two"
-    given = [NEW]
-    train(*settings(bases[kind], thoughts, one, *given, *more[1:]))
+    given = [NEW, "train.save_strategy=steps", "train.save_steps=2", *more]
+    train(settings(bases[kind], thoughts, one, *given))
     # Every parameter is split, however small it is.
     name = "zero.overrides.zero_optimization.stage3_param_persistence_threshold"
-    command = settings(bases[kind], thoughts, two, *given, *more, f"{name}=0")
+    command = settings(bases[kind], thoughts, two, *given, "zero=stage3", f"{name}=0")
     run_warm("train", *command, ranks=2, cwd=tmp_path)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    if more[-1] == "lora=none":
-        for end, other in zip(ends_of(two / "model"), ends_of(one / "model"), strict=True):
-            torch.testing.assert_close(end, other, rtol=1e-3, atol=1e-4)
-    else:
-        assert_same_adapter(two, one, rate=1e-2, steps=4)
+
+    def require_same() -> None:
+        assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+        if "lora=none" in more:
+            for end, other in zip(ends_of(two / "model"), ends_of(one / "model"), strict=True):
+                torch.testing.assert_close(end, other, rtol=1e-3, atol=1e-4)
+        else:
+            assert_same_adapter(two, one, rate=1e-2, steps=4)
+
+    require_same()
+    prove.cut_back(two, 2)
+    train(settings(bases[kind], thoughts, two, *given))  # goes on from ZeRO-3's checkpoint
+    require_same()
 
 
 class Force(LogitsProcessor):
@@ -296,7 +312,7 @@ def test_what_is_saved_stops_where_the_template_ends_a_turn(
         data = (tmp_path / "a.txt", tmp_path / "b.txt")
         for path in data:
             path.write_text("abc " * 30)
-    train(*settings(bases["tied"], data, run, *more))
+    train(settings(bases["tied"], data, run, *more))
     folders = [run / "model"]
     if lora != "none":
         merge_of(run)
@@ -307,6 +323,9 @@ def test_what_is_saved_stops_where_the_template_ends_a_turn(
         ids = tokenizer.convert_tokens_to_ids(["<|end|>", stop])
         assert sorted(generation.eos_token_id) == sorted(set(ids))
         assert generation.pad_token_id == tokenizer.pad_token_id
+        if way == "own EOS" and folder.name != "adapter":
+            config = json.loads((folder / "config.json").read_text())
+            assert config["eos_token_id"] == ids[1] == tokenizer.eos_token_id
         if folder.name == "adapter":
             model: Any = AutoPeftModelForCausalLM.from_pretrained(folder)
         else:
@@ -329,7 +348,7 @@ def test_answers_show_new_tokens_and_end_before_the_stop(
 
     run = tmp_path / "run"
     more = ["train.max_steps=60", "train.learning_rate=3e-2"]
-    train(*settings(bases["tied"], thoughts, run, NEW, *more))
+    train(settings(bases["tied"], thoughts, run, NEW, *more))
     merge_of(run)
     for where in (f"run={run}", f"model={run / 'merged'}"):
         config = generate.main.compose([where, "prompt=Say 3.", "max_new_tokens=30"])
@@ -385,13 +404,20 @@ def test_new_tokens_survive_saving(kind: str, tmp_path: Path) -> None:
 def test_settings_that_would_leave_new_rows_untrained(
     bases: dict[str, Path], thoughts: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    rows = "lora.extra.trainable_token_indices={wte: [3], lm_head: [3]}"
+    with pytest.raises(ConfigError, match="would leave out the head's bias"):
+        train(settings(bases["bias"], thoughts, tmp_path / "run", rows))
     for kind, more, match in (
         ("untied", "lora.target_modules=[q_proj,embed_tokens]", "cannot train the rows"),
         ("tied", "lora.modules_to_save=[embed_tokens]", "unties the head"),
         ("tied", "lora.extra.trainable_token_indices=[3]", "chooses the rows to train by itself"),
     ):
         with pytest.raises(ConfigError, match=match):
-            train(*settings(bases[kind], thoughts, tmp_path / "run", NEW, more))
+            train(settings(bases[kind], thoughts, tmp_path / "run", NEW, more))
+    more = ("model.new_tokens=[<never>]", "train.max_steps=1", "train.warmup_steps=0")
+    train(settings(bases["tied"], thoughts, tmp_path / "run", *more))
+    choices = json.loads((tmp_path / "run" / "run.json").read_text())["choices"]
+    assert "no sample holds one of them" in choices["model.new_tokens"]["reason"]
 
 
 def test_a_new_token_in_a_conversation_is_one_token(bases: dict[str, Path]) -> None:
@@ -451,7 +477,7 @@ def test_new_tokens_on_a_quantised_base(
     bases: dict[str, Path], thoughts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train(*settings(bases["untied"], thoughts, run, NEW, "quantization=nf4"))
+    train(settings(bases["untied"], thoughts, run, NEW, "quantization=nf4"))
     merge_of(run)
     report = json.loads((run / "merged" / "merge_report.json").read_text())
     assert report["passed"] is True
