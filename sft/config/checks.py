@@ -10,7 +10,15 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator
 
-from sft.config import data_checks, lora_checks, names, no_effect, upstream, zero_checks
+from sft.config import (
+    data_checks,
+    lora_checks,
+    model_keys,
+    names,
+    no_effect,
+    upstream,
+    zero_checks,
+)
 from sft.config.compare import CONTENTS, flatten
 from sft.config.rules import HUB_KERNEL, LONGEST_NAME, name_fault, rule_problems
 from sft.config.settings import Config, TrainConfig
@@ -34,6 +42,7 @@ def check(config: Config) -> list[Problem]:
         _precision,
         lora_checks.lora,
         lora_checks.quantization,
+        model_keys.problems,
         names.extra_problems,
         no_effect.problems,
     ):

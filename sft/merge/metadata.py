@@ -17,6 +17,7 @@ from sft.files import write_text
 from sft.inference.answers import all_stop_ids
 from sft.inference.card import write_card
 from sft.model.base import load_config, load_tokenizer
+from sft.model.overrides import written_into
 from sft.model.source import loading, source
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def _base_settings(base: ModelConfig) -> dict[str, Any]:
             where["pretrained_model_name_or_path"], "config.json", revision=where["revision"]
         )
         settings: dict[str, Any] = read_json(Path(path), finite=False)
+    if base.config:
+        written_into(settings, base.config, load_config(base).to_dict())
     return settings
 
 
