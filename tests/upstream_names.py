@@ -100,6 +100,10 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         "local_files_only, subfolder)",
         "is_torch_tf32_available()",
     ),
+    "transformers.utils.import_utils": (
+        *("KERNELS_MAX_VERSION", "KERNELS_MIN_VERSION", "is_kernels_available()"),
+        "enable_tf32",
+    ),
     "transformers.utils.import_utils.enable_tf32": ("cache_clear",),
     "transformers.utils.logging": ("EmptyTqdm", "set_tqdm_hook(hook)"),
     "transformers.utils.hub": (
@@ -122,9 +126,6 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         *("operations", "source_patterns", "target_patterns"),
     ),
     "transformers.quantizers": ("AutoHfQuantizer",),
-    "transformers.utils.import_utils": (
-        *("KERNELS_MAX_VERSION", "KERNELS_MIN_VERSION", "enable_tf32", "is_kernels_available()"),
-    ),
     "transformers.quantizers.base:HfQuantizer": ("is_quantized", "preprocess_model(model)"),
     "transformers.quantizers.quantizer_bnb_4bit": ("is_loaded_in_4bit",),
     "transformers.quantizers.quantizer_bnb_8bit": ("is_loaded_in_8bit",),

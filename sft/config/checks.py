@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from sft.config import (
     data_checks,
     lora_checks,
+    model_keys,
     names,
     no_effect,
     packages,
@@ -43,6 +44,7 @@ def check(config: Config) -> list[Problem]:
         _precision,
         lora_checks.lora,
         lora_checks.quantization,
+        model_keys.problems,
         names.extra_problems,
         packages.problems,
         no_effect.problems,

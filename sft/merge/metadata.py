@@ -17,6 +17,7 @@ from sft.files import write_text
 from sft.inference.card import TOKENIZER, write_card
 from sft.inference.stops import generation_of, stop_at
 from sft.model.base import load_config, load_tokenizer
+from sft.model.overrides import written_into
 from sft.model.source import loading, source
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def _base_settings(base: ModelConfig) -> dict[str, Any]:
             where["pretrained_model_name_or_path"], "config.json", revision=where["revision"]
         )
         settings: dict[str, Any] = read_json(Path(path), finite=False)
+    if base.config:
+        written_into(settings, base.config, load_config(base).to_dict())
     return settings
 
 

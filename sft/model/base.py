@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sft.config.settings import Config, ModelConfig, QuantizationConfig
 from sft.errors import ModelError
 from sft.limits import OutOfTime, TimeLimit
-from sft.model import config_checks, trainable, weights
+from sft.model import config_checks, overrides, trainable, weights
 from sft.model.precision import dtype_of, needs_masters
 from sft.model.quantization import keep_training_layout
 from sft.model.source import loading, source
@@ -58,6 +59,7 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
             f"{name} holds an adapter beside the model (adapter_config.json)\n"
             "    fix: put the adapter into a folder of its own, and merge it into the model"
         )
+    config = overrides.replaced(model, config)
     config_checks.require_plausible(model, config)
     if not model.pretrained:
         for part in (config, config.get_text_config(decoder=True)):
@@ -95,6 +97,9 @@ def load_architecture(model: ModelConfig, buffers: bool = False) -> PreTrainedMo
             "any weight\n    fix: correct its config.json, or download it again"
         ) from None
     config_checks.require_decoder(model, built.config)
+    if model.config and model.pretrained:
+        plain = load_architecture(dataclasses.replace(model, config={}))
+        overrides.require_same_shapes(model, plain, built)
     return built
 
 

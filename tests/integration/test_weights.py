@@ -10,7 +10,7 @@ from support import SAME_LOSS, assert_same_adapter, build_adapter, build_model, 
 from warm import run_warm
 
 from sft import prove
-from sft.errors import ConfigError, MergeError, ModelError
+from sft.errors import ConfigError, MergeError, ModelError, RunError
 
 FILE = "adapter/adapter_model.safetensors"
 
@@ -440,3 +440,77 @@ def test_a_kernel_of_the_hub_needs_consent_and_its_package(
 
     with pytest.raises(ConfigError, match=said):
         main.compose(["model=tiny", *settings])
+
+
+def test_values_of_config_json_are_replaced(tmp_path: Path, llama: Path, saving: list[str]) -> None:
+    """As if the base's file had them; the merged model's has."""
+    import shutil
+
+    from sft.merge import __main__ as merge
+
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    content = json.loads((base / "config.json").read_text())
+    scaled = {"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0}
+    content |= {"rope_parameters": scaled, "rms_norm_eps": 1e-3}
+    (base / "config.json").write_text(json.dumps(content))
+    given = [
+        "model.config.rope_theta=500",
+        "model.config.rope_scaling={type: linear, factor: 4.0}",
+        "model.config.rms_norm_eps=1e-3",
+    ]
+    expected, run = tmp_path / "expected", tmp_path / "run"
+    train(*based_on(base, saving), f"output_dir={expected}")
+    train(*saving, *given, f"output_dir={run}")
+    assert (run / FILE).read_bytes() == (expected / FILE).read_bytes()
+    train(*saving, f"output_dir={tmp_path / 'plain'}", "train.merge=false")
+    assert losses(run) != losses(tmp_path / "plain")
+    with pytest.raises(RunError, match=r"model\.config\.rms_norm_eps"):
+        train(*saving, *given[:2], f"output_dir={run}")
+    assert_goes_on(run, *saving, *given)
+    merge.merge(merge.main.compose([f"run={run}"]))
+    written = json.loads((run / "merged" / "config.json").read_text())
+    assert written["rope_parameters"] == scaled and written["rms_norm_eps"] == 1e-3
+    assert not {"rope_theta", "rope_scaling"} & written.keys()
+    assert json.loads((run / "merged" / "merge_report.json").read_text())["passed"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("model.config.rope_tetha=1e4", "no entry of the model's config\n.*rope_theta"),
+        ("model.config.rms_norm_epsilon=1", "did you mean rms_norm_eps"),
+        ("model.config.rope_theta=high", "must be a number"),
+        ("model.config.rope_scaling=2", "must be a mapping"),
+        ("model.config.rope_scaling={rope_type: linear, faktor: 2}", "did you mean factor"),
+        ("model.config.rope_scaling={rope_type: linear}", "Transformers refuses these values"),
+        ("model.config.attention_bias=1", "must be true or false, as false"),
+        ("model.config.attention_bias=true", "changes the shape of model.layers.0"),
+        ("model.config.max_position_embeddings=true", "must be a whole number, as 2048"),
+        ("model.config.hidden_act=[gelu]", "must be a text, as silu"),
+        ("model.config.vocab_size=400", "changes the shapes of weights"),
+        ("model.config.num_attention_heads=8", "changes the shapes of weights"),
+        ("model.config.dtype=float16", "fix: precision=bf16"),
+        ("model.config.use_cache=false", "training sets it"),
+        ("model.config._name_or_path=x", "internal to Transformers"),
+        ("model.config.eos_token_id=3", "fix: model.eos_token=TOKEN"),
+        ("model.config.quantization_config={quant_method: gptq}", "fix: quantization=nf4"),
+    ],
+)
+def test_values_that_config_json_cannot_have_are_refused(
+    tmp_path: Path, llama: Path, rows: Path, settings: str, said: str
+) -> None:
+    run = ["model=hf", f"model.name_or_path={llama}", "dataset=jsonl", f"dataset.path={rows}"]
+    with pytest.raises(ConfigError, match=said):
+        train(*run, "template=chat", f"output_dir={tmp_path / 'run'}", settings)
+
+
+def test_a_random_model_has_the_shapes_that_are_set(
+    tmp_path: Path, llama: Path, saving: list[str]
+) -> None:
+    short = [*without(saving, "train.max_steps", "train.save_"), "train.max_steps=1"]
+    short += ["train.save_strategy=no", "lora=none", "model.pretrained=false"]
+    train(*short, "model.config.intermediate_size=96", f"output_dir={tmp_path / 'run'}")
+    assert model_of(tmp_path / "run")["model.layers.0.mlp.up_proj.weight"].shape == (96, 64)
+    content = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert content["intermediate_size"] == 96
