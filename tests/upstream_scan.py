@@ -23,7 +23,7 @@ DOCUMENTED = {
 }
 # Private by their spelling only: Python's own, and what sft itself composes.
 PYTHONS = {"_replace"}
-PHRASES = {"_", "_defaults", "_seed"}
+PHRASES = {"_", "_defaults", "_offload", "_seed"}
 DUNDERS = {"__compatible_ops__"}  # those that are not Python's
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -54,27 +53,6 @@ def _decided(section: str) -> frozenset[str]:
 TRAIN_OWNED = _decided("train.") | verdicts.TRAIN_OWNED
 LORA_OWNED = _decided("lora.") | verdicts.LORA_OWNED
 
-# Transformers' names of trackers, and the packages of which each needs one.
-TRACKERS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "all": (),
-    "azure_ml": ("azureml",),
-    "clearml": ("clearml",),
-    "codecarbon": ("codecarbon",),
-    "comet_ml": ("comet_ml",),
-    "dagshub": ("dagshub",),
-    "dvclive": ("dvclive",),
-    "flyte": ("flytekit",),
-    "kubeflow": ("kubeflow",),
-    "mlflow": ("mlflow",),
-    "neptune": ("neptune",),
-    "swanlab": ("swanlab",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "trackio": ("trackio",),
-    "wandb": ("wandb",),
-}
-
-
 # Of each section with ``extra``: fields that it refuses because sft sets them, or because they have
 # no effect, and all fields.
 SECTIONS: dict[str, tuple[frozenset[str], dict[str, str], Callable[[], frozenset[str]]]] = {
@@ -102,19 +80,6 @@ def extra_problems(config: Config) -> Iterator[Problem]:
                 hint = foreign_hint(f"{name}.{key}", Config, value)
                 hint = hint or upstream.did_you_mean(key, legal() - owned - refused.keys())
                 yield Problem(given, f"the installed version has no setting {key}", hint)
-    yield from _report_problems(config.train.extra.get("report_to", "none"))
-
-
-def _report_problems(value: Any) -> Iterator[Problem]:
-    """Refuse a tracker that is unknown or whose package is not installed."""
-    for name in value if isinstance(value, list) else [value]:
-        packages = TRACKERS.get(str(name))
-        if packages is None:
-            hint = upstream.did_you_mean(str(name), TRACKERS)
-            yield Problem(f"train.extra.report_to={name}", "there is no such tracker", hint)
-        elif packages and not any(find_spec(package) for package in packages):
-            rule = f"the package {packages[0]} is not installed"
-            yield Problem(f"train.extra.report_to={name}", rule, f"pip install {packages[0]}")
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
+from sft.config import upstream
 from sft.config.settings import Config
 from sft.errors import Problem
 
@@ -36,6 +37,26 @@ ATTENTION = {
     "flash_attention_3": (("flash_attn_interface", "kernels"), "kernels"),
 }
 HUB_KERNEL = (("kernels",), "kernels")  # of a name with a slash
+# Transformers' names of trackers, and the packages of which each needs one.
+TRACKERS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "all": (),
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": ("kubeflow",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+NEEDS = "needs the package "
 
 
 def problems(config: Config) -> Iterator[Problem]:
@@ -43,7 +64,16 @@ def problems(config: Config) -> Iterator[Problem]:
     for setting, value, modules, pip in _needed(config):
         if not any(map(installed, modules)):
             names = " or ".join(dict.fromkeys((pip, *modules[1:])))
-            yield Problem(f"{setting}={value}", f"needs the package {names}", f"pip install {pip}")
+            yield Problem(f"{setting}={value}", f"{NEEDS}{names}", f"pip install {pip}")
+    for name in _trackers(config):
+        if name not in TRACKERS:
+            hint = upstream.did_you_mean(name, TRACKERS)
+            yield Problem(f"train.extra.report_to={name}", "there is no such tracker", hint)
+
+
+def is_missing(problem: Problem) -> bool:
+    """Return whether a problem is a package that is missing here; the settings may be right."""
+    return problem.rule.startswith(NEEDS)
 
 
 def installed(module: str) -> bool:
@@ -64,5 +94,13 @@ def _needed(config: Config) -> Iterator[tuple[str, Any, tuple[str, ...], str]]:
         yield "train.optim", optim, package[:1], package[1]
     if of := HUB_KERNEL if "/" in kernel else ATTENTION.get(kernel):
         yield "model.attn_implementation", kernel, *of
+    for name in _trackers(config):
+        if modules := TRACKERS.get(name):
+            yield "train.extra.report_to", name, modules, modules[0]
     if config.train.extra.get("use_liger_kernel"):
         yield "train.extra.use_liger_kernel", "true", ("liger_kernel",), "liger-kernel"
+
+
+def _trackers(config: Config) -> list[str]:
+    given = config.train.extra.get("report_to", "none")
+    return [str(name) for name in (given if isinstance(given, list) else [given])]

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from sft.cli.command import Command
-from sft.config import no_effect
+from sft.config import no_effect, packages
 from sft.config.foreign import DEFAULT, UNKNOWN, Outcome
 from sft.config.foreign_common import PREFERENCE
 from sft.config.names import TABLES
@@ -43,12 +43,14 @@ class Result:
         conversion: The lines of the report.
         settings: Options and settings, in the order of the file.
         problems: What sft refuses of them.
+        missing: Packages that they need and that are not installed here.
     """
 
     tool: str
     conversion: Conversion
     settings: dict[str, Any]
     problems: list[Problem]
+    missing: list[Problem]
 
 
 def _known(source: Source, tool: str) -> set[str]:
@@ -130,7 +132,10 @@ def convert(source: Source, tool: str, gpus: int, train: Command[Any]) -> Result
     module.finish(conversion)
     _without_effect(conversion)
     settings = finished(conversion)
-    return Result(tool, conversion, settings, _problems(settings, train))
+    problems = _problems(settings, train)
+    missing = [problem for problem in problems if packages.is_missing(problem)]
+    refused = [problem for problem in problems if problem not in missing]
+    return Result(tool, conversion, settings, refused, missing)
 
 
 def _without_effect(conversion: Conversion) -> None:

@@ -67,6 +67,9 @@ def lines(result: Result) -> list[str]:
         if not line.given and (line.outcome.settings or line.outcome.kind == DIFFERS)
     ]
     text += _block(f"not in the file: what {TOOLS[result.tool]} does then", added)
+    if result.missing:
+        text += ["not installed on this machine:"]
+        text += [f"  {each.setting}  {each.rule}: {each.fix}" for each in result.missing] + [""]
     found = counts(result)
     parts = [f"{number} {TITLES[kind].partition(',')[0]}" for kind, number in found.items()]
     parts[1] = f"{found[DIFFERS]} converted with another meaning"
@@ -109,4 +112,5 @@ def record(result: Result) -> dict[str, Any]:
         "counts": counts(result),
         "share": share(result),
         "problems": [vars(problem) for problem in result.problems],
+        "missing": [vars(problem) for problem in result.missing],
     }

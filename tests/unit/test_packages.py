@@ -10,7 +10,7 @@ from transformers import trainer_optimizer
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 from unit.test_checks import legal_config
 
-from sft.config import names, packages, upstream
+from sft.config import packages, upstream
 from sft.config.checks import check
 from sft.errors import ConfigError, Problem
 from sft.training import build
@@ -86,9 +86,9 @@ def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_tracker_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(names, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     (problem,) = check(legal_config(train__extra={"report_to": ["wandb"]}))
-    rule, fix = "the package wandb is not installed", "pip install wandb"
+    rule, fix = "needs the package wandb", "pip install wandb"
     assert problem == Problem("train.extra.report_to=wandb", rule, fix)
 
 

@@ -10,7 +10,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from unit.test_checks import legal_config
 
-from sft.config import names, no_effect, upstream, verdicts, zero_checks, zero_json
+from sft.config import names, no_effect, packages, upstream, verdicts, zero_checks, zero_json
 from sft.config.checks import check
 from sft.config.rules import declared, default_of
 from sft.config.settings import Config, LoraSection, TrainConfig, ZeroConfig
@@ -163,12 +163,12 @@ def test_a_key_without_effect_is_refused(key: str, fix: str) -> None:
 def test_a_tracker_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config()
     config.train.extra["report_to"] = "tensorboard"
-    monkeypatch.setattr(names, "find_spec", lambda package: None)
-    (problem,) = names.extra_problems(config)
-    rule, fix = "the package tensorboard is not installed", "pip install tensorboard"
+    monkeypatch.setattr(packages, "installed", lambda package: False)
+    (problem,) = packages.problems(config)
+    rule, fix = "needs the package tensorboard or tensorboardX", "pip install tensorboard"
     assert problem == Problem("train.extra.report_to=tensorboard", rule, fix)
-    monkeypatch.setattr(names, "find_spec", lambda package: package == "tensorboardX")
-    assert list(names.extra_problems(config)) == []
+    monkeypatch.setattr(packages, "installed", lambda package: package == "tensorboardX")
+    assert list(packages.problems(config)) == []
 
 
 # Settings that another one switches off
@@ -178,7 +178,7 @@ ALWAYS = {
     *("run_name", "output_dir", "overwrite", "seed", "precision", "lora.enabled", "zero.config"),
     *("model.name", "model.name_or_path", "model.revision", "model.pretrained"),
     *("model.trust_remote_code", "model.attn_implementation", "model.lm_head"),
-    *("model.eos_token", "model.pad_token", "model.new_tokens"),
+    *("model.eos_token", "model.pad_token", "model.new_tokens", "model.config"),
     *("model.frozen_linear", "quantization.load_in_8bit", "quantization.load_in_4bit"),
     *("quantization.extra", "resume.checkpoint", "resume.allow"),
     *("train.global_batch_size", "train.per_device_train_batch_size"),
@@ -189,7 +189,8 @@ ALWAYS = {
     *("train.max_loss_jump", "train.padding_free", "train.pad_to_multiple_of"),
     *("train.dataloader_num_workers", "train.extra"),
 }
-ELSEWHERE = {"zero.overrides", "train.merge"}  # zero_checks and lora_checks refuse them
+# zero_checks, lora_checks and training.groups refuse them.
+ELSEWHERE = {"zero.overrides", "train.merge", "train.embedding_learning_rate"}
 
 
 def test_for_every_setting_it_is_known_what_it_needs() -> None:
@@ -232,7 +233,8 @@ def test_a_setting_that_another_switches_off_is_refused_with_a_fix(need: no_effe
     default = None if item is None else default_of(item)
     config = legal_config()
     put(config, need.setting, 7)
-    put(config, need.other, SWITCHES_OFF[need.other])
+    off = SWITCHES_OFF[need.other]
+    put(config, need.other, not off if need.holds(off) else off)
 
     def refused() -> list[str]:
         found = no_effect.problems(config)
