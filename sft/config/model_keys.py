@@ -11,24 +11,26 @@ from sft.errors import Problem
 
 SETTING = "model.config"
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
-# Entries that another setting decides, and what to write instead.
+# Entries that are decided elsewhere, and where.
 OWNED = {
-    **dict.fromkeys(("dtype", "torch_dtype"), "precision=bf16"),
-    "attn_implementation": "model.attn_implementation=sdpa",
-    "quantization_config": "quantization=nf4",
-    "output_router_logits": "train.extra.router_aux_loss_coef=0.001",
-    "router_aux_loss_coef": "train.extra.router_aux_loss_coef=0.001",
-    "gradient_checkpointing": "train.gradient_checkpointing=true",
-    "eos_token_id": "model.eos_token=TOKEN",
-    "pad_token_id": "model.pad_token=TOKEN",
-    "name_or_path": "model.name_or_path=HUB_ID_OR_FOLDER",
+    **dict.fromkeys(("dtype", "torch_dtype"), "set precision=bf16"),
+    "attn_implementation": "set model.attn_implementation=sdpa",
+    "quantization_config": "set quantization=nf4",
+    **dict.fromkeys(
+        ("output_router_logits", "router_aux_loss_coef"),
+        "set train.extra.router_aux_loss_coef=0.001",
+    ),
+    "gradient_checkpointing": "set train.gradient_checkpointing=true",
+    "eos_token_id": "set model.eos_token=TOKEN",
+    "pad_token_id": "set model.pad_token=TOKEN",
+    "name_or_path": "set model.name_or_path=HUB_ID_OR_FOLDER",
     **dict.fromkeys(
         ("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
-        "leave it out: training sets it",
+        "training sets it",
     ),
     **dict.fromkeys(
         ("auto_map", "architectures", "model_type", "transformers_version", "is_encoder_decoder"),
-        "leave it out: it says what the files are",
+        "it says what the files are",
     ),
 }
 # Entries that decide which weights there are, or how a weight is divided among heads.
@@ -56,7 +58,8 @@ def refused(model: ModelConfig, given: dict[str, Any], prefix: str) -> Iterator[
     for key, value in given.items():
         written = f"{prefix}{key}={typed(value)}"
         if key in OWNED:
-            yield Problem(written, "is not decided by the model's config in training", OWNED[key])
+            rule = "is not decided by the model's config in training"
+            yield Problem(written, rule, f"leave it out: {OWNED[key]}")
         elif key.startswith("_"):
             yield Problem(written, "is internal to Transformers", "leave it out")
         elif key in SHAPES and model.pretrained:

@@ -101,7 +101,8 @@ def _base_settings(base: ModelConfig) -> dict[str, Any]:
         )
         settings: dict[str, Any] = read_json(Path(path), finite=False)
     if base.config:
-        written_into(settings, base.config, load_config(base).to_dict())
+        config = load_config(base)
+        written_into(settings, base.config, config.to_dict(), config.attribute_map)
     return settings
 
 

@@ -132,13 +132,19 @@ def _misfit(before: Any, value: Any) -> str:
     return "" if fits else said
 
 
-def written_into(settings: dict[str, Any], given: dict[str, Any], config: dict[str, Any]) -> None:
+def written_into(
+    settings: dict[str, Any],
+    given: dict[str, Any],
+    config: dict[str, Any],
+    names: dict[str, str] | None = None,
+) -> None:
     """Write the entries into the contents of the model's config.json, which may hold more of them.
 
     Args:
         settings: The contents, which are changed.
         given: ``model.config``.
         config: The values of the config that ``replaced`` returned.
+        names: Other names of entries.
     """
     for key, value in given.items():
         if key in ROPE and "rope_parameters" in config:
@@ -148,7 +154,7 @@ def written_into(settings: dict[str, Any], given: dict[str, Any], config: dict[s
         elif isinstance(value, dict) and isinstance(settings.get(key), dict):
             written_into(settings[key], value, config[key])
         else:
-            settings[key] = value
+            settings[(names or {}).get(key, key)] = value
 
 
 def require_same_shapes(

@@ -490,11 +490,11 @@ def test_values_of_config_json_are_replaced(tmp_path: Path, llama: Path, saving:
         ("model.config.hidden_act=[gelu]", "must be a text, as silu"),
         ("model.config.vocab_size=400", "changes the shapes of weights"),
         ("model.config.num_attention_heads=8", "changes the shapes of weights"),
-        ("model.config.dtype=float16", "fix: precision=bf16"),
+        ("model.config.dtype=float16", "leave it out: set precision=bf16"),
         ("model.config.use_cache=false", "training sets it"),
         ("model.config._name_or_path=x", "internal to Transformers"),
-        ("model.config.eos_token_id=3", "fix: model.eos_token=TOKEN"),
-        ("model.config.quantization_config={quant_method: gptq}", "fix: quantization=nf4"),
+        ("model.config.eos_token_id=3", "set model.eos_token=TOKEN"),
+        ("model.config.quantization_config={quant_method: gptq}", "set quantization=nf4"),
     ],
 )
 def test_values_that_config_json_cannot_have_are_refused(
