@@ -463,8 +463,6 @@ def test_values_of_config_json_are_replaced(tmp_path: Path, llama: Path, saving:
     train(*based_on(base, saving), f"output_dir={expected}")
     train(*saving, *given, f"output_dir={run}")
     assert (run / FILE).read_bytes() == (expected / FILE).read_bytes()
-    train(*saving, f"output_dir={tmp_path / 'plain'}", "train.merge=false")
-    assert losses(run) != losses(tmp_path / "plain")
     with pytest.raises(RunError, match=r"model\.config\.rms_norm_eps"):
         train(*saving, *given[:2], f"output_dir={run}")
     assert_goes_on(run, *saving, *given)
