@@ -77,7 +77,8 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         "position_ids, layer_idx, encoder_hidden_states)",
         *("AttentionMaskInterface", "sdpa_mask"),
     ),
-    "transformers.configuration_utils:PreTrainedConfig": ("_attn_implementation",),
+    "transformers.configuration_utils:PreTrainedConfig": ("_attn_implementation", "_name_or_path"),
+    "transformers.modeling_rope_utils": ("RopeParameters",),
     "transformers.modeling_utils:PreTrainedModel": (
         *("_can_record_outputs", "_supports_attention_backend", "_supports_sdpa"),
         "_get_dtype_plan(dtype)",

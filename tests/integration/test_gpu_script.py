@@ -21,7 +21,8 @@ SCRIPT = ROOT / "benchmarks" / "gpu.py"
 # runs them too.
 REPEATS = ["int8", "zero.stage1", "stage2_offload", "memory.llama", "memory.qwen3-4x"]
 REPEATS += ["memory.qwen3-8x", "fast.opt", "attention.sdpa", "again"]
-NEEDS_GPU = {"right.precision.fp16", "right.zero.stage2.fp16", "right.merge.gpu"}
+NEEDS_GPU = {"right.precision.fp16", "right.precision.qlora"}
+NEEDS_GPU |= {"right.zero.stage2.fp16", "right.merge.gpu"}
 
 
 def command(*words: str, python: str = sys.executable) -> list[str]:

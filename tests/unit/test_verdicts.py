@@ -154,7 +154,8 @@ ALWAYS = {
     *("run_name", "output_dir", "overwrite", "seed", "precision", "lora.enabled", "zero.config"),
     *("model.name", "model.name_or_path", "model.revision", "model.pretrained"),
     *("model.trust_remote_code", "model.attn_implementation", "model.lm_head"),
-    *("model.frozen_linear", "quantization.load_in_8bit", "quantization.load_in_4bit"),
+    *("model.config", "model.frozen_linear"),
+    *("quantization.load_in_8bit", "quantization.load_in_4bit"),
     *("quantization.extra", "resume.checkpoint", "resume.allow"),
     *("train.global_batch_size", "train.per_device_train_batch_size"),
     *("train.per_device_eval_batch_size", "train.num_train_epochs", "train.max_steps"),
@@ -164,7 +165,8 @@ ALWAYS = {
     *("train.max_loss_jump", "train.padding_free", "train.pad_to_multiple_of"),
     *("train.dataloader_num_workers", "train.extra"),
 }
-ELSEWHERE = {"zero.overrides", "train.merge"}  # zero_checks and lora_checks refuse them
+# zero_checks, lora_checks and training.groups refuse them.
+ELSEWHERE = {"zero.overrides", "train.merge", "model.trainable", "train.embedding_learning_rate"}
 
 
 def test_for_every_setting_it_is_known_what_it_needs() -> None:
