@@ -27,6 +27,10 @@ from sft.process import world_size
 
 MIN_RATES = {"min_lr", "min_lr_rate"}
 OWN_GROUPS = ("galore_", "apollo_", "lomo", "adalomo")  # these group parameters themselves
+FLASH_PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+}
 
 
 def check(config: Config) -> list[Problem]:
@@ -185,15 +189,22 @@ def _precision(config: Config) -> Iterator[Problem]:
             "has no float32 kernel, but precision=fp32 is set",
             "precision=bf16, or model.attn_implementation=sdpa",
         )
-    if of_hub and not config.model.trust_remote_code:
+    # Transformers takes a flash attention that is not installed from the hub.
+    package = FLASH_PACKAGES.get(kernel)
+    instead = package is not None and not _installed(package) and _installed("kernels")
+    if (of_hub or instead) and not config.model.trust_remote_code:
         yield Problem(
             f"model.attn_implementation={kernel}",
             "downloads code from the hub and runs it, which needs your consent",
             "read that code, then model.trust_remote_code=true on the command line",
         )
-    if of_hub and importlib.util.find_spec("kernels") is None:
+    if of_hub and not _installed("kernels"):
         yield Problem(
             f"model.attn_implementation={kernel}",
             "needs the package kernels, which is not installed",
             "pip install kernels, or model.attn_implementation=auto",
         )
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

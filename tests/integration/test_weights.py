@@ -423,6 +423,18 @@ def test_a_kernel_of_the_hub_is_checked_with_packing(
         train(*packed, other, HUB[1], f"output_dir={tmp_path / 'leaks'}")
 
 
+def test_flash_attention_from_the_hub_needs_consent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers takes it from there if only the package kernels is installed."""
+    from sft.train import main
+
+    asked = ["model=tiny", "model.attn_implementation=flash_attention_2"]
+    main.compose(asked)
+    kernel_of_the_hub(monkeypatch, honest=True)
+    with pytest.raises(ConfigError, match="needs your consent"):
+        main.compose(asked)
+    main.compose([*asked, HUB[1]])
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
