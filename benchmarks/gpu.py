@@ -62,6 +62,7 @@ STAGES = [
     Stage("right.head.trl", "train", 60, partial(gpu_right.head, "trl")),
     Stage("right.precision.bf16", "train", 40, partial(gpu_right.precision, "bf16")),
     Stage("right.precision.fp16", "train", 40, partial(gpu_right.precision, "fp16")),
+    Stage("right.precision.qlora", "train", 40, partial(gpu_right.precision, "fp16", "nf4")),
     command("demo", 150, gpu_commands.demo),
     command("kill", 120, gpu_commands.kill),
     command("nf4", 150, gpu_commands.quantized, "nf4"),

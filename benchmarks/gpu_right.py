@@ -225,7 +225,7 @@ def small_base() -> Path:
 BOUNDS = {"bf16": (2**-7, 0.05), "fp16": (2**-9, 0.05)}
 
 
-def precision(kind: str) -> dict[str, Any]:
+def precision(kind: str, quantization: str = "none") -> dict[str, Any]:
     """Train a few steps in a 16-bit precision, and in float32."""
     if kind == "fp16":
         needs_gpu()
@@ -233,7 +233,7 @@ def precision(kind: str) -> dict[str, Any]:
     row: dict[str, Any] = {}
     settings = ["dataset=demo", "dataset.exact_match=0", "train.learning_rate=1e-3"]
     settings += ["dataset.max_rows=64", "dataset.max_eval_rows=8", "train.logging_steps=1"]
-    settings += batch(8)
+    settings += [*batch(8), f"quantization={quantization}"]
     for used in ("fp32", kind):
         clock = Clock(steps=2 if is_tiny() else 12, warmup=1)
         train("", clock, *settings, f"precision={used}", base=small_base())

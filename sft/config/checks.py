@@ -225,7 +225,10 @@ def _precision(config: Config) -> Iterator[Problem]:
             "has no float32 kernel, but precision=fp32 is set",
             "precision=bf16, or model.attn_implementation=sdpa",
         )
-    if of_hub and not config.model.trust_remote_code:
+    # Transformers takes a flash attention that is not installed from the hub.
+    of = packages.ATTENTION.get(kernel)
+    instead = of is not None and not packages.installed(of[0][0]) and packages.installed("kernels")
+    if (of_hub or instead) and not config.model.trust_remote_code:
         yield Problem(
             f"model.attn_implementation={kernel}",
             "downloads code from the hub and runs it, which needs your consent",

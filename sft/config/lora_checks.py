@@ -23,6 +23,12 @@ def lora(config: Config) -> Iterator[Problem]:
                 "train.merge=false",
             )
         return
+    if config.model.trainable is not None:
+        yield Problem(
+            f"model.trainable={config.model.trainable}",
+            "has no effect with lora.enabled=true",
+            "lora=none, or lora.modules_to_save=[NAME]",
+        )
     targets = config.lora.target_modules
     named = [targets] if isinstance(targets, str) else targets
     if not targets or not isinstance(named, list) or not all(isinstance(x, str) for x in named):

@@ -75,7 +75,6 @@ NEEDS = (
         "train.lr_scheduler_type=constant_with_warmup",
         same=0,
     ),
-    Need("model.trainable", "lora.enabled", _is(False), "lora=none"),
     Need("train.loraplus_lr_ratio", "lora.enabled", _is(True), "lora=all-linear"),
     Need("train.extra.eval_delay", "train.eval_strategy", _is("steps", "epoch")),
     *(

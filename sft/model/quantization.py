@@ -46,7 +46,9 @@ def stored_method(config: PreTrainedConfig) -> str | None:
     values = stored_values(config)
     if values is None:
         return None
-    method = values.get("quant_method", "unknown method")
+    # Files that Transformers saved before it named the method are of bitsandbytes.
+    named = any(values.get(f"load_in_{bits}bit") for bits in (4, 8))
+    method = values.get("quant_method", "bitsandbytes" if named else "unknown method")
     return str(getattr(method, "value", method))
 
 

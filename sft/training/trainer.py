@@ -114,7 +114,8 @@ class Trainer(ResumableTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if self.guard is not None:
             self.guard.norm = norm
-        if self.skips_nan and not self.is_deepspeed_enabled:
+        # With fp16, the loss scaler drops them.
+        if self.skips_nan and not (self.is_deepspeed_enabled or self.args.fp16):
             # The Trainer reads this flag before it advances the learning-rate schedule.
             self.optimizer._is_overflow = not math.isfinite(norm)
             if self.optimizer._is_overflow:

@@ -21,7 +21,8 @@ SCRIPT = ROOT / "benchmarks" / "gpu.py"
 # runs them too.
 REPEATS = ["int8", "zero.stage1", "stage2_offload", "memory.llama", "memory.qwen3-4x"]
 REPEATS += ["memory.qwen3-8x", "fast.opt", "attention.sdpa", "again"]
-NEEDS_GPU = {"right.precision.fp16", "right.zero.stage2.fp16", "right.merge.gpu"}
+NEEDS_GPU = {"right.precision.fp16", "right.precision.qlora"}
+NEEDS_GPU |= {"right.zero.stage2.fp16", "right.merge.gpu"}
 
 
 def command(*words: str, python: str = sys.executable) -> list[str]:
@@ -70,7 +71,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_stage_gives_its_row(rows: list[dict[str, Any]]) -> None:
     assert [row["stage"] for row in rows] == named("--skip", *REPEATS)
     every = named()
-    assert len(every) == len(set(every)) == 63
+    assert len(every) == len(set(every)) == 64
     assert sum(name.startswith("memory.") for name in every) >= 12
     failed = [row for row in rows if row["status"] not in ("ok", "skipped")]
     assert failed == []

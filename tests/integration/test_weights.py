@@ -423,6 +423,18 @@ def test_a_kernel_of_the_hub_is_checked_with_packing(
         train(*packed, other, HUB[1], f"output_dir={tmp_path / 'leaks'}")
 
 
+def test_flash_attention_from_the_hub_needs_consent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers takes it from there if only the package kernels is installed."""
+    from sft.train import main
+
+    asked = ["model=tiny", "model.attn_implementation=flash_attention_2"]
+    main.compose(asked)
+    kernel_of_the_hub(monkeypatch, honest=True)
+    with pytest.raises(ConfigError, match="needs your consent"):
+        main.compose(asked)
+    main.compose([*asked, HUB[1]])
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -463,8 +475,6 @@ def test_values_of_config_json_are_replaced(tmp_path: Path, llama: Path, saving:
     train(*based_on(base, saving), f"output_dir={expected}")
     train(*saving, *given, f"output_dir={run}")
     assert (run / FILE).read_bytes() == (expected / FILE).read_bytes()
-    train(*saving, f"output_dir={tmp_path / 'plain'}", "train.merge=false")
-    assert losses(run) != losses(tmp_path / "plain")
     with pytest.raises(RunError, match=r"model\.config\.rms_norm_eps"):
         train(*saving, *given[:2], f"output_dir={run}")
     assert_goes_on(run, *saving, *given)

@@ -190,7 +190,7 @@ ALWAYS = {
     *("train.dataloader_num_workers", "train.extra"),
 }
 # zero_checks, lora_checks and training.groups refuse them.
-ELSEWHERE = {"zero.overrides", "train.merge", "train.embedding_learning_rate"}
+ELSEWHERE = {"zero.overrides", "train.merge", "model.trainable", "train.embedding_learning_rate"}
 
 
 def test_for_every_setting_it_is_known_what_it_needs() -> None:
