@@ -146,7 +146,7 @@ def _without_effect(conversion: Conversion) -> None:
         ]
         item = own.get(need.other)
         other = settings.get(need.other, None if item is None else default_of(item))
-        if not given or need.holds(other):
+        if not given or _holds(need, other):
             continue
         if need.fix in ("train.padding_free=false",):
             conversion.settings["train.padding_free"] = False
@@ -154,6 +154,13 @@ def _without_effect(conversion: Conversion) -> None:
             for name in given:
                 conversion.wanted.pop(name, None)
                 conversion.drop(name, f"has no effect with {need.other}={other}")
+
+
+def _holds(need: no_effect.Need, value: Any) -> bool:
+    try:
+        return need.holds(value)
+    except TypeError:  # a value of another type, which is refused later
+        return True
 
 
 def text_of(settings: dict[str, Any], head: str) -> str:
