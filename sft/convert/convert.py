@@ -12,7 +12,7 @@ import yaml
 
 from sft.cli.command import Command
 from sft.config import no_effect
-from sft.config.foreign import DEFAULT, UNKNOWN, Outcome
+from sft.config.foreign import UNKNOWN, Outcome
 from sft.config.foreign_common import PREFERENCE
 from sft.config.names import TABLES
 from sft.config.rules import declared, default_of
@@ -24,7 +24,7 @@ from sft.convert.read import Source
 from sft.errors import ConfigError, Problem
 
 TOOLS = {"axolotl": "Axolotl", "llamafactory": "LLaMA-Factory", "trl": "TRL"}
-DEFAULTS = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl}
+MODULES = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl}
 LEAST_KNOWN = 0.6  # share of the keys that a tool must know
 # Settings that an option of a group gives.
 BY_OPTION = {
@@ -53,9 +53,7 @@ class Result:
 
 def _known(source: Source, tool: str) -> set[str]:
     table = {**TABLES[tool], **(TABLES["unsloth"] | TABLES["peft"] if tool == "trl" else {})}
-    own = {"datasets", "pretraining_dataset"} if tool == "axolotl" else set()
-    own |= {"dataset_dir"} if tool == "llamafactory" else set()
-    return {name for name in source.keys if name.rpartition(".")[2] in {*table, *own}}
+    return {name for name in source.keys if name.rpartition(".")[2] in table}
 
 
 def recognise(source: Source, asked: str | None) -> str:
@@ -106,7 +104,7 @@ def convert(source: Source, tool: str, gpus: int, train: Command[Any]) -> Result
         if source.keys.get(name):
             rule = PREFERENCE
             raise ConfigError([Problem(f"{name}={source.keys[name]}", rule, "train it elsewhere")])
-    module = DEFAULTS[tool]
+    module = MODULES[tool]
     added = {
         name: value
         for name, value in module.defaults(source.keys).items()
@@ -193,6 +191,3 @@ def _problems(settings: dict[str, Any], train: Command[Any]) -> list[Problem]:
                 for problem in error.problems
             ]
     return []
-
-
-__all__ = ["DEFAULT", "Result", "convert", "recognise"]
