@@ -96,6 +96,20 @@ KEYS: dict[str, Key] = {
         example={"pad_token": "<pad>"},
     ),
     "tokens": to("model.new_tokens", change=listed, example=["<tool>"]),
+    "max_packed_sequence_len": no("dataset.max_length is the length of a packed row"),
+    "tokenizer_use_mistral_common": no("the tokenizer is the one that Transformers loads"),
+    **dict.fromkeys(
+        (
+            *("gptq", "gptq_groupsize", "gptq_model_v1", "gptq_disable_exllama"),
+            *("model_quantization_config", "model_quantization_config_kwargs"),
+        ),
+        no("a base that is quantised already is recognised by its config.json"),
+    ),
+    **dict.fromkeys(
+        ("quantize_moe_experts", "llama4_linearized_experts"),
+        no("the experts are stored as Transformers loads them"),
+    ),
+    "reinit_weights": no("model.pretrained=false starts from random weights"),
     "added_tokens_overrides": no("model.new_tokens adds tokens; it replaces none"),
     "resize_token_embeddings_to_32x": no("the embedding has as many rows as tokens"),
     "fix_untrained_tokens": no("rows of model.new_tokens begin as the mean of the embedding"),

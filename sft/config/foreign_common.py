@@ -155,7 +155,7 @@ TRAINING: dict[str, Key] = {
         },
         rest=to("train.save_strategy"),
     ),
-    "optim": to("train.optim", change=lambda name: {"adamw_hf": "adamw_torch"}.get(name, name)),
+    "optim": by({"adamw_hf": "train.optim=adamw_torch"}, rest=to("train.optim")),
     "report_to": fn("train.extra.report_to", report_to, example="tensorboard"),
     "bf16": by({True: "precision=bf16", False: "precision=fp32", "auto": ""}),
     "fp16": by({True: "precision=fp16", False: ""}),

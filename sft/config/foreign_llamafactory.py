@@ -1,4 +1,4 @@
-"""Keys of LLaMA-Factory's YAML (llamafactory.hparams, as of August 2026)."""
+"""Keys of LLaMA-Factory's YAML for model and method (llamafactory.hparams, August 2026)."""
 
 from __future__ import annotations
 
@@ -22,43 +22,16 @@ from sft.config.foreign import (
 from sft.config.foreign_common import (
     FUSED,
     GALORE,
-    HELD_OUT,
     LORA,
     ORDER,
     PREFERENCE,
-    PUSH,
     QUANTIZED,
-    TRACKER,
     TRAINING,
     VISION,
     replaced,
     targets,
 )
-
-OWN = "the tokenizer's own chat template is used, not LLaMA-Factory's copy of one"
-TEMPLATES: dict[str, str | Outcome] = {
-    "chatml": "template=chatml",
-    **{name: f"template.chat_template={name}" for name in ("llama3", "gemma", "gemma3", "gemma4")},
-    **{name: f"template.chat_template={name}" for name in ("qwen3", "qwen3_6", "cohere", "lfm2")},
-    "qwen": "template.chat_template=qwen2_5",
-    "qwen3_nothink": "template.chat_template=qwen3_instruct_2507",
-    "qwen3_5": "template.chat_template=qwen3_5_think",
-    "qwen3_5_nothink": "template.chat_template=qwen3_5_nothink",
-    "deepseek3": "template.chat_template=deepseekv3",
-    "phi": "template.chat_template=phi3",
-    "gpt_oss": "template.chat_template=gptoss",
-    "glm4_moe": "template.chat_template=glm4moe",
-}
-TEMPLATE = Key(DIFFERS, lambda value: Outcome(DIFFERS, note=OWN), "template.kind", OWN)
-CUT = "LLaMA-Factory shortens prompt and answer of longer rows; dataset.overlong=truncate cuts off"
-CUT += " the end, and error, the default, stops"
-NAMES = "dataset_info.json says where NAME is: sft import reads it; dataset.path=FILE_OR_HUB_ID"
-
-
-def datasets(value: Any) -> Outcome:
-    """Convert a name of a data set, which is a path only together with dataset_info.json."""
-    names = [str(name) for name in listed(value)]
-    return Outcome(DIFFERS, {"dataset.path": names[0]}, NAMES) if len(names) == 1 else off(NAMES)
+from sft.config.foreign_llamafactory_rows import ROWS
 
 
 def attention(value: Any) -> Outcome:
@@ -80,6 +53,7 @@ def quantized(value: Any) -> Outcome:
 
 KEYS: dict[str, Key] = {
     **TRAINING,
+    **ROWS,
     **{name: QUANTIZED[name] for name in ("bnb_4bit_compute_dtype",)},
     # model
     "model_name_or_path": to("model.name_or_path"),
@@ -124,7 +98,17 @@ KEYS: dict[str, Key] = {
     **dict.fromkeys(
         ("shift_attn", "mixture_of_depths"), no("it changes the model; sft trains it as it is")
     ),
-    **dict.fromkeys(("use_unsloth", "use_unsloth_gc", "use_v1_kernels", "use_kt"), no(FUSED)),
+    **dict.fromkeys(
+        (
+            "use_unsloth",
+            "use_unsloth_gc",
+            "use_v1_kernels",
+            "use_kt",
+            "kt_config",
+            "kt_weight_path",
+        ),
+        no(FUSED),
+    ),
     **dict.fromkeys(
         ("hf_hub_token", "ms_hub_token", "om_hub_token"), secret("HF_TOKEN in the environment")
     ),
@@ -168,10 +152,14 @@ KEYS: dict[str, Key] = {
     **dict.fromkeys(("use_asft_loss", "use_eaft_loss"), no("the losses are nll and dft")),
     **dict.fromkeys(("use_galore", "galore_target", "galore_rank", "galore_layerwise"), no(GALORE)),
     **dict.fromkeys(
-        ("galore_update_interval", "galore_scale", "use_apollo", "apollo_rank"), no(GALORE)
+        (
+            *("galore_update_interval", "galore_scale", "use_apollo", "apollo_rank"),
+            *("apollo_layerwise", "apollo_target", "apollo_scale", "apollo_scale_type"),
+        ),
+        no(GALORE),
     ),
     **dict.fromkeys(
-        ("use_badam", "badam_mode", "badam_switch_interval", "badam_switch_mode"),
+        ("use_badam", "badam_mode", "badam_switch_interval", "badam_switch_mode", "badam_verbose"),
         no("sft has no BAdam; model.trainable=[REGEX] trains chosen layers"),
     ),
     "use_adam_mini": no("train.optim=adamw_8bit makes the optimizer's state small"),
@@ -186,7 +174,16 @@ KEYS: dict[str, Key] = {
         ("freeze_vision_tower", "freeze_multi_modal_projector", "image_max_pixels", "media_dir"),
         no(VISION, True),
     ),
-    **dict.fromkeys(("video_max_pixels", "image_min_pixels", "freeze_language_model"), no(VISION)),
+    **dict.fromkeys(
+        (
+            "video_max_pixels",
+            "image_min_pixels",
+            "freeze_language_model",
+            "video_fps",
+            "video_maxlen",
+        ),
+        no(VISION),
+    ),
     "compute_accuracy": done("the token accuracy is logged"),
     "disable_shuffling": no(ORDER),
     "early_stopping_steps": TRAINING["early_stopping_patience"],
@@ -202,50 +199,4 @@ KEYS: dict[str, Key] = {
         True,
     ),
     "include_effective_tokens_per_second": done("tokens per second are logged"),
-    # rows
-    "dataset": fn("dataset.path", datasets, NAMES, "rows.jsonl"),
-    "eval_dataset": to("dataset.eval_path", NAMES),
-    "dataset_dir": no("sft import reads DIR/dataset_info.json; dataset.path=FILE_OR_HUB_ID"),
-    "template": by(TEMPLATES, rest=TEMPLATE),
-    "cutoff_len": to("dataset.max_length", CUT, also="dataset.overlong=truncate", example=2048),
-    "train_on_prompt": by({True: "template.train_on=all", False: ""}),
-    "mask_history": by({True: "template.train_on=last_assistant", False: ""}),
-    "packing": by({True: "dataset.packing=bfd", False: "dataset.packing=none"}),
-    "neat_packing": by({True: "dataset.packing=bfd", False: ""}),
-    "max_samples": to("dataset.max_rows"),
-    "val_size": HELD_OUT,
-    "preprocessing_num_workers": to("dataset.num_proc", example=8),
-    **dict.fromkeys(
-        ("overwrite_cache", "preprocessing_batch_size", "data_shared_file_system"),
-        done("samples are cached by content, and made again when rows or settings change"),
-    ),
-    "tokenized_path": done("samples are cached by content; sft data output=DIR keeps them"),
-    "streaming": to("dataset.streaming", example=True),
-    "buffer_size": no("the buffer of streamed rows is sft's own"),
-    "mix_strategy": by({"concat": ""}, rest=no("dataset.mix.NAME.weight=W draws more of a source")),
-    "interleave_probs": no("dataset.mix.NAME.weight=W draws more of a source"),
-    "default_system": to("template.system"),
-    "enable_thinking": by({True: "", False: "template.kwargs.enable_thinking=false"}),
-    "preserve_thinking": to("template.kwargs.preserve_thinking", example=True),
-    "tool_format": no("tools are written as the tokenizer's chat template writes them"),
-    "ignore_pad_token_for_loss": done("padding is never trained"),
-    "eval_on_each_dataset": no("all held-out rows make one loss"),
-    "reserved_label_len": no("dataset.overlong=truncate keeps the beginning"),
-    "overwrite_output_dir": by({True: "overwrite=true", False: ""}),
-    # logs and the rest
-    "use_swanlab": by({True: "train.extra.report_to=swanlab", False: ""}),
-    **dict.fromkeys(
-        ("swanlab_project", "swanlab_run_name", "swanlab_workspace", "swanlab_mode"), no(TRACKER)
-    ),
-    **dict.fromkeys(
-        ("swanlab_api_key", "swanlab_lark_webhook_url", "swanlab_lark_secret"), secret(TRACKER)
-    ),
-    **dict.fromkeys(("export_dir", "export_size"), no("sft merge run=DIR writes the full weights")),
-    "export_hub_model_id": no(PUSH),
-    **dict.fromkeys(("fp8", "fp8_backend"), no("sft trains in bf16, fp16 or fp32")),
-    **dict.fromkeys(("ray_run_name", "ray_num_workers", "ray_storage_path"), no("torchrun")),
-    **dict.fromkeys(
-        ("max_new_tokens", "top_p", "top_k", "temperature", "do_sample", "num_beams"),
-        no("sft generate run=DIR has the settings of generation"),
-    ),
 }

@@ -60,7 +60,9 @@ def merge(typed: Any, values: dict[str, Any], schema: Any, prefix: str = "") -> 
         try:
             # The value is resolved already, and OmegaConf must not resolve it again.
             OmegaConf.update(typed, path, escaped(value), merge=False)
+            OmegaConf.select(typed, path)  # text with ${ is not checked before it is read
         except OmegaConfBaseException:
+            OmegaConf.update(typed, path, default_of(field), merge=False)
             problems.append(wrong_type(path, value, field))
     return problems
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sft.config.foreign import CONVERTED, DIFFERS, UNKNOWN, Outcome, done, no, off, same
+from sft.config.foreign import CONVERTED, DIFFERS, UNKNOWN, Outcome, done, listed, no, off, same
 from sft.config.foreign_axolotl import TEMPLATES
 from sft.config.foreign_common import PREFERENCE
 from sft.convert.conversion import Conversion
@@ -158,7 +158,7 @@ def _roles(value: Any) -> Outcome:
         return off("must be a mapping such as {assistant: [gpt]}")
     roles = {}
     for role, names in value.items():
-        new = [name for name in names if ROLES.get(name) != role]
+        new = [name for name in listed(names) if ROLES.get(name) != role]
         if new:
             roles[role] = new
     return Outcome(CONVERTED, {"dataset.roles": roles}) if roles else same("sft knows these roles")
@@ -197,8 +197,8 @@ def custom(fields: dict[str, Any]) -> dict[str, Any]:
     def text(form: str) -> str:
         return start + re.sub(r"\{(instruction|input)\}", lambda m: f"{{{names[m[1]]}}}", form)
 
-    with_input = fields.get("format") or "{instruction} {input} "
-    without = fields.get("no_input_format") or "{instruction} "
+    with_input = str(fields.get("format") or "{instruction} {input} ")
+    without = str(fields.get("no_input_format") or "{instruction} ")
     prompts = [text(with_input)] if "{input}" in with_input else []
     return {
         "template.prompts": [*prompts, text(without)],

@@ -12,7 +12,7 @@ import yaml
 
 from sft.cli.command import Command
 from sft.config import no_effect, packages
-from sft.config.foreign import DEFAULT, UNKNOWN, Outcome
+from sft.config.foreign import UNKNOWN, Outcome
 from sft.config.foreign_common import PREFERENCE
 from sft.config.names import TABLES
 from sft.config.rules import declared, default_of
@@ -24,7 +24,7 @@ from sft.convert.read import Source
 from sft.errors import ConfigError, Problem
 
 TOOLS = {"axolotl": "Axolotl", "llamafactory": "LLaMA-Factory", "trl": "TRL"}
-DEFAULTS = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl}
+MODULES = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl}
 LEAST_KNOWN = 0.6  # share of the keys that a tool must know
 # Settings that an option of a group gives.
 BY_OPTION = {
@@ -55,9 +55,7 @@ class Result:
 
 def _known(source: Source, tool: str) -> set[str]:
     table = {**TABLES[tool], **(TABLES["unsloth"] | TABLES["peft"] if tool == "trl" else {})}
-    own = {"datasets", "pretraining_dataset"} if tool == "axolotl" else set()
-    own |= {"dataset_dir"} if tool == "llamafactory" else set()
-    return {name for name in source.keys if name.rpartition(".")[2] in {*table, *own}}
+    return {name for name in source.keys if name.rpartition(".")[2] in table}
 
 
 def recognise(source: Source, asked: str | None) -> str:
@@ -108,7 +106,7 @@ def convert(source: Source, tool: str, gpus: int, train: Command[Any]) -> Result
         if source.keys.get(name):
             rule = PREFERENCE
             raise ConfigError([Problem(f"{name}={source.keys[name]}", rule, "train it elsewhere")])
-    module = DEFAULTS[tool]
+    module = MODULES[tool]
     added = {
         name: value
         for name, value in module.defaults(source.keys).items()
@@ -151,7 +149,7 @@ def _without_effect(conversion: Conversion) -> None:
         ]
         item = own.get(need.other)
         other = settings.get(need.other, None if item is None else default_of(item))
-        if not given or need.holds(other):
+        if not given or _holds(need, other):
             continue
         if need.fix in ("train.padding_free=false",):
             conversion.settings["train.padding_free"] = False
@@ -159,6 +157,13 @@ def _without_effect(conversion: Conversion) -> None:
             for name in given:
                 conversion.wanted.pop(name, None)
                 conversion.drop(name, f"has no effect with {need.other}={other}")
+
+
+def _holds(need: no_effect.Need, value: Any) -> bool:
+    try:
+        return need.holds(value)
+    except TypeError:  # a value of another type, which is refused later
+        return True
 
 
 def text_of(settings: dict[str, Any], head: str) -> str:
@@ -191,6 +196,3 @@ def _problems(settings: dict[str, Any], train: Command[Any]) -> list[Problem]:
                 for problem in error.problems
             ]
     return []
-
-
-__all__ = ["DEFAULT", "Result", "convert", "recognise"]

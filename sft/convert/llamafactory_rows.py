@@ -94,7 +94,8 @@ class Rows:
                 raise ConfigError([Problem(f"dataset={item}", rule, "correct the name")])
             sources.append(self.source(conversion, item, entry, where))
         paths = ", ".join(str(source.get("path")) for source in sources)
-        conversion.add(name, value, Outcome(CONVERTED, {}, f"dataset.path={paths}"), given)
+        setting = "dataset.mix" if len(sources) > 1 else "dataset.path"
+        conversion.add(name, value, Outcome(CONVERTED, {}, f"{setting}={paths}"), given)
         if conversion.get("stage") == "pt":
             conversion.kind = "text"
             for source in sources:
