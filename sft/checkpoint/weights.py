@@ -39,7 +39,7 @@ def gathered(
         return state
     if not isinstance(model, PeftModel):
         return whole_model() or {}
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied ones have two names
     adapter = {id(value) for value in adapter_tensors(model, parameters).values()}
     whole = {}
     for name, parameter in parameters.items():
@@ -96,7 +96,6 @@ def _embedding_layers(model: PeftModel) -> bool | str:
     return "auto" if rows is None else False
 
 
-@dataclass
 @dataclass
 class Contents:
     """What weight files hold.

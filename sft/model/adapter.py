@@ -15,13 +15,13 @@ from sft.config.settings import Config, LoraSection
 from sft.errors import ConfigError, Problem
 from sft.model.adapter_checks import (
     missing_layers,
-    new_token_problems,
     problems,
     require_quick_patterns,
     target_modules,
     targeted,
 )
 from sft.model.base import load_architecture
+from sft.model.shared_weights import new_token_problems
 from sft.model.tokenizer import NO_TOKENS, NewTokens, load_tokens
 from sft.model.tokens import grow, trained_beside
 
@@ -58,7 +58,7 @@ def lora_config(
     require_quick_patterns(lora, architecture)
     refused = sorted(_refused_names(architecture, targeted(lora, architecture)))
     found = list(problems(lora, architecture, zero.stage(zero.read(config.zero))))
-    found += new_token_problems(lora, architecture, new)
+    found += new_token_problems(lora, architecture, new, targeted(lora, architecture))
     if refused and lora.target_modules not in GROUPS:
         found.append(_cannot_carry(lora, refused, targeted(lora, architecture)))
     found += missing_layers(lora, targeted(lora, architecture))

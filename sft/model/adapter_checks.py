@@ -11,14 +11,13 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from sft.config.lora_checks import head_targeted
 from sft.config.rules import LARGEST_RANK
 from sft.config.settings import LoraSection
 from sft.config.upstream import did_you_mean
 from sft.errors import ConfigError, Problem
 from sft.limits import slow_pattern
-from sft.model.tokenizer import NewTokens
-from sft.model.tokens import is_tied
+from sft.model import shared_weights
+from sft.model.shared_weights import matches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,11 +47,6 @@ def attention_names(model: PreTrainedModel) -> list[str]:
     return sorted(names)
 
 
-def _matches(path: str, name: str) -> bool:
-    """Match a module's path with a list's entry as PEFT does: equal, or a suffix of the path."""
-    return path == name or path.endswith(f".{name}")
-
-
 def targeted(lora: LoraSection, model: PreTrainedModel) -> list[str]:
     """List the paths of the modules that get an adapter."""
     exclude = lora.extra.get("exclude_modules")
@@ -63,7 +57,7 @@ def _excluded(path: str, exclude: Any) -> bool:
     """Match a module's path with ``exclude_modules`` as PEFT does."""
     if isinstance(exclude, str):
         return re.fullmatch(exclude, path) is not None
-    return any(_matches(path, name) for name in exclude or ())
+    return any(matches(path, name) for name in exclude or ())
 
 
 def _chosen(lora: LoraSection, model: PreTrainedModel) -> list[str]:
@@ -77,7 +71,7 @@ def _chosen(lora: LoraSection, model: PreTrainedModel) -> list[str]:
     paths = [path for path, _ in model.named_modules()]
     if isinstance(targets, str):
         return [path for path in paths if re.fullmatch(targets, path)]
-    return [path for path in paths if any(_matches(path, name) for name in targets)]
+    return [path for path in paths if any(matches(path, name) for name in targets)]
 
 
 def target_modules(lora: LoraSection, model: PreTrainedModel) -> str | list[str]:
@@ -158,7 +152,7 @@ def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[
     entries = {"target_modules": lora.target_modules, "modules_to_save": lora.modules_to_save}
     for setting, names in entries.items():
         for name in names if isinstance(names, list) else []:
-            if adapted and not any(_matches(path, name) for path in paths):
+            if adapted and not any(matches(path, name) for path in paths):
                 yield Problem(
                     f"lora.{setting}: {name}",
                     f"matches no module of {type(model).__name__}",
@@ -181,85 +175,4 @@ def problems(lora: LoraSection, model: PreTrainedModel, stage: int) -> Iterator[
         if not 1 <= rank <= LARGEST_RANK:
             rule = f"must be from 1 to {LARGEST_RANK}"
             yield Problem(f"lora.rank_pattern.{name}={rank}", rule, "remove it")
-    yield from _shared_weights(lora, model, adapted)
-
-
-def _shared_weights(
-    lora: LoraSection, model: PreTrainedModel, adapted: list[str]
-) -> Iterator[Problem]:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = is_tied(model)
-    written = f"lora.target_modules={lora.target_modules}"
-    for path in adapted:
-        module = model.get_submodule(path)
-        if module is head:
-            yield head_targeted(lora.target_modules, path)
-        elif module is embedding and tied:
-            yield Problem(
-                written,
-                f"LoRA on {path} cannot be merged correctly: the head shares its weight",
-                f"lora.modules_to_save=[{path.rpartition('.')[2]}]",
-            )
-    rows = lora.extra.get("trainable_token_indices")
-    if rows is not None and getattr(head, "bias", None) is not None:
-        named = rows if isinstance(rows, dict) else ()
-        if tied or any(_matches(path, name) for path in _paths(model, head) for name in named):
-            rule = "PEFT would leave out the head's bias beside single rows"
-            fix = f"lora.modules_to_save=[{_leaf(model, head)}]"
-            yield Problem(f"lora.extra.trainable_token_indices={rows}", rule, fix)
-    if lora.extra.get("lora_bias"):
-        bare = [
-            path for path in adapted if getattr(model.get_submodule(path), "bias", None) is None
-        ]
-        if bare:
-            yield Problem(
-                "lora.extra.lora_bias=true",
-                f"{bare[0]} has no bias into which the adapter's can be merged",
-                "lora.extra.lora_bias=false",
-            )
-
-
-def new_token_problems(
-    lora: LoraSection, model: PreTrainedModel, new: NewTokens
-) -> Iterator[Problem]:
-    """Yield the settings with which the rows of new tokens would not be trained as they are used.
-
-    Args:
-        lora: The adapter's settings.
-        model: The architecture.
-        new: The new tokens.
-    """
-    if not new:
-        return
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if any(model.get_submodule(path) is embedding for path in targeted(lora, model)):
-        rule = "an embedding with an adapter cannot train the rows of model.new_tokens too"
-        written = f"lora.target_modules={lora.target_modules}"
-        yield Problem(written, rule, f"lora.modules_to_save=[{_leaf(model, embedding)}]")
-    saved = lora.modules_to_save or ()
-    whole = [
-        end
-        for end in (embedding, head)
-        if any(_matches(path, name) for path in _paths(model, end) for name in saved)
-    ]
-    if not is_tied(model):
-        return
-    if len(whole) == 1 and not lora.extra.get("ensure_weight_tying"):
-        both = ",".join(_leaf(model, end) for end in (embedding, head))
-        rule = "unties the head from the embedding, and the new tokens' rows of one stay untrained"
-        written = f"lora.modules_to_save=[{','.join(saved)}]"
-        fix = (
-            f"lora.modules_to_save=null, which trains these rows, or lora.modules_to_save=[{both}]"
-        )
-        yield Problem(written, rule, fix)
-    if not whole and getattr(head, "bias", None) is not None:
-        rule = "PEFT cannot train single rows of a tied embedding beside the head's bias"
-        yield Problem("model.new_tokens", rule, "lora=none")
-
-
-def _paths(model: PreTrainedModel, wanted: Any) -> list[str]:
-    return [path for path, module in model.named_modules() if module is wanted]
-
-
-def _leaf(model: PreTrainedModel, wanted: Any) -> str:
-    return _paths(model, wanted)[0].rpartition(".")[2]
+    yield from shared_weights.problems(lora, model, adapted)

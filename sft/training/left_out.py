@@ -88,7 +88,7 @@ def _require_saved(model: Any) -> None:
     """
     if not isinstance(model, PeftModel):
         return
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied ones have two names
     saved = {
         id(value)
         for value in get_peft_model_state_dict(

@@ -176,7 +176,7 @@ def load(config: Config, trainer: Trainer) -> None:
     folder = Path(config.lora.init_from)
     values = load_file(folder / adapter_files.WEIGHTS)
     model: Any = trainer.model
-    parameters = adapter_tensors(model, dict(model.named_parameters()))
+    parameters = adapter_tensors(model, dict(model.named_parameters(remove_duplicate=False)))
     if parameters.keys() != values.keys():
         name = sorted(parameters.keys() ^ values.keys())[0]
         rule = f"{name} is trained by one of the adapters only"

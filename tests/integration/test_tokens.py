@@ -190,6 +190,42 @@ def test_an_adapter_with_new_tokens_is_the_same_everywhere(
         assert (end[[KNOWN, KNOWN + 1]] - old[:KNOWN].mean(0)).abs().amax(1).min() > 1e-3
 
 
+TYING = "lora.extra.ensure_weight_tying=true"
+
+
+@pytest.mark.parametrize("stage", ["none", "stage3"])
+def test_a_tied_embedding_is_trained_whole_as_one(
+    bases: dict[str, Path], thoughts: tuple[Path, Path], tmp_path: Path, stage: str
+) -> None:
+    """As it was trained, loaded by PEFT alone, and merged; split by ZeRO-3 too."""
+    run = tmp_path / "run"
+    more = [NEW, TYING, "lora.modules_to_save=[embed_tokens]", f"zero={stage}"]
+    if stage == "none":
+        train(settings(bases["tied"], thoughts, run, *more))
+    else:
+        run_warm("train", *settings(bases["tied"], thoughts, run, *more), ranks=2, cwd=tmp_path)
+    final = eval_losses(run)[-1]
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32)
+    assert loss_of(adapted, tokenizer, thoughts[1]) == pytest.approx(final, rel=1e-5)
+    merge_of(run)
+    whole = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
+    assert loss_of(whole, tokenizer, thoughts[1]) == pytest.approx(final, rel=1e-5)
+    embedding, head = ends_of(run / "merged")
+    assert embedding.equal(head) and not embedding[:9].equal(ends_of(bases["tied"])[0][:9])
+
+
+@pytest.mark.parametrize(("family", "said"), [("gptj", "without its bias"), ("gpt2", "names wte")])
+def test_what_peft_would_not_tie_is_refused(
+    thoughts: tuple[Path, Path], tmp_path: Path, family: str, said: str
+) -> None:
+    base = build_model(tmp_path / family, family, tied=True)
+    given = settings(base, thoughts, tmp_path / "run", TYING, "lora.modules_to_save=[wte]")
+    with pytest.raises(ConfigError, match=said) as raised:
+        train(given)
+    assert "lora.modules_to_save=[wte,lm_head]" in str(raised.value)
+
+
 def loss_of(model: Any, tokenizer: Any, path: Path) -> float:
     """Compute the mean loss of held-out rows with the model's own logits."""
     total, count = 0.0, 0
