@@ -209,10 +209,8 @@ def _keyword(
 ) -> None:
     key = f"{prefix}{keyword.arg or '**' + ast.unparse(keyword.value)}"
     node = keyword.value
-    text = ast.unparse(node)
-    is_name = re.fullmatch(r"(torch|TaskType)\.\w+", text)
     try:
-        value = text if is_name else _constant(node, constants)
+        value = _constant(node, constants)
     except (ValueError, TypeError, MemoryError, RecursionError, ArithmeticError):
         if keyword.arg not in OBJECTS and key not in source.keys:
             source.unread[key] = EXPRESSION
@@ -230,7 +228,8 @@ def _constant(node: ast.expr, constants: dict[str, ast.expr]) -> Any:
         left, right = _constant(node.left, constants), _constant(node.right, constants)
         if all(isinstance(value, int | float) for value in (left, right)):
             return ARITHMETIC[type(node.op)](left, right)
-    return ast.literal_eval(node)
+    is_name = re.fullmatch(r"(torch|TaskType)\.\w+", text := ast.unparse(node))
+    return text if is_name else ast.literal_eval(node)
 
 
 def _name_rows(source: Source) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import runpy
 from collections import Counter
 from pathlib import Path
@@ -446,3 +447,34 @@ def test_the_page_shows_what_is_converted(results: dict[str, Result]) -> None:
     assert script["table"](results) in (ROOT / "docs" / "importing.md").read_text()
     for tool in names.TABLES:
         assert len(script["keys_of"](tool).splitlines()) > 20
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "llama-factory", "trl"])
+def test_the_page_of_a_tool_shows_its_run_and_what_the_import_makes_of_it(
+    tool: str, here: Path
+) -> None:
+    page = (ROOT / "docs" / f"from-{tool}.md").read_text()
+    theirs, *info, ours = re.findall(r'```\w+ title="[^"]+"\n(.*?)```', page, re.DOTALL)
+    put(theirs)
+    for text in info:
+        put(text, "dataset_info.json")
+    source = read("theirs.yaml")
+    result = convert.convert(source, recognise(source, None), 4, train)
+    assert not result.problems
+    assert yaml.safe_load(convert.text_of(result.settings, "")) == yaml.safe_load(ours)
+
+
+@pytest.mark.parametrize("tool", ["unsloth", "torchtune"])
+def test_the_page_of_a_tool_shows_a_run_that_composes(tool: str, here: Path) -> None:
+    page = (ROOT / "docs" / f"from-{tool}.md").read_text()
+    for text in re.findall(r'```yaml title="sft"\n(.*?)```', page, re.DOTALL):
+        train.compose([put(text)])
+
+
+def test_the_page_of_unsloth_shows_what_the_import_makes_of_its_script(here: Path) -> None:
+    page = (ROOT / "docs" / "from-unsloth.md").read_text()
+    theirs, ours = re.findall(r'```\w+ title="[^"]+"\n(.*?)```', page, re.DOTALL)
+    made = convert.convert(read(put(theirs, "theirs.py")), "trl", 1, train).settings
+    shown = yaml.safe_load(ours)
+    added = {"dataset.path": "rows.jsonl", "train.merge": True}
+    assert shown | {"train.num_train_epochs": 3.0} == made | added
