@@ -54,6 +54,20 @@ def special_tokens(value: Any) -> Outcome:
     return Outcome(DIFFERS if settings else DEFAULT, settings, note)
 
 
+def model_config(value: Any) -> Outcome:
+    """Convert values of the model's config; the loss of the routers is a setting of training."""
+    if not isinstance(value, dict) or "output_router_logits" not in value:
+        return Outcome(CONVERTED, {"model.config": value})
+    rest = {key: item for key, item in value.items() if key != "output_router_logits"}
+    settings: dict[str, Any] = {"model.config": rest} if rest else {}
+    note = "the experts are balanced with the coefficient of the model's config"
+    if not value["output_router_logits"]:
+        settings["train.extra.router_aux_loss_coef"] = 0
+    elif rest.get("router_aux_loss_coef") is not None:
+        settings["train.extra.router_aux_loss_coef"] = rest.pop("router_aux_loss_coef")
+    return Outcome(CONVERTED if settings else DEFAULT, settings, "" if settings else note)
+
+
 def first_path(value: Any) -> Any:
     """Return the path of the first of Axolotl's data sets; an import converts all of them."""
     first = value[0] if isinstance(value, list) else value
@@ -69,7 +83,7 @@ KEYS: dict[str, Key] = {
     "revision_of_model": to("model.revision"),
     **dict.fromkeys(
         ("overrides_of_model_config", "model_config"),
-        to("model.config", example={"rope_theta": 500000}),
+        fn("model.config", model_config, example={"rope_theta": 500000}),
     ),
     "overrides_of_model_kwargs": no("sft loads the model itself"),
     **dict.fromkeys(

@@ -250,4 +250,8 @@ TRAINING_KEYS: dict[str, Key] = {
     **dict.fromkeys(("processor_type", "freeze_mm_modules", "image_size"), no(VISION)),
     **dict.fromkeys(("use_ray", "ray_num_workers", "ray_run_name"), no("torchrun starts ranks")),
     **dict.fromkeys(("use_pose", "pose_max_context_len"), no("sft has no PoSE")),
+    **dict.fromkeys(
+        ("scaling_softmax", "scaling_softmax_factor", "scaling_softmax_bias"),
+        no("it changes the model's attention; sft trains the model as it is"),
+    ),
 }

@@ -31,7 +31,8 @@ from sft.config.foreign_common import (
 
 CUT = "TRL cuts off the end of longer rows, and sft stops: dataset.overlong=truncate"
 LENGTH = to("dataset.max_length", CUT, also="dataset.overlong=truncate", example=2048)
-WHOLE = "TRL trains every token of messages, and sft the assistant's turns: template.train_on=all"
+WHOLE = "TRL trains every token of messages, but only the completion of rows with prompt and "
+WHOLE += "completion; sft trains the answers of both unless template.train_on=all"
 
 
 def strategy(value: Any) -> Outcome:
@@ -145,6 +146,10 @@ UNSLOTH: dict[str, Key] = {
     **dict.fromkeys(("float8_kv_cache", "disable_log_stats", "unsloth_vllm_standby"), no(FUSED)),
     **dict.fromkeys(("finetune_vision_layers", "finetune_language_layers"), no(VISION, True)),
     **dict.fromkeys(("finetune_attention_modules", "finetune_mlp_modules"), no(VISION, True)),
+    **dict.fromkeys(
+        ("instruction_part", "response_part"),
+        done("the assistant's turns are found from what the chat template writes"),
+    ),
     "save_method": no("sft merge run=DIR writes the full weights"),
     "push_to_hub_merged": no(PUSH),
 }

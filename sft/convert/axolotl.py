@@ -10,6 +10,9 @@ from sft.convert.axolotl_rows import entry_of, put_sources
 from sft.convert.conversion import Conversion, Special, batch, held_out, texts, tokens
 from sft.errors import ConfigError, Problem
 
+BEST = "Axolotl ends with the weights of the best evaluation, where saves fall on evaluations; sft "
+BEST += "ends with those of the last step, and keeps the best checkpoint"
+
 
 def defaults(keys: dict[str, Any]) -> dict[str, Any]:
     """Return what Axolotl does where the file says nothing, if it changes what is trained."""
@@ -105,7 +108,25 @@ def finish(conversion: Conversion) -> None:
     packing = {**conversion.wanted, **conversion.settings}.get("dataset.packing")
     if conversion.kind == "text" and packing == "none":
         conversion.wanted["dataset.overlong"] = "split"  # Axolotl cuts a text into rows
+    if conversion.settings.get("dataset.streaming"):
+        shares(conversion)
     held_out(conversion)
+    saves = {"train.saves_per_epoch", "train.save_steps"} & conversion.settings.keys()
+    evaluates = {"train.evals_per_epoch", "train.eval_steps"} & conversion.settings.keys()
+    if saves and evaluates and "load_best_model_at_end" not in conversion.keys:
+        conversion.add("load_best_model_at_end", True, Outcome(DIFFERS, {}, BEST), False)
+
+
+def shares(conversion: Conversion) -> None:
+    """Save and evaluate at shares of all steps, as Axolotl does; streamed epochs have no length."""
+    for key, name in (("saves_per_epoch", "save"), ("evals_per_epoch", "eval")):
+        times = conversion.settings.get(f"train.{key}")
+        if isinstance(times, int) and times:
+            share = 1 / (times * conversion.get("num_epochs", 1))
+            steps = {f"train.{name}_strategy": "steps", f"train.{name}_steps": share}
+            if share >= 1:
+                steps = {f"train.{name}_strategy": "no"}
+            conversion.mark(key, Outcome(DIFFERS, steps, "a share of all steps of the stream"))
 
 
 def fsdp(conversion: Conversion, name: str, value: Any, given: bool) -> None:

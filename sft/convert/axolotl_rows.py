@@ -84,6 +84,10 @@ def _of_entry(
     conversion: Conversion, source: dict[str, Any], entry: dict[str, Any], key: str, value: Any
 ) -> Outcome:
     """Convert one key of an entry."""
+    if key == "roles_to_train" and not value:
+        if "train_on_eos" in entry and not entry["train_on_eos"]:
+            return Outcome(CONVERTED, {"template.train_on": "last_assistant"})
+        return off("without roles, only messages with a flag are trained: train: true in the rows")
     if value is None or value in ("", [], {}):
         return same("is empty, and sets nothing")
     if key == "path":

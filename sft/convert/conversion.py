@@ -43,6 +43,7 @@ class Conversion:
         table: The keys of the tool.
         keys: The keys of the file, with those defaults of the tool that the file leaves out.
         gpus: The number of GPUs that the other tool trains on.
+        calls: The calls of a script.
         settings: Settings and options of groups.
         wanted: Settings that are taken if no key gives them.
         kind: How rows become text: chat, alpaca, completion or text.
@@ -51,6 +52,7 @@ class Conversion:
     table: Mapping[str, Key]
     keys: dict[str, Any]
     gpus: int = 1
+    calls: frozenset[str] = frozenset()
     lines: list[Line] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     wanted: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +65,7 @@ class Conversion:
 
     def add(self, key: str, value: Any, outcome: Outcome, given: bool = True) -> Outcome:
         """Take over the settings of a key; where another key has decided, that one remains."""
-        secret = (entry := self.table.get(key)) is not None and entry.secret
+        secret = (entry := self.entry(key)) is not None and entry.secret
         other = [
             name
             for name, ours in outcome.settings.items()
@@ -103,9 +105,16 @@ class Conversion:
 
     def plain(self, name: str, value: Any, given: bool) -> None:
         """Convert a key by the table alone."""
-        entry = self.table.get(name) or self.table.get(name.rpartition(".")[2])
+        entry = self.entry(name)
+        if entry is None and value is None:
+            self.add(name, value, same("is empty, and sets nothing"), given)
+            return
         unknown = Outcome(UNKNOWN, note="unknown to sft import: see the other tool's manual")
         self.add(name, value, entry.of(value) if entry else unknown, given)
+
+    def entry(self, name: str) -> Key | None:
+        """Return the table's entry of a key, by its full name or, for a script's, by its last."""
+        return self.table.get(name) or self.table.get(name.rpartition(".")[2])
 
 
 Special = Callable[[Conversion, str, Any, bool], None]
@@ -145,7 +154,8 @@ def batch(micro: str, accumulation: str) -> dict[str, Special]:
     def accumulated(conversion: Conversion, name: str, value: Any, given: bool) -> None:
         rows, steps, gpus = conversion.get(micro), value, conversion.gpus
         if not isinstance(rows, int) or not isinstance(steps, int):
-            conversion.add(name, value, off(f"{value} is no number of micro-batches"), given)
+            reason = f"the batch is {micro} x {name} x GPUs, of which one is not known: "
+            conversion.add(name, value, off(f"{reason}train.global_batch_size=N"), given)
             return
         note = (
             f"{rows} x {steps} x {gpus} {'GPU' if gpus == 1 else 'GPUs'}; sft divides the global "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from dataclasses import dataclass
@@ -109,14 +110,14 @@ def convert(source: Source, tool: str, gpus: int, train: Command[Any]) -> Result
     module = MODULES[tool]
     added = {
         name: value
-        for name, value in module.defaults(source.keys).items()
-        if source.keys.get(name) is None
+        for name, value in module.defaults({**source.keys, **dict.fromkeys(source.calls)}).items()
+        if source.keys.get(name) is None and name not in source.unread
     }
     table = TABLES[tool]
     if tool == "trl":
         table = {**TABLES["unsloth"], **TABLES["peft"], **table}
     left_out = {name: value for name, value in added.items() if name not in source.keys}
-    conversion = Conversion(table, {**source.keys, **added}, gpus)
+    conversion = Conversion(table, {**source.keys, **added}, gpus, frozenset(source.calls))
     special = (
         llamafactory.special(source.path.resolve().parent)
         if tool == "llamafactory"
@@ -124,8 +125,7 @@ def convert(source: Source, tool: str, gpus: int, train: Command[Any]) -> Result
     )
     given = {name: value for name, value in source.keys.items() if name not in left_out}
     convert_keys(conversion, given, special)
-    for name in source.unread:
-        note = "its value is an expression of the script, which is not run: write it yourself"
+    for name, note in source.unread.items():
         conversion.add(name, "...", Outcome(UNKNOWN, note=note))
     module.finish(conversion)
     _without_effect(conversion)
@@ -172,8 +172,10 @@ def text_of(settings: dict[str, Any], head: str) -> str:
     for key, value in escaped(settings).items():
         text: str = yaml.safe_dump(
             value, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False
-        )
-        lines.append(f"{key}: {text.removesuffix('...' + chr(10)).strip()}")
+        ).removesuffix("..." + chr(10))
+        if chr(10) in text.strip():
+            text = json.dumps(value, ensure_ascii=False)  # YAML too, with line breaks as \\n
+        lines.append(f"{key}: {text.strip()}")
     return head + "\n".join(lines) + "\n"
 
 

@@ -78,8 +78,12 @@ class Rows:
         if not isinstance(found, dict):
             rule = f"must be a mapping of names, not {type(found).__name__}"
             raise ConfigError([Problem(str(path), rule, "correct the file")])
-        where = str(named) if (path.parent == Path.cwd() / str(named)) else str(path.parent)
-        return found, where
+        if path.parent == Path.cwd() / str(named):
+            return found, str(named)
+        is_inside = path.resolve().is_relative_to(Path.cwd())
+        return found, str(
+            path.resolve().parent.relative_to(Path.cwd()) if is_inside else path.parent
+        )
 
     def train(self, conversion: Conversion, name: str, value: Any, given: bool) -> None:
         """Convert ``dataset``: one becomes dataset.path, several become dataset.mix."""

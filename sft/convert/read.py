@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ CALLS = {
     "FastLanguageModel.from_pretrained": "FastLanguageModel.",
     "FastLanguageModel.get_peft_model": "get_peft_model.",
     "SFTTrainer": "SFTTrainer.",
+    "train_on_responses_only": "train_on_responses_only.",
 }
 # The names of their arguments without a keyword, of which the first may be an object.
 ARGUMENTS = {
+    "": ("output_dir",),
     "load_dataset.": ("path", "name"),
     "from_pretrained.": ("model_name_or_path",),
     "FastLanguageModel.": ("model_name",),
@@ -38,6 +41,14 @@ ARGUMENTS = {
 # Arguments that are objects of the script, which other calls describe.
 OBJECTS = {"model", "args", "peft_config", "train_dataset", "quantization_config", "tokenizer"}
 OBJECTS |= {"processing_class", "eval_dataset"}
+EXPRESSION = "its value is an expression of the script, which is not run: write it yourself"
+ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Mult: operator.mul,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
 BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # of Datasets, for local files
 
 
@@ -48,12 +59,14 @@ class Source:
     Attributes:
         path: Its file.
         keys: Its keys and values, in the order of the file.
-        unread: Keys of a script whose values are not constants.
+        unread: Why a key of a script was not read, by key.
+        calls: The calls of a script whose keywords were read.
     """
 
     path: Path
     keys: dict[str, Any]
-    unread: list[str] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+    calls: set[str] = field(default_factory=set)
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,7 +97,7 @@ def read(file: str) -> Source:
         rule = f"has {path.stat().st_size:,} bytes, and a configuration at most {LARGEST:,}"
         raise _refuse(file, rule, "give the YAML that the other tool trains with")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise _refuse(file, "is not text in UTF-8", "give a YAML, JSON or Python file") from error
     if path.suffix == ".py":
@@ -145,24 +158,29 @@ def _of_script(path: Path, text: str) -> Source:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise _refuse(path, f"is not valid Python: {error}", "give the script itself") from error
+    nodes = list(ast.walk(tree))
+    stored = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    stored += [node.arg for node in nodes if isinstance(node, ast.arg)]
     constants = {
         node.targets[0].id: node.value
         for node in tree.body
         if isinstance(node, ast.Assign)
-        and len(node.targets) == 1
         and isinstance(node.targets[0], ast.Name)
+        and stored.count(node.targets[0].id) == 1
     }
     source = Source(path, {})
-    for node in ast.walk(tree):
-        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        prefix = next((CALLS[call] for call in CALLS if f".{name}".endswith(f".{call}")), None)
-        if prefix is not None and isinstance(node, ast.Call):
-            names = ARGUMENTS.get(prefix, ())
-            given = [
-                ast.keyword(name, value) for name, value in zip(names, node.args, strict=False)
-            ]
-            for keyword in [*given, *node.keywords]:
-                _keyword(source, prefix, keyword, constants)
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    for node in sorted(calls, key=lambda node: (node.lineno, node.col_offset)):
+        name = ast.unparse(node.func)
+        call = next((call for call in CALLS if f".{name}".endswith(f".{call}")), None)
+        if call is None:
+            continue
+        source.calls.add(call)
+        names = ARGUMENTS.get(CALLS[call], ())
+        given = [ast.keyword(name, value) for name, value in zip(names, node.args, strict=False)]
+        for keyword in [*given, *node.keywords]:
+            for each in _unpacked(keyword, constants):
+                _keyword(source, CALLS[call], each, constants)
     _name_rows(source)
     if not source.keys and not source.unread:
         rule = f"has no call of {', '.join(CALLS)} with keywords"
@@ -170,34 +188,64 @@ def _of_script(path: Path, text: str) -> Source:
     return source
 
 
+def _unpacked(keyword: ast.keyword, constants: dict[str, ast.expr]) -> list[ast.keyword]:
+    """Return the keywords of ``**{...}``, if the keys are constants; else the keyword itself."""
+    node: ast.expr | None = keyword.value
+    if isinstance(node, ast.Name):
+        node = constants.get(node.id)
+    if keyword.arg is None and isinstance(node, ast.Dict):
+        names = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
+        if all(isinstance(name, str) for name in names):
+            pairs = zip(names, node.values, strict=True)
+            return [ast.keyword(str(name), value) for name, value in pairs]
+    if keyword.arg is None and isinstance(node, ast.Call) and ast.unparse(node.func) == "dict":
+        if not node.args:
+            return node.keywords
+    return [keyword]
+
+
 def _keyword(
     source: Source, prefix: str, keyword: ast.keyword, constants: dict[str, ast.expr]
 ) -> None:
     key = f"{prefix}{keyword.arg or '**' + ast.unparse(keyword.value)}"
-    node: ast.expr = keyword.value
-    if isinstance(node, ast.Name):
-        node = constants.get(node.id, node)
-    text = ast.unparse(node)
-    if re.fullmatch(r"torch\.\w+", text):
-        source.keys[key] = text
-        return
-    if key in source.keys or key in source.unread:
-        return  # the first call counts
+    node = keyword.value
     try:
-        source.keys[key] = ast.literal_eval(node)
-    except ValueError:
-        if keyword.arg not in OBJECTS:
-            source.unread.append(key)
+        value = _constant(node, constants)
+    except (ValueError, TypeError, MemoryError, RecursionError, ArithmeticError):
+        if keyword.arg not in OBJECTS and key not in source.keys:
+            source.unread[key] = EXPRESSION
+        return
+    if source.keys.setdefault(key, value) != value:
+        source.unread[key] = f"line {node.lineno} gives another value: the first one is converted"
+
+
+def _constant(node: ast.expr, constants: dict[str, ast.expr]) -> Any:
+    """Return the value of a literal, a named one, or a sum, product and so on of numbers."""
+    if isinstance(node, ast.Name) and node.id in constants:
+        others = {name: value for name, value in constants.items() if name != node.id}
+        return _constant(constants[node.id], others)
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        left, right = _constant(node.left, constants), _constant(node.right, constants)
+        if all(isinstance(value, int | float) for value in (left, right)):
+            return ARITHMETIC[type(node.op)](left, right)
+    is_name = re.fullmatch(r"(torch|TaskType)\.\w+", text := ast.unparse(node))
+    return text if is_name else ast.literal_eval(node)
 
 
 def _name_rows(source: Source) -> None:
     """Name the arguments of load_dataset, and the model, as ``trl sft`` names them."""
     names = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split"}
     files = source.keys.pop("load_dataset.data_files", None)
-    if isinstance(files, str) and source.keys.get("load_dataset.path") in BUILDERS:
+    if isinstance(files, dict) and len(files) == 1:
+        files = next(iter(files.values()))
+    files = files[0] if isinstance(files, list) and len(files) == 1 else files
+    is_local = source.keys.get("load_dataset.path") in BUILDERS
+    if isinstance(files, str) and is_local:
         source.keys["load_dataset.path"] = files
     elif files is not None:
-        source.unread.append("load_dataset.data_files")
+        source.unread["load_dataset.data_files"] = "dataset.path is one file, folder or pattern"
+    if is_local and not isinstance(files, str):
+        del source.keys["load_dataset.path"]
     renamed = {f"load_dataset.{name}": key for name, key in names.items()}
     renamed |= {
         "from_pretrained.model_name_or_path": "model_name_or_path",

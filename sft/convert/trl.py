@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sft.config.foreign import CONVERTED, DIFFERS, UNKNOWN, Outcome, no, off, same
@@ -22,7 +23,7 @@ FIELDS = {"path": "path", "name": "subset", "split": "split"}
 def defaults(keys: dict[str, Any]) -> dict[str, Any]:
     """Return what TRL does where the file says nothing, if it changes what is trained."""
     values: dict[str, Any] = {
-        "learning_rate": 2e-5,
+        "learning_rate": 5e-5 if "TrainingArguments" in keys else 2e-5,
         "num_train_epochs": 3.0,
         "lr_scheduler_type": "linear",
         "per_device_train_batch_size": 8,
@@ -56,6 +57,8 @@ def defaults(keys: dict[str, Any]) -> dict[str, Any]:
         script = "BitsAndBytesConfig.load_in_4bit" in keys
         name = "BitsAndBytesConfig.bnb_4bit_use_double_quant" if script else "use_bnb_nested_quant"
         values[name] = False
+        if script:
+            values["BitsAndBytesConfig.bnb_4bit_quant_type"] = "fp4"
     if keys.get("FastLanguageModel.model_name"):
         values["FastLanguageModel.load_in_4bit"] = True
     return values
@@ -103,7 +106,11 @@ def held_out_split(conversion: Conversion, name: str, value: Any, given: bool) -
 
 
 def text_field(conversion: Conversion, name: str, value: Any, given: bool) -> None:
-    """Train on plain text, from the column that is named."""
+    """Train on plain text, from the column that is named; a mask of answers needs a chat."""
+    if "train_on_responses_only" in conversion.calls:
+        note = "dataset.path=FILE of the conversations of which the script makes this text"
+        conversion.add(name, value, Outcome(DIFFERS, {}, note), given)
+        return
     conversion.kind = "text"
     note = "every token of the text is trained (template=text)"
     settings = {} if value in (None, "text") else {"dataset.columns.text": value}
@@ -123,16 +130,36 @@ def device_map(conversion: Conversion, name: str, value: Any, given: bool) -> No
     conversion.add(name, value, same("each rank has its GPU"), given)
 
 
+def trained(conversion: Conversion) -> None:
+    """Train what TRL trains: all of a conversation, unless a key says otherwise.
+
+    Of rows with a prompt and a completion, TRL trains the completion. A file on this machine shows
+    which kind it has; of a dataset of the hub, that is not known.
+    """
+    if "train_on_responses_only" in conversion.calls:
+        conversion.drop("template.train_on", "train_on_responses_only trains the assistant's turns")
+    elif conversion.get("completion_only_loss") is None:
+        path = Path(str(conversion.settings.get("dataset.path", "")))
+        try:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                is_pairs = '"completion"' in file.read(1 << 16)
+        except OSError:
+            is_pairs = False
+        if is_pairs:
+            conversion.drop("template.train_on", "TRL trains the completion of these rows")
+        elif conversion.get("assistant_only_loss") is None:
+            outcome = Outcome(DIFFERS, {"template.train_on": "all"}, WHOLE)
+            conversion.add("assistant_only_loss", False, outcome, False)
+
+
 def finish(conversion: Conversion) -> None:
     """Settle what several keys decide together."""
-    settings = conversion.settings
     packs = conversion.get("packing", conversion.get("SFTTrainer.packing"))
     if not packs:
         name = next((line.key for line in conversion.lines if "packing_strategy" in line.key), "")
         conversion.drop("dataset.packing", "nothing is packed") if name else None
-    if conversion.kind == "chat" and "template.train_on" not in settings:
-        if not conversion.get("assistant_only_loss") and not conversion.get("completion_only_loss"):
-            conversion.add("assistant_only_loss", False, Outcome(DIFFERS, {}, WHOLE), False)
+    if conversion.kind == "chat":
+        trained(conversion)
     texts(conversion, "chat_template_path")
     held_out(conversion)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import runpy
 from collections import Counter
 from pathlib import Path
@@ -99,6 +100,9 @@ def run(*words: str) -> int:
         main(list(words))
         raise SystemExit(0)
     return int(str(ended.value.code))
+
+
+EOS = "train_on_eos"
 
 
 def put(text: str, name: str = "theirs.yaml") -> str:
@@ -338,6 +342,22 @@ def test_a_value_of_another_kind_is_reported(
             {"datasets": [{"path": "json", "data_files": "x/y.jsonl", "type": "alpaca"}]},
             {"dataset.path": "x/y.jsonl"},
         ),
+        (
+            {
+                "datasets": [
+                    {"path": "a", "type": "chat_template"} | dict.fromkeys(("roles_to_train", EOS))
+                ]
+            },
+            {"template.train_on": "last_assistant"},
+        ),
+        (
+            {"model_config": {"output_router_logits": True, "rope_theta": 5}},
+            {"model.config": {"rope_theta": 5}},
+        ),
+        (
+            {"streaming": True, "max_steps": 9, "saves_per_epoch": 2, "num_epochs": 5},
+            {"train.save_strategy": "steps", "train.save_steps": 0.1},
+        ),
     ],
 )
 def test_what_several_keys_decide(given: Any, settings: Any, here: Path) -> None:
@@ -362,8 +382,99 @@ def test_a_script_is_read_and_not_run(here: Path, capsys: pytest.CaptureFixture[
     assert unread == ["max_length", "packing", "**more"]
 
 
+SCRIPT = """
+size = 2
+common = dict(num_train_epochs=2)
+def main():
+    rows = load_dataset("json", data_files={"train": "rows.jsonl"}, token="sesame")
+    quantized = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained("a/b", token="sesame")
+    args = TrainingArguments("out", **common, per_device_train_batch_size=size * 2)
+    other = SFTConfig(output_dir="other")
+    SFTTrainer(model, args=args, peft_config=LoraConfig(r=4), dataset_text_field="text")
+"""
+
+
+def test_the_defaults_of_a_script_are_those_of_its_calls(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(SCRIPT, "train.py")
+    assert run("train.py") == 0
+    said = capsys.readouterr().out
+    assert "line 9 gives another value: the first one is converted" in said
+    found = yaml.safe_load(Path("train.sft.yaml").read_text())
+    assert "sesame" not in said + str(found)
+    wanted = {
+        "dataset.path": "rows.jsonl",
+        "output_dir": "out",
+        "train.num_train_epochs": 2,
+        "train.per_device_train_batch_size": 4,
+        "train.global_batch_size": 4,
+        "train.learning_rate": 5e-5,  # TrainingArguments has another default than SFTConfig
+        "quantization.bnb_4bit_quant_type": "fp4",  # of BitsAndBytesConfig
+        "template": "text",
+    }
+    assert {name: found.get(name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("more", "row", "trains"),
+    [
+        ({}, '{"messages": []}', "all"),
+        ({"assistant_only_loss": False}, '{"messages": []}', "all"),
+        ({"assistant_only_loss": True}, '{"messages": []}', None),
+        ({}, '{"prompt": "a", "completion": "b"}', None),
+        ({"assistant_only_loss": False}, '{"prompt": "a", "completion": "b"}', None),
+        ({"completion_only_loss": False}, '{"prompt": "a", "completion": "b"}', "all"),
+    ],
+)
+def test_what_trl_trains_is_trained(more: Any, row: str, trains: Any, here: Path) -> None:
+    put(row, "rows.jsonl")
+    source = Source(Path("x.yaml"), {"model_name_or_path": "a/b", "dataset_name": "rows.jsonl"})
+    source.keys |= more
+    found = convert.convert(source, "trl", 1, train).settings
+    assert found.get("template.train_on") == trains
+
+
+def test_a_mask_of_answers_in_a_script_needs_conversations(here: Path) -> None:
+    put("SFTConfig(dataset_text_field='text')\ntrain_on_responses_only(trainer)\n", "train.py")
+    found = convert.convert(read("train.py"), "trl", 1, train).settings
+    assert found["template"] == "chat" and "template.train_on" not in found
+
+
 def test_the_page_shows_what_is_converted(results: dict[str, Result]) -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "import_coverage.py"))
     assert script["table"](results) in (ROOT / "docs" / "importing.md").read_text()
     for tool in names.TABLES:
         assert len(script["keys_of"](tool).splitlines()) > 20
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "llama-factory", "trl"])
+def test_the_page_of_a_tool_shows_its_run_and_what_the_import_makes_of_it(
+    tool: str, here: Path
+) -> None:
+    page = (ROOT / "docs" / f"from-{tool}.md").read_text()
+    theirs, *info, ours = re.findall(r'```\w+ title="[^"]+"\n(.*?)```', page, re.DOTALL)
+    put(theirs)
+    for text in info:
+        put(text, "dataset_info.json")
+    source = read("theirs.yaml")
+    result = convert.convert(source, recognise(source, None), 4, train)
+    assert not result.problems
+    assert yaml.safe_load(convert.text_of(result.settings, "")) == yaml.safe_load(ours)
+
+
+@pytest.mark.parametrize("tool", ["unsloth", "torchtune"])
+def test_the_page_of_a_tool_shows_a_run_that_composes(tool: str, here: Path) -> None:
+    page = (ROOT / "docs" / f"from-{tool}.md").read_text()
+    for text in re.findall(r'```yaml title="sft"\n(.*?)```', page, re.DOTALL):
+        train.compose([put(text)])
+
+
+def test_the_page_of_unsloth_shows_what_the_import_makes_of_its_script(here: Path) -> None:
+    page = (ROOT / "docs" / "from-unsloth.md").read_text()
+    theirs, ours = re.findall(r'```\w+ title="[^"]+"\n(.*?)```', page, re.DOTALL)
+    made = convert.convert(read(put(theirs, "theirs.py")), "trl", 1, train).settings
+    shown = yaml.safe_load(ours)
+    added = {"dataset.path": "rows.jsonl", "train.merge": True}
+    assert shown | {"train.num_train_epochs": 3.0} == made | added
