@@ -54,6 +54,16 @@ def special_tokens(value: Any) -> Outcome:
     return Outcome(DIFFERS if settings else DEFAULT, settings, note)
 
 
+def model_config(value: Any) -> Outcome:
+    """Convert values that replace those of the model's config, without those that sft decides."""
+    if not isinstance(value, dict):
+        return off("must be a mapping such as {rope_theta: 500000}")
+    decided = {"output_router_logits", "use_cache"}
+    settings = {f"model.config.{name}": item for name, item in value.items() if name not in decided}
+    note = "the balance loss of experts follows train.extra.router_aux_loss_coef"
+    return Outcome(CONVERTED, settings) if settings else Outcome(DEFAULT, note=note)
+
+
 def first_path(value: Any) -> Any:
     """Return the path of the first of Axolotl's data sets; an import converts all of them."""
     first = value[0] if isinstance(value, list) else value
@@ -69,7 +79,7 @@ KEYS: dict[str, Key] = {
     "revision_of_model": to("model.revision"),
     **dict.fromkeys(
         ("overrides_of_model_config", "model_config"),
-        to("model.config", example={"rope_theta": 500000}),
+        fn("model.config", model_config, example={"rope_theta": 500000}),
     ),
     "overrides_of_model_kwargs": no("sft loads the model itself"),
     **dict.fromkeys(
