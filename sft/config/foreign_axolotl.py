@@ -56,16 +56,17 @@ def special_tokens(value: Any) -> Outcome:
 
 def model_config(value: Any) -> Outcome:
     """Convert values of the model's config; the loss of the routers is a setting of training."""
-    if not isinstance(value, dict) or "output_router_logits" not in value:
-        return Outcome(CONVERTED, {"model.config": value})
-    rest = {key: item for key, item in value.items() if key != "output_router_logits"}
-    settings: dict[str, Any] = {"model.config": rest} if rest else {}
+    if not isinstance(value, dict):
+        return off("must be a mapping such as {rope_theta: 500000}")
+    decided = {"output_router_logits", "router_aux_loss_coef", "use_cache"}
+    settings = {f"model.config.{name}": item for name, item in value.items() if name not in decided}
+    balance = "train.extra.router_aux_loss_coef"
+    if value.get("output_router_logits") is False:
+        settings[balance] = 0.0
+    elif value.get("router_aux_loss_coef") is not None:
+        settings[balance] = value["router_aux_loss_coef"]
     note = "the experts are balanced with the coefficient of the model's config"
-    if not value["output_router_logits"]:
-        settings["train.extra.router_aux_loss_coef"] = 0
-    elif rest.get("router_aux_loss_coef") is not None:
-        settings["train.extra.router_aux_loss_coef"] = rest.pop("router_aux_loss_coef")
-    return Outcome(CONVERTED if settings else DEFAULT, settings, "" if settings else note)
+    return Outcome(CONVERTED, settings) if settings else Outcome(DEFAULT, note=note)
 
 
 def first_path(value: Any) -> Any:

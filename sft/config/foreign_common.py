@@ -226,13 +226,7 @@ TRAINING: dict[str, Key] = {
     "include_inputs_for_metrics": no("sft computes the evaluation itself"),
     "torchdynamo": no("train.extra.torch_compile=true compiles the model"),
     "early_stopping_patience": no("sft trains to the end; checkpoints keep the best evaluation"),
-    "trust_remote_code": Key(
-        DIFFERS,
-        lambda value: Outcome(DIFFERS, note=CONSENT) if value else same(),
-        "model.trust_remote_code",
-        CONSENT,
-        True,
-    ),
+    "trust_remote_code": no(CONSENT),
 }
 
 LORA: dict[str, Key] = {

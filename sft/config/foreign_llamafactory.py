@@ -6,7 +6,6 @@ from typing import Any
 
 from sft.config.foreign import (
     CONVERTED,
-    DIFFERS,
     Key,
     Outcome,
     by,
@@ -187,16 +186,6 @@ KEYS: dict[str, Key] = {
     "compute_accuracy": done("the token accuracy is logged"),
     "disable_shuffling": no(ORDER),
     "early_stopping_steps": TRAINING["early_stopping_patience"],
-    "plot_loss": Key(
-        DIFFERS,
-        lambda value: (
-            Outcome(DIFFERS, note="metrics.jsonl has every loss; no picture is drawn")
-            if value
-            else same()
-        ),
-        "metrics.jsonl",
-        "metrics.jsonl has every loss; no picture is drawn",
-        True,
-    ),
+    "plot_loss": no("metrics.jsonl has every loss; no picture is drawn"),
     "include_effective_tokens_per_second": done("tokens per second are logged"),
 }

@@ -129,6 +129,23 @@ def shares(conversion: Conversion) -> None:
             conversion.mark(key, Outcome(DIFFERS, steps, "a share of all steps of the stream"))
 
 
+def cadence(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+    """Convert a number per epoch; of streamed rows, whose epochs are not counted, to a share."""
+    epochs = conversion.get("num_epochs")
+    per_run = value * epochs if _is_number(value) and _is_number(epochs) else 0
+    if not conversion.get("streaming") or per_run <= 1:
+        conversion.plain(name, value, given)
+        return
+    what = name.partition("s_")[0]
+    settings = {f"train.{what}_strategy": "steps", f"train.{what}_steps": round(1 / per_run, 6)}
+    note = "a share of all steps, as Axolotl computes it"
+    conversion.add(name, value, Outcome(CONVERTED, settings, note), given)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def fsdp(conversion: Conversion, name: str, value: Any, given: bool) -> None:
     """Choose the ZeRO stage by ``fsdp``, and by its configuration, which says what to offload."""
     options = conversion.get("fsdp_config")
@@ -141,6 +158,8 @@ def fsdp(conversion: Conversion, name: str, value: Any, given: bool) -> None:
 
 
 SPECIAL: dict[str, Special] = {
+    "saves_per_epoch": cadence,
+    "evals_per_epoch": cadence,
     "fsdp": fsdp,
     "fsdp_config": fsdp,
     **tokens("tokens", "special_tokens"),

@@ -50,7 +50,8 @@ def put_sources(conversion: Conversion, sources: list[dict[str, Any]]) -> None:
     elif sources:
         settings["dataset.mix"] = {}
         for source in sources:
-            last = str(source.get("path", "")).rstrip("/").rpartition("/")[2]
+            last = source.pop("name", "") or str(source.get("path", ""))
+            last = str(last).rstrip("/").rpartition("/")[2]
             stem = re.sub(r"(\.(jsonl?|csv|tsv|parquet|arrow|txt|gz))+$", "", last)
             label = stem = re.sub(r"[^\w-]+", "-", stem).strip("-").lower() or "rows"
             count = 1

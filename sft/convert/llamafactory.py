@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sft.config.foreign import CONVERTED, DIFFERS, Outcome, same
+from sft.config.foreign import CONVERTED, DIFFERS, Outcome, off, same
 from sft.config.foreign_common import PREFERENCE
 from sft.convert.conversion import Conversion, Special, batch, held_out, texts, tokens
 from sft.convert.llamafactory_rows import INFO, Rows
@@ -81,7 +81,7 @@ def packing(conversion: Conversion, name: str, value: Any, given: bool) -> None:
 def overwrite(conversion: Conversion, name: str, value: Any, given: bool) -> None:
     """Leave out the consent to delete a run, which a file must not give at every start."""
     note = "give overwrite=true on the command line when you mean it: it deletes the run"
-    conversion.add(name, value, Outcome(DIFFERS, {}, note) if value else same(), given)
+    conversion.add(name, value, off(note) if value else same(), given)
 
 
 def dataset_dir(conversion: Conversion, name: str, value: Any, given: bool) -> None:

@@ -78,12 +78,9 @@ class Rows:
         if not isinstance(found, dict):
             rule = f"must be a mapping of names, not {type(found).__name__}"
             raise ConfigError([Problem(str(path), rule, "correct the file")])
-        if path.parent == Path.cwd() / str(named):
-            return found, str(named)
-        is_inside = path.resolve().is_relative_to(Path.cwd())
-        return found, str(
-            path.resolve().parent.relative_to(Path.cwd()) if is_inside else path.parent
-        )
+        above = path.parent.resolve()
+        is_below = above.is_relative_to(Path.cwd())
+        return found, str(above.relative_to(Path.cwd()) if is_below else above)
 
     def train(self, conversion: Conversion, name: str, value: Any, given: bool) -> None:
         """Convert ``dataset``: one becomes dataset.path, several become dataset.mix."""
@@ -136,6 +133,7 @@ class Rows:
             Its path, subset, split and columns, and whether its rows are pairs of columns.
         """
         source: dict[str, Any] = {
+            "name": name,
             "columns": {},
             "pairs": entry.get("formatting", "alpaca") == "alpaca",
         }
