@@ -21,6 +21,7 @@ from sft.run import record
 
 if TYPE_CHECKING:
     from sft.data.template import Template
+    from sft.inference.card import Card
 
 logger = logging.getLogger("sft")
 MOST_TOKENS = 1 << 24  # more than any model has positions
@@ -107,15 +108,16 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     from sft.fast import cpu_products
     from sft.inference.answers import complete, room
 
-    model, template = _load(config, folder)
+    model, template, card = _load(config, folder)
     cpu_products.widen_products(model.dtype)
     rows = _rows(config, template)
+    named = card.named(rows) if card and config.file and not config.raw else rows
     encoder = Encoder(template.tokenizer)
     prompts = [
         encoder.prompt(row["prompt"], bos=True)
         if config.raw
         else encoder.prompt(template.render_prompt(row), bos=template.adds_bos)
-        for row in rows
+        for row in named
     ]
     longest = room(model, prompts, config.max_new_tokens)
     if longest < config.max_new_tokens:
@@ -164,8 +166,8 @@ def _folder(config: GenerateConfig) -> Path:
     return folder
 
 
-def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
-    """Load the model, with its adapter, and the template it was trained with."""
+def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template, Card | None]:
+    """Load the model, with its adapter, and the template and the card of its training."""
     from sft.data.template import Template
     from sft.inference.card import read_card
     from sft.model.base import load_frozen, load_tokenizer
@@ -184,7 +186,7 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template]:
     chat = TemplateConfig(name="chat", kind="chat", prompts=["{prompt}"], completions=["{answer}"])
     plain = TemplateConfig(name="plain", prompts=["{prompt}"], completions=["{answer}"])
     fallback = chat if tokenizer.chat_template else plain
-    return model, Template(card.template if card else fallback, tokenizer)
+    return model, Template(card.template if card else fallback, tokenizer), card
 
 
 def _adapted(config: GenerateConfig, folder: Path) -> Any:

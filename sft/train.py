@@ -123,7 +123,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     architecture = load_architecture(config.model)
     tokens.grow(architecture, new.needed)
     config = prequantized.as_stored(config, architecture.config)
-    trainable.freeze_architecture(config.model, architecture)
+    trainable.freeze_architecture(config.model, architecture, new)
     precision = choices.choose_precision(config, architecture, run.begun_identity())
     lora = adapter.lora_config(config, architecture, new)
     fast_lora.leave_out_unusual(lora, architecture)

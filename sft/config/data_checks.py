@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sft.config import upstream
-from sft.config.artefact_meta import meta_of
+from sft.config.artefact_meta import meta_of, unread
 from sft.config.data_settings import CHECKS, DatasetConfig
 from sft.config.rules import written
 from sft.config.settings import Config, packing_of
@@ -28,6 +28,7 @@ def problems(config: Config) -> Iterator[Problem]:
     """Check the sections dataset and template, each and together."""
     yield from _held_out(config.dataset, config.template)
     yield from _sources(config.dataset)
+    yield from unread(config.dataset)
     if config.dataset.streaming and config.train.max_steps < 1:
         yield Problem(
             "dataset.streaming=true",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from sft.data.flags import FLAGS_OF_MESSAGES
 from sft.data.messages import ROLES, message_of
 from sft.data.tool_calls import tools_of
 from sft.data.values import described, is_absent, is_filled, parsed, text_of
@@ -85,7 +86,7 @@ def conversation_of(row: dict[str, Any], name: str, answered: bool = True) -> Co
     """Return the conversation that a row holds; None if the template makes one of its columns.
 
     A ``prompt`` or ``completion`` that is a list of messages makes a conversation, whatever the
-    other one is. The answers in the prompt are not trained.
+    other one is. The answers in the prompt are not trained, whatever their flags say.
 
     Args:
         row: The row.
@@ -108,7 +109,7 @@ def conversation_of(row: dict[str, Any], name: str, answered: bool = True) -> Co
         return None
     turns: list[tuple[str, Any]] = []
     if isinstance(prompt, list):
-        turns += [("prompt", {**_plain(item, "prompt"), "train": False}) for item in prompt]
+        turns += [("prompt", _untrained(_plain(item, "prompt"))) for item in prompt]
     else:
         turns.append(("prompt", {"role": "user", "content": prompt}))
     if isinstance(completion, list):
@@ -125,6 +126,12 @@ def conversation_of(row: dict[str, Any], name: str, answered: bool = True) -> Co
     if is_filled(completion):
         turns.append(("completion", answer_of(completion, row)))
     return conversation(turns, row, {"prompt", "completion", "reasoning_content"})
+
+
+def _untrained(item: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without its flags and weights, which count in a completion only."""
+    kept = {key: value for key, value in item.items() if key not in FLAGS_OF_MESSAGES}
+    return {**kept, "train": False}
 
 
 def answer_of(text: Any, row: dict[str, Any]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Source:
             if isinstance(row, Row):
                 if number <= SEEN:
                     seen |= dict.fromkeys(row.values)
-                row = row._replace(values=self._renamed(row.values))
+                row = row._replace(values=self.renamed(row.values))
             if number == SEEN:
                 self._require_columns(seen)
             yield row
@@ -147,7 +147,7 @@ class Source:
                     f"    fix: dataset.columns.{name}=COLUMN"
                 )
 
-    def _renamed(self, values: dict[str, Any]) -> dict[str, Any]:
+    def renamed(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return a row's values, and its messages, by their new names.
 
         A field such as ``content`` is a column where no message has the key.

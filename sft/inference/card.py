@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from sft.config import upstream
+from sft.config.artefact_meta import meta_of
 from sft.config.new_tokens import read_new_tokens
 from sft.config.plain import from_json, read_json
-from sft.config.settings import Config, ModelConfig, QuantizationConfig, TemplateConfig
+from sft.config.settings import (
+    Config,
+    DatasetConfig,
+    ModelConfig,
+    QuantizationConfig,
+    TemplateConfig,
+)
 from sft.config.template_settings import parts_of
 from sft.errors import ConfigError, ModelError
 from sft.files import write_text
@@ -36,18 +43,48 @@ class Card:
         template: How prompts and answers are rendered.
         quantization: How training stored the base model.
         identity: ``base`` identifies the base weights, ``precision`` is how they were loaded.
+        columns: ``dataset.columns``, with which the rows of a file to answer are read too.
+        roles: ``dataset.roles``.
     """
 
     model: ModelConfig
     template: TemplateConfig
     quantization: QuantizationConfig
     identity: dict[str, str] = dataclasses.field(default_factory=dict)
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    roles: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def named(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rename columns, keys and roles of rows as in training, where a row has them."""
+        if not (self.columns or self.roles):
+            return rows
+        from sft.data.sources import Source
+
+        source = Source("", columns=self.columns, roles=self.roles)
+        return [source.renamed(row) for row in rows]
 
 
 def card_of(config: Config, identity: dict[str, str]) -> Card:
     """Return the card of a run, with the base and the precision of its identity."""
     kept = {what: found for what, found in identity.items() if what in ("base", "precision")}
-    return Card(config.model, config.template, config.quantization, kept)
+    return Card(config.model, config.template, config.quantization, kept, **_names(config.dataset))
+
+
+def _names(data: DatasetConfig) -> dict[str, Any]:
+    """Return the names of columns and roles in the data; where its sources differ, what they share.
+
+    Prepared data was made with the names in its meta.json.
+    """
+    meta = meta_of(data.path)
+    settings = dataclasses.asdict(data) if meta is None else meta.get("settings", {})
+    shared = {name: settings.get(name, {}) for name in ("columns", "roles")}
+    sources = [{**shared, **item} for item in settings.get("mix", {}).values()]
+    return {
+        name: sources[0][name]
+        if sources and all(source[name] == sources[0][name] for source in sources)
+        else value
+        for name, value in shared.items()
+    }
 
 
 def write_card(folder: Path, content: Card) -> None:

@@ -42,7 +42,7 @@ def problems(lora: LoraSection, model: PreTrainedModel, adapted: list[str]) -> I
             yield Problem(
                 written,
                 f"LoRA on {path} cannot be merged correctly: the head shares its weight",
-                f"lora.modules_to_save=[{path.rpartition('.')[2]}]",
+                _saved_instead(lora, path),
             )
     rows = lora.extra.get("trainable_token_indices")
     if rows is not None and getattr(head, "bias", None) is not None:
@@ -61,6 +61,14 @@ def problems(lora: LoraSection, model: PreTrainedModel, adapted: list[str]) -> I
                 f"{bare[0]} has no bias into which the adapter's can be merged",
                 "lora.extra.lora_bias=false",
             )
+
+
+def _saved_instead(lora: LoraSection, path: str) -> str:
+    """Return the settings that train a module in full instead of adapting it."""
+    given = lora.target_modules
+    kept = [] if isinstance(given, str) else [name for name in given if not matches(path, name)]
+    targets = f"[{','.join(kept)}]" if kept else "all-linear"
+    return f"lora.target_modules={targets} lora.modules_to_save=[{path.rpartition('.')[2]}]"
 
 
 def _tying(lora: LoraSection, model: PreTrainedModel) -> Iterator[Problem]:
@@ -109,10 +117,10 @@ def new_token_problems(
     if not new:
         return
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if any(model.get_submodule(path) is embedding for path in adapted):
+    for path in (path for path in adapted if model.get_submodule(path) is embedding):
         rule = "an embedding with an adapter cannot train the rows of model.new_tokens too"
         written = f"lora.target_modules={lora.target_modules}"
-        yield Problem(written, rule, f"lora.modules_to_save=[{_leaf(model, embedding)}]")
+        yield Problem(written, rule, _saved_instead(lora, path))
     saved = lora.modules_to_save or ()
     whole = _whole(lora, model)
     if not is_tied(model):

@@ -14,6 +14,8 @@ from sft.limits import slow_pattern
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from sft.model.tokenizer import NewTokens
+
 SETTING = "model.trainable"
 RANGE = re.compile(r".*\[\d*:\d*\]$")  # Axolotl's notation for some rows of a weight
 
@@ -32,15 +34,17 @@ def freeze(model: PreTrainedModel, patterns: Iterable[str]) -> None:
         parameter.requires_grad_(id(parameter) in trained)
 
 
-def freeze_architecture(model: ModelConfig, architecture: PreTrainedModel) -> None:
+def freeze_architecture(model: ModelConfig, architecture: PreTrainedModel, new: NewTokens) -> None:
     """Check the patterns, and freeze the model without weights as it will be trained.
 
     Args:
         model: The model's settings.
-        architecture: The model on the meta device.
+        architecture: The model on the meta device, with the rows of the new tokens.
+        new: The new tokens.
 
     Raises:
-        ConfigError: A pattern is no regular expression, takes long, or matches nothing.
+        ConfigError: A pattern is no regular expression, takes long, or matches nothing; or the
+            rows of new tokens would stay as they begin.
     """
     patterns = model.trainable
     if patterns is None:
@@ -66,3 +70,25 @@ def freeze_architecture(model: ModelConfig, architecture: PreTrainedModel) -> No
     if found:
         raise ConfigError(found)
     freeze(architecture, patterns)
+    if new:
+        _require_rows(patterns, architecture)
+
+
+def _require_rows(patterns: list[str], architecture: PreTrainedModel) -> None:
+    """Require that embedding and head are trained, which hold the rows of new tokens.
+
+    Raises:
+        ConfigError: One of them is not.
+    """
+    ends = (architecture.get_input_embeddings(), architecture.get_output_embeddings())
+    frozen = [
+        f"{path}.weight"
+        for path, module in architecture.named_modules()
+        if any(module is end for end in ends) and not module.weight.requires_grad
+    ]
+    if frozen:
+        rule = f"leaves {' and '.join(frozen)} as they are, with the rows of model.new_tokens"
+        # Two names of one shared weight are one too many.
+        added = list({id(architecture.get_parameter(name)): name for name in frozen}.values())
+        fix = f"{SETTING}=[{', '.join([*patterns, *added])}]"
+        raise ConfigError([Problem(f"{SETTING}=[{', '.join(patterns)}]", rule, f"'{fix}'")])

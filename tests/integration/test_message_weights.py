@@ -12,8 +12,12 @@ from support import records
 from transformers import AutoModelForCausalLM
 from warm import run_warm
 
+from sft.errors import ConfigError
+from sft.train import main as train
+
 WEIGHTS = (0.5, None, 0.1, 0, 0.25)  # of the answers, in turn
 RATE, STEPS = 1e-2, 3
+ROLES = ("user", "assistant", "user")
 
 
 @pytest.fixture
@@ -128,3 +132,49 @@ def test_the_loss_is_the_weighted_mean_over_all_ranks_and_micro_batches(
         "train", *command, *runs["chunked"][1], f"output_dir={tmp_path / 'chunked'}", cwd=tmp_path
     )
     assert prove.differences(straight, prove.outcome(tmp_path / "chunked")) == []
+
+
+def test_generation_reads_the_columns_and_roles_of_training(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run, of its merged model, and of a run on prepared data."""
+    from sft.data import __main__ as data
+    from sft.generate import main as generate
+    from sft.merge import __main__ as merge
+
+    monkeypatch.chdir(tmp_path)
+    own = [
+        {"speaker": name, "words": words}
+        for name, words in (("customer", "How long?"), ("agent", "ab"), ("customer", "And now?"))
+    ]
+    known = [
+        {"role": role, "content": item["words"]} for role, item in zip(ROLES, own, strict=True)
+    ]
+    answer = {"speaker": "agent", "words": "cd"}
+    Path("rows.jsonl").write_text(json.dumps({"dialog": [*own, answer]}) + "\n")
+    Path("own.jsonl").write_text(json.dumps({"dialog": own}) + "\n")
+    Path("known.jsonl").write_text(json.dumps({"messages": known}) + "\n")
+    model = ["model=hf", f"model.name_or_path={llama}"]
+    rows = [
+        *("template=chat", "dataset=rows.jsonl", "dataset.eval_fraction=0"),
+        "dataset.roles={user: [customer], assistant: [agent]}",
+        "dataset.columns={messages: dialog, role: speaker, content: words}",
+    ]
+    steps = ["train.max_steps=1", "train.save_strategy=no", "train.global_batch_size=4"]
+    run_warm("train", *model, *rows, *steps, "output_dir=run", cwd=tmp_path)
+    merge.merge(merge.main.compose(["run=run"]))
+    data.data(data.main.compose([*model, *rows, "output=prepared"]))
+    prepared = ["dataset=pretokenized", "dataset.path=prepared", "output_dir=again"]
+    run_warm("train", *model, *steps, *prepared, cwd=tmp_path)
+    for which in ("run=run", "model=run/merged", "run=again"):
+        said = []
+        for file in ("own.jsonl", "known.jsonl"):
+            config = generate.compose([which, f"file={file}", "max_new_tokens=9"])
+            (found,) = generate.run(config)["answers"]
+            said.append(found.pop("generated"))
+            assert found == json.loads(Path(file).read_text())
+        assert said[0] == said[1]
+    # What they say is not read again.
+    wrong = "dataset.roles={user: [client]}"
+    with pytest.raises(ConfigError, match="has no effect on prepared data"):
+        train.compose([*model, *steps, *prepared, wrong])

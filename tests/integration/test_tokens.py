@@ -1,6 +1,7 @@
 """New tokens, another EOS and pad token; and what is saved stops where the template ends a turn."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,22 @@ def test_what_peft_would_not_tie_is_refused(
     with pytest.raises(ConfigError, match=said) as raised:
         train(given)
     assert "lora.modules_to_save=[wte,lm_head]" in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_trained_weights_must_hold_the_new_rows(
+    bases: dict[str, Path], thoughts: tuple[Path, Path], tmp_path: Path, kind: str
+) -> None:
+    more = [NEW, "lora=none", "model.trainable=[model.layers.1, model.embed]"]
+    given = settings(bases[kind], thoughts, tmp_path / "run", *more)
+    if kind == "untied":
+        with pytest.raises(ConfigError, match="leaves lm_head") as raised:
+            train(given)
+        (fix,) = re.findall("'(model.trainable=.*)'", str(raised.value))
+        given = settings(bases[kind], thoughts, tmp_path / "run", *more, fix)
+    train(given)
+    for end, old in zip(ends_of(tmp_path / "run" / "model"), ends_of(bases[kind]), strict=True):
+        assert (end[KNOWN:] - old[:KNOWN].mean(0)).abs().amax(1).min() > 1e-3
 
 
 def loss_of(model: Any, tokenizer: Any, path: Path) -> float:

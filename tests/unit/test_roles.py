@@ -186,3 +186,13 @@ def test_names_that_cannot_be_are_refused() -> None:
             assert found(**settings) == [(key + setting, rule, fix.replace("KEY", key))]
     mix = {"dataset__path": None, "dataset__mix": {"a": {"path": "x", "roles": ["a"]}}}
     assert found(**mix)[0][1] == "must be a mapping of roles to names"
+
+
+def test_the_flags_of_a_prompt_train_nothing(audit: Any) -> None:  # noqa: F811
+    turns = USUAL["messages"]
+    plain, _, _ = audit([{"prompt": turns[:4], "completion": "four"}], CHAT)
+    assert plain[0].count("⟦") == 1
+    for flag in ({"weight": 1}, {"train": True}, {"weight": 0.5, "loss": 0}):
+        flagged = [{**turn, **flag} for turn in turns[:4]]
+        texts, figures, _ = audit([{"prompt": flagged, "completion": "four"}], CHAT)
+        assert texts == plain and figures["unused_columns"] == {}
