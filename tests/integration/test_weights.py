@@ -10,6 +10,7 @@ from support import SAME_LOSS, assert_same_adapter, build_adapter, build_model, 
 from warm import run_warm
 
 from sft import prove
+from sft.config import packages
 from sft.errors import ConfigError, MergeError, ModelError, RunError
 
 FILE = "adapter/adapter_model.safetensors"
@@ -366,7 +367,6 @@ def test_names_that_cannot_be_trained_are_refused(
 
 def kernel_of_the_hub(monkeypatch: pytest.MonkeyPatch, honest: bool) -> None:
     """Let Transformers get a kernel from the hub, which attends with PyTorch's sdpa."""
-    import importlib.util
     import itertools
     import types
 
@@ -391,11 +391,8 @@ def kernel_of_the_hub(monkeypatch: pytest.MonkeyPatch, honest: bool) -> None:
 
     module = types.ModuleType("kernel")
     module.flash_attn_func, module.flash_attn_varlen_func = dense, varlen  # type: ignore[attr-defined]
-    find = importlib.util.find_spec
-    there = importlib.machinery.ModuleSpec("kernels", None)
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: there if name == "kernels" else find(name, *a)
-    )
+    installed = packages.installed
+    monkeypatch.setattr(packages, "installed", lambda name: name == "kernels" or installed(name))
     for where in ("sft.plan.kernel", "transformers.modeling_utils", hub_kernels.__name__):
         monkeypatch.setattr(f"{where}.is_kernels_available", lambda: True)
     monkeypatch.setattr(hub_kernels, "get_kernel", lambda *_, **__: module)
@@ -428,7 +425,8 @@ def test_flash_attention_from_the_hub_needs_consent(monkeypatch: pytest.MonkeyPa
     from sft.train import main
 
     asked = ["model=tiny", "model.attn_implementation=flash_attention_2"]
-    main.compose(asked)
+    with pytest.raises(ConfigError, match="needs the package flash-attn or kernels"):
+        main.compose(asked)
     kernel_of_the_hub(monkeypatch, honest=True)
     with pytest.raises(ConfigError, match="needs your consent"):
         main.compose(asked)
