@@ -114,7 +114,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.model.base import check_fits, load_architecture, load_base
         from sft.model.precision import dtype_of
         from sft.model.tokenizer import load_tokens
-        from sft.plan import choices
+        from sft.plan import choices, schedule
         from sft.run import resume
         from sft.training import build, groups, loop, start, summary
 
@@ -133,7 +133,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
-    check_batch(config, prepared)
+    schedule.require_batch(config.train, prepared.train.counts.samples)
     chosen = choices.decide(config, architecture, precision, prepared, new)
     run.identify(chosen, prepared)
     logger.info("%s", "\n".join(chosen.lines()))
@@ -158,20 +158,6 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
             loop.add_checks(run, trainer, prepared, template.stop_ids, resume_from, signals)
             final = loop.train(trainer, config, template.stop_ids, resume_from)
             save(run, trainer, config, final)
-
-
-def check_batch(config: Config, prepared: Prepared) -> None:
-    """Refuse a large micro-batch that the data cannot fill: the rest of it would be computed, too.
-
-    Raises:
-        ConfigError: It is larger than the data.
-    """
-    micro, samples = config.train.per_device_train_batch_size, prepared.train.counts.samples
-    if micro > max(64, samples):
-        rule = f"is more than the {samples:,} samples of the data"
-        fix = "train.per_device_train_batch_size=8 train.global_batch_size=8"
-        setting = f"train.per_device_train_batch_size={micro}"
-        raise ConfigError([Problem(setting, rule, fix)])
 
 
 @contextlib.contextmanager

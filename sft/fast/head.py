@@ -6,8 +6,6 @@ The full logits of a batch, (tokens, vocabulary), are never in memory.
 from __future__ import annotations
 
 import functools
-import inspect
-import sys
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from sft.config.rules import AS_SET, Choice
 from sft.data.collator import trained_places
 from sft.errors import ConfigError, Problem
+from sft.fast.balance import COEFFICIENT, balances
 from sft.fast.loss import Logits, SummedLoss
 from sft.fast.rows import split
 
@@ -28,11 +27,6 @@ if TYPE_CHECKING:
 
     from sft.config.settings import Config
 
-COEFFICIENT = "router_aux_loss_coef"
-EXPERT_NAMES = {
-    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("moe_k", "moe_topk", "num_experts_per_token"),
-}
 TILE = 32768  # vocabulary entries at once, as in TRL's trainer
 
 
@@ -220,56 +214,3 @@ def choose(config: Config, architecture: PreTrainedModel, weighted: bool = False
     if torch.cuda.is_available():
         return Choice(name, "trl", "TRL's Triton kernel runs on this GPU")
     return Choice(name, "chunked", "there is no GPU for TRL's Triton kernel")
-
-
-def balances(config: Config, architecture: PreTrainedModel) -> bool:
-    """Return whether training adds the loss that balances the load of experts.
-
-    TRL adds Mixtral's loss with the coefficient of ``train.extra`` or of the model's config. This
-    holds for architectures whose own forward pass adds it too, and whose routers exist: a config
-    may have the fields without any layer of experts.
-
-    Args:
-        config: The run's config.
-        architecture: The model, with or without weights.
-
-    Raises:
-        ConfigError: A coefficient is set, and the architecture has no such loss.
-    """
-    text = architecture.config.get_text_config()
-    asked = config.train.extra.get(COEFFICIENT)
-    coefficient = getattr(text, COEFFICIENT, None) if asked is None else asked
-    if not coefficient or not hasattr(text, "output_router_logits"):
-        return bool(coefficient) and asked is not None  # TRL refuses it by name
-    if not _has_balancing_loss(architecture):
-        if asked:
-            rule = f"{architecture.config.model_type} adds no loss that balances its experts"
-            problem = Problem(f"train.extra.{COEFFICIENT}={asked}", rule, "leave it out")
-            raise ConfigError([problem])
-        return False
-    # TRL reads the number of experts by Mixtral's names.
-    for wanted, others in EXPERT_NAMES.items():
-        other = next((each for each in others if getattr(text, each, None)), None)
-        if not hasattr(text, wanted) and other is not None:
-            known = type(text).attribute_map
-            type(text).attribute_map = {**known, wanted: known.get(other, other)}
-    return True
-
-
-def _has_balancing_loss(architecture: PreTrainedModel) -> bool:
-    """Return whether the model's own forward pass adds Mixtral's loss to that of the labels."""
-    function = getattr(sys.modules[type(architecture).__module__], "load_balancing_loss_func", None)
-    if function is None or "top_k" not in list(inspect.signature(function).parameters)[:3]:
-        return False
-    recorded: Any = {}
-    for module in architecture.modules():
-        recorded = recorded or (getattr(module, "_can_record_outputs", None) or {}).get(
-            "router_logits"
-        )
-    recorders = recorded if isinstance(recorded, list) else [recorded]
-    routers = tuple(
-        kind
-        for kind in (getattr(each, "target_class", each) for each in recorders)
-        if isinstance(kind, type)
-    )
-    return any(isinstance(module, routers) for module in architecture.modules())

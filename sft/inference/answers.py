@@ -1,27 +1,24 @@
-"""Generate greedy answers to prompts, and count those that match exactly."""
+"""Generate greedy answers to prompts."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import logging
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 
 from sft.attributes import replaced
 from sft.checkpoint.sharded import shape_of
-from sft.data.row_encoder import IGNORE_INDEX
 from sft.errors import DataError
 from sft.inference.stops import all_stop_ids
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -47,10 +44,10 @@ def complete(
     given = (prompts, max_new_tokens, device, stop_ids)
     ids = continuations(model, tokenizer, *given, **options).tolist()
     stops = all_stop_ids(model.generation_config, tokenizer, stop_ids)
-    return _texts(tokenizer, ids, stops)
+    return texts_of(tokenizer, ids, stops)
 
 
-def _texts(
+def texts_of(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]], stops: Sequence[int]
 ) -> list[str]:
     """Decode each row up to the first token that ends an answer, which need not be special."""
@@ -115,10 +112,17 @@ def answering(model: PreTrainedModel) -> Iterator[None]:
     text, own = model.config.get_text_config(), model.generation_config
     balance = {ROUTERS: False} if getattr(text, ROUTERS, False) else {}
     plain = {"generation_config": type(own)(eos_token_id=own.eos_token_id)}
+    # PEFT's generate writes the settings of its model into the base.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     was_training = model.training
     model.eval()
     try:
-        with replaced(text, balance), replaced(model, plain), torch.no_grad():
+        with (
+            replaced(text, balance),
+            replaced(base, plain),
+            replaced(model, plain),
+            torch.no_grad(),
+        ):
             yield
     finally:
         model.train(was_training)
@@ -189,74 +193,3 @@ def room(model: PreTrainedModel, prompts: Sequence[list[int]], wanted: int) -> i
             "    fix: a shorter prompt, or a model with a longer context"
         )
     return int(positions - longest)
-
-
-def exact_match(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Dataset,
-    batch_size: int,
-    device: torch.device,
-    stop_ids: Sequence[int],
-) -> dict[str, float]:
-    """Answer each sample's prompt greedily and compare with its answer, on all ranks together.
-
-    The answer is the last trained span of a sample, and the prompt is all that precedes it, with
-    the token ids of training.
-
-    Args:
-        model: This rank's model; under ZeRO-3 every rank takes part in every forward.
-        tokenizer: The samples' tokenizer.
-        samples: Held-out samples, one document each.
-        batch_size: Prompts per batch on each rank.
-        device: Where this rank computes.
-        stop_ids: Tokens that end an answer, besides EOS.
-
-    Returns:
-        ``exact_match`` (share), ``exact_match_rows`` and ``exact_match_seconds``.
-    """
-    began = time.perf_counter()
-    prompts, wanted = zip(*(_last_answer(sample) for sample in samples), strict=True)
-    stops = all_stop_ids(model.generation_config, tokenizer, stop_ids)
-    answers = [text.strip() for text in _texts(tokenizer, wanted, stops)]
-    # Allow two tokens more than the longest answer: an answer that is longer is wrong anyway.
-    longest = max(map(len, wanted)) + 2
-    if not takes_padding(model, tokenizer, device):
-        batch_size = 1  # every rank must generate as often as the others
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    right = torch.zeros(1, dtype=torch.int64, device=device)
-    for start in range(0, len(prompts), batch_size * ranks):
-        indices = list(range(start + rank, min(start + batch_size * ranks, len(prompts)), ranks))
-        # A rank that has none left repeats a prompt without counting it: ZeRO-3 needs every rank.
-        texts = complete(
-            model,
-            tokenizer,
-            [prompts[index] for index in indices or [start]],
-            longest,
-            device,
-            stop_ids,
-            synced_gpus=ranks > 1,
-        )
-        right += sum(
-            text.strip() == answers[index] for index, text in zip(indices, texts, strict=False)
-        )
-    if dist.is_initialized():
-        dist.all_reduce(right)
-    return {
-        "exact_match": right.item() / len(prompts),
-        "exact_match_rows": len(prompts),
-        "exact_match_seconds": round(time.perf_counter() - began, 3),
-    }
-
-
-def _last_answer(sample: dict[str, list[int]]) -> tuple[list[int], list[int]]:
-    """Split a sample into what precedes its last trained span, and that span."""
-    ids, labels = sample["input_ids"], sample["labels"]
-    stop = len(labels)
-    while labels[stop - 1] == IGNORE_INDEX:
-        stop -= 1
-    start = stop
-    while start and labels[start - 1] != IGNORE_INDEX:
-        start -= 1
-    return ids[:start], ids[start:stop]

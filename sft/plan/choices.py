@@ -14,14 +14,14 @@ from sft.config.artefact_meta import meta_of
 from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
 from sft.errors import ConfigError, Problem
-from sft.fast import head, linear, mixers
+from sft.fast import balance, head, linear, mixers
 from sft.fast import lora as fast_lora
 from sft.model import experts, prequantized, tokens
 from sft.model import precision as precisions
 from sft.model.precision import Precision, dtype_of, needs_masters
 from sft.model.tokenizer import NO_TOKENS, NewTokens
 from sft.plan import kernel, memory, schedule
-from sft.ranks import TIMEOUT, exchange, from_rank_zero
+from sft.ranks import from_rank_zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -179,7 +179,7 @@ def decide(
     columns = prepared.train.dataset.column_names
     packed = "seq_lengths" in columns
     samples = prepared.train.counts.samples
-    balances = head.balances(config, architecture)
+    balances = balance.balances(config, architecture)
     if balances and stage == 3 and (new or config.lora.extra.get("trainable_token_indices")):
         rule = "TRL's head, which balances the experts, cannot gather single trained rows"
         raise ConfigError([Problem("zero=stage3", rule, "zero=stage2")])
@@ -208,7 +208,7 @@ def decide(
         frozen_linear=frozen,
         adapters=_adapters(config, by_peft),
         lm_head=head.choose(config, architecture, "weights" in columns),
-        checkpointing=_same_on_all_ranks(config, recomputes),
+        checkpointing=memory.same_on_all_ranks(config, recomputes),
         evaluation=_evaluation(config, prepared),
         cadence=tuple(schedule.choose_cadence(config.train, samples, prepared.eval is not None)),
         warmup=schedule.choose_warmup(config.train, samples),
@@ -259,20 +259,3 @@ def _evaluation(config: Config, prepared: Prepared) -> Choice:
         return Choice(name, "no", "there are no held-out rows")
     reason = f"{AS_SET}; held-out rows are also evaluated before and after training"
     return Choice(name, config.train.eval_strategy, reason)
-
-
-def _same_on_all_ranks(config: Config, own: Choice) -> Choice:
-    """Turn gradient checkpointing on for every rank if one of them has too little memory.
-
-    Under ZeRO stage 3 the ranks gather each layer together: ranks that compute the layers in
-    different orders would wait for each other forever.
-    """
-    if own.reason == AS_SET:
-        return own
-    timeout = config.train.extra.get("ddp_timeout", TIMEOUT)
-    found = exchange([own.value, own.reason], timeout)
-    for rank, (recomputes, reason) in enumerate(found):
-        if recomputes and not own.value:
-            reason = f"rank {rank} has too little memory, and all ranks must do the same: {reason}"
-            return Choice(own.setting, True, reason)
-    return own

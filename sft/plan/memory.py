@@ -9,6 +9,7 @@ from sft.errors import ConfigError, Problem
 from sft.fast.mixers import largest
 from sft.hardware import available
 from sft.process import world_size
+from sft.ranks import TIMEOUT, exchange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -122,3 +123,20 @@ def choose_checkpointing(
 
 def _size(number: int) -> str:
     return f"{number / 2**30:.1f} GiB" if number > 2**30 / 10 else f"{number / 2**20:.0f} MiB"
+
+
+def same_on_all_ranks(config: Config, own: Choice) -> Choice:
+    """Turn gradient checkpointing on for every rank if one of them has too little memory.
+
+    Under ZeRO stage 3 the ranks gather each layer together: ranks that compute the layers in
+    different orders would wait for each other forever.
+    """
+    if own.reason == AS_SET:
+        return own
+    timeout = config.train.extra.get("ddp_timeout", TIMEOUT)
+    found = exchange([own.value, own.reason], timeout)
+    for rank, (recomputes, reason) in enumerate(found):
+        if recomputes and not own.value:
+            reason = f"rank {rank} has too little memory, and all ranks must do the same: {reason}"
+            return Choice(own.setting, True, reason)
+    return own

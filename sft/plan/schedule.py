@@ -93,3 +93,16 @@ def choose_cadence(train: TrainConfig, samples: int, evaluates: bool) -> Iterato
     if train.save_total_limit == 1 and train.save_strategy != "no" and evaluates:
         reason = "the newest checkpoint; the one with the best evaluation stays beside it"
         yield Choice("train.save_total_limit", 1, f"{reason}, if they differ")
+
+
+def require_batch(train: TrainConfig, samples: int) -> None:
+    """Refuse a large micro-batch that the data cannot fill: the rest of it would be computed, too.
+
+    Raises:
+        ConfigError: It is larger than the data.
+    """
+    micro = train.per_device_train_batch_size
+    if micro > max(64, samples):
+        rule = f"is more than the {samples:,} samples of the data"
+        fix = "train.per_device_train_batch_size=8 train.global_batch_size=8"
+        raise ConfigError([Problem(f"train.per_device_train_batch_size={micro}", rule, fix)])

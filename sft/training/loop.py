@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sft.config import zero
 from sft.fast import isolation, proof
 from sft.fast.probe import Probe
-from sft.inference.answers import exact_match
+from sft.inference.exact_match import exact_match
 from sft.model.precision import dtype_of
 from sft.training import left_out
 from sft.training.cadence import WithinEpochs

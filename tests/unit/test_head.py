@@ -25,7 +25,7 @@ from trl.trainer.utils import add_fused_lm_head
 from sft.config.settings import Config, ModelConfig
 from sft.data.collator import trained_places
 from sft.errors import ConfigError
-from sft.fast import attention, head, loss, proof
+from sft.fast import attention, balance, head, loss, proof
 
 SHAPE = {
     "vocab_size": 307,
@@ -284,10 +284,10 @@ def test_a_trained_copy_of_the_head_gets_the_gradient(tmp_path: Path) -> None:
 def test_experts_that_are_named_otherwise_are_balanced_and_missing_ones_are_not() -> None:
     """TRL asks for num_experts; a config may have the fields of experts without any."""
     granite = architecture_of(GraniteMoeConfig)
-    assert head.balances(Config(), granite)
+    assert balance.balances(Config(), granite)
     assert granite.config.num_experts == granite.config.num_local_experts == 8
-    assert not head.balances(Config(), architecture_of(DogeConfig))
+    assert not balance.balances(Config(), architecture_of(DogeConfig))
     run = Config()
     run.train.extra = {"router_aux_loss_coef": 0.1}
     with pytest.raises(ConfigError, match="llama4_text adds no loss"):
-        head.balances(run, architecture_of(Llama4TextConfig))
+        balance.balances(run, architecture_of(Llama4TextConfig))
