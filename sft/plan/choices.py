@@ -254,8 +254,7 @@ def _adapters(config: Config, by_peft: str) -> Choice:
 
 def _evaluation(config: Config, prepared: Prepared) -> Choice:
     """Choose ``train.eval_strategy``."""
-    name = "train.eval_strategy"
     if prepared.eval is None:
-        return Choice(name, "no", "there are no held-out rows")
+        return Choice("train.eval_strategy", "no", "there are no held-out rows")
     reason = f"{AS_SET}; held-out rows are also evaluated before and after training"
-    return Choice(name, config.train.eval_strategy, reason)
+    return Choice("train.eval_strategy", config.train.eval_strategy, reason)
