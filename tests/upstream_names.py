@@ -127,6 +127,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         *("operations", "source_patterns", "target_patterns"),
     ),
     "transformers.quantizers": ("AutoHfQuantizer",),
+    "transformers.quantizers.quantizers_utils": ("should_convert_module(full_name, patterns)",),
     "transformers.quantizers.base:HfQuantizer": ("is_quantized", "preprocess_model(model)"),
     "transformers.quantizers.quantizer_bnb_4bit": ("is_loaded_in_4bit",),
     "transformers.quantizers.quantizer_bnb_8bit": ("is_loaded_in_8bit",),

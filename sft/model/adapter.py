@@ -21,6 +21,7 @@ from sft.model.adapter_checks import (
     targeted,
 )
 from sft.model.base import load_architecture
+from sft.model.quantization import head_problems
 from sft.model.shared_weights import new_token_problems
 from sft.model.tokenizer import NO_TOKENS, NewTokens, load_tokens
 from sft.model.tokens import grow, trained_beside
@@ -59,6 +60,7 @@ def lora_config(
     refused = sorted(_refused_names(architecture, targeted(lora, architecture)))
     found = list(problems(lora, architecture, zero.stage(zero.read(config.zero))))
     found += new_token_problems(lora, architecture, new, targeted(lora, architecture))
+    found += head_problems(config, architecture, new)
     if refused and lora.target_modules not in GROUPS:
         found.append(_cannot_carry(lora, refused, targeted(lora, architecture)))
     found += missing_layers(lora, targeted(lora, architecture))

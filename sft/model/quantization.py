@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from sft.config.settings import QuantizationConfig
-from sft.errors import ModelError
+from sft.config.settings import Config, QuantizationConfig
+from sft.errors import ModelError, Problem
+from sft.model.tokens import is_tied
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from sft.model.tokenizer import NewTokens
 
 
 def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> Any:
@@ -39,6 +42,42 @@ def quantization_config(quantization: QuantizationConfig, compute_dtype: torch.d
             f"{error}\n"
             "    fix: correct quantization.extra, or the sft.json of the adapter that has it"
         ) from error
+
+
+def head_problems(config: Config, model: PreTrainedModel, new: NewTokens) -> Iterator[Problem]:
+    """Yield the list of modules without quantisation that leaves out the head.
+
+    Our loss and TRL's compute with the head's weight itself. A weight that the embedding shares, or
+    to which rows are added, cannot be stored in fewer bits.
+
+    Args:
+        config: The run's config, with the quantisation of the base's own files.
+        model: The architecture.
+        new: The new tokens.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    key, own, head = "llm_int8_skip_modules", config.quantization, model.get_output_embeddings()
+    skipped = own.extra.get(key)
+    if skipped is None or not (own.load_in_4bit or own.load_in_8bit):
+        return
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    kept = [*skipped, *(model._keep_in_fp32_modules or ())]
+    if path is None or not should_convert_module(path, kept):
+        return
+    apart = "rows of model.new_tokens are added to it" if new else "the embedding shares it"
+    if new or is_tied(model):
+        rule, plain = f"leaves {path} quantised, although {apart}", ""
+    elif config.model.lm_head == "plain":
+        return
+    else:
+        rule = f"leaves {path} quantised, whose loss only model.lm_head=plain computes"
+        plain = "model.lm_head=plain, or "
+    written = f"quantization.extra.{key}=[{','.join(skipped)}]"
+    fix = f"quantization.extra.{key}=[{','.join([*skipped, path])}]"
+    if stored_method(model.config) is not None:  # so its files say it
+        fix = f"{plain}model.name_or_path=THE_MODEL_THAT_WAS_QUANTISED"
+    yield Problem(written, rule, fix)
 
 
 def stored_method(config: PreTrainedConfig) -> str | None:

@@ -48,6 +48,8 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         text = model.config.get_text_config()
         self._as_loaded = {name: getattr(text, name) for name in CHANGED if hasattr(text, name)}
         super().__init__(model, *args, **kwargs)
+        # With 1, the Trainer would delete the newest checkpoint once training has ended.
+        self._keep, self.args.save_total_limit = self.args.save_total_limit, None
         self.running_metrics = RunningMetrics()
 
     @property
@@ -139,7 +141,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
                 self._kept_counts(),
                 self.state,
                 facts | {"stage": zero.stage(args.deepspeed)},
-                args.save_total_limit,
+                self._keep,
             )
             self._saved = step
         if self.control.should_training_stop and step < self.state.max_steps:

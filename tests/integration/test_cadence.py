@@ -75,3 +75,16 @@ def test_shares_of_all_steps_and_a_single_checkpoint(tmp_path: Path, five_steps:
     }
     best = min((step for step in losses if step), key=losses.__getitem__)
     assert saved(run) == sorted({10} | ({best} & {5, 10}))
+
+
+def test_the_newest_checkpoint_stays_beside_a_best_one(
+    tmp_path: Path, five_steps: list[str]
+) -> None:
+    """Step 10 is saved before its evaluation, when that of step 5 is the best one."""
+    command = [*five_steps, "train.eval_strategy=epoch", "train.save_total_limit=1"]
+    command += ["train.save_strategy=steps", "train.save_steps=1", f"output_dir={tmp_path / 'run'}"]
+    run_warm("train", *command, cwd=tmp_path)
+    assert saved(tmp_path / "run") == [5, 10]
+    longer = ["train.num_train_epochs=3", "resume.allow=[train.num_train_epochs]"]
+    run_warm("train", *(item for item in command if "epochs" not in item), *longer, cwd=tmp_path)
+    assert evaluated(tmp_path / "run") == [0, 5, 10, 15]

@@ -220,6 +220,19 @@ def test_files_that_are_quantised_train_as_what_they_were_made_of(
     assert report["passed"] and report["onto"] == "dequantized"
 
 
+@pytest.mark.parametrize(("more", "said"), [([], "plain computes"), (["<a>"], "rows of model")])
+def test_a_list_of_modules_that_leaves_the_head_quantised_is_refused(
+    tmp_path: Path, saving: list[str], more: list[str], said: str
+) -> None:
+    key = "quantization.extra.llm_int8_skip_modules"
+    own = [*without(saving, "train.max_steps"), "quantization=nf4", "train.max_steps=1"]
+    own += [f"model.new_tokens={more}", f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=f"leaves lm_head quantised.*{said}") as raised:
+        train(*own, f"{key}=[q_proj]")
+    assert f"fix: {key}=[q_proj,lm_head]" in str(raised.value)
+    train(*own, f"{key}=[q_proj,lm_head]")
+
+
 def fp8(folder: Path, base: Path) -> tuple[Path, Path]:
     """Write a base with 8-bit floating-point weights and a scale for each block, and its values.
 
