@@ -20,7 +20,7 @@ from sft.config import (
 )
 from sft.config.foreign import DEFAULT, DIFFERS, NOT_OURS, Key, Outcome
 from sft.config.foreign_common import LORA
-from sft.config.grammar import shell_word
+from sft.config.grammar import is_list, parse, shell_word
 from sft.config.rules import declared
 from sft.config.saved import escaped
 from sft.config.settings import Config
@@ -180,3 +180,21 @@ def suggest(path: str, schema: Any, value: Any = None) -> str:
         return f"did you mean {section}.{close}?" if section else f"did you mean {close}?"
     close = upstream.closest(path, paths, CLOSE)
     return f"did you mean {close}?" if close else "remove it"
+
+
+def suggest_sweep(path: str, schema: Any, text: str) -> str:
+    """Suggest a sweep of the setting that was meant, if each of its values becomes one.
+
+    Args:
+        path: The unknown setting.
+        schema: The settings of the command.
+        text: The values, as they were given.
+    """
+    hints = []
+    for item in text.split(",") if is_list(text) else ():
+        parsed = parse(f"{path}={item.strip()}")
+        value = item.strip() if parsed is None else parsed.value()
+        hints.append(suggest(path, schema, value).partition(" (")[0].partition("="))
+    if not hints or len({setting for setting, _, _ in hints}) > 1 or not hints[0][1]:
+        return ""
+    return f"{hints[0][0]}={','.join(value for _, _, value in hints)}"

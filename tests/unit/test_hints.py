@@ -251,3 +251,17 @@ def test_a_value_that_is_no_value_of_a_setting_leaves_nothing_behind() -> None:
     assert names.suggest("preserve_thinking", Config, True) == (
         "template.kwargs.preserve_thinking=true"
     )
+
+
+@pytest.mark.parametrize(
+    ("word", "fix"),
+    [
+        ("lora_r=8,16", "lora.r=8,16"),
+        ("cutoff_len=512,1024", "dataset.max_length=512,1024"),
+        ("nosuch=1,2", "remove it"),
+        ("adapter=lora,qlora", "remove it: sft trains LoRA adapters, or every weight"),
+    ],
+)
+def test_a_sweep_over_a_name_of_another_tool_keeps_its_values(word: str, fix: str) -> None:
+    _, [problem] = train.read([word], None, True)
+    assert problem.fix.startswith(fix)
