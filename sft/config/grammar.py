@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from typing import Any
 
 PLAIN_WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)  # Hydra and YAML read it as the same text
 KEYWORDS = {"null", "true", "false", "nan", "inf"}
+# What a shell does not leave as it is outside quotes; braces with a comma make several words.
+EXPANDED = re.compile(r"[\s;&|<>`$*?!()#~\"\\]|\{[^{}]*,")
 
 
 def hydra_text(value: Any) -> str:
@@ -28,6 +31,37 @@ def hydra_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
+
+
+def shell_word(key: str, value: Any, is_text: bool) -> str:
+    """Return ``key=value`` as it is typed in a shell, with quotes if the shell needs them.
+
+    Args:
+        key: A setting or a group.
+        value: Its value.
+        is_text: Whether the setting takes its value as it is typed.
+    """
+    word = f"{key}={hydra_text(value)}"
+    if not EXPANDED.search(re.sub(r"'[^'\\]*'", "", word)):
+        found = shlex.split(word)[0]
+        text = found.removeprefix(f"{key}=")
+        if _read(found, text, is_text) == value or (is_text and not isinstance(value, str)):
+            return word
+    return f'"{word}"' if not set(word) & set('"$`\\!') else shlex.quote(word)
+
+
+def _read(word: str, text: str, is_text: bool) -> Any:
+    """Read a word as a command does; what cannot be read is equal to nothing."""
+    import yaml
+
+    if is_text:
+        return None if text == "null" else unquoted(text)
+    parsed = parse(word)
+    try:
+        read = from_yaml(text) if parsed is None else parsed.value()
+    except yaml.YAMLError:
+        return math.nan
+    return math.nan if parsed is not None and parsed.is_sweep_override() else read
 
 
 def parse(text: str) -> Any:

@@ -20,11 +20,11 @@ from sft.config import (
 )
 from sft.config.foreign import DEFAULT, DIFFERS, NOT_OURS, Key, Outcome
 from sft.config.foreign_common import LORA
-from sft.config.grammar import hydra_text
+from sft.config.grammar import is_list, parse, shell_word
 from sft.config.rules import declared
 from sft.config.saved import escaped
 from sft.config.settings import Config
-from sft.config.settings_file import field_of
+from sft.config.settings_file import field_of, holds_text
 from sft.errors import Problem
 
 GROUPS = ("dataset", "lora", "model", "quantization", "template", "train", "zero")
@@ -98,11 +98,19 @@ def _takes(schema: Any, key: str, value: Any) -> bool:
     typed = _structured(schema)
     try:
         OmegaConf.update(typed, key, escaped(value), force_add=True)
-    except OmegaConfBaseException:
+        held = OmegaConf.select(typed, key)
+        rule = field.metadata["rule"]
+        inside = key.rpartition(".")[2] != field.name
+        return inside or rule is None or value is None or rule.holds(held)
+    except (OmegaConfBaseException, AssertionError, ArithmeticError, TypeError, AttributeError):
+        _structured.cache_clear()  # the value may stay in it
         return False
-    rule = field.metadata["rule"]
-    inside = key.rpartition(".")[2] != field.name
-    return inside or rule is None or value is None or rule.holds(OmegaConf.select(typed, key))
+
+
+def _word(schema: Any, key: str, value: Any) -> str:
+    """Return a setting or an option as it is typed in a shell."""
+    field = field_of(schema, key)
+    return shell_word(key, value, isinstance(field, dataclasses.Field) and holds_text(field, key))
 
 
 def found(path: str, value: Any) -> dict[str, Outcome]:
@@ -127,7 +135,8 @@ def foreign_hint(path: str, schema: Any, value: Any) -> str:
     meant: dict[str, list[str]] = {}  # the tools by our words
     for tool, item in by_tool.items():
         if item.settings and all(_takes(schema, *pair) for pair in item.settings.items()):
-            meant.setdefault(item.words(), []).append(tool)
+            words = " ".join(_word(schema, *pair) for pair in item.settings.items())
+            meant.setdefault(words, []).append(tool)
     if len(meant) == 1:
         note = next((item.note for item in by_tool.values() if item.settings and item.note), "")
         return next(iter(meant)) + (f" ({note})" if note else "")
@@ -156,13 +165,13 @@ def suggest(path: str, schema: Any, value: Any = None) -> str:
     section, _, leaf = path.rpartition(".")
     owned, refused, legal = SECTIONS.get(section, (frozenset(), {}, frozenset))
     if leaf in legal() - owned - refused.keys():
-        return f"{section}.extra.{leaf}={hydra_text(value)}"
+        return _word(schema, f"{section}.extra.{leaf}", value)
     if hint := foreign_hint(path, schema, value):
         return hint
     paths = list(dict(declared(schema)))
     same_leaf = [known for known in paths if known.rpartition(".")[2] == leaf]
     if len(same_leaf) == 1 and _takes(schema, same_leaf[0], value):
-        return f"{same_leaf[0]}={hydra_text(value)}"
+        return _word(schema, same_leaf[0], value)
     if same_leaf:
         return f"did you mean {' or '.join(same_leaf)}?"
     paths += sorted({path.rpartition(".")[0] for path in paths} - {""})  # the sections
@@ -171,3 +180,21 @@ def suggest(path: str, schema: Any, value: Any = None) -> str:
         return f"did you mean {section}.{close}?" if section else f"did you mean {close}?"
     close = upstream.closest(path, paths, CLOSE)
     return f"did you mean {close}?" if close else "remove it"
+
+
+def suggest_sweep(path: str, schema: Any, text: str) -> str:
+    """Suggest a sweep of the setting that was meant, if each of its values becomes one.
+
+    Args:
+        path: The unknown setting.
+        schema: The settings of the command.
+        text: The values, as they were given.
+    """
+    hints = []
+    for item in text.split(",") if is_list(text) else ():
+        parsed = parse(f"{path}={item.strip()}")
+        value = item.strip() if parsed is None else parsed.value()
+        hints.append(suggest(path, schema, value).partition(" (")[0].partition("="))
+    if not hints or len({setting for setting, _, _ in hints}) > 1 or not hints[0][1]:
+        return ""
+    return f"{hints[0][0]}={','.join(value for _, _, value in hints)}"

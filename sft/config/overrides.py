@@ -20,7 +20,7 @@ import yaml
 from sft.config import settings_file
 from sft.config.grammar import from_yaml, hydra_text, is_list, options_of, parse, unclosed, unquoted
 from sft.config.groups import config_dir_problems, groups, no_option
-from sft.config.names import suggest
+from sft.config.names import suggest, suggest_sweep
 from sft.errors import ConfigError, DataError, Problem
 
 KEY = re.compile(r"[\w$@/.-]+")
@@ -164,8 +164,9 @@ class Reader:
         yield Override(key, value)
 
     def _sweep(self, word: str, key: str, text: str, interval: bool) -> Iterator[Override]:
-        if settings_file.field_of(self.schema, key) is None and not self.sweep:
-            self._wrong(word, "there is no such setting", suggest(key, self.schema, text))
+        if settings_file.field_of(self.schema, key) is None:
+            fix = suggest_sweep(key, self.schema, text) if self.sweep else ""
+            self._wrong(word, "there is no such setting", fix or suggest(key, self.schema, text))
         elif not self.groups:
             self._wrong(word, "takes one value, but several are given", f"{key}=[{text}]")
         elif not self.sweep:

@@ -173,6 +173,8 @@ def test_a_described_command_has_settings_that_exist(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in re.findall(r"\S+\.sft\.yaml", line):  # written by sft import, the line above
+        (tmp_path / name).write_text("lora.r: 4\n")
     for name in FILES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n')

@@ -1,6 +1,7 @@
 """Names of other tools are answered with our setting and the user's value, or with the reason."""
 
 import re
+import subprocess
 from typing import Any
 
 import pytest
@@ -238,3 +239,39 @@ def test_options_of_other_tools_are_answered_with_their_values(
 def test_secrets_are_not_repeated() -> None:
     for name in ("hub_token", "comet_api_key", "swanlab_api_key", "hf_hub_token"):
         assert "sesame" not in names.suggest(name, Config, "sesame")
+
+
+@pytest.mark.parametrize("value", ["a b", "it's", "a,b", "$(id)", "<|end|>", '"q"', "#5", "null"])
+@pytest.mark.parametrize("key", ["special_eos", "metric_for_best_model", "columns"])
+def test_a_hint_may_be_typed_in_a_shell(key: str, value: str) -> None:
+    name = {"special_eos": "eos_token"}.get(key, key)
+    given = {"prompt": value, "completion": "b"} if key == "columns" else value
+    hint = names.suggest(name, Config, given)
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {hint}"], capture_output=True, text=True, check=True
+    ).stdout.split("\0")[:-1]
+    [override], problems = train.read(words)
+    assert problems == [] and override.value == given
+
+
+def test_a_value_that_is_no_value_of_a_setting_leaves_nothing_behind() -> None:
+    for value in ("${HOME}", {"a b": [1]}, float("inf"), "${a.b}"):
+        for name in ("lr", "rank_pattern", "chat_template_kwargs", "log_every_n_steps", "alpha"):
+            names.suggest(name, Config, value)
+    assert names.suggest("preserve_thinking", Config, True) == (
+        "template.kwargs.preserve_thinking=true"
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "fix"),
+    [
+        ("lora_r=8,16", "lora.r=8,16"),
+        ("cutoff_len=512,1024", "dataset.max_length=512,1024"),
+        ("nosuch=1,2", "remove it"),
+        ("adapter=lora,qlora", "remove it: sft trains LoRA adapters, or every weight"),
+    ],
+)
+def test_a_sweep_over_a_name_of_another_tool_keeps_its_values(word: str, fix: str) -> None:
+    _, [problem] = train.read([word], None, True)
+    assert problem.fix.startswith(fix)
