@@ -1,6 +1,7 @@
 """Which weights train, how fast, and in which precision: rates by kind, fp16, quantised bases."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -489,6 +490,12 @@ def test_values_of_config_json_are_replaced(tmp_path: Path, llama: Path, saving:
     with pytest.raises(RunError, match=r"model\.config\.rms_norm_eps"):
         train(*saving, *given[:2], f"output_dir={run}")
     assert_goes_on(run, *saving, *given)
+    shutil.copytree(run, tmp_path / "other")
+    with pytest.raises(RunError) as raised:
+        train(*saving, f"output_dir={tmp_path / 'other'}")
+    (allowed,) = re.findall(r"'(resume\.allow=.*)'", str(raised.value))
+    prove.cut_back(tmp_path / "other", 4)
+    train(*saving, f"output_dir={tmp_path / 'other'}", allowed)
     merge.merge(merge.main.compose([f"run={run}"]))
     written = json.loads((run / "merged" / "config.json").read_text())
     assert written["rope_parameters"] == scaled and written["rms_norm_eps"] == 1e-3
