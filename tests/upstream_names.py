@@ -82,6 +82,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "transformers.modeling_utils:PreTrainedModel": (
         *("_can_record_outputs", "_supports_attention_backend", "_supports_sdpa"),
         "_get_dtype_plan(dtype)",
+        "_keep_in_fp32_modules",
     ),
     "torch.nn.attention.varlen": (
         "varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size)",
@@ -173,6 +174,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         *("BaseTunerLayer", "_check_lora_target_modules_mamba(peft_config, model, target_name)"),
         "check_target_module_exists(config, key)",
     ),
+    "peft.utils.constants": ("EMBEDDING_LAYER_NAMES",),
     "peft.utils.integrations": ("gather_params_ctx(param, modifier_rank)",),
     "peft.utils.other": (
         *("AuxiliaryTrainingWrapper", "ModulesToSaveWrapper", "TrainableTokensWrapper"),

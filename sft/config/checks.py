@@ -21,7 +21,14 @@ from sft.config import (
 )
 from sft.config.compare import CONTENTS, flatten
 from sft.config.new_tokens import read_new_tokens
-from sft.config.rules import HUB_KERNEL, LONGEST_NAME, declared, name_fault, rule_problems
+from sft.config.rules import (
+    HUB_KERNEL,
+    LONGEST_NAME,
+    declared,
+    default_of,
+    name_fault,
+    rule_problems,
+)
 from sft.config.settings import Config, TrainConfig
 from sft.errors import ConfigError, Problem
 from sft.process import world_size
@@ -101,9 +108,13 @@ def _tokens(config: Config) -> Iterator[Problem]:
 
 def _resume(config: Config) -> Iterator[Problem]:
     settings = flatten(dataclasses.asdict(config))
+    # The run that is resumed may have other entries than this command, such as model.config's.
+    mappings = tuple(f"{n}." for n, item in declared(Config) if isinstance(default_of(item), dict))
     for name in config.resume.allow:
-        if name not in CONTENTS and not any(
-            key == name or key.startswith(f"{name}.") for key in settings
+        if not (
+            name in CONTENTS
+            or name.startswith(mappings)
+            or any(key == name or key.startswith(f"{name}.") for key in settings)
         ):
             known = [*settings, *CONTENTS]
             yield Problem(

@@ -186,31 +186,43 @@ def _scored(scores: torch.Tensor, labels: torch.Tensor, asked: Asked) -> HeadOut
     )
 
 
-def choose(config: Config, architecture: PreTrainedModel, weighted: bool = False) -> Choice:
+def choose(
+    config: Config, architecture: PreTrainedModel, weighted: bool = False, split_rows: bool = False
+) -> Choice:
     """Choose ``model.lm_head``: how the loss is computed.
 
     Args:
         config: The run's config.
         architecture: The model, with or without weights.
         weighted: Whether tokens of the data have weights between 0 and 1.
+        split_rows: Whether single rows are trained that ZeRO-3 splits among the ranks.
 
     Raises:
-        ConfigError: Only TRL's head adds the loss that balances experts, and without weights.
+        ConfigError: Only TRL's head adds the loss that balances experts, without weights and
+            without such rows.
     """
     name, asked = "model.lm_head", config.model.lm_head
+    gathers = "TRL's head cannot gather single trained rows, which zero=stage3 splits"
     if balances(config, architecture):
         if weighted:
             rule = "the loss that balances this model's experts is not computed with weights"
             fix = f"train.extra.{COEFFICIENT}=0, or dataset.ignore_columns=[messages.weight]"
             raise ConfigError([Problem("messages with a weight between 0 and 1", rule, fix)])
+        if split_rows:
+            rule = f"{gathers}, and only TRL's adds the loss that balances the experts"
+            raise ConfigError([Problem("zero=stage3", rule, "zero=stage2")])
         if asked in ("chunked", "plain"):
             rule = "only TRL's head adds the loss that balances this model's experts"
             fix = f"{name}=auto, or train.extra.{COEFFICIENT}=0"
             raise ConfigError([Problem(f"{name}={asked}", rule, fix)])
         reason = "only TRL's head adds the loss that balances the experts"
         return Choice(name, "trl", AS_SET if asked == "trl" else reason)
+    if asked == "trl" and split_rows:
+        raise ConfigError([Problem(f"{name}=trl", gathers, f"{name}=chunked")])
     if asked != "auto":
         return Choice(name, asked, AS_SET)
+    if split_rows:
+        return Choice(name, "chunked", gathers)
     if torch.cuda.is_available():
         return Choice(name, "trl", "TRL's Triton kernel runs on this GPU")
     return Choice(name, "chunked", "there is no GPU for TRL's Triton kernel")

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sft.attributes import replaced
 from sft.checkpoint.sharded import shape_of
 from sft.errors import DataError
+from sft.fast.rows import split
 from sft.inference.stops import all_stop_ids
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def takes_padding(
     """
     if model in _takes_padding:
         return _takes_padding[model]
-    rows = shape_of(model.get_input_embeddings().weight)[0]
+    embedding, *_ = split(model.get_input_embeddings())  # whose weight ZeRO-3 may have split
+    rows = shape_of(embedding.weight)[0]
     prompt = [(7 * place + 5) % min(rows, len(tokenizer)) for place in range(9)]
     padding = [tokenizer.pad_token_id] * 7
 

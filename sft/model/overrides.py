@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from sft.config.model_keys import ROPE, SETTING, refused
@@ -94,25 +94,50 @@ def _merge_rope(
                 fix = f"{name}={rope['rope_theta']}"
                 yield Problem(f"{name}={typed(value)}", f"must be {misfit}", fix)
             rope["rope_theta"] = value
+        elif not nested:
+            yield from _rotary(rope, value, name, legal)
         elif not isinstance(value, dict):
-            fix = f"{name}={{rope_type: linear, factor: 2.0}}"
-            yield Problem(f"{name}={typed(value)}", "must be a mapping", f"'{fix}'")
-        elif nested:
-            yield from _merge(rope, value, f"{name}.", {})
-        elif unknown := [entry for entry in value if entry not in legal]:
-            for entry in unknown:
-                rule = "is no entry of rotary embeddings"
-                written = f"{name}.{entry}={typed(value[entry])}"
-                yield Problem(written, rule, did_you_mean(entry, legal))
+            fix = f"{name}.{next(iter(rope))}={{...}}"
+            yield Problem(f"{name}={typed(value)}", "must be a mapping by kind of layer", fix)
         else:
-            # A new kind of scaling must not keep the numbers of the old one.
-            kind = value.get("rope_type", value.get("type"))
-            kept = rope if kind in (None, rope.get("rope_type")) else {}
-            theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-            values["rope_parameters"] = rope = {**theta, **kept, **value}
-            if kind is not None:
-                rope["rope_type"] = kind
-                rope.pop("type", None)
+            for layer, entries in value.items():
+                if isinstance(rope.get(layer), dict):
+                    yield from _rotary(rope[layer], entries, f"{name}.{layer}", legal)
+                else:
+                    rule = "is no kind of layer that has rotary embeddings"
+                    written = f"{name}.{layer}={typed(entries)}"
+                    yield Problem(written, rule, did_you_mean(layer, rope))
+
+
+def _rotary(
+    rope: dict[str, Any], value: Any, name: str, legal: Collection[str]
+) -> Iterator[Problem]:
+    """Write entries of rotary embeddings into those of the model, or of one kind of layer.
+
+    Args:
+        rope: The entries, which are changed.
+        value: The new ones.
+        name: The setting that holds them.
+        legal: The names of entries.
+    """
+    if not isinstance(value, dict):
+        fix = f"{name}={{rope_type: linear, factor: 2.0}}"
+        yield Problem(f"{name}={typed(value)}", "must be a mapping", f"'{fix}'")
+    elif unknown := [entry for entry in value if entry not in legal]:
+        for entry in unknown:
+            rule = "is no entry of rotary embeddings"
+            written = f"{name}.{entry}={typed(value[entry])}"
+            yield Problem(written, rule, did_you_mean(entry, legal))
+    else:
+        # A new kind of scaling must not keep the numbers of the old one.
+        kind = value.get("rope_type", value.get("type"))
+        kept = dict(rope) if kind in (None, rope.get("rope_type")) else {}
+        theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        rope.clear()
+        rope |= {**theta, **kept, **value}
+        if kind is not None:
+            rope["rope_type"] = kind
+            rope.pop("type", None)
 
 
 def _misfit(before: Any, value: Any) -> str:

@@ -117,6 +117,16 @@ def _rows_reason(config: Config, model: PreTrainedModel, new: NewTokens) -> str:
     return "; ".join(reasons) or "lora.modules_to_save trains every row"
 
 
+def trains_rows(config: Config, model: PreTrainedModel, new: NewTokens) -> bool:
+    """Return whether single rows of an embedding or a head are trained beside an adapter."""
+    if not config.lora.enabled:
+        return False
+    if config.lora.extra.get("trainable_token_indices"):
+        return True
+    saved = config.lora.modules_to_save
+    return bool(new) and bool(trained_beside(model, new, saved)["trainable_token_indices"])
+
+
 def trained_beside(
     model: PreTrainedModel, new: NewTokens, saved: Sequence[str] | None
 ) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from sft.config import zero
 from sft.config.artefact_meta import meta_of
 from sft.config.rules import AS_SET, Choice, typed
 from sft.config.settings import Config, packing_of
-from sft.errors import ConfigError, Problem
 from sft.fast import balance, head, linear, mixers
 from sft.fast import lora as fast_lora
 from sft.model import experts, prequantized, tokens
@@ -180,9 +179,7 @@ def decide(
     packed = "seq_lengths" in columns
     samples = prepared.train.counts.samples
     balances = balance.balances(config, architecture)
-    if balances and stage == 3 and (new or config.lora.extra.get("trainable_token_indices")):
-        rule = "TRL's head, which balances the experts, cannot gather single trained rows"
-        raise ConfigError([Problem("zero=stage3", rule, "zero=stage2")])
+    split = stage == 3 and tokens.trains_rows(config, architecture, new)
     attention, joined = kernel.choose(config, architecture, name, packed)
     frozen = linear.choose(config, architecture, name, stage)
     by_peft = fast_lora.left_to_peft(config, stage)
@@ -207,7 +204,7 @@ def decide(
         padding_free=joined,
         frozen_linear=frozen,
         adapters=_adapters(config, by_peft),
-        lm_head=head.choose(config, architecture, "weights" in columns),
+        lm_head=head.choose(config, architecture, "weights" in columns, split),
         checkpointing=memory.same_on_all_ranks(config, recomputes),
         evaluation=_evaluation(config, prepared),
         cadence=tuple(schedule.choose_cadence(config.train, samples, prepared.eval is not None)),

@@ -296,7 +296,7 @@ def test_a_run_with_new_tokens_goes_on_without_their_file(
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
-        ("tied", ["train.gradient_checkpointing=true"]),
+        ("tied", ["train.gradient_checkpointing=true", "dataset.exact_match=2"]),
         ("untied", ["lora=none"]),
     ],
 )
@@ -313,7 +313,12 @@ def test_zero_trains_the_same_rows(
     command = settings(bases[kind], thoughts, two, *given, "zero=stage3", f"{name}=0")
     run_warm("train", *command, ranks=2, cwd=tmp_path)
 
+    def answers(run: Path) -> list[float]:
+        return [record["exact_match"] for record in records(run) if "exact_match" in record]
+
     def require_same() -> None:
+        assert answers(two) == answers(one)
+        assert len(answers(one)) == (2 if kind == "tied" else 0)
         assert losses(two) == pytest.approx(losses(one), rel=1e-5)
         if "lora=none" in more:
             for end, other in zip(ends_of(two / "model"), ends_of(one / "model"), strict=True):
@@ -325,6 +330,15 @@ def test_zero_trains_the_same_rows(
     prove.cut_back(two, 2)
     train(settings(bases[kind], thoughts, two, *given))  # goes on from ZeRO-3's checkpoint
     require_same()
+
+
+def test_trls_head_is_refused_for_rows_that_zero_splits(
+    bases: dict[str, Path], thoughts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    more = [NEW, "zero=stage3", "model.lm_head=trl"]
+    given = settings(bases["tied"], thoughts, tmp_path / "run", *more)
+    with pytest.raises(ConfigError, match=r"single trained rows.*\n.*model\.lm_head=chunked"):
+        train(given)
 
 
 class Force(LogitsProcessor):

@@ -1,12 +1,21 @@
 """Which weights train, how fast, and in which precision: rates by kind, fp16, quantised bases."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from support import SAME_LOSS, assert_same_adapter, build_adapter, build_model, losses, records
+from support import (
+    FAMILIES,
+    SAME_LOSS,
+    assert_same_adapter,
+    build_adapter,
+    build_model,
+    losses,
+    records,
+)
 from warm import run_warm
 
 from sft import prove
@@ -489,11 +498,44 @@ def test_values_of_config_json_are_replaced(tmp_path: Path, llama: Path, saving:
     with pytest.raises(RunError, match=r"model\.config\.rms_norm_eps"):
         train(*saving, *given[:2], f"output_dir={run}")
     assert_goes_on(run, *saving, *given)
+    shutil.copytree(run, tmp_path / "other")
+    with pytest.raises(RunError) as raised:
+        train(*saving, f"output_dir={tmp_path / 'other'}")
+    (allowed,) = re.findall(r"'(resume\.allow=.*)'", str(raised.value))
+    prove.cut_back(tmp_path / "other", 4)
+    train(*saving, f"output_dir={tmp_path / 'other'}", allowed)
     merge.merge(merge.main.compose([f"run={run}"]))
     written = json.loads((run / "merged" / "config.json").read_text())
     assert written["rope_parameters"] == scaled and written["rms_norm_eps"] == 1e-3
     assert not {"rope_theta", "rope_scaling"} & written.keys()
     assert json.loads((run / "merged" / "merge_report.json").read_text())["passed"]
+
+
+def test_rotary_embeddings_of_one_kind_of_layer_are_replaced(
+    tmp_path: Path, saving: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the base's file had them."""
+    import shutil
+
+    sizes = {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}
+    kinds = ["sliding_attention", "full_attention"]
+    monkeypatch.setitem(FAMILIES, "gemma3_text", sizes | {"layer_types": kinds})
+    base, other = build_model(tmp_path / "base", "gemma3_text", tied=True), tmp_path / "other"
+    shutil.copytree(base, other)
+    content = json.loads((other / "config.json").read_text())
+    content["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 4.0}
+    (other / "config.json").write_text(json.dumps(content))
+    name, scaled = "model.config.rope_parameters", "={rope_type: linear, factor: 4.0}"
+    short = [*without(saving, "train.max_steps", "train.save_"), "train.max_steps=2"]
+    short += ["train.save_strategy=no"]
+    given = based_on(base, short, f"{name}.full_attention{scaled}")
+    train(*given, f"output_dir={tmp_path / 'run'}")
+    train(*based_on(other, short), f"output_dir={tmp_path / 'expected'}")
+    train(*based_on(base, short), f"output_dir={tmp_path / 'plain'}")
+    assert losses(tmp_path / "run") == losses(tmp_path / "expected")
+    assert losses(tmp_path / "run") != losses(tmp_path / "plain")
+    with pytest.raises(ConfigError, match="did you mean full_attention"):
+        train(*based_on(base, short, f"{name}.full_atention{scaled}"))
 
 
 @pytest.mark.parametrize(
