@@ -424,6 +424,7 @@ def test_the_defaults_of_a_script_are_those_of_its_calls(
         ({"assistant_only_loss": False}, '{"messages": []}', "all"),
         ({"assistant_only_loss": True}, '{"messages": []}', None),
         ({}, '{"prompt": "a", "completion": "b"}', None),
+        ({}, '{"prompt": [{"role": "user", "content": "a"}], "completion": []}', None),
         ({"assistant_only_loss": False}, '{"prompt": "a", "completion": "b"}', None),
         ({"completion_only_loss": False}, '{"prompt": "a", "completion": "b"}', "all"),
     ],
@@ -434,6 +435,9 @@ def test_what_trl_trains_is_trained(more: Any, row: str, trains: Any, here: Path
     source.keys |= more
     found = convert.convert(source, "trl", 1, train).settings
     assert found.get("template.train_on") == trains
+    is_text = '"prompt": "a"' in row  # texts, which TRL puts into no chat template
+    assert found["template"] == ("completion" if is_text else "chat")
+    assert found.get("template.prompts") == (["{prompt}"] if is_text else None)
 
 
 def test_a_mask_of_answers_in_a_script_needs_conversations(here: Path) -> None:
