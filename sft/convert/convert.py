@@ -20,7 +20,7 @@ from sft.config.rules import declared, default_of
 from sft.config.saved import escaped
 from sft.config.settings import Config
 from sft.convert import axolotl, llamafactory, trl
-from sft.convert.conversion import Conversion, convert_keys, finished
+from sft.convert.conversion import GROUPS, Conversion, convert_keys, finished
 from sft.convert.read import Source
 from sft.errors import ConfigError, Problem
 
@@ -73,6 +73,9 @@ def recognise(source: Source, asked: str | None) -> str:
     """
     if source.path.suffix == ".py":
         return asked or "trl"
+    if any(name.partition(".")[0] in GROUPS and "." in name for name in source.keys):
+        rule, fix = "is a settings file of sft", f"sft train {source.path}"
+        raise ConfigError([Problem(str(source.path), rule, fix)])
     known = {tool: _known(source, tool) for tool in TOOLS}
     best = max(TOOLS, key=lambda tool: len(known[tool]))
     # Keys that only one tool has tell more than those that all have.

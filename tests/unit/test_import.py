@@ -194,6 +194,26 @@ def test_a_file_is_replaced_only_if_asked_for(
     assert "lora.r: 16" in Path("theirs.sft.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["thiers.yaml"], "did you mean theirs.yaml?"),
+        (["."], "is a folder"),
+        (["theirs.yaml", "output=no/such/x.yaml"], "fix: mkdir -p no/such"),
+        (["theirs.yaml", "output=theirs.yaml", "overwrite=true"], "is the configuration itself"),
+        (["ours.yaml", "output=x.yaml"], "fix: sft train ours.yaml"),
+    ],
+)
+def test_a_path_that_cannot_be_meant_is_refused(
+    words: list[str], says: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(SMALL)
+    put("model.name_or_path: a\ntrain.learning_rate: 1e-4\nlora.r: 4\n", "ours.yaml")
+    assert run(*words) == 2
+    assert says in capsys.readouterr().err
+    assert Path("theirs.yaml").read_text() == SMALL
+
+
 def test_secrets_are_neither_written_nor_shown(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +221,8 @@ def test_secrets_are_neither_written_nor_shown(
         "model_name_or_path: a/b\nstage: sft\nfinetuning_type: lora\ncutoff_len: 512\n"
         "hub_token: sesame\nhf_hub_token: sesame\nswanlab_api_key: sesame\n"
         "my_api_key: sesame\nWANDB_API_KEY: sesame\noutput_dir: ${HOME}/x\n"
+        "deepspeed: {wandb: {key: sesame}}\nexport_hub_model_id: hf_sesamesesame\n"
+        "swanlab_mode: https://me:sesame@host\n"
     )
     for words in ([], ["--json", "overwrite=true"]):
         run("theirs.yaml", *words)
