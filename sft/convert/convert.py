@@ -26,6 +26,7 @@ from sft.errors import ConfigError, Problem
 
 TOOLS = {"axolotl": "Axolotl", "llamafactory": "LLaMA-Factory", "trl": "TRL"}
 DEFAULTS = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl}
+SHARED = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
 LEAST_KNOWN = 0.6  # share of the keys that a tool must know
 # Settings that an option of a group gives.
 BY_OPTION = {
@@ -122,7 +123,10 @@ def convert(source: Source, tool: str, gpus: int, train: Command[Any]) -> Result
     if tool == "trl":
         table = {**TABLES["unsloth"], **TABLES["peft"], **table}
     left_out = {name: value for name, value in added.items() if name not in source.keys}
-    conversion = Conversion(table, {**source.keys, **added}, gpus, frozenset(source.calls))
+    # GPUs that share rows, or layers, work on one batch together.
+    shared = [source.keys.get(name) for name in SHARED]
+    rows_of = max(1, gpus // math.prod(size for size in shared if isinstance(size, int) and size))
+    conversion = Conversion(table, {**source.keys, **added}, rows_of, frozenset(source.calls))
     special = (
         llamafactory.special(source.path.resolve().parent)
         if tool == "llamafactory"

@@ -23,7 +23,9 @@ WIDEST = 60  # characters of a value that is shown
 HIDDEN = "(not shown)"
 
 
-SECRET = re.compile(r"(?<!bos|eos|pad|unk|sep|cls)(_|\b)(token|key|secret|password|auth)s?$", re.I)
+SECRET = re.compile(
+    r"(?<!bos|eos|pad|unk|sep|cls)(_|\b)token$|(api|access|secret|private|wandb)_?key$"
+)
 TOKEN = re.compile(r"\b(hf_|sk-|ghp_|glpat-)\w{12,}|://[^/@\s]*:[^/@\s]+@")  # and a URL's password
 
 
@@ -33,8 +35,8 @@ def may_be_secret(key: str, value: Any) -> bool:
         return any(may_be_secret(str(name), item) for name, item in value.items())
     if isinstance(value, list):
         return any(may_be_secret(key, item) for item in value)
-    name = key.rpartition(".")[2]
-    named = SECRET.search(name) or re.search("auth|api_?key|password|secret", name, re.I)
+    name = key.rpartition(".")[2].lower()
+    named = name == "key" or SECRET.search(name) or re.search("auth|password|secret", name)
     return isinstance(value, str) and bool(named or TOKEN.search(value))
 
 

@@ -377,6 +377,10 @@ def test_a_value_of_another_kind_is_reported(
             {"model.config": {"rope_theta": 5}},
         ),
         (
+            {"bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}, "adapter": "qlora"},
+            {"quantization.bnb_4bit_use_double_quant": False},
+        ),
+        (
             {"streaming": True, "max_steps": 9, "saves_per_epoch": 2, "num_epochs": 5},
             {"train.save_strategy": "steps", "train.save_steps": 0.1},
         ),
@@ -386,6 +390,12 @@ def test_what_several_keys_decide(given: Any, settings: Any, here: Path) -> None
     source = Source(Path("x.yaml"), yaml.safe_load(SMALL) | given)
     found = convert.convert(source, "axolotl", 1, train).settings
     assert {name: found.get(name) for name in settings} == settings
+
+
+def test_gpus_that_share_a_row_count_once_in_the_batch(here: Path) -> None:
+    keys = yaml.safe_load(SMALL) | {"context_parallel_size": 4, "tensor_parallel_size": 1}
+    found = convert.convert(Source(Path("x.yaml"), keys), "axolotl", 8, train).settings
+    assert found["train.global_batch_size"] == 2 * 1 * 8 // 4
 
 
 def test_a_script_is_read_and_not_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
