@@ -54,6 +54,16 @@ def special_tokens(value: Any) -> Outcome:
     return Outcome(DIFFERS if settings else DEFAULT, settings, note)
 
 
+def bnb_config(value: Any) -> Outcome:
+    """Convert arguments of BitsAndBytesConfig."""
+    if not isinstance(value, dict) or not value.keys() <= QUANTIZED.keys():
+        return off("write each of them as quantization.NAME")
+    settings: dict[str, Any] = {}
+    for name, item in value.items():
+        settings |= QUANTIZED[name].of(item).settings
+    return Outcome(CONVERTED, settings)
+
+
 def model_config(value: Any) -> Outcome:
     """Convert values of the model's config; the loss of the routers is a setting of training."""
     if not isinstance(value, dict):
@@ -157,7 +167,9 @@ KEYS: dict[str, Key] = {
     "peft_ensure_weight_tying": LORA["ensure_weight_tying"],
     "peft": no("sft does not run the pass over data that LoftQ needs"),
     "peft_autocast_adapter_dtype": done("adapters are trained in float32"),
-    "bnb_config_kwargs": no("write each of them as quantization.NAME"),
+    "bnb_config_kwargs": fn(
+        "quantization", bnb_config, example={"bnb_4bit_use_double_quant": False}
+    ),
     "loraplus_lr_ratio": to("train.loraplus_lr_ratio", example=16.0),
     "loraplus_lr_embedding": to("train.embedding_learning_rate", example=1e-6),
     "unfrozen_parameters": to("model.trainable", change=listed, example=["layers.1."]),

@@ -31,6 +31,10 @@ from sft.config.foreign_common import (
 
 CUT = "TRL cuts off the end of longer rows, and sft stops: dataset.overlong=truncate"
 LENGTH = to("dataset.max_length", CUT, also="dataset.overlong=truncate", example=2048)
+COLUMNS = (
+    "TRL tells by the rows' columns what they are, and sft by template: chat for messages, text "
+)
+COLUMNS += "for a column text; texts of prompt and completion get no chat template in TRL"
 WHOLE = "TRL trains every token of messages, but only the completion of rows with prompt and "
 WHOLE += "completion; sft trains the answers of both unless template.train_on=all"
 
@@ -51,7 +55,7 @@ def chat_template(value: Any) -> Outcome:
 
 
 SCRIPT: dict[str, Key] = {
-    "dataset_name": to("dataset.path", "TRL tells prompts from conversations by the rows' columns"),
+    "dataset_name": to("dataset.path", COLUMNS),
     "dataset_config": to("dataset.subset"),
     "dataset_train_split": to("dataset.split"),
     "dataset_test_split": to("dataset.eval_split"),

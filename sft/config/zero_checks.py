@@ -49,6 +49,7 @@ SAME = {
     name: f"train.optim={ours}"
     for name, ours in (("adagrad", "adagrad"), ("lion", "lion_32bit"), ("sgd", "sgd"))
 }
+LONGEST = 80  # characters of a value that is shown
 NULL = "zero.overrides.{}=null"  # removes a key
 
 
@@ -109,7 +110,8 @@ def _legal_keys(section: str) -> frozenset[str] | None:
 def _key_problems(key: str, value: Any, file: str) -> Iterator[Problem]:
     """Check one key; ``file`` is the name of the JSON, or empty for a key of the overrides."""
     section, _, name = key.rpartition(".")
-    origin = f"{file}: {key}={value}" if file else f"zero.overrides.{key}={value}"
+    shown = str(value) if len(str(value)) <= LONGEST else f"{str(value)[:LONGEST]}..."
+    origin = f"{file}: {key}={shown}" if file else f"zero.overrides.{key}={shown}"
     remove = NULL.format(key) if file else "remove it"
     if key in DEEPSPEED_REFUSED:
         if not is_off(value):
@@ -137,6 +139,10 @@ def _key_problems(key: str, value: Any, file: str) -> Iterator[Problem]:
             hint = upstream.did_you_mean(name, legal)
             yield Problem(origin, rule, hint if hint.startswith("did") else remove)
     elif key in OBJECTS and not isinstance(value, dict | None):
+        if key == "zero_optimization":
+            remove = f"zero=stage{value if str(value) in ('1', '2', '3') else 2}"
+        elif name in OFFLOADS and value in (True, "cpu"):
+            remove = f"zero.overrides.{key}.device=cpu"
         yield Problem(origin, "must be a JSON object", remove if file else f"{key}.KEY=VALUE")
 
 

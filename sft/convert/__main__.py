@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,17 @@ def check(config: ImportConfig) -> list[Problem]:
         problems.append(Problem("file=null", "a configuration is needed", "sft import FILE.yaml"))
         return problems
     output = _output(config)
-    if output.exists() and not config.overwrite:
+    folder = output.parent
+    if output.exists() and output.resolve() == Path(config.file).expanduser().resolve():
+        rule = "is the configuration itself"
+        problems.append(Problem(f"output={output}", rule, f"output={output.stem}.sft.yaml"))
+    elif not folder.is_dir():
+        rule = f"there is no folder {folder}"
+        problems.append(Problem(f"output={output}", rule, f"mkdir -p {shlex.quote(str(folder))}"))
+    elif not os.access(output if output.exists() else folder, os.W_OK):
+        rule = "cannot be written: you have no permission"
+        problems.append(Problem(f"output={output}", rule, "output=FILE.yaml in a folder of yours"))
+    elif output.exists() and not config.overwrite:
         problems.append(Problem(f"output={output}", "the file exists", "overwrite=true"))
     if output.suffix not in (".yaml", ".yml"):
         problems.append(Problem(f"output={output}", "must end in .yaml", f"output={output}.yaml"))

@@ -20,12 +20,13 @@ from sft.config.rules import declared, default_of
 from sft.config.saved import escaped
 from sft.config.settings import Config
 from sft.convert import axolotl, llamafactory, trl
-from sft.convert.conversion import Conversion, convert_keys, finished
+from sft.convert.conversion import GROUPS, Conversion, convert_keys, finished
 from sft.convert.read import Source
 from sft.errors import ConfigError, Problem
 
 TOOLS = {"axolotl": "Axolotl", "llamafactory": "LLaMA-Factory", "trl": "TRL"}
 MODULES = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl}
+SHARED = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
 LEAST_KNOWN = 0.6  # share of the keys that a tool must know
 # Settings that an option of a group gives.
 BY_OPTION = {
@@ -71,6 +72,9 @@ def recognise(source: Source, asked: str | None) -> str:
     """
     if source.path.suffix == ".py":
         return asked or "trl"
+    if any(name.partition(".")[0] in GROUPS and "." in name for name in source.keys):
+        rule, fix = "is a settings file of sft", f"sft train {source.path}"
+        raise ConfigError([Problem(str(source.path), rule, fix)])
     known = {tool: _known(source, tool) for tool in TOOLS}
     best = max(TOOLS, key=lambda tool: len(known[tool]))
     # Keys that only one tool has tell more than those that all have.
@@ -117,7 +121,10 @@ def convert(source: Source, tool: str, gpus: int, train: Command[Any]) -> Result
     if tool == "trl":
         table = {**TABLES["unsloth"], **TABLES["peft"], **table}
     left_out = {name: value for name, value in added.items() if name not in source.keys}
-    conversion = Conversion(table, {**source.keys, **added}, gpus, frozenset(source.calls))
+    # GPUs that share rows, or layers, work on one batch together.
+    shared = [source.keys.get(name) for name in SHARED]
+    rows_of = max(1, gpus // math.prod(size for size in shared if isinstance(size, int) and size))
+    conversion = Conversion(table, {**source.keys, **added}, rows_of, frozenset(source.calls))
     special = (
         llamafactory.special(source.path.resolve().parent)
         if tool == "llamafactory"

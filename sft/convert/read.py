@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,11 @@ def read(file: str) -> Source:
     """
     path = Path(file).expanduser()
     if not path.is_file():
-        raise _refuse(file, "there is no such file", f"give a path that exists, from {Path.cwd()}")
+        rule = "is a folder" if path.is_dir() else "there is no such file"
+        names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = get_close_matches(path.name, names, 1)
+        fix = f"did you mean {path.parent / close[0]}?" if close and not path.is_dir() else ""
+        raise _refuse(file, rule, fix or f"give a path that exists, from {Path.cwd()}")
     if path.stat().st_size > LARGEST:
         rule = f"has {path.stat().st_size:,} bytes, and a configuration at most {LARGEST:,}"
         raise _refuse(file, rule, "give the YAML that the other tool trains with")

@@ -23,11 +23,34 @@ WIDEST = 60  # characters of a value that is shown
 HIDDEN = "(not shown)"
 
 
+SECRET = re.compile(
+    r"(?<!bos|eos|pad|unk|sep|cls)(_|\b)token$|(api|access|secret|private|wandb)_?key$"
+)
+TOKEN = re.compile(r"\b(hf_|sk-|ghp_|glpat-)\w{12,}|://[^/@\s]*:[^/@\s]+@")  # and a URL's password
+
+
+def may_be_secret(key: str, value: Any) -> bool:
+    """Check whether a text, or one within a mapping or list, may be a token, key or password."""
+    if isinstance(value, dict):
+        return any(may_be_secret(str(name), item) for name, item in value.items())
+    if isinstance(value, list):
+        return any(may_be_secret(key, item) for item in value)
+    name = key.rpartition(".")[2].lower()
+    named = name == "key" or SECRET.search(name) or re.search("auth|password|secret", name)
+    return isinstance(value, str) and bool(named or TOKEN.search(value))
+
+
+def _hidden(line: Line) -> bool:
+    """Check whether a value is not shown: that of an unknown key, or one that may be a secret."""
+    if line.secret or (line.outcome.kind == UNKNOWN and line.value is not None):
+        return True
+    return not line.outcome.settings and may_be_secret(line.key, line.value)
+
+
 def _shown(line: Line) -> str:
     """Return a key with its value; the value of an unknown key may be a secret."""
-    hidden = line.secret or (line.outcome.kind == UNKNOWN and line.value is not None)
     text = json.dumps(line.value, ensure_ascii=False, default=str)
-    text = HIDDEN if hidden else text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
+    text = HIDDEN if _hidden(line) else text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
     return f"{line.key}: {text.strip(chr(34))}"
 
 
@@ -100,7 +123,7 @@ def record(result: Result) -> dict[str, Any]:
         "keys": [
             {
                 "key": line.key,
-                "value": HIDDEN if line.secret or line.outcome.kind == UNKNOWN else line.value,
+                "value": HIDDEN if _hidden(line) else line.value,
                 "becomes": line.outcome.kind,
                 "settings": dict(line.outcome.settings),
                 "note": line.outcome.note,

@@ -7,10 +7,12 @@ from typing import Any
 
 from sft.config.foreign import CONVERTED, DIFFERS, UNKNOWN, Outcome, no, off, same
 from sft.config.foreign_trl import WHOLE
+from sft.config.plain import parse_json
 from sft.convert.axolotl_rows import put_sources
 from sft.convert.conversion import Conversion, Special, batch, held_out, texts
 from sft.convert.llamafactory import overwrite
 
+LONGEST_ROW = 1 << 20  # characters
 CHOSEN = "PEFT chooses query and value of most models; lora=attention adapts the key and output too"
 ENTRY = {
     "columns": no("columns are chosen by the format; dataset.columns renames them"),
@@ -130,26 +132,38 @@ def device_map(conversion: Conversion, name: str, value: Any, given: bool) -> No
     conversion.add(name, value, same("each rank has its GPU"), given)
 
 
-def trained(conversion: Conversion) -> None:
-    """Train what TRL trains: all of a conversation, unless a key says otherwise.
+def first_row(path: str) -> dict[str, Any]:
+    """Return the first row of a file of JSON lines on this machine, or {}."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            row = parse_json(file.readline(LONGEST_ROW))
+    except (OSError, ValueError):
+        return {}
+    return row if isinstance(row, dict) else {}
 
-    Of rows with a prompt and a completion, TRL trains the completion. A file on this machine shows
-    which kind it has; of a dataset of the hub, that is not known.
+
+def trained(conversion: Conversion) -> None:
+    """Train what TRL trains, which the columns of the rows decide unless a key does.
+
+    TRL trains every token of messages, and the completion of rows with a prompt and a completion;
+    texts of these get no chat template. Of a dataset of the hub, the columns are not known.
     """
-    if "train_on_responses_only" in conversion.calls:
+    row = first_row(str(conversion.settings.get("dataset.path", "")))
+    if isinstance(row.get("prompt"), str) and "completion" in row:
+        conversion.kind = "completion"
+        conversion.wanted["template.prompts"] = ["{prompt}"]
+        conversion.wanted["template.completions"] = ["{completion}"]
+    elif isinstance(row.get("text"), str) and "messages" not in row:
+        conversion.kind = "text"
+    elif "train_on_responses_only" in conversion.calls:
         conversion.drop("template.train_on", "train_on_responses_only trains the assistant's turns")
-    elif conversion.get("completion_only_loss") is None:
-        path = Path(str(conversion.settings.get("dataset.path", "")))
-        try:
-            with path.open(encoding="utf-8", errors="replace") as file:
-                is_pairs = '"completion"' in file.read(1 << 16)
-        except OSError:
-            is_pairs = False
-        if is_pairs:
-            conversion.drop("template.train_on", "TRL trains the completion of these rows")
-        elif conversion.get("assistant_only_loss") is None:
+    elif "completion" not in row and conversion.get("completion_only_loss") is None:
+        if conversion.get("assistant_only_loss") is None:
             outcome = Outcome(DIFFERS, {"template.train_on": "all"}, WHOLE)
             conversion.add("assistant_only_loss", False, outcome, False)
+        return
+    if conversion.get("completion_only_loss") is not False:
+        conversion.drop("template.train_on", "the rows have other columns")
 
 
 def finish(conversion: Conversion) -> None:

@@ -380,9 +380,7 @@ def test_what_is_saved_stops_where_the_template_ends_a_turn(
         for path in data:
             path.write_text("abc " * 30)
     if way != "text":  # generating must leave the settings as they are
-        more += [
-            "dataset.exact_match=2"
-        ]
+        more += ["dataset.exact_match=2"]
     train(settings(bases["tied"], data, run, *more))
     folders = [run / "model"]
     if lora != "none":

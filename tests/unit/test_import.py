@@ -194,6 +194,26 @@ def test_a_file_is_replaced_only_if_asked_for(
     assert "lora.r: 16" in Path("theirs.sft.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["thiers.yaml"], "did you mean theirs.yaml?"),
+        (["."], "is a folder"),
+        (["theirs.yaml", "output=no/such/x.yaml"], "fix: mkdir -p no/such"),
+        (["theirs.yaml", "output=theirs.yaml", "overwrite=true"], "is the configuration itself"),
+        (["ours.yaml", "output=x.yaml"], "fix: sft train ours.yaml"),
+    ],
+)
+def test_a_path_that_cannot_be_meant_is_refused(
+    words: list[str], says: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(SMALL)
+    put("model.name_or_path: a\ntrain.learning_rate: 1e-4\nlora.r: 4\n", "ours.yaml")
+    assert run(*words) == 2
+    assert says in capsys.readouterr().err
+    assert Path("theirs.yaml").read_text() == SMALL
+
+
 def test_secrets_are_neither_written_nor_shown(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +221,8 @@ def test_secrets_are_neither_written_nor_shown(
         "model_name_or_path: a/b\nstage: sft\nfinetuning_type: lora\ncutoff_len: 512\n"
         "hub_token: sesame\nhf_hub_token: sesame\nswanlab_api_key: sesame\n"
         "my_api_key: sesame\nWANDB_API_KEY: sesame\noutput_dir: ${HOME}/x\n"
+        "deepspeed: {wandb: {key: sesame}}\nexport_hub_model_id: hf_sesamesesame\n"
+        "swanlab_mode: https://me:sesame@host\n"
     )
     for words in ([], ["--json", "overwrite=true"]):
         run("theirs.yaml", *words)
@@ -418,6 +440,10 @@ def test_a_value_of_another_kind_is_reported(
             {"model.config": {"rope_theta": 5}},
         ),
         (
+            {"bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}, "adapter": "qlora"},
+            {"quantization.bnb_4bit_use_double_quant": False},
+        ),
+        (
             {"streaming": True, "max_steps": 9, "saves_per_epoch": 2, "num_epochs": 5},
             {"train.save_strategy": "steps", "train.save_steps": 0.1},
         ),
@@ -427,6 +453,12 @@ def test_what_several_keys_decide(given: Any, settings: Any, here: Path) -> None
     source = Source(Path("x.yaml"), yaml.safe_load(SMALL) | given)
     found = convert.convert(source, "axolotl", 1, train).settings
     assert {name: found.get(name) for name in settings} == settings
+
+
+def test_gpus_that_share_a_row_count_once_in_the_batch(here: Path) -> None:
+    keys = yaml.safe_load(SMALL) | {"context_parallel_size": 4, "tensor_parallel_size": 1}
+    found = convert.convert(Source(Path("x.yaml"), keys), "axolotl", 8, train).settings
+    assert found["train.global_batch_size"] == 2 * 1 * 8 // 4
 
 
 def test_a_script_is_read_and_not_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -487,6 +519,7 @@ def test_the_defaults_of_a_script_are_those_of_its_calls(
         ({"assistant_only_loss": False}, '{"messages": []}', "all"),
         ({"assistant_only_loss": True}, '{"messages": []}', None),
         ({}, '{"prompt": "a", "completion": "b"}', None),
+        ({}, '{"prompt": [{"role": "user", "content": "a"}], "completion": []}', None),
         ({"assistant_only_loss": False}, '{"prompt": "a", "completion": "b"}', None),
         ({"completion_only_loss": False}, '{"prompt": "a", "completion": "b"}', "all"),
     ],
@@ -497,6 +530,9 @@ def test_what_trl_trains_is_trained(more: Any, row: str, trains: Any, here: Path
     source.keys |= more
     found = convert.convert(source, "trl", 1, train).settings
     assert found.get("template.train_on") == trains
+    is_text = '"prompt": "a"' in row  # texts, which TRL puts into no chat template
+    assert found["template"] == ("completion" if is_text else "chat")
+    assert found.get("template.prompts") == (["{prompt}"] if is_text else None)
 
 
 def test_a_mask_of_answers_in_a_script_needs_conversations(here: Path) -> None:

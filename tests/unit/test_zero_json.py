@@ -498,3 +498,25 @@ def test_what_the_run_decides_is_refused_in_an_override() -> None:
             "train.lr_scheduler_type=..., without zero.overrides.scheduler",
         ),
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "fix"),
+    [
+        ({"zero_optimization": 3}, "zero=stage3"),
+        ({"zero_optimization": [1]}, "zero=stage2"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+            "zero.overrides.zero_optimization.offload_optimizer.device=cpu",
+        ),
+    ],
+)
+def test_a_section_that_is_no_object_keeps_its_meaning(kind: Any, fix: str, tmp_path: Path) -> None:
+    assert fix in [problem.fix for problem in check(config_with(tmp_path, kind))]
+
+
+def test_a_stage_is_a_number_of_any_type_and_a_long_value_is_cut_off(tmp_path: Path) -> None:
+    config = config_with(tmp_path, {"zero_optimization": {"stage": 2.0}})
+    assert check(config) == [] and zero.stage(zero.read(config.zero)) == 2
+    [problem] = check(config_with(tmp_path, {"mine": "x" * 100_000}))
+    assert len(problem.setting) < 120
