@@ -165,7 +165,7 @@ def test_all_ranks_recompute_if_one_must(monkeypatch: pytest.MonkeyPatch) -> Non
         given.append(timeout)
         return [value, [True, "9 GiB do not fit into 1 GiB free"]]
 
-    monkeypatch.setattr(choices, "exchange", exchange)
+    monkeypatch.setattr(memory, "exchange", exchange)
     chosen = decided("train.extra.ddp_timeout=60").checkpointing
     assert chosen.value is True and chosen.reason.startswith(
         "rank 1 has too little memory, and all"

@@ -436,10 +436,6 @@ def test_a_value_of_another_kind_is_reported(
             {"template.train_on": "last_assistant"},
         ),
         (
-            {"model_config": {"output_router_logits": True, "rope_theta": 5}},
-            {"model.config": {"rope_theta": 5}},
-        ),
-        (
             {"bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}, "adapter": "qlora"},
             {"quantization.bnb_4bit_use_double_quant": False},
         ),
