@@ -121,6 +121,11 @@ def dtype(value: Any) -> Outcome:
     return Outcome(DIFFERS, {"precision": names[kind]}, note)
 
 
+EMBEDDING_RATE = to(
+    "train.embedding_learning_rate",
+    "sft's is that of trained embeddings and heads too, and not of adapters on the embedding only",
+    example=1e-6,
+)
 DTYPE = fn("precision", dtype, "one precision for weights and arithmetic", "bfloat16")
 DEEPSPEED = fn("zero, zero.config", deepspeed, example="zero3")
 HELD_OUT = fn("dataset.eval_fraction", held_out, example=0.1)

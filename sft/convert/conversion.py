@@ -182,6 +182,16 @@ def tokens(*names: str) -> dict[str, Special]:
     return {names[0]: added}
 
 
+def embedding_rate(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+    """Convert LoRA+'s rate of adapters on the embedding, which has no effect without these."""
+    targets = f"{conversion.get('lora_target_modules')} {conversion.get('lora_target')}"
+    if value and "emb" not in targets and "wte" not in targets:
+        note = "has no effect: no adapter is on the embedding"
+        conversion.add(name, value, same(note), given)
+    else:
+        conversion.plain(name, value, given)
+
+
 def held_out(conversion: Conversion) -> None:
     """Write what is held out, and drop when to evaluate where nothing is."""
     settings = conversion.settings

@@ -381,6 +381,14 @@ def test_a_value_of_another_kind_is_reported(
             {"quantization.bnb_4bit_use_double_quant": False},
         ),
         (
+            {"loraplus_lr_ratio": 16, "loraplus_lr_embedding": 1e-6, "lora_target_linear": True},
+            {"train.loraplus_lr_ratio": 16, "train.embedding_learning_rate": None},
+        ),
+        (
+            {"loraplus_lr_embedding": 1e-6, "lora_target_modules": ["embed_tokens", "q_proj"]},
+            {"train.embedding_learning_rate": 1e-6},
+        ),
+        (
             {"streaming": True, "max_steps": 9, "saves_per_epoch": 2, "num_epochs": 5},
             {"train.save_strategy": "steps", "train.save_steps": 0.1},
         ),
