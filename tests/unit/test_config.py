@@ -809,7 +809,7 @@ def test_options_that_would_be_ignored_are_refused(argv: list[str], message: str
     ("argv", "message"),
     [
         (["lora.r=1,2", "lora.drop_out=0.1"], "lora.drop_out=0.1\n    there is no such setting"),
-        (["lora.rr=1,2"], "lora.rr=null\n    there is no such setting"),
+        (["lora.rr=1,2"], "lora.rr=1,2\n    there is no such setting"),
         (["model=gpt2,tinny"], "model=tinny\n    model has no option tinny"),
         (["model=choice(gpt2,tinny)"], "model=tinny\n    model has no option tinny"),
         (["model=gpt2,tiny", "zero=stage9"], "zero=stage9\n    zero has no option stage9"),
