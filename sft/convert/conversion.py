@@ -75,7 +75,9 @@ class Conversion:
             left = {name: ours for name, ours in outcome.settings.items() if name not in other}
             by = ", ".join(self.decided(name) for name in other)
             note = f"{' and '.join(other)} is decided by {by}"
-            outcome = replace(outcome, settings=left, note=note, kind=DEFAULT)
+            outcome = replace(
+                outcome, settings=left, note=note, kind=outcome.kind if left else DEFAULT
+            )
         self.settings |= outcome.settings
         self.wanted = {**outcome.also, **self.wanted}
         self.lines.append(Line(key, value, outcome, given, secret))

@@ -400,6 +400,22 @@ def test_what_several_keys_decide(given: Any, settings: Any, here: Path) -> None
     assert {name: found.get(name) for name in settings} == settings
 
 
+@pytest.mark.parametrize(
+    ("trained", "roles", "train_on"),
+    [
+        (["bot9"], {"assistant": ["bot9"]}, None),
+        (["gpt"], None, None),
+        (["assistant", "tool"], None, None),
+        (["assistant", "me"], {"user": ["me"]}, "all"),
+    ],
+)
+def test_the_roles_that_axolotl_trains(trained: Any, roles: Any, train_on: Any, here: Path) -> None:
+    rows = {"path": "a", "type": "chat_template", "roles_to_train": trained, "roles": roles}
+    keys = yaml.safe_load(SMALL) | {"datasets": [rows]}
+    found = convert.convert(Source(Path("x.yaml"), keys), "axolotl", 1, train).settings
+    assert found.get("template.train_on") == train_on
+
+
 def test_gpus_that_share_a_row_count_once_in_the_batch(here: Path) -> None:
     keys = yaml.safe_load(SMALL) | {"context_parallel_size": 4, "tensor_parallel_size": 1}
     found = convert.convert(Source(Path("x.yaml"), keys), "axolotl", 8, train).settings
