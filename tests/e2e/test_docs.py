@@ -213,9 +213,9 @@ def test_the_page_of_settings_is_that_of_the_schema() -> None:
 def test_every_page_is_in_the_site_and_every_link_leads_somewhere() -> None:
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {page.name for page in PAGES[1:]}
-    assert set(re.findall(r"^  - (\w+\.md)$", nav, re.MULTILINE)) == pages
+    assert set(re.findall(r"^  - ([\w-]+\.md)$", nav, re.MULTILINE)) == pages
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert {"index.md", *re.findall(r"^\| \[.*?\]\((\w+\.md)\)", index, re.MULTILINE)} == pages
+    assert {"index.md", *re.findall(r"^\| \[.*?\]\(([\w-]+\.md)\)", index, re.MULTILINE)} == pages
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert target.startswith("https://") or (page.parent / target).exists(), target
