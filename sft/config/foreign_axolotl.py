@@ -19,7 +19,15 @@ from sft.config.foreign import (
     to,
 )
 from sft.config.foreign_axolotl_training import TRAINING_KEYS
-from sft.config.foreign_common import HELD_OUT, LORA, ORDER, QUANTIZED, TRAINING, targets
+from sft.config.foreign_common import (
+    EMBEDDING_RATE,
+    HELD_OUT,
+    LORA,
+    ORDER,
+    QUANTIZED,
+    TRAINING,
+    targets,
+)
 
 TEMPLATES = {
     "chatml": "template=chatml",
@@ -171,7 +179,7 @@ KEYS: dict[str, Key] = {
         "quantization", bnb_config, example={"bnb_4bit_use_double_quant": False}
     ),
     "loraplus_lr_ratio": to("train.loraplus_lr_ratio", example=16.0),
-    "loraplus_lr_embedding": to("train.embedding_learning_rate", example=1e-6),
+    "loraplus_lr_embedding": EMBEDDING_RATE,
     "unfrozen_parameters": to("model.trainable", change=listed, example=["layers.1."]),
     "merge_lora": to("train.merge", example=True),
     **dict.fromkeys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from sft.config.foreign import (
@@ -81,10 +82,12 @@ def deepspeed(value: Any) -> Outcome:
         return Outcome(CONVERTED, {"zero": "none"})
     shipped = "deepspeed_configs/" in text or "examples/deepspeed/" in text or "." not in name
     found = re.match(r"(?:ds_)?z(?:ero)?_?([123])", name)
-    if not found or not shipped:
+    is_missing = "/" not in text and not Path(text).is_file()
+    if not found or not (shipped or is_missing):
         return Outcome(CONVERTED, {"zero.config": text})
     offload = "_offload" if "offload" in name and found[1] != "1" else ""
-    return Outcome(CONVERTED, {"zero": f"stage{found[1]}{offload}"})
+    note = "" if shipped else f"there is no file {text} here: sft's own of that stage"
+    return Outcome(DIFFERS if note else CONVERTED, {"zero": f"stage{found[1]}{offload}"}, note)
 
 
 def fsdp(value: Any) -> Outcome:
@@ -121,6 +124,11 @@ def dtype(value: Any) -> Outcome:
     return Outcome(DIFFERS, {"precision": names[kind]}, note)
 
 
+EMBEDDING_RATE = to(
+    "train.embedding_learning_rate",
+    "sft's is that of trained embeddings and heads too, and not of adapters on the embedding only",
+    example=1e-6,
+)
 DTYPE = fn("precision", dtype, "one precision for weights and arithmetic", "bfloat16")
 DEEPSPEED = fn("zero, zero.config", deepspeed, example="zero3")
 HELD_OUT = fn("dataset.eval_fraction", held_out, example=0.1)

@@ -19,6 +19,7 @@ from sft.config.foreign import (
     to,
 )
 from sft.config.foreign_common import (
+    EMBEDDING_RATE,
     FUSED,
     GALORE,
     LORA,
@@ -137,7 +138,7 @@ KEYS: dict[str, Key] = {
     "lora_target": to("lora.target_modules", change=targets, example="all"),
     "additional_target": to("lora.modules_to_save", change=listed, example=["lm_head"]),
     "loraplus_lr_ratio": to("train.loraplus_lr_ratio", example=16.0),
-    "loraplus_lr_embedding": to("train.embedding_learning_rate", example=1e-6),
+    "loraplus_lr_embedding": EMBEDDING_RATE,
     "use_rslora": LORA["use_rslora"],
     "use_dora": LORA["use_dora"],
     "pissa_init": by({True: "lora.extra.init_lora_weights=pissa", False: ""}),

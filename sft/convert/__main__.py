@@ -60,7 +60,7 @@ def check(config: ImportConfig) -> list[Problem]:
     if output.exists() and output.resolve() == Path(config.file).expanduser().resolve():
         rule = "is the configuration itself"
         problems.append(Problem(f"output={output}", rule, f"output={output.stem}.sft.yaml"))
-    elif not folder.is_dir():
+    elif not folder.is_dir() and "://" not in str(config.output):
         rule = f"there is no folder {folder}"
         problems.append(Problem(f"output={output}", rule, f"mkdir -p {shlex.quote(str(folder))}"))
     elif not os.access(output if output.exists() else folder, os.W_OK):

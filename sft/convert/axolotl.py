@@ -7,7 +7,15 @@ from typing import Any
 
 from sft.config.foreign import CONVERTED, DIFFERS, Outcome, listed, off, same
 from sft.convert.axolotl_rows import entry_of, put_sources
-from sft.convert.conversion import Conversion, Special, batch, held_out, texts, tokens
+from sft.convert.conversion import (
+    Conversion,
+    Special,
+    batch,
+    embedding_rate,
+    held_out,
+    texts,
+    tokens,
+)
 from sft.errors import ConfigError, Problem
 
 BEST = "Axolotl ends with the weights of the best evaluation, where saves fall on evaluations; sft "
@@ -165,6 +173,7 @@ SPECIAL: dict[str, Special] = {
     **tokens("tokens", "special_tokens"),
     **batch("micro_batch_size", "gradient_accumulation_steps"),
     "batch_size": batch_size,
+    "loraplus_lr_embedding": embedding_rate,
     "adapter": adapter,
     "base_model_config": same_model,
     "tokenizer_config": same_model,

@@ -108,9 +108,7 @@ def _of_entry(
     if key == "roles":
         return _roles(value)
     if key == "roles_to_train":
-        if value in (["assistant"], ["gpt"], ["gpt", "assistant"], ["assistant", "gpt"]):
-            return same("the assistant's turns are trained")
-        return Outcome(DIFFERS, {"template.train_on": "all"}, "every token of all roles is trained")
+        return _roles_to_train(listed(value), entry.get("roles"))
     if key in ("train_on_eos", "train_on_eot"):
         return (
             same("trained") if value == "turn" else off("the end of each trained turn is trained")
@@ -167,6 +165,20 @@ def _roles(value: Any) -> Outcome:
         if new:
             roles[role] = new
     return Outcome(CONVERTED, {"dataset.roles": roles}) if roles else same("sft knows these roles")
+
+
+def _roles_to_train(names: list[Any], roles: Any) -> Outcome:
+    """Train the assistant's turns, or every token if the user's turns are trained too."""
+    own = roles.items() if isinstance(roles, dict) else ()
+    given = {name: role for role, each in own for name in listed(each)}
+    trained = {given.get(str(name), ROLES.get(str(name), str(name))) for name in names}
+    if "user" in trained:
+        note = "every token of all roles is trained"
+        return Outcome(DIFFERS, {"template.train_on": "all"}, note)
+    if others := sorted(trained - {"assistant"}):
+        note = f"only the assistant's turns are trained, and not those of {' and '.join(others)}"
+        return Outcome(DIFFERS, {}, note)
+    return same("the assistant's turns are trained")
 
 
 def _type(conversion: Conversion, source: dict[str, Any], value: Any) -> Outcome:

@@ -75,7 +75,9 @@ class Conversion:
             left = {name: ours for name, ours in outcome.settings.items() if name not in other}
             by = ", ".join(self.decided(name) for name in other)
             note = f"{' and '.join(other)} is decided by {by}"
-            outcome = replace(outcome, settings=left, note=note, kind=DEFAULT)
+            outcome = replace(
+                outcome, settings=left, note=note, kind=outcome.kind if left else DEFAULT
+            )
         self.settings |= outcome.settings
         self.wanted = {**outcome.also, **self.wanted}
         self.lines.append(Line(key, value, outcome, given, secret))
@@ -180,6 +182,16 @@ def tokens(*names: str) -> dict[str, Special]:
         conversion.lines[-1].value = value
 
     return {names[0]: added}
+
+
+def embedding_rate(conversion: Conversion, name: str, value: Any, given: bool) -> None:
+    """Convert LoRA+'s rate of adapters on the embedding, which has no effect without these."""
+    targets = f"{conversion.get('lora_target_modules')} {conversion.get('lora_target')}"
+    if value and "emb" not in targets and "wte" not in targets:
+        note = "has no effect: no adapter is on the embedding"
+        conversion.add(name, value, same(note), given)
+    else:
+        conversion.plain(name, value, given)
 
 
 def held_out(conversion: Conversion) -> None:

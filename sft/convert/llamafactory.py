@@ -7,7 +7,15 @@ from typing import Any
 
 from sft.config.foreign import CONVERTED, DIFFERS, Outcome, off, same
 from sft.config.foreign_common import PREFERENCE
-from sft.convert.conversion import Conversion, Special, batch, held_out, texts, tokens
+from sft.convert.conversion import (
+    Conversion,
+    Special,
+    batch,
+    embedding_rate,
+    held_out,
+    texts,
+    tokens,
+)
 from sft.convert.llamafactory_rows import INFO, Rows
 from sft.errors import ConfigError, Problem
 
@@ -114,6 +122,7 @@ def special(folder: Path) -> dict[str, Special]:
         "finetuning_type": method,
         **tokens("add_tokens", "add_special_tokens", "new_special_tokens"),
         "template": template,
+        "loraplus_lr_embedding": embedding_rate,
         "dataset": rows.train,
         "eval_dataset": rows.held_out,
         "dataset_dir": dataset_dir,

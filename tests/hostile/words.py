@@ -490,6 +490,8 @@ COMMANDS = (
     ("import", "x.yaml gpus=0", "at least 1"),
     ("import", "x.yaml y.yaml", "given twice"),
     ("import", "x.yaml output=ours.txt", "must end in .yaml"),
+    ("import", "x.yaml output=no/such/x.yaml", "there is no folder no/such"),
+    ("train", "-m lora_r=8,16", "fix: lora.r=8,16"),
     ("import", "x.yaml output=s3://b/x.yaml", "writes to no URL"),
     ("import", "x.yaml overwrite=2", "bool"),
     ("import", "x.yaml lora.r=8", UNKNOWN),

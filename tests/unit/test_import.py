@@ -440,6 +440,14 @@ def test_a_value_of_another_kind_is_reported(
             {"quantization.bnb_4bit_use_double_quant": False},
         ),
         (
+            {"loraplus_lr_ratio": 16, "loraplus_lr_embedding": 1e-6, "lora_target_linear": True},
+            {"train.loraplus_lr_ratio": 16, "train.embedding_learning_rate": None},
+        ),
+        (
+            {"loraplus_lr_embedding": 1e-6, "lora_target_modules": ["embed_tokens", "q_proj"]},
+            {"train.embedding_learning_rate": 1e-6},
+        ),
+        (
             {"streaming": True, "max_steps": 9, "saves_per_epoch": 2, "num_epochs": 5},
             {"train.save_strategy": "steps", "train.save_steps": 0.1},
         ),
@@ -449,6 +457,22 @@ def test_what_several_keys_decide(given: Any, settings: Any, here: Path) -> None
     source = Source(Path("x.yaml"), yaml.safe_load(SMALL) | given)
     found = convert.convert(source, "axolotl", 1, train).settings
     assert {name: found.get(name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("trained", "roles", "train_on"),
+    [
+        (["bot9"], {"assistant": ["bot9"]}, None),
+        (["gpt"], None, None),
+        (["assistant", "tool"], None, None),
+        (["assistant", "me"], {"user": ["me"]}, "all"),
+    ],
+)
+def test_the_roles_that_axolotl_trains(trained: Any, roles: Any, train_on: Any, here: Path) -> None:
+    rows = {"path": "a", "type": "chat_template", "roles_to_train": trained, "roles": roles}
+    keys = yaml.safe_load(SMALL) | {"datasets": [rows]}
+    found = convert.convert(Source(Path("x.yaml"), keys), "axolotl", 1, train).settings
+    assert found.get("template.train_on") == train_on
 
 
 def test_gpus_that_share_a_row_count_once_in_the_batch(here: Path) -> None:
