@@ -440,10 +440,11 @@ def kernel_of_the_hub(monkeypatch: pytest.MonkeyPatch, honest: bool) -> None:
     module = types.ModuleType("kernel")
     module.flash_attn_func, module.flash_attn_varlen_func = dense, varlen  # type: ignore[attr-defined]
     find = importlib.util.find_spec
-    there = importlib.machinery.ModuleSpec("kernels", None)
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: there if name == "kernels" else find(name, *a)
-    )
+    there = importlib.machinery.ModuleSpec("kernels", None, origin="kernels")
+    for owner in ("importlib.util", "sft.config.packages"):
+        monkeypatch.setattr(
+            f"{owner}.find_spec", lambda name, *a: there if name == "kernels" else find(name, *a)
+        )
     for where in ("sft.plan.kernel", "transformers.modeling_utils", hub_kernels.__name__):
         monkeypatch.setattr(f"{where}.is_kernels_available", lambda: True)
     monkeypatch.setattr(hub_kernels, "get_kernel", lambda *_, **__: module)
