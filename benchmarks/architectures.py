@@ -437,7 +437,7 @@ def compare(
 
 def answered(adapter: Path, bf16: bool) -> dict[str, Any]:
     """Answer prompts in a batch and alone; in bf16 a near tie may be decided differently."""
-    model, template = generate._load(generate.GenerateConfig(adapter=str(adapter)), adapter)
+    model, template, _ = generate._load(generate.GenerateConfig(adapter=str(adapter)), adapter)
     prompts = [row["input_ids"][:-1] for row in documents((19, 3, 11), 2)]
     options = (model, template.tokenizer)
     batch = continuations(*options, prompts, 6, model.device)

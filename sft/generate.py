@@ -193,7 +193,7 @@ def _adapted(config: GenerateConfig, folder: Path) -> Any:
     """Load the base and the adapter; what a merge refuses is refused, before any weight loads."""
     from sft.inference.stops import generation_of
     from sft.merge.adapter_files import is_lora
-    from sft.merge.attach import attach, resize_embedding
+    from sft.merge.attach import attach, convert_saved, resize_embedding
     from sft.merge.placeholders import with_placeholders
     from sft.merge.sources import check_base, find
     from sft.model.base import load_architecture, load_frozen
@@ -209,7 +209,9 @@ def _adapted(config: GenerateConfig, folder: Path) -> Any:
     model = load_frozen(found.base, found.quantization)
     model.generation_config = generation or model.generation_config
     resize_embedding(model, found.shapes, found.configs)
-    return attach(model, [folder], found.configs, str(model.device), loaded=True).eval()
+    adapted = attach(model, [folder], found.configs, str(model.device), loaded=True).eval()
+    convert_saved(adapted)
+    return adapted
 
 
 def _rows(config: GenerateConfig, template: Template) -> list[dict[str, Any]]:

@@ -90,6 +90,22 @@ def attach(
     return peft_model
 
 
+def convert_saved(model: PeftModel) -> None:
+    """Convert the modules that an adapter holds whole to the precision of those they replace.
+
+    PEFT converts the inputs of LoRA's layers only. Training saves such modules in float32, or under
+    DeepSpeed in the run's precision, whatever the base's is.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            values = module.original_module.parameters()
+            dtype = next((value.dtype for value in values if value.is_floating_point()), None)
+            for parameter in module.modules_to_save.parameters():  # tied ones stay tied
+                parameter.data = parameter.data.to(dtype)
+
+
 def _require_modules(config: PeftConfig, paths: Sequence[str]) -> None:
     """Check what PEFT does not: modules that are saved whole, and the number of repeated layers.
 

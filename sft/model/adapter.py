@@ -73,7 +73,7 @@ def lora_config(
     values = dataclasses.asdict(lora)  # copies, because PEFT writes into its config
     fields = {name: values[name] for name in named(LoraSection, ours=False)} | values["extra"]
     if new:
-        fields |= trained_beside(architecture, new, lora.modules_to_save)
+        fields |= trained_beside(architecture, new, lora)
     if refused:
         fields["exclude_modules"] = excluding(
             fields.get("exclude_modules"), map(ending_in, refused)

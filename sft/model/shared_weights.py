@@ -45,6 +45,7 @@ def problems(lora: LoraSection, model: PreTrainedModel, adapted: list[str]) -> I
                 _saved_instead(lora, path),
             )
     rows = lora.extra.get("trainable_token_indices")
+    yield from _row_problems(rows, embedding.num_embeddings)
     if rows is not None and getattr(head, "bias", None) is not None:
         named = rows if isinstance(rows, dict) else ()
         if tied or any(matches(path, name) for path in _paths(model, head) for name in named):
@@ -61,6 +62,20 @@ def problems(lora: LoraSection, model: PreTrainedModel, adapted: list[str]) -> I
                 f"{bare[0]} has no bias into which the adapter's can be merged",
                 "lora.extra.lora_bias=false",
             )
+
+
+def _row_problems(rows: Any, count: int) -> Iterator[Problem]:
+    """Yield the rows that no embedding of ``count`` rows has, and lists without rows."""
+    setting = "lora.extra.trainable_token_indices"
+    for given in rows.values() if isinstance(rows, dict) else [rows]:
+        if given is None:
+            continue
+        if not isinstance(given, list) or not given or not all(type(row) is int for row in given):
+            rule, fix = "must be a list of rows", f"{setting}=[{count - 1}], or leave it out"
+            yield Problem(f"{setting}={rows}", rule, fix)
+        elif wrong := [row for row in given if not 0 <= row < count]:
+            rule = f"has {wrong[0]}, and the embedding has the rows 0 to {count - 1}"
+            yield Problem(f"{setting}={rows}", rule, f"{setting}=[{count - 1}]")
 
 
 def _saved_instead(lora: LoraSection, path: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sft.config.new_tokens import NAME
@@ -12,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from sft.config.settings import Config
+    from sft.config.settings import Config, LoraSection
     from sft.model.tokenizer import NewTokens
 
 SLICE = 1 << 13  # rows of an embedding that are summed at once in float64
@@ -102,7 +101,7 @@ def choose_rows(
 def _rows_reason(config: Config, model: PreTrainedModel, new: NewTokens) -> str:
     if not config.lora.enabled:
         return "lora=none trains every row"
-    chosen = trained_beside(model, new, config.lora.modules_to_save)
+    chosen = trained_beside(model, new, config.lora)
     found, reasons = chosen["trainable_token_indices"], []
     if found:
         widths = (model.get_submodule(path).weight.shape[1] for path in found)
@@ -123,19 +122,16 @@ def trains_rows(config: Config, model: PreTrainedModel, new: NewTokens) -> bool:
         return False
     if config.lora.extra.get("trainable_token_indices"):
         return True
-    saved = config.lora.modules_to_save
-    return bool(new) and bool(trained_beside(model, new, saved)["trainable_token_indices"])
+    return bool(new) and bool(trained_beside(model, new, config.lora)["trainable_token_indices"])
 
 
-def trained_beside(
-    model: PreTrainedModel, new: NewTokens, saved: Sequence[str] | None
-) -> dict[str, Any]:
+def trained_beside(model: PreTrainedModel, new: NewTokens, lora: LoraSection) -> dict[str, Any]:
     """Return PEFT's settings with which the rows of new tokens are trained beside an adapter.
 
     Args:
         model: The model, with or without weights.
         new: The tokens.
-        saved: ``lora.modules_to_save``, whose modules are trained whole.
+        lora: The adapter's settings; the modules of ``modules_to_save`` are trained whole.
 
     Returns:
         ``trainable_token_indices``: the ids by the path of the embedding and, if it has a weight
@@ -144,11 +140,13 @@ def trained_beside(
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = [embedding] if is_tied(model) else [embedding, head]
-    rows, whole = {}, list(saved or ())
-    for path, module in model.named_modules():
-        if not any(module is end for end in ends):
-            continue
-        if any(path == name or path.endswith(f".{name}") for name in whole):
+    rows, whole = {}, list(lora.modules_to_save or ())
+    found = [(p, module) for p, module in model.named_modules() if module in (embedding, head)]
+    saved = [p for p, _ in found if any(p == name or p.endswith(f".{name}") for name in whole)]
+    if saved and is_tied(model) and lora.extra.get("ensure_weight_tying"):
+        found = []  # PEFT trains both whole, whichever of them is named
+    for path, module in found:
+        if path in saved or not any(module is end for end in ends):
             continue
         if getattr(module, "bias", None) is None:
             rows[path] = new.ids

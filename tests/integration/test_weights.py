@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support import (
     FAMILIES,
@@ -123,8 +124,6 @@ def test_a_quantised_base_trains_in_fp16(
     tmp_path: Path, saving: list[str], float16: Float16, quantization: str
 ) -> None:
     """With float32 adapters, the losses of float32 and a merge that is verified."""
-    import torch
-
     from sft.merge import __main__ as merge
 
     bits = [f"quantization={quantization}", "lora.modules_to_save=[embed_tokens]"]
@@ -196,13 +195,40 @@ def short(llama: Path, tmp_path: Path) -> Path:
     return tmp_path / "short"
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "norm"])
+def test_a_module_that_is_saved_whole_answers_on_a_base_in_bfloat16(
+    tmp_path: Path, short: Path, saving: list[str], name: str
+) -> None:
+    """As the merged model does; training saves the module in float32."""
+    from sft.generate import main as generate
+    from sft.merge import __main__ as merge
+
+    run = tmp_path / "run"
+    own = [f"lora.modules_to_save=[{name}]", f"output_dir={run}", "train.learning_rate=3e-2"]
+    train(*based_on(short, without(saving, "train.learning_rate"), *own))
+    assert {value.dtype for value in load_file(run / FILE).values()} == {torch.float32}
+    merge.merge(merge.main.compose([f"run={run}"]))
+    answers = [
+        generate.run(generate.compose([which, "prompt=Repeat abc.", "max_new_tokens=8"]))
+        for which in (f"run={run}", f"model={run / 'merged'}")
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("given", ["[320]", "[-1]", "[]", "{embed_tokens: [3], lm_head: [320]}"])
+def test_rows_that_an_embedding_lacks_are_refused(
+    tmp_path: Path, saving: list[str], given: str
+) -> None:
+    own = [f"lora.extra.trainable_token_indices={given}", f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=r"the rows 0 to 319|must be a list of rows"):
+        train(*saving, *own)
+
+
 @pytest.mark.parametrize(("quantization", "precision"), [("nf4", "fp32"), ("int8", "bf16")])
 def test_files_that_are_quantised_train_as_what_they_were_made_of(
     tmp_path: Path, short: Path, saving: list[str], quantization: str, precision: str
 ) -> None:
     """Bit for bit, whatever precision the machine that quantised them computed in."""
-    import torch
-
     from sft.merge import __main__ as merge
 
     saving = [*without(saving, "precision"), f"precision={precision}"]
