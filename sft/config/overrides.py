@@ -34,8 +34,7 @@ class Override:
     Attributes:
         key: The group or the setting's dotted name.
         value: The option's name, or the setting's value; None for a sweep.
-        text: The override in Hydra's grammar, if Hydra composes or expands it; "": made from
-            ``value``.
+        text: It in Hydra's grammar, if Hydra composes or expands it; "": made from ``value``.
         kind: ``option`` of a group, ``setting``, ``sweep`` (over a setting's or a group's values),
             or ``hydra`` for Hydra's own settings.
         source: File and line, if the override is from a settings file.
@@ -81,8 +80,8 @@ class Reader:
     ) -> None:
         if unusable := list(config_dir_problems(config_dir)):
             raise ConfigError(unusable)
-        self.schema, self.config_dir, self.sweep = schema, config_dir, sweep
-        self.option_of = option_of
+        self.schema, self.config_dir = schema, config_dir
+        self.sweep, self.option_of = sweep, option_of
         self.groups = groups(config_dir) if composes else {}
         self.problems: list[Problem] = []
 
@@ -104,8 +103,8 @@ class Reader:
         for item in given if self.sweep else []:
             if item.kind == "setting" and parse(item.hydra()) is None:
                 rule = "cannot be passed to a sweep's trials: it is not in Hydra's grammar"
-                fix = "put it into an option of your own: --config-dir DIR"
                 place = f"{item.source}: " if item.source else ""
+                fix = "put it into an option of your own: --config-dir DIR"
                 self._wrong(f"{place}{item.key}={item.value}", rule, fix)
         return given
 
