@@ -81,6 +81,15 @@ def check(config: GenerateConfig) -> list[Problem]:
     return problems
 
 
+def _sampling(config: GenerateConfig) -> dict[str, Any]:
+    """Return the arguments of ``generate`` that sample; none for greedy answers."""
+    if config.temperature is None:
+        return {}
+    # Transformers' default of top_k samples from 50 tokens only.
+    chosen = {"temperature": config.temperature, "top_p": config.top_p}
+    return {"do_sample": True, "top_k": 0, **chosen}
+
+
 def generate(config: GenerateConfig) -> dict[str, Any]:
     """Answer the prompts, in order; each batch is written as it comes.
 
@@ -122,10 +131,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     longest = room(model, prompts, config.max_new_tokens)
     if longest < config.max_new_tokens:
         logger.info("max_new_tokens=%d: more do not fit into the model's positions", longest)
-    options: dict[str, Any] = {}
-    if config.temperature is not None:
-        options = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
-        options["top_k"] = 0  # Transformers' default samples from 50 tokens only
+    options = _sampling(config)
     stop_ids = [] if config.raw else template.stop_ids
     set_seed(config.seed)
     texts: list[str] = []

@@ -93,13 +93,18 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, split: Split) -> 
             counts.longest = max(counts.longest, int(np.diff(edges).max()))
             counts.largest_id = max(counts.largest_id, int(ids.max()))
             roles += np.bincount(2 * (marks // 2) + seen, minlength=len(roles))
-    counts.roles = {
-        role: {"tokens": int(pair.sum()), "trained": int(pair[1])}
-        for role, pair in zip(ROLES, roles.reshape(-1, 2), strict=True)
-        if pair.sum()
-    }
+    counts.roles = _by_role(roles)
     if packed or (split.text and config.packing != "none"):
         counts.efficiency = counts.tokens / max(1, counts.samples * config.max_length)
+
+
+def _by_role(counted: NDArray[np.int64]) -> dict[str, dict[str, int]]:
+    """Name the counts of tokens that are not trained and trained, of each role in turn."""
+    return {
+        role: {"tokens": int(pair.sum()), "trained": int(pair[1])}
+        for role, pair in zip(ROLES, counted.reshape(-1, 2), strict=True)
+        if pair.sum()
+    }
 
 
 def _new(plan: packing.Plan, store: Store) -> NDArray[np.bool_]:

@@ -47,16 +47,7 @@ def message_of(item: dict[str, Any], number: int, column: str, unused: set[str])
     said = _first(item, ("role", "from"), taken)
     role = ROLES.get(str(said))
     if role is None:
-        if said is None:
-            raise DataError(
-                f"{place} has no role; its keys are {', '.join(map(str, item))}\n"
-                "    fix: dataset.columns.role=KEY and dataset.columns.content=KEY"
-            )
-        known = ", ".join(ROLES)
-        raise DataError(
-            f"{place} has the role {said!r}; the known roles are {known}\n"
-            f"    fix: dataset.roles.user=[{said}], or assistant, system or tool in place of user"
-        )
+        raise _without_role(item, said, place)
     content = _first(item, ("content", "value"), taken)
     message: dict[str, Any] = {"role": role, "content": ""}
     if role == "function_call":
@@ -90,6 +81,19 @@ def message_of(item: dict[str, Any], number: int, column: str, unused: set[str])
         unused |= {f"{column}.{key}" for key in left if is_filled(item[key])}
     unused |= {f"{column}.tool_calls.{key}" for key in extra}
     return message
+
+
+def _without_role(item: dict[str, Any], said: Any, place: str) -> DataError:
+    """Return the error for a message whose role is unknown or absent."""
+    if said is None:
+        return DataError(
+            f"{place} has no role; its keys are {', '.join(map(str, item))}\n"
+            "    fix: dataset.columns.role=KEY and dataset.columns.content=KEY"
+        )
+    return DataError(
+        f"{place} has the role {said!r}; the known roles are {', '.join(ROLES)}\n"
+        f"    fix: dataset.roles.user=[{said}], or assistant, system or tool in place of user"
+    )
 
 
 def _text(content: Any, place: str) -> str:

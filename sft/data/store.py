@@ -180,6 +180,15 @@ def encoded(
                         break
             if source.roles:
                 writer.read[source.name]["roles"] = dict(source.names.counts)
+    return _stored(writer, folder)
+
+
+def _stored(writer: _Writer, folder: Path) -> Store:
+    """Map the files that were written.
+
+    Raises:
+        DataError: No document was written.
+    """
     documents = np.concatenate(writer.tables) if writer.tables else np.zeros(0, DOCUMENT)
     if not len(documents):
         rows = sum(tally["rows"] for tally in writer.read.values())

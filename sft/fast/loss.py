@@ -90,23 +90,41 @@ def _add_gradients(
     gradient: torch.Tensor,
     x: torch.Tensor,
     head: torch.Tensor,
+    index: torch.Tensor | None,
 ) -> None:
-    """Add a chunk's gradients to those of the states, of the head's weight and of its bias.
+    """Add a chunk's gradients to those of the states, the head's weight, its bias and single rows.
 
     Args:
-        grads: The three gradients; None for one that is not needed.
+        grads: The four gradients; None for one that is not needed.
         part: The chunk's rows of the states.
         gradient: The gradient of the head's output, (rows, vocabulary).
         x: The chunk's states, (rows, width).
         head: The head's weight, (vocabulary, width).
+        index: The indices of single rows that are trained, (rows,), or None.
     """
-    of_states, of_weight, of_bias = grads
+    of_states, of_weight, of_bias, of_rows = grads
     if of_states is not None:
         of_states[part] = gradient @ head
     if of_weight is not None:
         of_weight.addmm_(gradient.float().t(), x.float())
     if of_bias is not None:
         of_bias += gradient.float().sum(0)
+    if of_rows is not None:
+        of_rows.addmm_(gradient[:, index].float().t(), x.float())
+
+
+def _zeros(given: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
+    """Return float32 zeros in a weight's shape, if it is given and its gradient is wanted."""
+    return torch.zeros_like(given, dtype=torch.float32) if given is not None and wanted else None
+
+
+def _factors(
+    log_probs: torch.Tensor, dft: bool, weights: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return by what the losses are multiplied, (rows,); None: by nothing."""
+    if not dft:
+        return weights
+    return log_probs.exp() if weights is None else log_probs.exp() * weights
 
 
 class SummedLoss(torch.autograd.Function):
@@ -153,11 +171,7 @@ class SummedLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         grads = [
             torch.empty_like(hidden, dtype=dtype) if wanted[0] else None,
-            torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None,
-            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None,
-            torch.zeros_like(values, dtype=torch.float32)
-            if values is not None and wanted[4]
-            else None,
+            *(_zeros(weight, wanted[1]), _zeros(bias, wanted[2]), _zeros(values, wanted[4])),
         ]
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropy = torch.empty_like(log_probs[: len(hidden) if metrics else 0])
@@ -176,19 +190,16 @@ class SummedLoss(torch.autograd.Function):
                 if any(wanted):
                     # The gradient of -log p(label) with respect to z is p, minus 1 at the label.
                     p.scatter_add_(1, target, p.new_full(target.shape, -1))
-                    if dft:
-                        p *= log_probs[part, None].exp()
-                    if weights is not None:
-                        p *= weights[part, None]
-                    p = logits.backward_(p, slope).to(dtype)
-                    _add_gradients(grads[:3], part, p, x, head)
-                    if grads[3] is not None:
-                        grads[3].addmm_(p[:, index].float().t(), x.float())
+                    own = None if weights is None else weights[part]
+                    if (factors := _factors(log_probs[part], dft, own)) is not None:
+                        p *= factors[:, None]
+                    gradient = logits.backward_(p, slope).to(dtype)
+                    _add_gradients(grads, part, gradient, x, head, index)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if it is None else it.dtype for it in (hidden, weight, bias, values)]
         ctx.mark_non_differentiable(log_probs, entropy, is_top1)
-        each = -log_probs * log_probs.exp() if dft else -log_probs
-        each = each if weights is None else each * weights
+        factors = _factors(log_probs, dft, weights)
+        each = -log_probs if factors is None else -log_probs * factors
         return each.sum(), log_probs, entropy, is_top1
 
     @staticmethod

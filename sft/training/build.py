@@ -97,18 +97,11 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
     from sft.errors import ConfigError, Problem
 
     train, precision = dataclasses.asdict(config.train), choices.precision.value
-    fields = {name: train[name] for name in sorted(named(TrainConfig, ours=False))}
-    fields["gradient_checkpointing"] = choices.checkpointing.value
-    if choices.warmup is not None:
-        fields["warmup_steps"] = choices.warmup.value
-    if not choices.evaluates:
-        fields |= {"eval_strategy": "no", "eval_steps": None}
-    fields |= choices.intervals
     per_forward = train["per_device_train_batch_size"] * world_size()
     environment.rejoin()
     try:
         args = SFTConfig(
-            **fields,
+            **_fields(train, choices),
             output_dir=config.output_dir,
             run_name=config.run_name,
             seed=config.seed,
@@ -146,6 +139,17 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
     if choices.ds_config is not None:
         _start_deepspeed(choices.stage)
     return args
+
+
+def _fields(train: dict[str, Any], choices: Choices) -> dict[str, Any]:
+    """Return the fields of SFTConfig that are settings of the section, with the values chosen."""
+    fields = {name: train[name] for name in sorted(named(TrainConfig, ours=False))}
+    fields["gradient_checkpointing"] = choices.checkpointing.value
+    if choices.warmup is not None:
+        fields["warmup_steps"] = choices.warmup.value
+    if not choices.evaluates:
+        fields |= {"eval_strategy": "no", "eval_steps": None}
+    return fields | choices.intervals
 
 
 def _floats(extra: dict[str, Any]) -> dict[str, Any]:

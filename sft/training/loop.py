@@ -47,17 +47,16 @@ def add_checks(
         trainer.add_callback(callbacks.BeforeTraining(action, on_resume))
 
     device, vocabulary = trainer.args.device, len(trainer.processing_class)
+    mixed = trainer.accelerator.mixed_precision
     packed = "seq_lengths" in prepared.train.dataset.column_names
     per_device = settings.per_device_train_batch_size, settings.per_device_eval_batch_size
 
     def check_head() -> None:
-        precision = trainer.accelerator.mixed_precision
-        if plain := proof.prove_head(trainer.model_wrapped, device, vocabulary, precision):
+        if plain := proof.prove_head(trainer.model_wrapped, device, vocabulary, mixed):
             trainer.use_head(plain.value)
             run.correct(plain)
 
     def probe() -> Probe:
-        mixed = trainer.accelerator.mixed_precision
         return Probe(
             trainer.model_wrapped,
             trainer.data_collator,
@@ -82,8 +81,7 @@ def add_checks(
     before_training(lambda: isolation.require_rows(probe(), batched))
     if packed or trainer.data_collator.padding_free:
         before_training(check_isolation)
-    count = run.config.dataset.exact_match
-    if count:
+    if count := run.config.dataset.exact_match:
         before_training(lambda: log_answers(trainer, count, stop_ids), on_resume=False)
     if resume_from is not None and trainer.eval_dataset is not None:
         before_training(trainer.evaluate_if_due)
