@@ -169,17 +169,6 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) or (hint,)
 
 
-def _name_experts(text: Any) -> None:
-    """Let TRL find the number of experts, which it reads as ``num_experts`` for the balancing loss.
-
-    Granite-MoE and Phi-MoE call it ``num_local_experts``. Transformers maps names of a config by
-    its class, as it does for Mixtral, so that the saved config does not change.
-    """
-    if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
-        kind = type(text)
-        kind.attribute_map = {**kind.attribute_map, "num_experts": "num_local_experts"}
-
-
 def _start_deepspeed(stage: int) -> None:
     """Start DeepSpeed's process group."""
     import deepspeed
@@ -231,7 +220,6 @@ def make_trainer(
     from sft.training import left_out
     from sft.training.trainer import Trainer
 
-    _name_experts(base.config.get_text_config())
     if choices.stage == 3:
         rows.values_of_base()
     with warnings.catch_warnings(), _initial_values() as initial:
