@@ -86,8 +86,7 @@ def _sampling(config: GenerateConfig) -> dict[str, Any]:
     if config.temperature is None:
         return {}
     # Transformers' default of top_k samples from 50 tokens only.
-    chosen = {"temperature": config.temperature, "top_p": config.top_p}
-    return {"do_sample": True, "top_k": 0, **chosen}
+    return {"do_sample": True, "top_k": 0, "temperature": config.temperature, "top_p": config.top_p}
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
@@ -176,7 +175,8 @@ def _load(config: GenerateConfig, folder: Path) -> tuple[Any, Template, Card | N
     """Load the model, with its adapter, and the template and the card of its training."""
     from sft.data.template import Template
     from sft.inference.card import read_card
-    from sft.model.base import load_frozen, load_tokenizer
+    from sft.model.base import load_frozen
+    from sft.model.tokenizer import load_tokenizer
 
     here = ModelConfig(
         name_or_path=config.model or str(folder.resolve()),

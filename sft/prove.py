@@ -100,7 +100,7 @@ def _few_rows(config: ProveConfig) -> int:
     from sft.data import artefact
     from sft.data.prepare import prepare
     from sft.data.template import Template
-    from sft.model.base import load_tokenizer
+    from sft.model.tokenizer import load_tokenizer
 
     dataset, batch = config.dataset, config.train.global_batch_size
     tokenizer = load_tokenizer(config.model)

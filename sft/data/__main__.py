@@ -74,9 +74,9 @@ def data(config: DataConfig) -> dict[str, Any]:
     from sft.data.prepare import prepare
     from sft.data.template import Template
     from sft.model import adapter
-    from sft.model import base as model
+    from sft.model.tokenizer import load_tokenizer
 
-    tokenizer = model.load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     chosen = artefact.template_of(config.dataset.path) or config.template
     template = Template(chosen, tokenizer, config.dataset.format)
     packing = packing_of(config.dataset, chosen.kind)

@@ -51,6 +51,11 @@ class Prepared:
         parts = {"train": self.train.counts}
         return parts if self.eval is None else {**parts, "eval": self.eval.counts}
 
+    @property
+    def largest_id(self) -> int:
+        """Return the largest token id of all samples."""
+        return max(part.largest_id for part in self.parts.values())
+
 
 def damage(folder: Path) -> str | None:
     """Compare all files of a folder of prepared data with its inventory.

@@ -19,7 +19,7 @@ from sft.config.rules import AS_SET, Choice
 from sft.data.collator import trained_places
 from sft.errors import ConfigError, Problem
 from sft.fast.balance import COEFFICIENT, balances
-from sft.fast.loss import Logits, SummedLoss
+from sft.fast.loss import Asked, Logits, SummedLoss, with_rows
 from sft.fast.rows import split
 
 if TYPE_CHECKING:
@@ -47,26 +47,6 @@ class HeadOutput(ModelOutput):  # type: ignore[misc]
     label_mask: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     is_top1: torch.Tensor | None = None
-
-
-@dataclass
-class Asked:
-    """What a forward pass asks of the loss.
-
-    Attributes:
-        dft: Multiply each loss by the label's probability (arXiv 2508.05629).
-        metrics: Also compute entropy and is_top1.
-        weights: Factors of the losses, (N,), float32; None: 1.
-    """
-
-    dft: bool
-    metrics: bool
-    weights: torch.Tensor | None
-
-    def losses(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each label, (N,), from log-probabilities that have a gradient."""
-        each = -log_probs * log_probs.detach().exp() if self.dft else -log_probs
-        return each if self.weights is None else each * self.weights.to(each.device)
 
 
 def install(model: PreTrainedModel, kind: str) -> None:
@@ -135,9 +115,8 @@ def _by_chunks(
     """
     if not torch.is_grad_enabled():  # otherwise SummedLoss would compute their gradients
         trained = tuple(None if weight is None else weight.detach() for weight in trained)
-    factors = None if asked.weights is None else asked.weights.to(states.device)
     loss, log_probs, entropy, is_top1 = SummedLoss.apply(  # type: ignore[no-untyped-call]
-        states, *trained, labels, factors, logits, asked.dft, asked.metrics
+        states, *trained, labels, logits, asked
     )
     return HeadOutput(
         loss=loss,
@@ -157,8 +136,7 @@ def _by_trl(
 ) -> HeadOutput:
     """Compute the same with TRL's kernel, which uses Triton on a GPU."""
     weight, bias, rows, values = trained
-    if rows is not None:
-        weight = weight.index_copy(0, rows, values.to(weight.dtype))
+    weight = with_rows(weight, rows, values)
     wanted = ("entropy", "is_top1") if asked.metrics else ()
     log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
         states, weight, bias, labels, 1.0, TILE, logits.softcap, logits.scale, wanted

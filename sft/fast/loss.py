@@ -16,6 +16,34 @@ CHUNK = 1 << 24  # logits at once: 64 MiB in float32, whatever the vocabulary an
 
 
 @dataclass
+class Asked:
+    """What a forward pass asks of the loss.
+
+    Attributes:
+        dft: Multiply each loss by the label's probability (arXiv 2508.05629).
+        metrics: Also compute entropy and is_top1.
+        weights: Factors of the losses, (N,), float32; None: 1.
+    """
+
+    dft: bool
+    metrics: bool
+    weights: torch.Tensor | None = None
+
+    def factors(self, log_probs: torch.Tensor, part: slice = slice(None)) -> torch.Tensor | None:
+        """Return by what the losses of some positions are multiplied, (rows,); None: 1."""
+        weights = None if self.weights is None else self.weights[part].to(log_probs.device)
+        if not self.dft:
+            return weights
+        factors = log_probs.detach().exp()
+        return factors if weights is None else factors * weights
+
+    def losses(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """Return the loss of each label, (N,)."""
+        factors = self.factors(log_probs)
+        return -log_probs if factors is None else -log_probs * factors
+
+
+@dataclass
 class Logits:
     """What a model applies to its head's output.
 
@@ -118,13 +146,24 @@ def _zeros(given: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
     return torch.zeros_like(given, dtype=torch.float32) if given is not None and wanted else None
 
 
-def _factors(
-    log_probs: torch.Tensor, dft: bool, weights: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Return by what the losses are multiplied, (rows,); None: by nothing."""
-    if not dft:
-        return weights
-    return log_probs.exp() if weights is None else log_probs.exp() * weights
+def with_rows(
+    weight: torch.Tensor, index: torch.Tensor | None, values: torch.Tensor | None
+) -> torch.Tensor:
+    """Return a weight with the values of single rows, or the weight itself."""
+    if index is None or values is None:
+        return weight
+    return weight.index_copy(0, index, values.to(weight.dtype))
+
+
+def _of_logits_(
+    p: torch.Tensor, target: torch.Tensor, factors: torch.Tensor | None
+) -> torch.Tensor:
+    """Turn probabilities, (rows, vocabulary), into the gradient of the losses by the logits.
+
+    That of -log p(label) is p, minus 1 at the label.
+    """
+    p.scatter_add_(1, target, p.new_full(target.shape, -1))
+    return p if factors is None else p.mul_(factors[:, None])
 
 
 class SummedLoss(torch.autograd.Function):
@@ -139,10 +178,8 @@ class SummedLoss(torch.autograd.Function):
         index: torch.Tensor | None,
         values: torch.Tensor | None,
         labels: torch.Tensor,
-        weights: torch.Tensor | None,
         logits: Logits,
-        dft: bool,
-        metrics: bool,
+        asked: Asked,
     ) -> tuple[torch.Tensor, ...]:
         """Compute the loss.
 
@@ -154,10 +191,8 @@ class SummedLoss(torch.autograd.Function):
             index: The indices of single rows of the weight that are trained, (rows,), or None.
             values: The values of these rows, (rows, width), which replace those of the weight.
             labels: (N,).
-            weights: Factors of the positions' losses, (N,), float32; None: 1.
             logits: What the model applies to the head's output.
-            dft: Weight each token's loss by its probability (arXiv 2508.05629).
-            metrics: Also compute entropy and is_top1.
+            asked: Factors of the losses, and whether to compute entropy and is_top1.
 
         Returns:
             loss (scalar); log_probs, entropy, is_top1 (N,): the last two are empty without metrics.
@@ -166,15 +201,14 @@ class SummedLoss(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
         head, shift = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if index is not None and values is not None:
-            head = head.index_copy(0, index, values.to(dtype))
+        head = with_rows(head, index, values)
         wanted = ctx.needs_input_grad
         grads = [
             torch.empty_like(hidden, dtype=dtype) if wanted[0] else None,
             *(_zeros(weight, wanted[1]), _zeros(bias, wanted[2]), _zeros(values, wanted[4])),
         ]
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        entropy = torch.empty_like(log_probs[: len(hidden) if metrics else 0])
+        entropy = torch.empty_like(log_probs[: len(hidden) if asked.metrics else 0])
         is_top1 = torch.empty_like(entropy, dtype=torch.bool)
         rows = max(1, CHUNK // len(weight))
         with torch.autocast(device.type, enabled=False):
@@ -182,29 +216,23 @@ class SummedLoss(torch.autograd.Function):
                 part = slice(begin, begin + rows)
                 x, target = hidden[part].to(dtype), labels[part, None]
                 z, slope = logits.apply_(F.linear(x, head, shift).float())
-                if metrics:
+                if asked.metrics:
                     is_top1[part] = z.argmax(1) == target[:, 0]
-                p, log_probs[part], spread = _softmax_(z, target, with_entropy=metrics)
+                p, log_probs[part], spread = _softmax_(z, target, with_entropy=asked.metrics)
                 if spread is not None:
                     entropy[part] = spread
                 if any(wanted):
-                    # The gradient of -log p(label) with respect to z is p, minus 1 at the label.
-                    p.scatter_add_(1, target, p.new_full(target.shape, -1))
-                    own = None if weights is None else weights[part]
-                    if (factors := _factors(log_probs[part], dft, own)) is not None:
-                        p *= factors[:, None]
+                    p = _of_logits_(p, target, asked.factors(log_probs[part], part))
                     gradient = logits.backward_(p, slope).to(dtype)
                     _add_gradients(grads, part, gradient, x, head, index)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if it is None else it.dtype for it in (hidden, weight, bias, values)]
         ctx.mark_non_differentiable(log_probs, entropy, is_top1)
-        factors = _factors(log_probs, dft, weights)
-        each = -log_probs if factors is None else -log_probs * factors
-        return each.sum(), log_probs, entropy, is_top1
+        return asked.losses(log_probs).sum(), log_probs, entropy, is_top1
 
     @staticmethod
     def backward(ctx: Any, of_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         """Scale the gradients that the forward pass computed."""
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         found = [None if grad is None else (grad * of_loss).to(dtype) for grad, dtype in pairs]
-        return (*found[:3], None, found[3], None, None, None, None, None)
+        return (*found[:3], None, found[3], None, None, None)

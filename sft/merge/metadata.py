@@ -16,9 +16,10 @@ from sft.errors import DataError, MergeError
 from sft.files import write_text
 from sft.inference.card import TOKENIZER, write_card
 from sft.inference.stops import generation_of, stop_at
-from sft.model.base import load_config, load_tokenizer
+from sft.model.base import load_config
 from sft.model.overrides import written_into
 from sft.model.source import loading, source
+from sft.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

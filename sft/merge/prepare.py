@@ -75,7 +75,8 @@ def prepare(
     Raises:
         MergeError: The adapter does not fit the base, or cannot be written into it.
     """
-    from sft.model.base import load_architecture, load_tokenizer
+    from sft.model.base import load_architecture
+    from sft.model.tokenizer import load_tokenizer
 
     architecture = load_architecture(sources.base, buffers=True)
     base = Base.read(shards(sources.base), architecture)

@@ -14,7 +14,6 @@ from sft.model import config_checks, overrides, trainable, weights
 from sft.model.precision import dtype_of, needs_masters
 from sft.model.quantization import keep_training_layout
 from sft.model.source import loading, source
-from sft.model.tokenizer import load_tokenizer as load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

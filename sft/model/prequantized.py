@@ -14,7 +14,7 @@ from sft.model.quantization import stored_method, stored_values
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 ORIGINAL = "model.name_or_path=THE_MODEL_THAT_WAS_QUANTISED"
 # Methods whose files Transformers dequantises while it loads them, and the package it needs.
@@ -102,23 +102,22 @@ def _taken(asked: QuantizationConfig, values: dict[str, Any]) -> QuantizationCon
     return QuantizationConfig(**files, extra=extra)
 
 
-def choice(config: Config, base: PreTrainedConfig, parameters: int, itemsize: int) -> Choice | None:
+def choice(config: Config, architecture: PreTrainedModel, itemsize: int) -> Choice | None:
     """Describe how a base is loaded whose files are quantised; None for another.
 
     Args:
         config: What ``as_stored`` returned.
-        base: The base model's Transformers config.
-        parameters: Number of its parameters.
+        architecture: The base model, with or without weights.
         itemsize: Bytes of a number in the run's precision.
     """
-    method = stored_method(base)
+    method = stored_method(architecture.config)
     if method is None or not config.model.pretrained:
         return None
     if method == "bitsandbytes":
         own = config.quantization
         value = own.bnb_4bit_quant_type if own.load_in_4bit else "int8"
         return Choice("quantization", value, "the model's files are quantised so")
-    size = parameters * itemsize / 2**30
+    size = architecture.num_parameters() * itemsize / 2**30
     reason = f"the model's {method} files are dequantised, which takes {size:.1f} GiB for weights"
     return Choice("quantization", "none", reason)
 

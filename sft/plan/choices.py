@@ -183,22 +183,17 @@ def decide(
     attention, joined = kernel.choose(config, architecture, name, packed)
     frozen = linear.choose(config, architecture, name, stage)
     by_peft = fast_lora.left_to_peft(config, stage)
+    itemsize, longest = dtype_of(name).itemsize, prepared.train.counts.longest
+    scores = kernel.keeps_scores(architecture, attention.value)
+    taken = linear.extra_bytes(architecture) if frozen.value == "packed" else 0
     recomputes = memory.choose_checkpointing(
-        config,
-        architecture,
-        prepared.train.counts.longest,
-        dtype_of(name).itemsize,
-        stage,
-        keeps_scores=kernel.keeps_scores(architecture, attention.value),
-        taken=linear.extra_bytes(architecture) if frozen.value == "packed" else 0,
+        config, architecture, longest, itemsize, stage, keeps_scores=scores, taken=taken
     )
     return Choices(
         precision=_with_masters(config, precision),
         tf32=precisions.choose_tf32(name, config.train.extra),
         zero=zero_choice,
-        quantization=prequantized.choice(
-            config, architecture.config, architecture.num_parameters(), dtype_of(name).itemsize
-        ),
+        quantization=prequantized.choice(config, architecture, itemsize),
         packing=_packing(config),
         attention=attention,
         padding_free=joined,
@@ -215,9 +210,7 @@ def decide(
         evaluates=prepared.eval is not None,
         balances=balances,
         boundaries=(packed or joined.value) and bool(mixers.mixers(architecture)),
-        new_tokens=tokens.choose_rows(
-            config, architecture, new, max(part.largest_id for part in prepared.parts.values())
-        ),
+        new_tokens=tokens.choose_rows(config, architecture, new, prepared.largest_id),
     )
 
 

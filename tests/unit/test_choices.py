@@ -18,7 +18,8 @@ from sft.data.prepare import prepare
 from sft.data.prepared import Prepared
 from sft.data.template import Template
 from sft.fast import linear
-from sft.model.base import load_architecture, load_tokenizer
+from sft.model.base import load_architecture
+from sft.model.tokenizer import load_tokenizer
 from sft.plan import choices, memory
 from sft.train import main
 
