@@ -58,8 +58,10 @@ def stage(conversion: Conversion, name: str, value: Any, given: bool) -> None:
 def method(conversion: Conversion, name: str, value: Any, given: bool) -> None:
     """Refuse methods of training that would become another one."""
     if value not in (None, "lora", "full"):
-        rule = "sft trains LoRA adapters, or every weight"
-        raise ConfigError([Problem(f"finetuning_type={value}", rule, "finetuning_type: lora")])
+        rule = "sft trains LoRA adapters, every weight, or the weights that are named"
+        parts = "finetuning_type: full, then model.trainable=[REGEX] beside the result"
+        fix = parts if value == "freeze" else "finetuning_type: lora"
+        raise ConfigError([Problem(f"finetuning_type={value}", rule, fix)])
     conversion.plain(name, value, given)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+
+from sft.config.packages import installed
 
 # Fields of configs that limit how far a token sees, in tokens.
 REACHES = (
@@ -107,7 +108,7 @@ def lacking(model: Any) -> str:
         return ""
     if not torch.cuda.is_available():
         why = "on a CPU nothing passes them the boundaries of documents"
-    elif missing := [name for name in PACKAGES if name in _asked(model) and not find_spec(name)]:
+    elif missing := [name for name in PACKAGES if name in _asked(model) and not installed(name)]:
         why = f"their kernels, which get the boundaries, need {' and '.join(missing)}"
     else:
         return ""

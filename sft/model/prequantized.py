@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from sft.config import lora_checks
+from sft.config import lora_checks, packages
 from sft.config.rules import Choice, written
 from sft.config.settings import Config, QuantizationConfig
 from sft.errors import ConfigError, Problem
@@ -61,7 +60,7 @@ def as_stored(config: Config, base: PreTrainedConfig) -> Config:
             fix = f"quantization=none, which dequantises them, or {ORIGINAL}"
             raise ConfigError([Problem(f"quantization.{bits}=true", already, fix)])
     package = DEQUANTIZED[method]
-    if package is not None and importlib.util.find_spec(package) is None:
+    if package is not None and not packages.installed(package):
         rule = f"{already}, and the package {package} that reads them is not installed"
         fix = f"pip install {package.replace('_', '-')}"
         raise ConfigError([Problem(f"model.name_or_path={name}", rule, fix)])

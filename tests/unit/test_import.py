@@ -260,6 +260,11 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         (SMALL.replace("adapter: lora", "adapter: [lora]"), "x.yaml", "sft trains LoRA adapters"),
         (SMALL.replace("adapter: lora", "adapter: ia3"), "x.yaml", "sft trains LoRA adapters"),
         ("stage: sft\nfinetuning_type: oft\ncutoff_len: 5\n", "x.yaml", "trains LoRA adapters"),
+        (
+            "stage: sft\nfinetuning_type: freeze\ncutoff_len: 5\n",
+            "x.yaml",
+            "model.trainable=[REGEX]",
+        ),
         ("stage: sft\ndataset: mine\nfinetuning_type: lora\n", "x.yaml", "there is no data/"),
     ],
 )
