@@ -49,6 +49,12 @@ class DatasetConfig:
     split: str = setting("train", "split of the hub or saved dataset to train on")
     eval_path: str | None = setting(None, "file or folder of held-out rows")
     eval_split: str | None = setting(None, "split of the hub or saved dataset to evaluate on")
+    eval: dict[str, Any] = setting(
+        {},
+        "further held-out sets, each evaluated by itself: {NAME: {path: ..., split: ...}}; its "
+        "figures are eval_NAME_loss, eval_NAME_perplexity and eval_NAME_tokens",
+        changes_training=False,
+    )
     eval_fraction: float = setting(
         0.0, "fraction of rows held out for evaluation", within(0, 1), null=0.0
     )

@@ -22,6 +22,7 @@ MEANT = {
     ("quantization", "8bit"): "quantization=int8",
     ("lora", "full"): "lora=none",
 }
+SEVERAL = ("tracker", "profile")  # groups of which several options may be chosen: tracker=[A,B]
 # Hydra's groups of plugins: the class that sft uses, why no other, and the fix.
 PLUGINS = {
     "launcher": (

@@ -97,7 +97,7 @@ NEEDS = (
         Need(
             f"train.extra.{name}", "train.extra.report_to", lambda to: to not in (None, "none", [])
         )
-        for name in ("project", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id")
+        for name in ("trackio_bucket_id", "trackio_space_id", "trackio_static_space_id")
     ),
     # The noise is scaled by the length of a row, which joined rows change (transformers#34659).
     Need(

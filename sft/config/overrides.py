@@ -19,7 +19,7 @@ import yaml
 
 from sft.config import settings_file
 from sft.config.grammar import from_yaml, hydra_text, is_list, options_of, parse, unclosed, unquoted
-from sft.config.groups import config_dir_problems, groups, no_option
+from sft.config.groups import SEVERAL, config_dir_problems, groups, no_option
 from sft.config.names import suggest, suggest_sweep
 from sft.errors import ConfigError, DataError, Problem
 
@@ -33,7 +33,7 @@ class Override:
 
     Attributes:
         key: The group or the setting's dotted name.
-        value: The option's name, or the setting's value; None for a sweep.
+        value: The option's name, or several with commas, or the setting's value; None for a sweep.
         text: It in Hydra's grammar, if Hydra composes or expands it; "": made from ``value``.
         kind: ``option`` of a group, ``setting``, ``sweep`` (over a setting's or a group's values),
             or ``hydra`` for Hydra's own settings.
@@ -185,13 +185,16 @@ class Reader:
             yield Override(group, found, f"{group}={found}", "option", source)
             yield Override("dataset.path", name, source=source)
             return
-        parsed = None if source else parse(f"{group}={text}")
+        parsed = None if source and group not in SEVERAL else parse(f"{group}={text}")
         several = parsed is not None and parsed.is_sweep_override()
         if several and not self.sweep:
-            fix = f"add -m, or choose one: {word.partition(',')[0]}"
+            one = f"choose one: {word.partition(',')[0]}"
+            fix = f"{group}=[{text}]" if group in SEVERAL else f"add -m, or {one}"
             self._wrong(word, "several values need a sweep (-m)", fix)
             return
         chosen = [name] if parsed is None else options_of(parsed)
+        if group in SEVERAL and parsed is not None and isinstance(parsed.value(), list):
+            chosen = [str(option) for option in parsed.value()]
         unknown = [option for option in chosen if option not in known]
         for option in unknown:
             if several and group == "dataset" and Path(option).exists():
@@ -200,10 +203,11 @@ class Reader:
             else:
                 self.problems.append(no_option(group, option, known))
         if not unknown:
-            spelled = f"{group}={text if several else chosen[0]}"
+            joined = f"[{','.join(chosen)}]" if len(chosen) > 1 else chosen[0] if chosen else "none"
+            spelled = f"{group}={text if several else joined}"
             kind = "sweep" if several else "option"
             yield Override(
-                group, chosen[0], spelled if group in ours else f"+{spelled}", kind, source
+                group, ",".join(chosen), spelled if group in ours else f"+{spelled}", kind, source
             )
 
     def _rows(self, path: str) -> str | None:
@@ -220,7 +224,8 @@ class Reader:
         decided = set(line)
         for item in line.values():
             if item.kind == "option":
-                decided |= settings_file.set_by_option(item.key, item.value, self.config_dir)
+                for option in item.value.split(","):
+                    decided |= settings_file.set_by_option(item.key, option, self.config_dir)
         entries = settings_file.entries(path, self.schema, set(self.groups), self.problems)
         for key, value, place in entries:
             if key in decided:

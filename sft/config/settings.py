@@ -18,16 +18,28 @@ from sft.config.new_tokens import read_new_tokens
 from sft.config.rules import AS_SET, LARGEST_SEED, Choice, between, name_fault, one_of, setting
 from sft.config.template_settings import TemplateConfig
 from sft.config.train_settings import ResumeConfig, TrainConfig, ZeroConfig
+from sft.config.watch_settings import (
+    AlertConfig,
+    ProfileConfig,
+    ReportConfig,
+    SampleConfig,
+    TrackerConfig,
+)
 from sft.errors import ConfigError, Problem
 
 __all__ = [
+    "AlertConfig",
     "Config",
     "DatasetConfig",
     "LoraSection",
     "ModelConfig",
+    "ProfileConfig",
     "QuantizationConfig",
+    "ReportConfig",
     "ResumeConfig",
+    "SampleConfig",
     "TemplateConfig",
+    "TrackerConfig",
     "TrainConfig",
     "ZeroConfig",
     "fill_names",
@@ -72,6 +84,12 @@ class Config:
         one_of("auto", "fp32", "bf16", "fp16"),
         decides=("train.bf16", "train.fp16", "train.bf16_full_eval", "train.fp16_full_eval"),
     )
+    on_alert: str | None = setting(
+        None,
+        "command that is run at each alert, with the alert as JSON on its standard input; only on "
+        "the command line",
+        changes_training=False,
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
@@ -80,6 +98,11 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    alert: AlertConfig = field(default_factory=AlertConfig)
 
 
 def short_name(path: str) -> str:

@@ -146,6 +146,49 @@ class TrainConfig:
         at_least(1),
         changes_training=False,
     )
+    metric: str = setting(
+        "eval_loss",
+        "figure of an evaluation that decides which checkpoint is the best and when to stop early, "
+        "such as eval_loss, eval_NAME_loss of a set in dataset.eval, or exact_match",
+        changes_training=False,
+        ours=True,
+        decides=("train.metric_for_best_model",),
+    )
+    greater_is_better: bool | None = setting(
+        None,
+        "true: larger values of train.metric are better; null: as its name says",
+        changes_training=False,
+        ours=True,
+    )
+    load_best_model_at_end: bool = setting(
+        False,
+        "true: the adapter that the run writes is the one with the best train.metric; false: the "
+        "last one",
+        changes_training=False,
+        ours=True,
+    )
+    early_stopping_patience: int | None = setting(
+        None,
+        "stop after this many evaluations in a row in which train.metric did not get better; null: "
+        "never",
+        at_least(1),
+        ours=True,
+    )
+    early_stopping_threshold: float = setting(
+        0.0,
+        "how much train.metric must change to count as better",
+        at_least(0),
+        ours=True,
+        null=0.0,
+    )
+    max_forgetting: float | None = setting(
+        0.05,
+        "warn when the loss per byte of a general text is higher after training by more than this "
+        "share; null: the text is not evaluated",
+        above(0),
+        changes_training=False,
+        ours=True,
+    )
     merge: bool = setting(
         False,
         "true: after training, merge the adapter into full weights and verify them",

@@ -52,10 +52,10 @@ TRAIN_PASSED = frozenset(
         *("dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
         *("ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_static_graph"),
         *("ddp_find_unused_parameters", "ddp_timeout", "debug", "eval_delay"),
-        *("greater_is_better", "metric_for_best_model", "include_num_input_tokens_seen"),
+        "include_num_input_tokens_seen",
         *("liger_kernel_config", "use_liger_kernel", "loss_type", "router_aux_loss_coef"),
         *("log_level", "log_level_replica", "log_on_each_node", "logging_first_step"),
-        *("logging_nan_inf_filter", "neftune_noise_alpha", "report_to", "project"),
+        *("logging_nan_inf_filter", "neftune_noise_alpha", "report_to"),
         *("skip_memory_metrics", "tf32", "torch_compile", "torch_compile_backend"),
         *("torch_compile_mode", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id"),
     )

@@ -17,6 +17,12 @@ SETTINGS = "config.yaml"  # the composed settings
 METRICS = "metrics.jsonl"  # what was logged, one JSON object a line
 AUDIT = "data.json"  # how rows became samples
 DROPPED = "dropped.jsonl"  # the rows that were left out
+SAMPLES = "samples.jsonl"  # answers generated while training, one JSON object each
+ALERTS = "alerts.jsonl"  # what was wrong while training, one JSON object each
+SYSTEM = "system.jsonl"  # the use of the machine: profile=system
+PROFILE = "profile"  # the folder of what profile=torch recorded
+TRACKED = "trackers.json"  # the run of each tracker, and how much of this run it has
+REPORT = "report.html"  # the page
 ADAPTER, MODEL = "adapter", "model"  # the folders of the trained weights; a run has one of them
 MERGED = "merged"  # the folder of the merged model
 

@@ -24,6 +24,14 @@ MAY_DIFFER = {
     *("train.evals_per_epoch", "train.saves_per_epoch"),
     *("train.save_strategy", "train.save_steps", "train.save_total_limit"),
     *("train.dataloader_num_workers", "train.on_nan", "train.max_loss_jump", "train.merge"),
+    *("train.metric", "train.greater_is_better", "train.load_best_model_at_end"),
+    *("train.max_forgetting", "dataset.eval", "on_alert"),
+    *(f"sample.{name}" for name in ("every", "prompts", "num", "max_new_tokens", "temperature")),
+    *(f"sample.{name}" for name in ("top_k", "top_p", "repetition_penalty", "seed")),
+    *(f"tracker.{name}" for name in ("tensorboard", "wandb", "mlflow", "trackio")),
+    *(f"tracker.{name}" for name in ("project", "group", "uri")),
+    *(f"profile.{name}" for name in ("torch", "system", "start", "steps", "interval")),
+    *("report.every", "alert.loss_jump", "alert.stall", "alert.disk"),
 }
 NOT_IN_KEY = {"name", "exact_match", "num_proc", "stop_above", "warn_above", "max_bad_fraction"}
 
