@@ -68,6 +68,12 @@ def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
     return _number("LOCAL_WORLD_SIZE", environ)
 
 
+def node(environ: Mapping[str, str] = os.environ) -> int:
+    """Return the number of this machine among those of the run; 0 for that of rank 0."""
+    given = environ.get("GROUP_RANK", "")  # only torchrun says; others start equally many ranks
+    return int(given) if given.isdecimal() else rank(environ) // local_world_size(environ)
+
+
 def launched(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether a launcher started this process as a rank, maybe as the only one."""
     return "RANK" in environ

@@ -117,6 +117,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.plan import choices, schedule
         from sft.run import resume
         from sft.training import build, groups, loop, start, summary
+        from sft.watch import callbacks
 
     build.require(config)
     tokenizer, new = load_tokens(config.model)
@@ -134,6 +135,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
     schedule.require_batch(config.train, prepared.train.counts.samples)
+    schedule.require_profiled(config, prepared.train.counts.samples)
     chosen = choices.decide(config, architecture, precision, prepared, new)
     run.identify(chosen, prepared)
     logger.info("%s", "\n".join(chosen.lines()))
@@ -155,9 +157,11 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         summary.describe_run(config, trainer, prepared, tokenizer)
         with Signals() as signals:
             claim(run, trainer, prepared)
-            loop.add_checks(run, trainer, prepared, template.stop_ids, resume_from, signals)
-            final = loop.train(trainer, config, template.stop_ids, resume_from)
-            save(run, trainer, config, final)
+            names = (record.METRICS, record.PROFILE, record.SYSTEM)
+            with callbacks.watch(trainer, config.profile, *(run.dir / name for name in names)):
+                loop.add_checks(run, trainer, prepared, template.stop_ids, resume_from, signals)
+                final = loop.train(trainer, config, template.stop_ids, resume_from)
+                save(run, trainer, config, final)
 
 
 @contextlib.contextmanager
@@ -207,7 +211,6 @@ def merge(folder: Path, config: Config) -> None:
 def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
     """Claim the run's folder, now that nothing can be refused any more, and open the logs."""
     from sft.merge import probes
-    from sft.watch import callbacks
 
     if trainer.args.process_index == 0:
         run.claim()
@@ -216,7 +219,6 @@ def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
         probes.keep(prepared, run.dir / probes.FILE)
     trainer.accelerator.wait_for_everyone()
     run.log_to_file(trainer.args.process_index)
-    callbacks.watch(trainer, run.dir / record.METRICS)
 
 
 def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:

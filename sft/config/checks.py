@@ -159,6 +159,8 @@ def _schedule(config: Config) -> Iterator[Problem]:
             )
     if train.max_steps == 0:
         yield Problem("train.max_steps=0", "no step would be trained", "train.max_steps=-1")
+    if train.max_steps > 0:
+        yield from profile_problems(config, train.max_steps)
     if train.warmup_steps >= 1 and train.warmup_steps != int(train.warmup_steps):
         yield Problem(
             f"train.warmup_steps={train.warmup_steps}",
@@ -171,6 +173,14 @@ def _schedule(config: Config) -> Iterator[Problem]:
             f"the learning rate would not reach its peak within train.max_steps={train.max_steps}",
             "train.warmup_steps=0.03",
         )
+
+
+def profile_problems(config: Config, last: int) -> Iterator[Problem]:
+    """Check that the steps to record exist; ``last`` is the run's last step."""
+    start = config.profile.start
+    if config.profile.torch and start > last:
+        rule = f"is after the last step, {last:,}"
+        yield Problem(f"profile.start={start}", rule, f"profile.start={max(1, last - 2)}")
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:

@@ -119,6 +119,11 @@ NEEDS = (
         Need(f"quantization.{name}", "quantization.load_in_4bit", _is(True), "quantization=nf4")
         for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     ),
+    *(
+        Need(f"profile.{name}", "profile.torch", _is(True), "profile=torch")
+        for name in ("start", "steps")
+    ),
+    Need("profile.interval", "profile.system", _is(True), "profile=system"),
     Need("dataset.max_eval_rows", "dataset.eval_fraction", _is(0), "dataset.eval_fraction=0"),
 )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from sft.config import upstream
@@ -56,6 +58,7 @@ TRACKERS: dict[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
     "wandb": ("wandb",),
 }
+DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each GPU
 NEEDS = "needs the package "
 
 
@@ -82,6 +85,12 @@ def installed(module: str) -> bool:
     return found is not None and found.origin is not None
 
 
+def has_gpu(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the run will use a GPU of NVIDIA; asks the driver's files, not torch."""
+    hidden = environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    return not hidden and any(DRIVER.glob("*"))
+
+
 def package_of(optim: str) -> tuple[str, str] | None:
     """Return the module and the package of an optimizer; None if PyTorch or Transformers has it."""
     return next((of for start, of in OPTIMIZERS.items() if optim.startswith(start)), None)
@@ -97,6 +106,8 @@ def _needed(config: Config) -> Iterator[tuple[str, Any, tuple[str, ...], str]]:
     for name in _trackers(config):
         if modules := TRACKERS.get(name):
             yield "train.extra.report_to", name, modules, modules[0]
+    if config.profile.system and has_gpu():
+        yield "profile.system", "true", ("pynvml",), "nvidia-ml-py"
     if config.train.extra.get("use_liger_kernel"):
         yield "train.extra.use_liger_kernel", "true", ("liger_kernel",), "liger-kernel"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from sft.config.checks import profile_problems
 from sft.config.rules import Choice
-from sft.config.settings import TrainConfig
+from sft.config.settings import Config, TrainConfig
 from sft.errors import ConfigError, Problem
 from sft.process import world_size
 
@@ -106,3 +107,14 @@ def require_batch(train: TrainConfig, samples: int) -> None:
         rule = f"is more than the {samples:,} samples of the data"
         fix = "train.per_device_train_batch_size=8 train.global_batch_size=8"
         raise ConfigError([Problem(f"train.per_device_train_batch_size={micro}", rule, fix)])
+
+
+def require_profiled(config: Config, samples: int) -> None:
+    """Refuse to record steps that the run does not reach.
+
+    Raises:
+        ConfigError: profile.start is after the last step.
+    """
+    problems = list(profile_problems(config, planned_steps(config.train, samples)[1]))
+    if problems:
+        raise ConfigError(problems)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from sft import process
 from sft.checkpoint import folders, sharded
+from sft.config.settings import ProfileConfig
 from sft.errors import RunError
 from sft.files import read_records, to_json, write_text
 from sft.ranks import gather, trained_bits
@@ -99,9 +102,32 @@ class BeforeTraining(TrainerCallback):  # type: ignore[misc]
             self.action()
 
 
-def watch(trainer: Any, metrics: Path) -> None:
-    """Replace the Trainer's printing callbacks by ours, and add the check of the ranks."""
+@contextlib.contextmanager
+def watch(
+    trainer: Any, settings: ProfileConfig, metrics: Path, profile: Path, system: Path
+) -> Iterator[None]:
+    """Watch the training within a block; however the block ends, nothing of it goes on.
+
+    Args:
+        trainer: Gets our callbacks instead of the Trainer's printing ones.
+        settings: The section ``profile``.
+        metrics: The file of what is logged.
+        profile: The folder of ``profile=torch``.
+        system: The file of ``profile=system``, on the first machine.
+    """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    for callback in (Lines(), MetricsFile(metrics), RanksAgree()):
-        trainer.add_callback(callback)
+    callbacks: list[TrainerCallback] = [Lines(), MetricsFile(metrics), RanksAgree()]
+    with contextlib.ExitStack() as ending:
+        if settings.torch:
+            from sft.watch.profile import TorchProfile
+
+            # The first, so that the work of the others after a step is not recorded.
+            callbacks.insert(0, ending.enter_context(TorchProfile(trainer, settings, profile)))
+        if settings.system and process.local_rank() == 0:
+            from sft.watch.system import System, file_of
+
+            ending.enter_context(System(file_of(system, process.node()), settings.interval))
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        yield

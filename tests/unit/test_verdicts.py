@@ -187,7 +187,7 @@ ALWAYS = {
     *("train.weight_decay", "train.max_grad_norm", "train.optim", "train.gradient_checkpointing"),
     *("train.logging_steps", "train.eval_strategy", "train.save_strategy", "train.on_nan"),
     *("train.max_loss_jump", "train.padding_free", "train.pad_to_multiple_of"),
-    *("train.dataloader_num_workers", "train.extra"),
+    *("train.dataloader_num_workers", "train.extra", "profile.torch", "profile.system"),
 }
 # zero_checks, lora_checks and training.groups refuse them.
 ELSEWHERE = {"zero.overrides", "train.merge", "model.trainable", "train.embedding_learning_rate"}
@@ -222,6 +222,8 @@ SWITCHES_OFF = {
     "train.padding_free": "auto",
     "dataset.packing": "bfd",
     "lora.enabled": False,
+    "profile.torch": False,
+    "profile.system": False,
     "quantization.load_in_4bit": False,
     "dataset.eval_fraction": 0.1,
 }
