@@ -21,7 +21,7 @@ class RunsConfig:
 
     dirs: list[str] = setting(
         [],
-        "folders with runs, at most three levels below; the word dirs= may be left out; []: outputs",
+        "folders with runs, up to three levels deep; dirs= may be left out; []: outputs",
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft import html
 from sft.cli.command import Command
 from sft.config.rules import rule_problems, setting
 from sft.errors import Problem, RunError
@@ -107,7 +108,7 @@ def _write(output: Path, text: str, overwrite: bool) -> None:
     try:
         if output.exists() and not overwrite:
             with output.open(encoding="utf-8", errors="replace") as file:
-                if page.MARK not in file.read(4096):
+                if html.GENERATOR not in file.read(4096):
                     raise RunError(f"{output} is not a page of sft\n    fix: overwrite=true")
         write_text(output, text)
     except OSError as error:
