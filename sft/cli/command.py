@@ -36,7 +36,7 @@ class Command(Described[C]):
     Attributes:
         run: Runs the command with a checked config; ``--json`` prints what it returns.
         check: Finds the problems of a config whose keys and types are right.
-        takes: The setting that a word without ``=`` gives, such as the file to convert.
+        takes: The setting of a word without ``=``, such as the file to convert; a list has several.
     """
 
     run: Callable[[C], dict[str, Any] | None]
@@ -114,7 +114,7 @@ class Command(Described[C]):
         self, words: list[str], config_dir: str | None = None, sweep: bool = False
     ) -> tuple[list[Override], list[Problem]]:
         """Parse settings, options and a settings file; also gives what is wrong with them."""
-        words = named(words, self.takes)
+        words = named(words, self.takes, self.schema)
         reader = Reader(self.schema, config_dir, self.config_name is not None, sweep, option_of)
         return reader.read(words), reader.problems
 

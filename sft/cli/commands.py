@@ -11,6 +11,8 @@ COMMANDS = {
     "import": "sft.convert.__main__",
     "generate": "sft.generate",
     "merge": "sft.merge.__main__",
+    "report": "sft.report.__main__",
+    "runs": "sft.runs",
     "prove": "sft.prove",
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from sft.config import upstream
+from sft.config.grammar import hydra_text
 from sft.config.grammar import parse as parse_override
 from sft.config.groups import groups
 from sft.config.names import suggest
@@ -83,12 +84,21 @@ def _no_options(argv: list[str], unknown: list[str]) -> Iterator[Problem]:
             yield _no_option(option, value)
 
 
-def named(words: list[str], setting: str | None) -> list[str]:
-    """Name the setting of a word without ``=``, such as a file; None: no setting is given so."""
+def named(words: list[str], setting: str | None, schema: type) -> list[str]:
+    """Name the setting of the words without ``=``, such as a file; a path may have one.
+
+    Args:
+        words: The words of a command line.
+        setting: The setting; None: no setting is given so. A list takes all of these words.
+        schema: The settings of the command.
+    """
     if setting is None:
         return words
-    is_plain = [word for word in words if "=" not in word or os.path.isfile(word)]
-    return [f"{setting}={word}" if word in is_plain else word for word in words]
+    plain = [word for word in words if "=" not in word or os.path.exists(word)]
+    if plain and str(getattr(field_of(schema, setting), "type", "")).startswith("list"):
+        given = f"{setting}=[{','.join(map(hydra_text, plain))}]"
+        return [given, *(word for word in words if word not in plain)]
+    return [f"{setting}={word}" if word in plain else word for word in words]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

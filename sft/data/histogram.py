@@ -35,7 +35,8 @@ def histogram(rows: Sequence[Sequence[float]], limit: float | None) -> str:
         anchor = "start" if at < 200 else "end"
         svg += f'<line class="limit" x1="{at}" x2="{at}" y1="20" y2="170"/>\n'
         svg += f'<text class="limit" x="{at}" y="14" text-anchor="{anchor}">{name}</text>\n'
-    return f"""<svg viewBox="0 0 600 212" role="img" aria-label="Histogram of lengths">
+    return f"""<svg class="drawn" viewBox="0 0 600 212" role="img"
+aria-label="Histogram of the lengths of samples in tokens, at most {most:,} in a bin">
 <line x1="64" x2="584" y1="30" y2="30"/><line class="axis" x1="64" x2="584" y1="170" y2="170"/>
 <text x="56" y="34" text-anchor="end">{most:,}</text><text x="56" y="174" text-anchor="end">0</text>
 <text x="324" y="207" text-anchor="middle">tokens</text>

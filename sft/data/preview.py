@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from sft.data.row_encoder import IGNORE_INDEX
+from sft.html import visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 Sample = Mapping[str, Any]
 
-# Controls, formats (such as a change of text direction), surrogates, line and paragraph separators.
-HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # White on dark green from the fixed part of the palette, which light and dark themes leave alone.
 TRAINED = "color(231) on color(22)"
 # How byte-level BPE spells bytes in its vocabulary (bytes_to_unicode of GPT-2's encoder.py).
@@ -124,25 +122,6 @@ def _lines(
 def untrained(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Span]:
     """Return a prompt's tokens as spans of a document."""
     return _spans(ids, [IGNORE_INDEX] * len(ids), tokenizer)
-
-
-def visible(text: str, around: str = "{}") -> str:
-    """Mark the ends of lines, and escape control characters and invisible characters.
-
-    Args:
-        text: Decoded text.
-        around: Format of each mark and escape.
-    """
-
-    def shown(char: str) -> str:
-        if char == "\n":
-            return around.format("↵") + char
-        # Do not escape joiners: emoji and several scripts need them.
-        if char not in "\u200c\u200d" and unicodedata.category(char) in HIDDEN:
-            return around.format(char.encode("unicode_escape").decode())
-        return char
-
-    return "".join(map(shown, text))
 
 
 def documents_of(

@@ -62,7 +62,7 @@ def test_alone_it_lists_every_command_and_imports_no_library() -> None:
     assert (
         listed
         == list(program.COMMANDS)
-        == [*("train", "data", "import", "generate", "merge", "prove")]
+        == [*("train", "data", "import", "generate", "merge", "report", "runs", "prove")]
     )
     assert "    merge      merge an adapter into full weights, and verify them\n" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -95,7 +95,7 @@ def test_the_version_is_ours(words, capsys, monkeypatch: pytest.MonkeyPatch) -> 
         (
             "trian",
             "there is no command trian; the commands are train, data, import, generate, merge, "
-            "prove",
+            "report, runs, prove",
         ),
         ("trian", "fix: did you mean train?"),
         ("lora.r=4", "fix: sft train lora.r=4"),
@@ -599,7 +599,8 @@ def test_help_fits_the_terminal(name: str, columns: int, monkeypatch: pytest.Mon
     assert text.startswith(f"sft {name}: ")
     first = {"train": "dataset=OPTION", "data": "    preview=0", "prove": "    steps=null"}
     first |= {"generate": "    run=null", "merge": "    run=null", "import": "    file=null"}
-    shown = re.search(r"^(\w+=OPTION|    \w+=\w+)$", text, re.MULTILINE)
+    first |= {"report": "    runs=[]", "runs": "    dirs=[]"}
+    shown = re.search(r"^(\w+=OPTION|    \w+=(?:\w+|\[\]))$", text, re.MULTILINE)
     assert shown is not None
     assert shown[1] == first[name]
 

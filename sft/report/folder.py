@@ -1,0 +1,272 @@
+"""Read the files of a run's folder, whatever is missing or damaged: a page shows what is there."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft.checkpoint import folders
+from sft.config.compare import flatten
+from sft.config.plain import parse_json, read_json, read_lines
+from sft.errors import RunError
+from sft.run import record
+from sft.run.lock import Lock
+
+MERGE_REPORT = "merge_report.json"
+KILLED = "killed"  # the status of a run that neither ended nor goes on
+Record = dict[str, Any]
+Points = list[tuple[float, float]]
+
+
+@dataclass
+class Folder:
+    """What is known of a run.
+
+    Attributes:
+        path: The run's folder.
+        run: run.json; empty if it is missing or damaged.
+        settings: config.yaml, nested; empty if it is missing or damaged.
+        metrics: The records of metrics.jsonl that have a step, as they were written.
+        damaged: The damaged files, with what is wrong.
+        status: ``finished``, ``stopped``, ``failed`` or ``running`` as in run.json; ``killed`` if
+            run.json says that it is running and no process holds its lock; ``unknown`` if run.json
+            says nothing.
+    """
+
+    path: Path
+    run: Record = field(default_factory=dict)
+    settings: Record = field(default_factory=dict)
+    metrics: list[Record] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+    status: str = "unknown"
+
+    @property
+    def name(self) -> str:
+        """The run's name; the folder's where the settings have none."""
+        return str(self.settings.get("run_name") or self.path.resolve().name)
+
+    def setting(self, name: str) -> Any:
+        """Return the setting of a dotted name; None if it is not known."""
+        node: Any = self.settings
+        for part in name.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return node
+
+    def flat(self) -> dict[str, Any]:
+        """Return all settings by dotted name."""
+        return flatten(self.settings) if self.settings else {}
+
+    def mapping(self, key: str) -> Record:
+        """Return an entry of run.json that must be a mapping; empty if it is none."""
+        found = self.run.get(key)
+        return found if isinstance(found, dict) else {}
+
+    def json(self, name: str) -> Record:
+        """Read a further JSON file of the folder; empty if it is missing or damaged."""
+        if not (self.path / name).is_file():
+            return {}
+        found = self._tried(name, lambda path: read_json(path, finite=False))
+        return found if isinstance(found, dict) else {}
+
+    def lines(self, name: str, keep: int | None = None) -> list[Record]:
+        """Read a further file of JSON lines; lines that are no mapping are counted as damaged.
+
+        Args:
+            name: The file's name.
+            keep: Read the last so many bytes only.
+        """
+        if not (self.path / name).is_file():
+            return []
+        found, bad = [], 0
+        for line in self._tried(name, read_lines if keep is None else _tail(keep)) or ():
+            try:
+                value = parse_json(line, finite=False)
+            except ValueError:
+                value = None
+            if isinstance(value, dict):
+                found.append(value)
+            else:
+                bad += bool(line.strip())
+        if bad:
+            self.damaged[name] = f"{bad} damaged line{'s' * (bad > 1)}, which are left out"
+        return found
+
+    def text(self, name: str, limit: int) -> str:
+        """Read the beginning of a text file; empty if there is none."""
+        try:
+            with (self.path / name).open(encoding="utf-8", errors="replace") as file:
+                return file.read(limit)
+        except OSError:
+            return ""
+
+    def _tried(self, name: str, read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(self.path / name)
+        except (ValueError, OSError) as error:
+            self.damaged[name] = str(error)
+            return None
+
+    def points(self, key: str) -> Points:
+        """Return (step, value) of every record with a number under this key; NaN where it is null.
+
+        JSON has no NaN, and a run writes null for it.
+        """
+        return [
+            (float(record["step"]), number(record[key])) for record in self.metrics if key in record
+        ]
+
+    def last(self, key: str) -> float | None:
+        """Return the last number that was logged under this key."""
+        found = (number(record[key]) for record in reversed(self.metrics) if key in record)
+        return next((value for value in found if math.isfinite(value)), None)
+
+    def best(self, key: str) -> tuple[float, float] | None:
+        """Return (step, value) of the smallest number under this key."""
+        found = [point for point in self.points(key) if math.isfinite(point[1])]
+        return min(found, key=lambda point: point[1], default=None)
+
+    def step(self) -> int:
+        """Return the last step that was logged."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    def last_written(self) -> float:
+        """Return when the run last wrote its figures or its status, in seconds since 1970."""
+        return last_written(self.path)
+
+    def checkpoints(self) -> Iterator[tuple[int, int]]:
+        """Yield (step, bytes) of each checkpoint, oldest first."""
+        for path in reversed(folders.checkpoints(self.path)):
+            yield folders.step_of(path), size(path)
+
+    def held_out(self) -> list[str]:
+        """Return the keys of the losses on held-out sets; the main one is first."""
+        keys = dict.fromkeys(key for record in self.metrics for key in record)
+        named = [key for key in keys if key.startswith("eval_") and key.endswith("_loss")]
+        return [*(["eval_loss"] if "eval_loss" in keys else []), *sorted({*named} - {"eval_loss"})]
+
+
+def _tail(keep: int) -> Callable[[Path], Sequence[str]]:
+    def read(path: Path) -> list[str]:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - keep))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+        return lines[1:] if size > keep else lines
+
+    return read
+
+
+def number(value: Any) -> float:
+    """Return a JSON value as a number; NaN if it is none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+    return math.nan
+
+
+def size(path: Path) -> int:
+    """Sum the bytes of the files in a folder."""
+    total = 0
+    for file in path.rglob("*"):
+        try:
+            total += file.stat().st_size if file.is_file() else 0
+        except OSError:  # a checkpoint that is being deleted
+            continue
+    return total
+
+
+def last_written(path: Path) -> float:
+    """Return when a run last wrote its figures or its status, in seconds since 1970."""
+    times = [0.0]
+    for name in (record.RECORD, record.METRICS, record.SETTINGS):
+        try:
+            times.append((path / name).stat().st_mtime)
+        except OSError:
+            continue
+    return max(times)
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is that of a run."""
+    return (path / record.RECORD).is_file() or (path / record.SETTINGS).is_file()
+
+
+def require(path: Path) -> None:
+    """Check that a folder is that of a run.
+
+    Raises:
+        RunError: It is not; the message names what is there.
+    """
+    if not is_run(path):
+        raise RunError(_no_run(path))
+
+
+def read(path: Path, tail: int | None = None) -> Folder:
+    """Read a run's folder.
+
+    Args:
+        path: The folder.
+        tail: Read only so many bytes at the end of the metrics, for a table of runs.
+
+    Raises:
+        RunError: It is not the folder of a run.
+    """
+    require(path)
+    found = Folder(path)
+    try:
+        found.run = record.read(path)
+        found.status = str(found.run.get("status", "unknown"))
+    except (RunError, OSError):
+        found.damaged[record.RECORD] = "it is damaged"
+    if found.status == "running" and not Lock(path).is_taken():
+        found.status = KILLED
+    try:
+        found.settings = record.settings(path)
+    except (RunError, OSError):
+        found.damaged[record.SETTINGS] = "it is missing or damaged"
+    records = found.lines(record.METRICS, tail)
+    found.metrics = [item for item in records if math.isfinite(number(item.get("step")))]
+    return found
+
+
+def runs_in(path: Path) -> list[Path]:
+    """List the folders of runs in a folder, at most three levels below: a sweep's trials too."""
+    found, level = [], [path]
+    for _ in range(4):
+        below = []
+        for folder in level:
+            if is_run(folder):
+                found.append(folder)
+            elif folder.is_dir():
+                below += sorted(item for item in folder.iterdir() if item.is_dir())
+        level = below
+    return found
+
+
+def _no_run(path: Path) -> str:
+    """Return what is wrong with a folder that is no run's, and a fix."""
+    if not path.exists():
+        near = [item for item in (path.parent.iterdir() if path.parent.is_dir() else ())]
+        runs = [item.name for item in near if is_run(item)]
+        from sft.config.upstream import did_you_mean
+
+        hint = did_you_mean(path.name, runs) if runs else ""
+        if hint.startswith("did"):
+            hint = f"did you mean {path.parent / hint.removeprefix('did you mean ')}"
+        return f"there is no folder {path}\n    fix: {hint or 'sft runs lists the runs'}"
+    if path.is_file():
+        owner = path.parent if is_run(path.parent) else "the folder of a run"
+        return f"{path} is a file\n    fix: sft report {owner}"
+    owner = next((item for item in path.absolute().parents if is_run(item)), None)
+    if owner is not None:
+        return f"{path} is a folder within a run\n    fix: sft report {owner}"
+    runs = [str(item) for item in runs_in(path)]
+    what = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "nothing"
+    fix = f"sft report {' '.join(runs[:3])}" if runs else "sft runs lists the runs"
+    return f"{path} is not the folder of a run; it holds {what}\n    fix: {fix}"

@@ -1,0 +1,189 @@
+"""The page of a run or of several, as one HTML file without network access."""
+
+from __future__ import annotations
+
+import string
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sft import html
+from sft.report import charts, sections
+from sft.report.folder import Folder, number
+from sft.report.style import SCRIPT, STYLE
+
+# Settings that differ among any two runs, and say nothing about the difference.
+NAMES = ("run_name", "output_dir", "overwrite")
+LARGEST_TABLE = 60  # settings that differ, in a comparison
+
+
+def page(runs: Sequence[Folder]) -> str:
+    """Return the page of a run, or the comparison of several."""
+    if len(runs) == 1:
+        return html.page(runs[0].name, single(runs[0]), STYLE, SCRIPT)
+    names = ", ".join(run.name for run in runs)
+    return html.page(f"{len(runs)} runs: {names}"[:200], several(runs), STYLE, SCRIPT)
+
+
+def single(run: Folder) -> str:
+    """Return the page of one run."""
+    cards = [
+        html.card("Curves", charts.charts(run)),
+        sections.samples(run),
+        sections.forgetting(run),
+        sections.checkpoints(run),
+        sections.events(run),
+        sections.merged(run),
+        html.card("Machine", charts.system(run)),
+        sections.profile(run),
+        sections.audit(run),
+        sections.choices(run),
+        sections.settings(run),
+        sections.machine(run),
+        sections.again(run),
+    ]
+    return _head(run) + "".join(cards) + _foot()
+
+
+def _head(run: Folder) -> str:
+    lora = run.setting("lora.enabled")
+    method = (
+        f"LoRA of rank {run.setting('lora.r')}" if lora else "all weights" if run.settings else ""
+    )
+    parts = [run.setting("model.name"), run.setting("dataset.name"), method]
+    if (seed := run.setting("seed")) is not None:
+        parts.append(f"seed {seed}")
+    lead = " · ".join(html.text(part) for part in parts if part)
+    tiles = "".join(
+        f"<div><dt>{label}</dt><dd>{value}{f'<small>{note}</small>' if note else ''}</dd></div>\n"
+        for label, value, note in _tiles(run)
+    )
+    notices = [str(run.run["reason"])] if run.run.get("reason") else []
+    if run.status == "killed":
+        notices = ["The run ended without a word: its process was killed."]
+    if run.status in ("killed", "stopped", "failed"):
+        notices.append("Give the same command again to resume it.")
+    notices += sections.damaged(run)
+    said = "".join(f"<p>{html.text(notice)}</p>" for notice in notices)
+    return (
+        f'<header>\n<div class="head"><h1>{html.text(run.name)}</h1>'
+        f'<span class="pill {html.text(run.status)}">{html.text(run.status)}</span></div>\n'
+        f'<p class="lead">{lead}</p>\n</header>\n'
+        f'<dl class="tiles">\n{tiles}</dl>\n'
+        + (f'<div class="notice" role="note">{said}</div>\n' if said else "")
+    )
+
+
+def _tiles(run: Folder) -> Iterator[tuple[str, str, str]]:
+    """Yield (label, value, note) of the most important figures."""
+    last = run.metrics[-1] if run.metrics else {}
+    epoch = number(last.get("epoch"))
+    yield "steps", f"{run.step():,}", f"epoch {epoch:.2f}" if epoch == epoch else ""
+    if (loss := run.last("loss")) is not None:
+        yield "training loss", f"{loss:.4f}", ""
+    for key in run.held_out()[:3]:
+        best, now = run.best(key), run.last(key)
+        if best is not None and now is not None:
+            note = f"best {best[1]:.4f} at step {best[0]:,.0f}"
+            yield f"{charts.set_name(key, 'loss')} loss", f"{now:.4f}", note
+    if (match := run.last("exact_match")) is not None:
+        yield "exact match", f"{match:.1%}", ""
+    if (speed := run.last("tokens_per_second")) is not None:
+        mfu = run.last("mfu")
+        yield "tokens per second", f"{speed:,.0f}", f"MFU {mfu:.1%}" if mfu is not None else ""
+    if "seconds" in run.run:
+        yield "time", sections.duration(run.run["seconds"]), _since(run)
+    elif run.status == "running" and (left := run.last("seconds_left")) is not None:
+        yield "time left", sections.duration(left), ""
+    for key in ("memory_device", "memory_reserved", "memory_resident"):
+        values = [value for _, value in run.points(key) if value == value]
+        if values:
+            yield "peak memory", html.amount(max(values)), charts.MEMORY[key]
+            break
+
+
+def _since(run: Folder) -> str:
+    resumed = run.run.get("resumed")
+    return f"resumed {len(resumed)} times" if isinstance(resumed, list) and resumed else ""
+
+
+def _foot() -> str:
+    written = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f"<footer><small>Written by sft report on {written}.</small></footer>\n"
+
+
+def letters() -> Iterator[str]:
+    """Yield A to Z, then A1, B1 ...: the runs' short names."""
+    for round_number in range(1000):
+        for letter in string.ascii_uppercase:
+            yield letter + (str(round_number) if round_number else "")
+
+
+def differing(runs: Sequence[Folder]) -> dict[str, list[Any]]:
+    """Return the settings that differ among runs, with each run's value; None where it has none."""
+    flat = [run.flat() for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings if key not in NAMES)
+    values = {key: [settings.get(key) for settings in flat] for key in keys}
+    return {key: found for key, found in values.items() if any(v != found[0] for v in found)}
+
+
+def several(runs: Sequence[Folder]) -> str:
+    """Return the comparison of several runs."""
+    short = [letter for letter, _ in zip(letters(), runs, strict=False)]
+    names = [f"{letter} {run.name}" for letter, run in zip(short, runs, strict=True)]
+    title = f"{len(runs)} runs"
+    damaged = [
+        f"{name}: {what}"
+        for name, run in zip(names, runs, strict=True)
+        for what in sections.damaged(run)
+    ]
+    said = "".join(f"<p>{html.text(line)}</p>" for line in damaged)
+    body = [
+        f'<header><div class="head"><h1>{title}</h1></div>\n'
+        f'<p class="lead">{" · ".join(map(html.text, names))}</p></header>\n',
+        f'<div class="notice" role="note">{said}</div>\n' if said else "",
+        html.card("Results", _results(runs, short)),
+        html.card("Curves", charts.compared(runs, names)),
+        _settings(runs, short),
+    ]
+    return "".join(body) + _foot()
+
+
+def _results(runs: Sequence[Folder], short: Sequence[str]) -> str:
+    losses = [run.best("eval_loss") for run in runs]
+    least = min((loss[1] for loss in losses if loss), default=None)
+    rows = []
+    for letter, run, loss in zip(short, runs, losses, strict=True):
+        best = f"{loss[1]:.4f}<small> at {loss[0]:,.0f}</small>" if loss else "-"
+        kind = ' class="best"' if loss and loss[1] == least else ""
+        rows.append(
+            [
+                f"{letter}&ensp;{html.text(run.name)}",
+                html.text(run.status),
+                f"{run.step():,}",
+                _number(run.last("loss")),
+                _number(run.last("eval_loss")),
+                f"<td{kind}>{best}</td>",
+                _number(run.last("tokens_per_second"), ",.0f"),
+                sections.duration(run.run.get("seconds")),
+            ]
+        )
+    head = ["run", "status", "steps", "loss", "held-out", "best held-out", "tokens/s", "time"]
+    return html.table(head, rows, "Results of the runs")
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _settings(runs: Sequence[Folder], short: Sequence[str]) -> str:
+    found = differing(runs)
+    rows = [
+        [html.text(key), *(html.text(sections.hidden(value)) for value in values)]
+        for key, values in list(found.items())[:LARGEST_TABLE]
+    ]
+    if not rows:
+        return html.card("Settings that differ", "<p>All settings are equal.</p>\n")
+    note = f"the first {LARGEST_TABLE} of {len(found)}" if len(found) > LARGEST_TABLE else ""
+    table = html.table(["setting", *short], rows, "Settings that differ", "text")
+    return html.card("Settings that differ", table, note)
