@@ -27,8 +27,7 @@ DRAW_EVERY = 0.1  # seconds between two drawings of a bar
 DRAW_AFTER = 0.5  # seconds of an operation without a bar, because most operations are done by then
 ERASE = "\r\x1b[K"  # what terminals erase the line of the cursor by
 MARGIN = 3  # columns right of a bar, into which the terminal writes ^C without starting a new line
-FORMAT = "{desc} {percentage:3.0f}%|{bar}| {counted}{postfix}"
-FORMAT_OPEN = "{desc} {counted} in {elapsed}{postfix}"  # where the total is not known
+NARROWEST = 5  # columns of a bar; where there are fewer, only figures are shown
 
 _screen = threading.RLock()  # merging updates from several threads
 _open: list[Progress] = []  # the innermost operation is the last
@@ -130,24 +129,21 @@ class Progress:
         return f"{text}, {behind}"
 
     def bar(self, columns: int, now: float, ascii_only: bool = False) -> str:
-        """Return the bar for a terminal of so many columns."""
-        from tqdm import tqdm
+        """Return the bar for a terminal of so many columns; what does not fit is left out."""
+        from tqdm.std import Bar, tqdm
 
-        left = self.seconds_left(now)
-        known = self.total is not None and self.total > 0
-        notes = [f"{tqdm.format_interval(left)} left"] if left is not None else []
-        text: str = tqdm.format_meter(
-            min(self.done, self.total) if self.total else self.done,
-            self.total,
-            now - self.began,
-            ncols=max(1, columns - MARGIN),
-            prefix=self.what,
-            ascii=ascii_only,
-            counted=self._counted("/"),
-            bar_format=FORMAT if known else FORMAT_OPEN,
-            postfix=", ".join([*notes, self.note] if self.note else notes),
-        )
-        return text
+        left, width = self.seconds_left(now), max(1, columns - MARGIN)
+        clock = tqdm.format_interval
+        time_shown = clock(now - self.began) if left is None else f"{clock(left)} left"
+        parts = [self._counted("/"), time_shown, *([self.note] if self.note else [])]
+        share = min(1.0, self.done / self.total) if self.total else None
+        head, tail = f"{self.what} {share or 0.0:4.0%}", ", ".join(parts)
+        room = width - len(f"{head}|| {tail}")
+        if share is not None and room >= NARROWEST:
+            drawn = Bar(share, room, Bar.ASCII if ascii_only else Bar.UTF)
+            return f"{head}|{drawn}| {tail}"
+        full = f"{self.what} {tail}"
+        return full if len(full) <= width else tail[:width]
 
     def _counted(self, of: str) -> str:
         from tqdm import tqdm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from sft.progress import Progress
@@ -39,8 +40,8 @@ class Lines(TrainerCallback):  # type: ignore[misc]
         logs = logs or {}
         if self.bar is not None and "loss" in logs:
             speed = logs.get("tokens_per_second")
-            notes = [f"loss {logs['loss']:.4f}", *([f"{speed:,.0f} tokens/s"] if speed else [])]
-            self.bar.note = ", ".join(notes)
+            shown = f", {tqdm.format_sizeof(speed)} tokens/s" if speed else ""
+            self.bar.note = f"loss {logs['loss']:.4f}{shown}"
         line = describe(logs, state.global_step, state.max_steps)
         if line and state.is_world_process_zero:
             logger.info(line)
