@@ -10,11 +10,11 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from sft import process
+from sft import library_bars, process
 
 logger = logging.getLogger("sft")
 
@@ -96,22 +96,15 @@ def prepare(distributed: bool = False) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)
-    transformers.utils.logging.set_tqdm_hook(_bar)
-    if not sys.stderr.isatty():
+    if ALONE:
+        library_bars.replace_bars()
+    elif not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
     return SILENCED[record.name] not in str(record.msg)
-
-
-def _bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Make the progress bars of Transformers, but hide the bar of loading a model's weights."""
-    from transformers.utils.logging import EmptyTqdm
-
-    hidden = options.get("desc") == "Loading weights"
-    return (EmptyTqdm if hidden else factory)(*args, **options)
 
 
 @contextlib.contextmanager

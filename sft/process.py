@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shlex
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +85,22 @@ def launched(environ: Mapping[str, str] = os.environ) -> bool:
 def from_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether torchrun is the parent of this process, which it ends if a rank fails."""
     return "TORCHELASTIC_RUN_ID" in environ
+
+
+def command_line() -> str:
+    """Return the command that started this process, or its torchrun, as a shell reads it."""
+    words = list(sys.orig_argv)
+    if from_torchrun():
+        try:
+            parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+            words = os.fsdecode(parent).rstrip("\0").split("\0")
+        except OSError:  # /proc is hidden
+            pass
+    python, script = Path(words[0]), Path(words[1]) if len(words) > 1 else Path()
+    if script.is_absolute() and script.parent == python.parent:  # the interpreter of a program
+        words = words[1:]
+    name = Path(words[0]).name
+    return shlex.join([name if shutil.which(name) == words[0] else words[0], *words[1:]])
 
 
 def restarts(environ: Mapping[str, str] = os.environ) -> int:

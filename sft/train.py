@@ -16,6 +16,7 @@ from sft.config.settings import Config, fill_names, streamed_samples
 from sft.errors import ConfigError, MergeError, Problem, RunError, SftError, Stopped
 from sft.run import record
 from sft.training.signals import Signals, end_with_launcher
+from sft.watch import closing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +43,7 @@ def train(config: Config) -> dict[str, Any] | None:
         return None
     if config.train.merge:
         merge(folder, config)
+    closing.log(closing.finished(folder))
     found = record.read(folder)
     return {"run": str(folder), **{key: found[key] for key in ("status", "seconds", "final")}}
 
@@ -178,6 +180,8 @@ def _ending(run: Run) -> Iterator[None]:
             status = "stopped" if isinstance(error, Stopped) else "failed"
             ours = isinstance(error, SftError)
             run.end(status, str(error) if ours else f"{type(error).__name__}: {error}")
+            if isinstance(error, Stopped | KeyboardInterrupt):
+                closing.log(closing.stopped(run.dir))
         if isinstance(error, KeyboardInterrupt) and folders.checkpoints(run.dir):
             raise KeyboardInterrupt("give the same command again to resume the run") from None
         if environment.lost_a_rank(error):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from sft import __version__, process
+from sft import __version__, process, progress
 from sft.cli.helptext import Described, help_text
 from sft.cli.options import named, parse
 from sft.config import compose, saved
@@ -59,7 +59,10 @@ class Command(Described[C]):
         except SftError as error:
             end(error.exit_code, str(error), as_json, found=error.result)
         except KeyboardInterrupt as interrupt:
-            if sys.stderr.isatty():  # a progress bar, or the ^C, is on the line
+            progress.close_all()
+            if progress.on_terminal():
+                sys.stderr.write(progress.ERASE)  # the terminal's ^C is on the line
+            elif sys.stderr.isatty():
                 sys.stderr.write("\n")
             # A run that goes on from a checkpoint has said so itself.
             end(130, "; ".join(["interrupted", *map(str, interrupt.args)]), as_json)
@@ -188,6 +191,7 @@ def report_error(message: str, details: str = "") -> None:
     ranks other than 0 wait until rank 0 has reported the error. A rank that is still alive then has
     failed alone and reports its own error.
     """
+    progress.close_all()
     rank = process.rank()
     if rank != 0:
         time.sleep(5)
@@ -226,7 +230,7 @@ def start_logging() -> None:
     logger.propagate = False
     logger.handlers.clear()
     if process.rank() == 0:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = progress.LogHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
 

@@ -15,6 +15,7 @@ from sft.data.documents import ROLES
 from sft.data.splits import Split
 from sft.data.store import Store
 from sft.data.token_rows import IGNORE_INDEX
+from sft.progress import progress
 
 BLOCKS = 1000  # per Arrow record batch
 MIX = np.uint64(0x9E3779B97F4A7C15)  # an odd constant, to mix a slice's place into its hash
@@ -53,6 +54,7 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, split: Split) -> 
     with (
         pa.OSFile(str(path), "wb") as sink,
         pa.ipc.new_stream(sink, pa.schema(kinds)) as writer,
+        progress(f"writing {split.name} samples", plan.blocks, "samples") as bar,
     ):
         for low, high in packing.chunks(plan, BLOCKS):
             pieces = slice(plan.first[low], plan.first[high])
@@ -93,6 +95,7 @@ def write_blocks(path: Path, store: Store, plan: packing.Plan, split: Split) -> 
             counts.longest = max(counts.longest, int(np.diff(edges).max()))
             counts.largest_id = max(counts.largest_id, int(ids.max()))
             roles += np.bincount(2 * (marks // 2) + seen, minlength=len(roles))
+            bar.update(high - low)
     counts.roles = _by_role(roles)
     if packed or (split.text and config.packing != "none"):
         counts.efficiency = counts.tokens / max(1, counts.samples * config.max_length)

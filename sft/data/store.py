@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from sft.config.settings import DatasetConfig
 from sft.data import sources
@@ -21,6 +19,7 @@ from sft.data.rows import BadRow, Row
 from sft.data.template import Template
 from sft.data.workers import batches_of, in_parallel
 from sft.errors import DataError
+from sft.progress import progress
 
 
 @dataclass
@@ -164,23 +163,24 @@ def encoded(
             wanted = _wanted(source, given, config, samples)
             writer.read[source.name] = {"rows": 0, "bad": 0, "empty": 0}
             made = 0.0
-            with tqdm(
-                desc=f"tokenising {source.path}",
-                total=source.estimated_rows() if wanted is None else round(wanted),
-                unit=" rows" if wanted is None else " samples",
-                delay=2,  # seconds without a bar
-                disable=not sys.stderr.isatty(),
-            ) as bar:
+            total = source.estimated_rows() if wanted is None else round(wanted)
+            unit = "rows" if wanted is None else "samples"
+            with progress(f"tokenising {_short(source.path)}", total, unit) as bar:
                 for batch, done in in_parallel(maker, batches, config.num_proc, wanted is None):
                     gained = _samples_in(done.documents, config)
                     made += gained
-                    bar.update(len(batch) if wanted is None else round(gained))
+                    bar.update(len(batch) if wanted is None else gained)
                     writer.write(source, number, batch, done)
                     if wanted is not None and made >= wanted:
                         break
             if source.roles:
                 writer.read[source.name]["roles"] = dict(source.names.counts)
     return _stored(writer, folder)
+
+
+def _short(path: str) -> str:
+    """Return the last name of a path, at most 40 characters of it, for the progress bar."""
+    return path.rstrip("/").rpartition("/")[2][-40:] or path
 
 
 def _stored(writer: _Writer, folder: Path) -> Store:

@@ -43,6 +43,8 @@ def _begin_worker(maker: RowEncoder) -> None:
     global _maker
     # Otherwise a worker whose run was killed would wait for its next batch for ever.
     process.end_with_parent(signal.SIGKILL)
+    # Ctrl-C reaches all processes of a terminal; the run itself then ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers already use all cores
     _maker = maker
 

@@ -18,6 +18,7 @@ from sft.checkpoint.sharded import shape_of
 from sft.errors import DataError
 from sft.fast.rows import split
 from sft.inference.stops import all_stop_ids
+from sft.progress import beat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,6 +118,7 @@ def answering(model: PreTrainedModel) -> Iterator[None]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     was_training = model.training
     model.eval()
+    alive = base.register_forward_hook(beat)  # a batch of long answers may take minutes
     try:
         with (
             replaced(text, balance),
@@ -126,6 +128,7 @@ def answering(model: PreTrainedModel) -> Iterator[None]:
         ):
             yield
     finally:
+        alive.remove()
         model.train(was_training)
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from sft.data.row_encoder import IGNORE_INDEX
 from sft.inference.answers import complete, takes_padding, texts_of
 from sft.inference.stops import all_stop_ids
+from sft.progress import progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,21 +54,24 @@ def exact_match(
     rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     right = torch.zeros(1, dtype=torch.int64, device=device)
-    for start in range(0, len(prompts), batch_size * ranks):
-        indices = list(range(start + rank, min(start + batch_size * ranks, len(prompts)), ranks))
-        # A rank that has none left repeats a prompt without counting it: ZeRO-3 needs every rank.
-        texts = complete(
-            model,
-            tokenizer,
-            [prompts[index] for index in indices or [start]],
-            longest,
-            device,
-            stop_ids,
-            synced_gpus=ranks > 1,
-        )
-        right += sum(
-            text.strip() == answers[index] for index, text in zip(indices, texts, strict=False)
-        )
+    with progress("answering held-out prompts", len(prompts), "prompts") as bar:
+        for start in range(0, len(prompts), batch_size * ranks):
+            stop = min(start + batch_size * ranks, len(prompts))
+            indices = list(range(start + rank, stop, ranks))
+            # A rank with none left repeats a prompt without counting it: ZeRO-3 needs every rank.
+            texts = complete(
+                model,
+                tokenizer,
+                [prompts[index] for index in indices or [start]],
+                longest,
+                device,
+                stop_ids,
+                synced_gpus=ranks > 1,
+            )
+            right += sum(
+                text.strip() == answers[index] for index, text in zip(indices, texts, strict=False)
+            )
+            bar.update(stop - start)
     if dist.is_initialized():
         dist.all_reduce(right)
     return {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.files import PARTIAL, to_json
+from sft.progress import hidden, progress
 
 logger = logging.getLogger("sft")
 Write = Callable[[Sequence[dict[str, Any]], Sequence[str]], None]
@@ -38,11 +39,20 @@ def written(output: str | None, count: int) -> Iterator[Write]:
             answers are printed.
         count: The number of all rows.
     """
-    if output is None:
-        yield _show
-        return
-    partial, done = Path(output + PARTIAL), 0
-    with partial.open("w", encoding="utf-8") as file:
+    partial, done = Path(f"{output}{PARTIAL}"), 0
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress("answering", count, "prompts", at_once=count > 1))
+        if output is None:
+
+            def show(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> None:
+                with hidden():
+                    sys.stdout.write("".join(f"{text}\n" for text in texts))
+                    sys.stdout.flush()
+                bar.update(len(texts))
+
+            yield show
+            return
+        file = stack.enter_context(partial.open("w", encoding="utf-8"))
 
         def write(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> None:
             nonlocal done
@@ -50,6 +60,7 @@ def written(output: str | None, count: int) -> Iterator[Write]:
                 file.write(to_json({**row, ANSWER: text}, ascii=False) + "\n")
             file.flush()
             done += len(texts)
+            bar.update(len(texts))
 
         try:
             yield write
@@ -59,8 +70,3 @@ def written(output: str | None, count: int) -> Iterator[Write]:
             raise
     partial.replace(output)
     logger.info("%d answers written to %s", done, output)
-
-
-def _show(rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> None:
-    sys.stdout.write("".join(f"{text}\n" for text in texts))
-    sys.stdout.flush()

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,6 +23,7 @@ from sft.files import write_text
 from sft.merge import claim
 from sft.merge.report import log_report, write_report
 from sft.model.source import named_by
+from sft.progress import progress
 from sft.run import record
 
 if TYPE_CHECKING:
@@ -129,8 +129,8 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         claim.check_space(prepared.layout.size, output)
         with claim.claimed(output) as partial:
             write_report(partial, report)  # until verified
-            with _progress(prepared.layout.size) as tick:
-                write(prepared.layout, partial, torch.device(config.device), tick)
+            with progress("merging", prepared.layout.size, "bytes") as bar:
+                write(prepared.layout, partial, torch.device(config.device), bar.update)
             if index := prepared.layout.index():
                 write_text(partial / "model.safetensors.index.json", index)
             metadata.write(prepared, dtype, partial)
@@ -215,15 +215,6 @@ def _places(config: MergeConfig) -> tuple[list[Path], Path]:
     output = Path(config.output or run / record.MERGED)
     record.require_sound(run, f"adapter={run / record.ADAPTER} output={output}")
     return [run / record.ADAPTER], output
-
-
-@contextlib.contextmanager
-def _progress(size: int) -> Iterator[Callable[[int], object]]:
-    from tqdm import tqdm
-
-    look: dict[str, Any] = {"unit": "B", "unit_scale": True, "desc": "merging", "leave": False}
-    with tqdm(total=size, disable=None, **look) as bar:  # None: only in a terminal
-        yield bar.update
 
 
 def _push(folder: Path, repository: str) -> None:

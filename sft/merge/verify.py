@@ -14,6 +14,7 @@ from sft.data.row_encoder import IGNORE_INDEX
 from sft.merge import metadata, probes
 from sft.merge.compared import base_and_adapter, reference, written
 from sft.merge.probes import Probes
+from sft.progress import Progress, beat, progress
 
 if TYPE_CHECKING:
     from sft.merge.prepare import PreparedMerge
@@ -61,9 +62,25 @@ def verify(
         MergeError: The written tokenizer or config differs, or a file cannot be read.
     """
     metadata.check(prepared, folder)
-    chosen = samples.positions(_rows(prepared))
     resident = prepared.must_be_resident or 4 * prepared.layout.numbers <= RESIDENT
+    passes = 3 + (GREEDY_TOKENS if resident else GREEDY_TOKENS_STREAMED)  # or fewer: answers end
+    with progress("verifying", passes, "forward passes") as shown:
+        report = _compared(prepared, samples, folder, dtype, resident, shown)
+    return report
+
+
+def _compared(
+    prepared: PreparedMerge,
+    samples: Probes,
+    folder: Path,
+    dtype: torch.dtype,
+    resident: bool,
+    shown: Progress,
+) -> dict[str, Any]:
+    """Do what ``verify`` does, with the progress shown."""
+    chosen = samples.positions(_rows(prepared))
     with base_and_adapter(prepared, resident) as model:
+        _count_passes(model, shown)
         with model.disable_adapter():
             base = _logits(model, samples, chosen)
         wanted = _logits(model, samples, chosen)
@@ -76,6 +93,7 @@ def verify(
     foretold = greedy.labels != IGNORE_INDEX
     wide = [F.pad(mask, (0, columns - mask.shape[1])) for mask in (chosen, foretold)]
     with written(folder, resident, prepared.sources.base.trust_remote_code) as model:
+        _count_passes(model, shown)
         logits = _logits(model, together, torch.cat(wide))
     got, said = logits[: len(wanted)], logits[len(wanted) :].argmax(-1)
     right = torch.ones_like(greedy.labels, dtype=torch.bool)
@@ -94,6 +112,16 @@ def verify(
     }
     reason = _why_not(report, bool(got.isfinite().all()))
     return {"passed": reason is None, "reason": reason, **report}
+
+
+def _count_passes(model: Any, shown: Progress) -> None:
+    """Count each forward pass of a model, and draw the bar again after each of its layers."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.register_forward_hook(lambda *_: shown.update(1))
+    for module in inner.modules():
+        if isinstance(module, torch.nn.ModuleList):
+            for layer in module:
+                layer.register_forward_hook(beat)
 
 
 def _greedy(

@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,7 +173,7 @@ class Run:
             fingerprints = [*before.get("fingerprints", []), self.fingerprint]
             self._record = {
                 "status": "running",
-                "command": " ".join(sys.orig_argv),
+                "command": process.command_line(),
                 "ranks": process.world_size(),
                 "identity": self.identity,
                 "fingerprints": list(dict.fromkeys(fingerprints)),

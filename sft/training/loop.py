@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft import progress
 from sft.config import zero
 from sft.fast import isolation, proof
 from sft.fast.probe import Probe
@@ -109,6 +110,7 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     finally:
+        progress.close_all()  # an error, or a signal, does not end the callbacks of the bar
         trainer.end_workers()
     state = trainer.state
     assert state.global_step >= state.max_steps

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from sft import process
+from sft import process, progress
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: give the same command again to resume the run
 INTERRUPTED = 130  # what shells report after Ctrl-C
@@ -64,7 +64,9 @@ class Signals:
             hint = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
             name = signal.Signals(number).name
             # os.write, because the signal may have interrupted logging, which holds a lock.
-            line = f"{name}: the run stops after it has saved this step{hint}\n"
+            # The bar and the terminal's ^C are on the line; the next step draws the bar again.
+            line = progress.ERASE if progress.on_terminal() else ""
+            line += f"{name}: the run stops after it has saved this step{hint}\n"
             with contextlib.suppress(OSError):  # the terminal may be closed
                 os.write(sys.stderr.fileno(), line.encode())
         self.received = number

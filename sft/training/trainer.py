@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from sft.data.sampler import Fillers, Shuffle, eval_batches, samples_of
 from sft.fast import head
+from sft.progress import progress
 from sft.training.groups import Rates
 from sft.training.resumable import ResumableTrainer
 from sft.training.signals import end_with_rank
@@ -165,18 +166,19 @@ class Trainer(ResumableTrainer):
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in eval_batches(
-                samples,
-                self.args.per_device_eval_batch_size,
-                self.args.process_index,
-                self.args.world_size,
-            ):
+        size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
+        with (
+            torch.no_grad(),
+            self.compute_loss_context_manager(),
+            progress("evaluating", len(samples), "samples") as bar,
+        ):
+            for batch in eval_batches(samples, size, self.args.process_index, ranks):
                 self.stop_if_asked()
                 inputs = self._prepare_inputs(self.data_collator(batch))
                 outputs = model(**inputs, use_cache=False, fused_lm_head=True)
                 total[0] -= outputs.log_probs.double().sum()
                 total[1] += outputs.label_mask.sum()
+                bar.update(min(size * ranks, len(samples) - bar.done))
         if dist.is_initialized():
             dist.all_reduce(total)
         model.train(was_training)

@@ -3,47 +3,48 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
-from transformers.trainer_callback import ProgressCallback
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from sft.progress import Progress
 
 logger = logging.getLogger("sft")
 
 
-class Lines(ProgressCallback):  # type: ignore[misc]
-    """Writes one line per logged step, and shows a progress bar on a terminal."""
+class Lines(TrainerCallback):  # type: ignore[misc]
+    """Writes one line per logged step, and shows a bar on a terminal."""
+
+    bar: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar if stderr is a terminal."""
-        self.current_step = state.global_step
-        if state.is_world_process_zero and sys.stderr.isatty():
-            super().on_train_begin(args, state, control)
-            self.training_bar.update(state.global_step)
-            self.current_step = state.global_step
+        """Open the bar. A log gets a line for each logged step instead."""
+        steps = state.max_steps, "steps"
+        self.bar = Progress("training", *steps, done=state.global_step, lines=False, at_once=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Advance the bar."""
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control)
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.done)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the bar."""
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control)
+        if self.bar is not None:
+            self.bar.close()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Write one line."""
-        line = describe(logs or {}, state.global_step, state.max_steps)
-        if not line or not state.is_world_process_zero:
-            return
-        if self.training_bar is not None:
-            self.training_bar.clear()
-        logger.info(line)
-        if self.training_bar is not None:
-            self.training_bar.refresh()
+        """Write one line, and show the loss and the speed in the bar."""
+        logs = logs or {}
+        if self.bar is not None and "loss" in logs:
+            speed = logs.get("tokens_per_second")
+            shown = f", {tqdm.format_sizeof(speed)} tokens/s" if speed else ""
+            self.bar.note = f"loss {logs['loss']:.4f}{shown}"
+        line = describe(logs, state.global_step, state.max_steps)
+        if line and state.is_world_process_zero:
+            logger.info(line)
 
 
 def describe(logs: dict[str, Any], step: int, max_steps: int) -> str:
