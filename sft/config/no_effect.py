@@ -75,6 +75,11 @@ NEEDS = (
         "train.lr_scheduler_type=constant_with_warmup",
         same=0,
     ),
+    *(
+        Need(f"train.{name}", "train.eval_strategy", _is("steps", "epoch"))
+        for name in ("load_best_model_at_end", "early_stopping_patience")
+    ),
+    Need("train.early_stopping_threshold", "train.early_stopping_patience", _is_not(None)),
     Need("train.loraplus_lr_ratio", "lora.enabled", _is(True), "lora=all-linear"),
     Need("train.extra.eval_delay", "train.eval_strategy", _is("steps", "epoch")),
     *(
@@ -119,7 +124,6 @@ NEEDS = (
         Need(f"quantization.{name}", "quantization.load_in_4bit", _is(True), "quantization=nf4")
         for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     ),
-    Need("dataset.max_eval_rows", "dataset.eval_fraction", _is(0), "dataset.eval_fraction=0"),
 )
 
 
