@@ -237,7 +237,8 @@ def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> N
     trainer.accelerator.wait_for_everyone()
     if trainer.args.process_index == 0:
         write_card(folder, card_of(config, run.identity))
-        run.finish(final, ranks_memory=memory)
+        run.finish(final, ranks_memory=memory, **trainer.outcome())
+        trainer.drop_checkpoints()
         logger.info("%s written to %s", kind, folder)
     trainer.accelerator.wait_for_everyone()
 

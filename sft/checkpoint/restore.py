@@ -28,18 +28,10 @@ def restore(live: Live, folder: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: The checkpoint's parameters are not those that are trained now.
     """
-    try:
-        record = read_json(folder / STATE, finite=False)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{folder / STATE} is damaged: {error}\n"
-            "    fix: restore the file, or delete this checkpoint to use the one before it"
-        ) from error
+    record = _record(folder)
     optimizer, reader = live.optimizer, Reader(folder)
-    if record["kind"] == "by rank":
-        _restore_rank(optimizer, reader)
-    else:
-        _restore_parameters(optimizer, reader, folder)
+    restore_weights(live, folder)
+    if record["kind"] != "by rank":
         made, now = record["optim"], live.optim
         if made == now or (made.startswith("adamw_torch") and now.startswith("adamw_torch")):
             _restore_optimizer(optimizer, reader)
@@ -60,6 +52,30 @@ def restore(live: Live, folder: Path) -> list[dict[str, Any]]:
             setattr(optimizer.zero.loss_scaler, name, value)
     counts: list[dict[str, Any]] = record["counts"]
     return counts
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = read_json(folder / STATE, finite=False)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder / STATE} is damaged: {error}\n"
+            "    fix: restore the file, or delete this checkpoint to use the one before it"
+        ) from error
+    return found
+
+
+def restore_weights(live: Live, folder: Path) -> None:
+    """Restore the trained parameters only; an optimizer whose state is saved by rank, too.
+
+    Raises:
+        CheckpointError: The checkpoint's parameters are not those that are trained now.
+    """
+    optimizer, reader = live.optimizer, Reader(folder)
+    if _record(folder)["kind"] == "by rank":
+        _restore_rank(optimizer, reader)
+    else:
+        _restore_parameters(optimizer, reader, folder)
 
 
 def _restore_parameters(optimizer: Optimizer, reader: Reader, folder: Path) -> None:

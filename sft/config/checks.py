@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from sft.config import (
     data_checks,
+    evaluation,
     lora_checks,
     model_keys,
     names,
@@ -45,6 +46,7 @@ def check(config: Config) -> list[Problem]:
         _tokens,
         _resume,
         data_checks.problems,
+        evaluation.problems,
         _batch,
         _schedule,
         _optimizer,
@@ -139,8 +141,7 @@ def _batch(config: Config) -> Iterator[Problem]:
 
 def _schedule(config: Config) -> Iterator[Problem]:
     train, data = config.train, config.dataset
-    held_out = data.eval_path or data.eval_split or data.eval_fraction
-    held_out = held_out or "eval" in data_checks.prepared_parts(data)
+    held_out = evaluation.held_out(data)
     if train.eval_strategy == "steps" and train.eval_steps is None:
         yield Problem("train.eval_strategy=steps", "needs train.eval_steps", "train.eval_steps=100")
     evaluations = {

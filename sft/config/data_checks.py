@@ -26,7 +26,6 @@ ROLES = ("user", "assistant", "system", "tool", "function_call")
 
 def problems(config: Config) -> Iterator[Problem]:
     """Check the sections dataset and template, each and together."""
-    yield from _held_out(config.dataset, config.template)
     yield from _sources(config.dataset)
     yield from unread(config.dataset)
     if config.dataset.streaming and config.train.max_steps < 1:
@@ -38,42 +37,6 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _samples(config.dataset, config.template)
     yield from _trained(config.template)
     yield from _texts(config.template)
-
-
-def _held_out(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]:
-    """Check which rows are held out, and whether the model can answer them."""
-    sources = {
-        "dataset.eval_path": data.eval_path,
-        "dataset.eval_split": data.eval_split,
-        "dataset.eval_fraction": data.eval_fraction,
-    }
-    given = [f"{key}={value}" for key, value in sources.items() if value]
-    prepared = prepared_parts(data)
-    if given and prepared:
-        yield Problem(
-            given[0],
-            "has no effect on prepared data, whose held-out samples were chosen when it was made",
-            "leave it out, or prepare the data again with it",
-        )
-    if len(given) > 1:  # an option of dataset may have set the last of them
-        others = [item.partition("=")[0] for item in given[1:]]
-        yield Problem(
-            ", ".join(given),
-            "only one setting may choose the held-out rows",
-            " ".join(f"{key}={0 if key == 'dataset.eval_fraction' else 'null'}" for key in others),
-        )
-    if data.exact_match and not given and "eval" not in prepared:
-        yield Problem(
-            f"dataset.exact_match={data.exact_match}",
-            "needs held-out rows whose prompts the model answers",
-            "dataset.eval_fraction=0.05",
-        )
-    if data.exact_match and template.kind == "text":
-        yield Problem(
-            f"dataset.exact_match={data.exact_match}",
-            "plain text has no prompt that the model could answer",
-            "dataset.exact_match=0",
-        )
 
 
 def _sources(data: DatasetConfig) -> Iterator[Problem]:
@@ -93,23 +56,36 @@ def _sources(data: DatasetConfig) -> Iterator[Problem]:
     yield from _roles("dataset.roles", data.roles)
     for name, item in data.mix.items():
         key = f"dataset.mix.{name}"
-        if not isinstance(item, dict) or not item.get("path"):
-            yield Problem(f"{key}={item}", "needs a path", f"{key}={{path: FILE, weight: 1}}")
-            continue
-        for unknown in item.keys() - MIX_KEYS:
-            yield Problem(
-                f"{key}.{unknown}={item[unknown]}",
-                f"the keys of a source are {', '.join(sorted(MIX_KEYS))}",
-                upstream.did_you_mean(unknown, MIX_KEYS),
-            )
-        weight = item.get("weight", 1)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
-            yield Problem(f"{key}.weight={weight}", "must be above 0", f"{key}.weight=1")
-        yield from _roles(f"{key}.roles", item.get("roles", {}))
-        rows = item.get("max_rows")
-        if rows is not None and (type(rows) is not int or rows < 1):
-            rule = "must be a whole number of rows, at least 1"
-            yield Problem(f"{key}.max_rows={rows}", rule, f"{key}.max_rows=null")
+        yield from source_problems(key, item, f"{key}={{path: FILE, weight: 1}}")
+
+
+def source_problems(key: str, item: Any, fix: str, weight: bool = True) -> Iterator[Problem]:
+    """Check one entry of dataset.mix or dataset.eval.
+
+    Args:
+        key: The entry's full name.
+        item: Its value.
+        fix: An entry that can be used.
+        weight: Whether the entry may have a weight.
+    """
+    if not isinstance(item, dict) or not item.get("path"):
+        yield Problem(f"{key}={item}", "needs a path", fix)
+        return
+    known = MIX_KEYS if weight else MIX_KEYS - {"weight"}
+    for unknown in item.keys() - known:
+        yield Problem(
+            f"{key}.{unknown}={item[unknown]}",
+            f"the keys of a source are {', '.join(sorted(known))}",
+            upstream.did_you_mean(unknown, known),
+        )
+    times = item.get("weight", 1)
+    if isinstance(times, bool) or not isinstance(times, int | float) or not times > 0:
+        yield Problem(f"{key}.weight={times}", "must be above 0", f"{key}.weight=1")
+    yield from _roles(f"{key}.roles", item.get("roles", {}))
+    rows = item.get("max_rows")
+    if rows is not None and (type(rows) is not int or rows < 1):
+        rule = "must be a whole number of rows, at least 1"
+        yield Problem(f"{key}.max_rows={rows}", rule, f"{key}.max_rows=null")
 
 
 def _roles(key: str, roles: Any) -> Iterator[Problem]:
@@ -176,7 +152,7 @@ def _samples(data: DatasetConfig, template: TemplateConfig) -> Iterator[Problem]
 
 
 def prepared_parts(data: DatasetConfig) -> set[str]:
-    """Return the parts, train and eval, of a folder of prepared data; none if it is no such."""
+    """Return the parts of a folder of prepared data, such as train; none if it is no such."""
     meta = meta_of(data.path)
     return set(meta["parts"]) if meta else set()
 

@@ -97,7 +97,8 @@ class DatasetConfig:
     )
     max_eval_rows: int | None = setting(
         None,
-        "number of rows to read from the start of eval_path or eval_split; null: all",
+        "number of rows to read from the start of eval_path, eval_split and each set of eval; "
+        "null: all",
         at_least(1),
     )
     max_length: int = setting(

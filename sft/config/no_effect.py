@@ -75,6 +75,11 @@ NEEDS = (
         "train.lr_scheduler_type=constant_with_warmup",
         same=0,
     ),
+    *(
+        Need(f"train.{name}", "train.eval_strategy", _is("steps", "epoch"))
+        for name in ("load_best_model_at_end", "early_stopping_patience")
+    ),
+    Need("train.early_stopping_threshold", "train.early_stopping_patience", _is_not(None)),
     Need("train.loraplus_lr_ratio", "lora.enabled", _is(True), "lora=all-linear"),
     Need("train.extra.eval_delay", "train.eval_strategy", _is("steps", "epoch")),
     *(
@@ -124,7 +129,6 @@ NEEDS = (
         for name in ("start", "steps")
     ),
     Need("profile.interval", "profile.system", _is(True), "profile=system"),
-    Need("dataset.max_eval_rows", "dataset.eval_fraction", _is(0), "dataset.eval_fraction=0"),
 )
 
 

@@ -148,15 +148,17 @@ class TrainConfig:
     )
     metric: str = setting(
         "eval_loss",
-        "figure of an evaluation that decides which checkpoint is the best and when to stop early, "
-        "such as eval_loss, eval_NAME_loss of a set in dataset.eval, or exact_match",
+        "figure that decides which evaluation is the best and when to stop early: eval_loss, "
+        "eval_perplexity, eval_NAME_loss of a set in dataset.eval, exact_match, or the last logged "
+        "loss, entropy or mean_token_accuracy",
         changes_training=False,
         ours=True,
         decides=("train.metric_for_best_model",),
     )
     greater_is_better: bool | None = setting(
         None,
-        "true: larger values of train.metric are better; null: as its name says",
+        "true: larger values of train.metric are better; null: only of exact_match and "
+        "mean_token_accuracy",
         changes_training=False,
         ours=True,
     )
@@ -169,17 +171,16 @@ class TrainConfig:
     )
     early_stopping_patience: int | None = setting(
         None,
-        "stop after this many evaluations in a row in which train.metric did not get better; null: "
-        "never",
+        "stop after this many evaluations in a row in which train.metric was not better than in "
+        "the best one before; null: never",
         at_least(1),
         ours=True,
     )
-    early_stopping_threshold: float = setting(
-        0.0,
-        "how much train.metric must change to count as better",
+    early_stopping_threshold: float | None = setting(
+        None,
+        "by more than how much train.metric must be better for early_stopping_patience; null: 0",
         at_least(0),
         ours=True,
-        null=0.0,
     )
     max_forgetting: float | None = setting(
         0.05,

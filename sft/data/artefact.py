@@ -26,7 +26,7 @@ def template_of(path: str | None) -> TemplateConfig | None:
 
 
 def save(prepared: Prepared, folder: Path) -> None:
-    """Write ``train``, ``eval``, ``meta.json`` and ``dropped.jsonl``, all of them or none.
+    """Write every part, ``meta.json`` and ``dropped.jsonl``, all of them or none.
 
     Raises:
         DataError: The folder exists.
@@ -35,9 +35,8 @@ def save(prepared: Prepared, folder: Path) -> None:
 
     if folder.exists():
         raise DataError(f"output={folder}: the folder exists\n    fix: output=FOLDER")
-    sets = {"train": prepared.train.dataset}
-    if prepared.eval is not None:
-        sets["eval"] = prepared.eval.dataset
+    held_out = {name: samples.dataset for name, samples in prepared.held_out.items()}
+    sets = {"train": prepared.train.dataset, **held_out}
     meta = json.loads((prepared.folder / "data.json").read_text(encoding="utf-8"))
     meta["parts"] = {name: dataclasses.asdict(counts) for name, counts in prepared.parts.items()}
     with new_folder(folder) as partial:
@@ -81,4 +80,4 @@ def load(config: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared 
         )
     sets = load_from_disk(str(folder))
     parts = {name: Samples(sets[name], Counts(**meta["parts"][name])) for name in sets}
-    return Prepared(parts["train"], parts.get("eval"), folder)
+    return Prepared.of(parts, folder)

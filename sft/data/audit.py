@@ -19,7 +19,7 @@ BARS = 24  # in the length histogram
 
 @dataclass
 class Counts:
-    """The counts of one part, train or eval. Tokens are counted in the written samples.
+    """The counts of one part: train, eval or eval_NAME. Tokens are counted in the written samples.
 
     Attributes:
         rows: Rows read.

@@ -68,7 +68,7 @@ def _rows(
     found: dict[int, Row] = {}
     number = 0
     for source in sources.of(config, seed):
-        counts = prepared.parts["eval" if source.held_out else "train"]
+        counts = prepared.parts[source.part]
         count = counts.sources[source.name]["rows"]  # a streamed source is not read to its end
         for row in itertools.islice(rows_of(source, template, config), count):
             number += 1

@@ -9,8 +9,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from sft import environment
 from sft.config.paths import PACKAGE_DIR
 from sft.config.rules import named
@@ -20,7 +18,7 @@ from sft.data.audit import Counts, gate
 from sft.data.blocks import weighted, write_blocks
 from sft.data.folders import few
 from sft.data.prepared import INVENTORY, Prepared, Samples, damage, tokenizer_hash
-from sft.data.splits import Split, held_out
+from sft.data.splits import Split, parts_of
 from sft.data.store import Dropped, encoded
 from sft.data.template import Template
 from sft.files import cache_dir, inventory, new_folder, require_writable, write_text
@@ -59,7 +57,7 @@ def prepare(
             prepared = _cached(packed, given, template, seed, samples)
         for source in given:
             where = source.location
-            prepared.parts["eval" if source.held_out else "train"].count_files(where)
+            prepared.parts[source.part].count_files(where)
             if where.unexpected:
                 logger.info(
                     "warning: %d files of %s have unknown endings and are not read: %s",
@@ -109,7 +107,7 @@ def _cached(
         name: Samples(Dataset.from_file(str(folder / f"{name}.arrow")), Counts(**counts))
         for name, counts in audit["parts"].items()
     }
-    return Prepared(parts["train"], parts.get("eval"), folder)
+    return Prepared.of(parts, folder)
 
 
 def _key(
@@ -150,24 +148,22 @@ def _make(
     folder: Path,
     tokenizer: str,
 ) -> None:
-    """Write train and eval to a folder; the inventory of its files is written last."""
+    """Write every part to a folder; the inventory of its files is written last."""
     with (folder / "dropped.jsonl").open("w", encoding="utf-8") as file:
         dropped = Dropped(file)
         store = encoded(given, template, config, folder, dropped, samples)
-        is_held_out = held_out(store, given, config, seed)
+        found = parts_of(store, given, config, seed)
         parts: dict[str, Counts] = {}
-        for name, mask in (("train", ~is_held_out), ("eval", is_held_out)):
-            if name == "eval" and not (mask.any() or any(s.held_out for s in given)):
-                continue
-            split = Split(name, store, np.flatnonzero(mask), config, template, dropped)
-            split.count_read([s for s in given if s.held_out == (name == "eval")])
+        for name, documents in found.items():
+            split = Split(name, store, documents, config, template, dropped)
+            split.count_read([source for source in given if source.part == name])
             plan = split.planned(seed)
             if name == "train" and config.mix and not config.streaming:
                 plan = weighted(plan, store, given, seed)
             write_blocks(folder / f"{name}.arrow", store, plan, split)
             split.require_something()
-            if name == "eval":
-                split.compare(store.documents[~is_held_out])
+            if name != "train":
+                split.compare(store.documents[found["train"]])
             parts[name] = split.counts
     for path in folder.glob("*.bin"):
         path.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,19 +37,32 @@ class Prepared:
 
     Attributes:
         train: Samples to train on.
-        eval: Held-out samples; None if there are none.
+        eval: The main held-out samples; None if there are none.
         folder: Folder of the samples, ``data.json`` and ``dropped.jsonl``.
+        sets: The samples of each set in ``dataset.eval``, by ``eval_NAME``.
     """
 
     train: Samples
     eval: Samples | None
     folder: Path
+    sets: dict[str, Samples] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parts: dict[str, Samples], folder: Path) -> Prepared:
+        """Make it of the samples by part: ``train``, ``eval``, and ``eval_NAME`` of each set."""
+        sets = {name: part for name, part in parts.items() if name not in ("train", "eval")}
+        return cls(parts["train"], parts.get("eval"), folder, sets)
+
+    @property
+    def held_out(self) -> dict[str, Samples]:
+        """Return all held-out samples by part, the main ones first."""
+        return {"eval": self.eval, **self.sets} if self.eval is not None else self.sets
 
     @property
     def parts(self) -> dict[str, Counts]:
         """Return the counts by part."""
-        parts = {"train": self.train.counts}
-        return parts if self.eval is None else {**parts, "eval": self.eval.counts}
+        held_out = {name: samples.counts for name, samples in self.held_out.items()}
+        return {"train": self.train.counts, **held_out}
 
     @property
     def largest_id(self) -> int:

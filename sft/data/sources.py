@@ -33,7 +33,7 @@ class Source:
         roles: The source's names for each role of messages.
         name: Name in the audit.
         weight: How often an epoch repeats each row.
-        held_out: Whether the rows are for evaluation.
+        part: What the rows are for: ``train``, ``eval``, or ``eval_NAME`` of a set in dataset.eval.
         max_rows: Rows to read, at most.
         stream_seed: Seed of the reading order if the source is streamed; see ``locations.read``.
         max_row_bytes: Bytes of a row in a file, at most.
@@ -47,11 +47,16 @@ class Source:
     roles: dict[str, list[str]] = field(default_factory=dict)
     name: str = "data"
     weight: float = 1.0
-    held_out: bool = False
+    part: str = "train"
     max_rows: int | None = None
     stream_seed: int | None = None
     max_row_bytes: int = MAX_ROW_BYTES
     setting: str = "dataset.path"
+
+    @property
+    def held_out(self) -> bool:
+        """Return whether the rows are for evaluation."""
+        return self.part != "train"
 
     @cached_property
     def location(self) -> Location:
@@ -82,7 +87,7 @@ class Source:
         streamed = self.stream_seed is not None
         content = locations.fingerprint(self.location, self.subset, self.split, streamed)
         names = f"{self.columns} {self.roles}"
-        return f"{content} {names} {self.weight} {self.held_out} {self.max_rows}"
+        return f"{content} {names} {self.weight} {self.part} {self.max_rows}"
 
     @cached_property
     def names(self) -> MessageNames:
@@ -198,7 +203,6 @@ def require_paths(config: DatasetConfig) -> None:
 
 
 def _of(config: DatasetConfig) -> list[Source]:
-    limit = config.max_rows
     shared: dict[str, Any] = {
         "split": config.split,
         "columns": config.columns,
@@ -209,21 +213,30 @@ def _of(config: DatasetConfig) -> list[Source]:
             Source(name=name, setting=f"dataset.mix.{name}.path", **(shared | item))
             for name, item in config.mix.items()
         ]
-        for source in given:
-            source.max_rows = min(filter(None, (source.max_rows, limit)), default=None)
     else:
         assert config.path is not None
-        given = [Source(config.path, config.subset, max_rows=limit, **shared)]
-    limit = config.max_eval_rows
+        given = [Source(config.path, config.subset, **shared)]
+    held_out = list(_held_out(config, shared))
+    for sources, limit in ((given, config.max_rows), (held_out, config.max_eval_rows)):
+        for source in sources:
+            source.max_rows = min(filter(None, (source.max_rows, limit)), default=None)
+    return [*given, *held_out]
+
+
+def _held_out(config: DatasetConfig, shared: dict[str, Any]) -> Iterator[Source]:
+    """Yield the sources of held-out rows: the main ones first, then the sets of dataset.eval."""
+    main = {"name": "eval", "part": "eval"}
     if config.eval_path is not None:
-        held_out = Source(config.eval_path, setting="dataset.eval_path", **shared)
+        yield Source(config.eval_path, setting="dataset.eval_path", **(shared | main))
     elif config.eval_split is not None:
         assert config.path is not None
-        held_out = Source(config.path, config.subset, **(shared | {"split": config.eval_split}))
-    else:
-        return given
-    held_out.name, held_out.held_out, held_out.max_rows = "eval", True, limit
-    return [*given, held_out]
+        split = {"split": config.eval_split}
+        yield Source(config.path, config.subset, **(shared | main | split))
+    for name, item in config.eval.items():
+        own = {"name": f"eval_{name}", "part": f"eval_{name}"}
+        if "path" not in item:  # another split of the rows to train on
+            item = {"path": config.path, "subset": config.subset, **item}
+        yield Source(setting=f"dataset.eval.{name}.path", **(shared | own | item))
 
 
 def halves(row: Row, config: DatasetConfig) -> tuple[Row, Row]:

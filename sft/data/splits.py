@@ -1,4 +1,4 @@
-"""Filter, cut, pack and count the documents of one split, train or eval."""
+"""Filter, cut, pack and count the documents of one part: train, eval, or a set of dataset.eval."""
 
 from __future__ import annotations
 
@@ -25,16 +25,37 @@ def _near_duplicates(found: NDArray[Any]) -> int:
     return len(first) - len(np.unique(found["near_hash"][first]))
 
 
-def held_out(
+def parts_of(
     store: Store, given: Sequence[sources.Source], config: DatasetConfig, seed: int
-) -> NDArray[np.bool_]:
-    """Mark the held-out documents: those of a separate source, or of a share of the rows."""
+) -> dict[str, NDArray[np.int64]]:
+    """List the documents of each part: those of its sources, or for ``eval`` a share of the rows.
+
+    Raises:
+        DataError: Holding out ``dataset.eval_fraction`` leaves no row to train on.
+    """
     documents = store.documents
-    separate = np.array([source.held_out for source in given])
-    if not config.eval_fraction:
-        apart: NDArray[np.bool_] = separate[documents["source"]]
-        return apart
-    rows = np.unique(documents["row"])
+    found: dict[str, NDArray[np.int64]] = {}
+    for part in dict.fromkeys(source.part for source in given):
+        own = np.array([source.part == part for source in given])
+        found[part] = np.flatnonzero(own[documents["source"]])
+    if config.eval_fraction:
+        all_rows = found["train"]
+        apart = _share(store, all_rows, given, config, seed)
+        sets = {part: own for part, own in found.items() if part != "train"}
+        found = {"train": all_rows[~apart], "eval": all_rows[apart], **sets}
+    return found
+
+
+def _share(
+    store: Store,
+    documents: NDArray[np.int64],
+    given: Sequence[sources.Source],
+    config: DatasetConfig,
+    seed: int,
+) -> NDArray[np.bool_]:
+    """Mark the documents of the rows that ``dataset.eval_fraction`` holds out."""
+    numbers = store.documents["row"][documents]
+    rows = np.unique(numbers)
     count = max(1, round(len(rows) * config.eval_fraction))
     if count >= len(rows):
         raise DataError(
@@ -42,13 +63,14 @@ def held_out(
             f"row{'s' * (len(rows) != 1)} leaves none to train on\n    fix: dataset.eval_fraction=0"
         )
     # The rows are the two halves of one text (see sources.halves): hold out the second.
-    halves = store.read[given[0].name]["rows"] == 2 and len(given) == 1
+    trained = [source for source in given if not source.held_out]
+    halves = store.read[trained[0].name]["rows"] == 2 and len(trained) == 1
     chosen = rows[-1:] if halves else np.random.default_rng(seed).permutation(rows)[:count]
-    return np.isin(documents["row"], chosen)
+    return np.isin(numbers, chosen)
 
 
 class Split:
-    """The documents of train or eval, and their plan of samples."""
+    """The documents of one part, and their plan of samples."""
 
     def __init__(
         self,

@@ -107,7 +107,7 @@ class _Writer:
         tally["empty"] += len(done.empty)
         for item in [*done.bad, *done.empty]:
             self.reason = self.reason or f"{item.file}:{item.line}: {item.reason}"
-            self.dropped.add("eval" if source.held_out else "train", *item)
+            self.dropped.add(source.part, *item)
         if tally["bad"] == tally["rows"] >= 1:  # the settings are wrong, not the rows
             first = done.bad[0]
             raise DataError(

@@ -92,8 +92,8 @@ class Probes:
 
 def keep(prepared: Prepared, path: Path) -> None:
     """Write the samples that verify a later merge: held out, or trained if none are held out."""
-    part = prepared.eval or prepared.train
-    origin = "held-out samples" if prepared.eval else "training samples"
+    part = next(iter(prepared.held_out.values()), prepared.train)
+    origin = "held-out samples" if prepared.held_out else "training samples"
     lines = []
     for index in range(min(COUNT, len(part.dataset))):
         sample = part.dataset[index]

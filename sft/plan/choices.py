@@ -202,12 +202,12 @@ def decide(
         lm_head=head.choose(config, architecture, "weights" in columns, split),
         checkpointing=memory.same_on_all_ranks(config, recomputes),
         evaluation=_evaluation(config, prepared),
-        cadence=tuple(schedule.choose_cadence(config.train, samples, prepared.eval is not None)),
+        cadence=tuple(schedule.choose_cadence(config.train, samples, bool(prepared.held_out))),
         warmup=schedule.choose_warmup(config.train, samples),
         ds_config=ds_config,
         packed=packed,
         fused_adapters=not by_peft,
-        evaluates=prepared.eval is not None,
+        evaluates=bool(prepared.held_out),
         balances=balances,
         boundaries=(packed or joined.value) and bool(mixers.mixers(architecture)),
         new_tokens=tokens.choose_rows(config, architecture, new, prepared.largest_id),
@@ -244,7 +244,7 @@ def _adapters(config: Config, by_peft: str) -> Choice:
 
 def _evaluation(config: Config, prepared: Prepared) -> Choice:
     """Choose ``train.eval_strategy``."""
-    if prepared.eval is None:
+    if not prepared.held_out:
         return Choice("train.eval_strategy", "no", "there are no held-out rows")
     reason = f"{AS_SET}; held-out rows are also evaluated before and after training"
     return Choice("train.eval_strategy", config.train.eval_strategy, reason)

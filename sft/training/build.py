@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import environment
 from sft.attributes import replaced
-from sft.config import zero
+from sft.config import evaluation, zero
 from sft.config.rules import named
 from sft.config.settings import Config, TrainConfig
 from sft.process import world_size
@@ -98,6 +98,7 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
 
     train, precision = dataclasses.asdict(config.train), choices.precision.value
     per_forward = train["per_device_train_batch_size"] * world_size()
+    held_out = evaluation.held_out(config.dataset)
     environment.rejoin()
     try:
         args = SFTConfig(
@@ -117,8 +118,8 @@ def sft_config(config: Config, choices: Choices) -> SFTConfig:
             disable_tqdm=True,
             **{
                 "ddp_find_unused_parameters": False,
-                # Decides which checkpoint is the best: that one is never deleted.
-                **({"metric_for_best_model": "eval_loss"} if choices.evaluates else {}),
+                # For train.lr_scheduler_type=reduce_lr_on_plateau. sft.training.best judges.
+                **({"metric_for_best_model": f"{held_out[0]}_loss"} if choices.evaluates else {}),
                 "logging_nan_inf_filter": False,  # a NaN must show in the logged loss
                 # With non_blocking below: a batch is copied to the GPU while the previous one is
                 # computed.
@@ -222,6 +223,7 @@ def make_trainer(
 
     if choices.stage == 3:
         rows.values_of_base()
+    held_out = {name: samples.dataset for name, samples in prepared.held_out.items()}
     with warnings.catch_warnings(), _initial_values() as initial:
         # PEFT writes patterns for stacked experts, and compares them with modules only.
         # model.adapter_checks checks the patterns that are set.
@@ -231,10 +233,11 @@ def make_trainer(
             args=args,
             data_collator=collator,
             train_dataset=prepared.train.dataset,
-            eval_dataset=None if prepared.eval is None else prepared.eval.dataset,
+            eval_dataset=next(iter(held_out.values()), None),  # the main held-out rows
             processing_class=tokenizer,
             peft_config=lora,
         )
+    trainer.held_out = held_out
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             value = initial.get(parameter, parameter.data)

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from sft import progress
 from sft.config import zero
+from sft.config.evaluation import ANSWERED, is_evaluation
 from sft.fast import isolation, proof
 from sft.fast.probe import Probe
 from sft.inference.exact_match import exact_match
 from sft.model.precision import dtype_of
 from sft.training import left_out
+from sft.training.best import Best
 from sft.training.cadence import WithinEpochs
 from sft.training.guard import Guard
 from sft.training.signals import Signals
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from sft.data.prepared import Prepared
     from sft.run.run import Run
     from sft.training.trainer import Trainer
+
+# Figures of an evaluation that are results of the run: eval_loss, eval_NAME_loss, exact_match, ...
+KEPT = ("_loss", "_perplexity", "exact_match", "exact_match_rows", "exact_match_seconds")
 
 
 def add_checks(
@@ -39,6 +44,7 @@ def add_checks(
     trainer.guard = Guard(
         trainer.args, signals, trainer.rows_of, settings.max_loss_jump, settings.on_nan
     )
+    trainer.best = Best(settings)
     trainer.within_epochs = WithinEpochs(settings, prepared.train.counts.samples)
     trainer.add_callback(trainer.within_epochs)
     trainer.add_callback(trainer.guard)  # the last: on a signal, no evaluation starts
@@ -83,15 +89,18 @@ def add_checks(
     if packed or trainer.data_collator.padding_free:
         before_training(check_isolation)
     if count := run.config.dataset.exact_match:
-        before_training(lambda: log_answers(trainer, count, stop_ids), on_resume=False)
-    if resume_from is not None and trainer.eval_dataset is not None:
-        before_training(trainer.evaluate_if_due)
+        if settings.metric == ANSWERED:
+            trainer.answers = lambda: answered(trainer, count, stop_ids)
+        else:
+            before_training(lambda: log_answers(trainer, count, stop_ids), on_resume=False)
+    if resume_from is not None and trainer.held_out:
+        before_training(trainer.resume_evaluations)
 
 
-def log_answers(trainer: Trainer, count: int, stop_ids: Sequence[int]) -> dict[str, float]:
-    """Generate answers to held-out prompts, and log the share that is exactly right."""
+def answered(trainer: Trainer, count: int, stop_ids: Sequence[int]) -> dict[str, float]:
+    """Generate answers to held-out prompts, and return the share that is exactly right."""
     samples = trainer.eval_dataset.select(range(min(count, len(trainer.eval_dataset))))
-    metrics = exact_match(
+    return exact_match(
         trainer.bare_model,
         trainer.processing_class,
         samples,
@@ -99,6 +108,11 @@ def log_answers(trainer: Trainer, count: int, stop_ids: Sequence[int]) -> dict[s
         trainer.args.device,
         stop_ids,
     )
+
+
+def log_answers(trainer: Trainer, count: int, stop_ids: Sequence[int]) -> dict[str, float]:
+    """Log what ``answered`` returns."""
+    metrics = answered(trainer, count, stop_ids)
     trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, metrics)
     return metrics
 
@@ -106,23 +120,34 @@ def log_answers(trainer: Trainer, count: int, stop_ids: Sequence[int]) -> dict[s
 def train(
     trainer: Trainer, config: Config, stop_ids: Sequence[int], resume_from: Path | None
 ) -> dict[str, Any]:
-    """Train to the last step; return the last evaluation and the share of exact answers."""
+    """Train to the last step, or to an early stop.
+
+    Returns:
+        For ``run.json``: the steps, the last loss, and the evaluation of the weights that the run
+        writes.
+    """
     try:
         trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     finally:
         progress.close_all()  # an error, or a signal, does not end the callbacks of the bar
         trainer.end_workers()
     state = trainer.state
-    assert state.global_step >= state.max_steps
+    assert state.global_step >= state.max_steps or trainer.stopped_early
     losses = [log["loss"] for log in state.log_history if "loss" in log]
     final: dict[str, Any] = {"steps": state.global_step, "loss": losses[-1] if losses else None}
     if trainer.guard and trainer.guard.skipped:
         final["skipped_steps"] = trainer.guard.skipped
-    if trainer.eval_dataset is not None:
-        evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
-        done = evaluated and evaluated[-1]["step"] == trainer.state.global_step
-        last = evaluated[-1] if done else trainer.evaluate()
-        final |= {key: last[key] for key in ("eval_loss", "eval_perplexity")}
-    if config.dataset.exact_match:
-        final |= log_answers(trainer, config.dataset.exact_match, stop_ids)
+    if trainer.stopped_early:
+        final["stopped_early"] = trainer.stopped_early
+    step = state.global_step if trainer.written is None else trainer.written
+    if trainer.written is not None:
+        final["written_step"] = step
+    if trainer.held_out:
+        evaluated = [log for log in state.log_history if is_evaluation(log)]
+        last = next((log for log in reversed(evaluated) if log["step"] == step), None)
+        last = last or trainer.evaluate()
+        final |= {key: last[key] for key in last if key.endswith(KEPT)}
+    if (count := config.dataset.exact_match) and trainer.answers is None:
+        log = log_answers if step == state.global_step else answered  # a record is of its own step
+        final |= log(trainer, count, stop_ids)
     return final

@@ -41,6 +41,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
     within_epochs: WithinEpochs  # set before training begins
     fingerprint = ""  # the run's; the manifest of each checkpoint names it
     _saved_counts: list[dict[str, Any]] | None = None  # by rank, of the checkpoint resumed from
+    stopped_early = ""  # why training stops before the last step
     updates = 0  # steps in which this process changed the weights
     _saved: int | None = None  # the step of the newest checkpoint
 
@@ -50,6 +51,8 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(model, *args, **kwargs)
         # With 1, the Trainer would delete the newest checkpoint once training has ended.
         self._keep, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.save_strategy == "no":  # only a signal or the best evaluation saves one
+            self._keep = 1
         self.running_metrics = RunningMetrics()
 
     @property
@@ -104,19 +107,6 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         if self.guard is not None:
             self.guard.restore(own)
 
-    def evaluate_if_due(self) -> None:
-        """Evaluate if the run ended between saving a step and evaluating it."""
-        step, epoch = self.state.global_step, self.state.epoch or 0.0
-        last = step >= self.state.max_steps  # the Trainer always evaluates after the last step
-        due = {
-            "steps": (last or step % self.state.eval_steps == 0) and step >= self.args.eval_delay,
-            "epoch": (last or float(epoch).is_integer() or self.within_epochs.evaluates_after(step))
-            and epoch >= self.args.eval_delay,
-        }.get(self.args.eval_strategy, False)
-        done = any(log["step"] == step for log in self.state.log_history if "eval_loss" in log)
-        if due and not done:
-            self._determine_best_metric(self._evaluate(None, None), None)
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint unless this step has one, and stop if a signal asked for that.
 
@@ -144,7 +134,8 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
                 self._keep,
             )
             self._saved = step
-        if self.control.should_training_stop and step < self.state.max_steps:
+        stops = self.control.should_training_stop and not self.stopped_early
+        if stops and step < self.state.max_steps:
             self.guard.stop(step)
 
     def stop_if_asked(self) -> None:

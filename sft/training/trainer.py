@@ -1,30 +1,25 @@
-"""TRL's trainer with our LM head, exact evaluation, and a data order for any number of ranks."""
+"""TRL's trainer with our LM head, and a data order for any number of ranks."""
 
 from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
-from trl import SFTTrainer
 
-from sft.data.sampler import Fillers, Shuffle, eval_batches, samples_of
+from sft.data.sampler import Fillers, Shuffle, samples_of
 from sft.fast import head
-from sft.progress import progress
+from sft.training.evaluation import EvaluatingTrainer
 from sft.training.groups import Rates
-from sft.training.resumable import ResumableTrainer
 from sft.training.signals import end_with_rank
 
 
-class Trainer(ResumableTrainer):
+class Trainer(EvaluatingTrainer):
     """Trains on samples that have ``input_ids`` and ``labels`` already."""
 
-    control: Any
     lm_head = "trl"
     rates: Rates | None = None
     _loader: Any = None  # of the training samples, without what Accelerate wraps around it
@@ -143,60 +138,6 @@ class Trainer(ResumableTrainer):
             return samples
         return [row for sample in samples for row in self.train_dataset[sample]["rows"]]
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Measure the mean loss over every trained token of the held-out samples.
-
-        Each sample counts once and each token alike, so the figure is the same for any batch size
-        and number of ranks. The stock Trainer's is a mean of batch means, over samples that are
-        repeated to fill the last batch. The model is used as training wrapped it: the stock loop,
-        called before training, would leave DDP's gradient sync switched off.
-
-        Returns:
-            ``eval_loss`` (nats per token), ``eval_perplexity``, ``eval_tokens``, ``eval_seconds``.
-        """
-        samples = self.eval_dataset if eval_dataset is None else eval_dataset
-        began = time.perf_counter()
-        # float64, so that the sum does not depend on the order of the batches.
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        model = self.model_wrapped
-        was_training = model.training
-        model.eval()
-        size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
-        with (
-            torch.no_grad(),
-            self.compute_loss_context_manager(),
-            progress("evaluating", len(samples), "samples") as bar,
-        ):
-            for batch in eval_batches(samples, size, self.args.process_index, ranks):
-                self.stop_if_asked()
-                inputs = self._prepare_inputs(self.data_collator(batch))
-                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-                total[0] -= outputs.log_probs.double().sum()
-                total[1] += outputs.label_mask.sum()
-                bar.update(min(size * ranks, len(samples) - bar.done))
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        model.train(was_training)
-
-        loss = (total[0] / total[1]).item()
-        metrics = {
-            f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows
-            f"{metric_key_prefix}_tokens": int(total[1].item()),
-            f"{metric_key_prefix}_seconds": round(time.perf_counter() - began, 3),
-        }
-        # Not self.log: TRL's log adds averages over training values it still holds.
-        super(SFTTrainer, self).log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
     def get_train_dataloader(self) -> Any:
         """Load every sample once an epoch, in an order that depends on the seed alone.
 
@@ -237,14 +178,16 @@ class Trainer(ResumableTrainer):
             self._loader._iterator = None
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
-        """Set the epoch's order; train no step if the checkpoint is that of the last step.
+        """Set the epoch's order; train no step after the last one or after an early stop.
 
         The Trainer and Accelerate pass the epoch number through the wrappers of the loader. On
         several ranks, the wrapper that skips the batches before a checkpoint does not pass it to
         the sampler, which would read the rest of the epoch in the first epoch's order.
         """
         self._order.set_epoch(epoch)
-        if self.state.global_step < self.state.max_steps:
+        if self.stopped_early:  # before the checkpoint that the run is resumed from
+            self.control.should_training_stop = True
+        elif self.state.global_step < self.state.max_steps:
             super()._run_epoch(epoch=epoch, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

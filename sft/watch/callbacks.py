@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft import process
 from sft.checkpoint import folders, sharded
+from sft.config.evaluation import is_evaluation
 from sft.config.settings import ProfileConfig
 from sft.errors import RunError
 from sft.files import read_records, to_json, write_text
@@ -46,13 +47,18 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero and self.path.is_file():
             step = state.global_step
             # For the checkpoint's own step, keep only the records that existed when it was saved.
-            logged = {key for log in state.log_history if log["step"] == step for key in log}
+            own = [log for log in state.log_history if log["step"] == step]
+            trained, evaluated = any("loss" in log for log in own), any(map(is_evaluation, own))
             kept = [
                 record
                 for record in read_records(self.path)
                 if step
                 and record["step"] <= step
-                and (record["step"] < step or logged & record.keys() & {"loss", "eval_loss"})
+                and (
+                    record["step"] < step
+                    or ("loss" in record and trained)
+                    or (is_evaluation(record) and evaluated)
+                )
             ]
             write_text(self.path, "".join(f"{to_json(record)}\n" for record in kept))
 

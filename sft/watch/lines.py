@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from sft.config.evaluation import is_evaluation
 from sft.progress import Progress
 
 logger = logging.getLogger("sft")
@@ -50,13 +52,10 @@ class Lines(TrainerCallback):  # type: ignore[misc]
 def describe(logs: dict[str, Any], step: int, max_steps: int) -> str:
     """Format a logged record as one aligned line; empty for records that get no line."""
     where = f"step {step:>{len(str(max_steps))}}/{max_steps}"
-    if "eval_loss" in logs:
-        return (
-            f"{where}  eval loss {logs['eval_loss']:.4f}  "
-            f"perplexity {logs['eval_perplexity']:.4g}  tokens {logs['eval_tokens']:,}"
-        )
+    if is_evaluation(logs):
+        return f"{where}  {'  '.join(_evaluated(logs))}"
     if "exact_match" in logs:
-        return f"{where}  exact match {logs['exact_match']:.1%} of {logs['exact_match_rows']}"
+        return f"{where}  {_answered(logs)}"
     if "loss" in logs:
         norm = f"  grad norm {logs['grad_norm']:.3g}" if "grad_norm" in logs else ""
         return (
@@ -64,3 +63,18 @@ def describe(logs: dict[str, Any], step: int, max_steps: int) -> str:
             f"epoch {logs['epoch']:.2f}"
         )
     return ""
+
+
+def _evaluated(logs: dict[str, Any]) -> Iterator[str]:
+    """Yield the parts of the line of an evaluation: those of the main rows, then of each set."""
+    if "eval_loss" in logs:
+        yield f"eval loss {logs['eval_loss']:.4f}"
+        yield f"perplexity {logs['eval_perplexity']:.4g}  tokens {logs['eval_tokens']:,}"
+    for name in (key for key in logs if key.endswith("_loss") and key != "eval_loss"):
+        yield f"{name.removesuffix('_loss')} loss {logs[name]:.4f}"
+    if "exact_match" in logs:
+        yield _answered(logs)
+
+
+def _answered(logs: dict[str, Any]) -> str:
+    return f"exact match {logs['exact_match']:.1%} of {logs['exact_match_rows']}"

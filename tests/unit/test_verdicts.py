@@ -188,9 +188,11 @@ ALWAYS = {
     *("train.logging_steps", "train.eval_strategy", "train.save_strategy", "train.on_nan"),
     *("train.max_loss_jump", "train.padding_free", "train.pad_to_multiple_of"),
     *("train.dataloader_num_workers", "train.extra", "profile.torch", "profile.system"),
+    *("on_alert", "alert.loss_jump", "alert.stall", "alert.disk"),
 }
-# zero_checks, lora_checks and training.groups refuse them.
+# zero_checks, lora_checks, training.groups and evaluation refuse them.
 ELSEWHERE = {"zero.overrides", "train.merge", "model.trainable", "train.embedding_learning_rate"}
+ELSEWHERE |= {"train.metric", "train.greater_is_better"}
 
 
 def test_for_every_setting_it_is_known_what_it_needs() -> None:
