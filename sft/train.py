@@ -116,7 +116,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.model.tokenizer import load_tokens
         from sft.plan import choices, schedule
         from sft.run import resume
-        from sft.training import build, groups, loop, start, summary
+        from sft.training import build, forgetting, groups, loop, start, summary
 
     build.require(config)
     tokenizer, new = load_tokens(config.model)
@@ -157,6 +157,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
             claim(run, trainer, prepared)
             loop.add_checks(run, trainer, prepared, template.stop_ids, resume_from, signals)
             final = loop.train(trainer, config, template.stop_ids, resume_from)
+            forgetting.measure_trained(run, trainer)
             save(run, trainer, config, final)
 
 
@@ -231,7 +232,7 @@ def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> N
     trainer.accelerator.wait_for_everyone()
     if trainer.args.process_index == 0:
         write_card(folder, card_of(config, run.identity))
-        run.finish(final, ranks_memory=memory)
+        run.finish(final=final, ranks_memory=memory)
         logger.info("%s written to %s", kind, folder)
     trainer.accelerator.wait_for_everyone()
 

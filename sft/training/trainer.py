@@ -160,32 +160,12 @@ class Trainer(ResumableTrainer):
         """
         samples = self.eval_dataset if eval_dataset is None else eval_dataset
         began = time.perf_counter()
-        # float64, so that the sum does not depend on the order of the batches.
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        model = self.model_wrapped
-        was_training = model.training
-        model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in eval_batches(
-                samples,
-                self.args.per_device_eval_batch_size,
-                self.args.process_index,
-                self.args.world_size,
-            ):
-                self.stop_if_asked()
-                inputs = self._prepare_inputs(self.data_collator(batch))
-                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-                total[0] -= outputs.log_probs.double().sum()
-                total[1] += outputs.label_mask.sum()
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        model.train(was_training)
-
-        loss = (total[0] / total[1]).item()
+        nats, tokens = self.total_loss(samples, self.args.per_device_eval_batch_size)
+        loss = nats / tokens
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows
-            f"{metric_key_prefix}_tokens": int(total[1].item()),
+            f"{metric_key_prefix}_tokens": tokens,
             f"{metric_key_prefix}_seconds": round(time.perf_counter() - began, 3),
         }
         # Not self.log: TRL's log adds averages over training values it still holds.
@@ -194,6 +174,37 @@ class Trainer(ResumableTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def total_loss(self, samples: Any, size: int) -> tuple[float, int]:
+        """Sum the loss over every trained token of samples, on all ranks together.
+
+        Args:
+            samples: A dataset, or a list, of samples with ``input_ids`` and ``labels``.
+            size: Samples of a rank's batch, at most.
+
+        Returns:
+            The loss in nats, and the number of tokens.
+
+        Raises:
+            Stopped: A signal asked the run to stop.
+        """
+        # float64, so that the sum does not depend on the order of the batches.
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        model, (rank, ranks) = self.model_wrapped, (self.args.process_index, self.args.world_size)
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in eval_batches(samples, size, rank, ranks):
+                self.stop_if_asked()
+                inputs = self._prepare_inputs(self.data_collator(batch))
+                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+                total[0] -= outputs.log_probs.double().sum()
+                total[1] += outputs.label_mask.sum()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        model.train(was_training)
+        nats, tokens = total.tolist()
+        return nats, int(tokens)
 
     def get_train_dataloader(self) -> Any:
         """Load every sample once an epoch, in an order that depends on the seed alone.
