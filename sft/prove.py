@@ -158,6 +158,7 @@ def _prove(config: ProveConfig, ranks: int, stop: int, steps: int) -> dict[str, 
         command += [*_given(), f"output_dir={run}", f"train.max_steps={steps}"]
         command += ["train.save_strategy=steps", f"train.save_steps={stop}"]
         command += ["train.logging_steps=1", f"train.save_total_limit={steps}"]
+        command += ["train.max_forgetting=null"]  # it is not part of what is compared
         limits = {name: getattr(config.dataset, name) for name in ("max_rows", "max_eval_rows")}
         command += [f"dataset.{name}={rows}" for name, rows in limits.items() if rows is not None]
         logger.info("training %s steps without interruption on %s", steps, _counted(ranks))

@@ -118,7 +118,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.model.tokenizer import load_tokens
         from sft.plan import choices, schedule
         from sft.run import resume
-        from sft.training import build, groups, loop, start, summary
+        from sft.training import build, forgetting, groups, loop, start, summary
         from sft.watch import callbacks
 
     build.require(config)
@@ -163,6 +163,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
             with callbacks.watch(trainer, config.profile, *(run.dir / name for name in names)):
                 loop.add_checks(run, trainer, prepared, template.stop_ids, resume_from, signals)
                 final = loop.train(trainer, config, template.stop_ids, resume_from)
+                forgetting.measure_trained(run, trainer)
                 save(run, trainer, config, final)
 
 
@@ -237,7 +238,7 @@ def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> N
     trainer.accelerator.wait_for_everyone()
     if trainer.args.process_index == 0:
         write_card(folder, card_of(config, run.identity))
-        run.finish(final, ranks_memory=memory, **trainer.outcome())
+        run.finish(final=final, ranks_memory=memory, **trainer.outcome())
         trainer.drop_checkpoints()
         logger.info("%s written to %s", kind, folder)
     trainer.accelerator.wait_for_everyone()

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import warm_python
+from support import quick
 
 TIMEOUT = 300  # seconds
 
@@ -31,7 +32,7 @@ def run_warm(
         processes = []
         for rank in range(ranks):
             own = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            start = [warm_python.executable(), *what, *overrides]
+            start = [warm_python.executable(), *what, *quick(command, overrides)]
             environ = {**os.environ, **own}
             processes.append(
                 subprocess.Popen(start, cwd=cwd, env=environ, stdout=out, stderr=error)

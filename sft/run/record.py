@@ -25,6 +25,7 @@ TRACKED = "trackers.json"  # the run of each tracker, and how much of this run i
 REPORT = "report.html"  # the page
 ADAPTER, MODEL = "adapter", "model"  # the folders of the trained weights; a run has one of them
 MERGED = "merged"  # the folder of the merged model
+KEPT = ("forgetting",)  # entries of run.json that a resumed run takes over
 
 
 def text(folder: str | Path) -> str | None:

@@ -180,6 +180,7 @@ class Run:
                 "choices": self.choices,
                 **provenance(),
                 "resumed": before.get("resumed", []),
+                **{name: before[name] for name in record.KEPT if self.resumed and name in before},
             }
             if self.resumed is not None:
                 self._record["resumed"].append(
@@ -206,8 +207,13 @@ class Run:
 
     def correct(self, choice: Choice) -> None:
         """Record a choice that a check before the first step has replaced; on rank 0."""
+        self.choices |= choice.record()
+        self.note(choices=self.choices)
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to ``run.json``, on rank 0."""
+        self._record |= facts
         if process.rank() == 0:
-            self.choices |= choice.record()
             self._write()
 
     def keep_audit(self, prepared: Path) -> None:
@@ -220,11 +226,9 @@ class Run:
             if (prepared / source).is_file():
                 write_text(self.dir / name, (prepared / source).read_text(encoding="utf-8"))
 
-    def finish(self, final: dict[str, Any], **facts: Any) -> None:
+    def finish(self, **facts: Any) -> None:
         """Write ``"status": "finished"``, which says that all files of the run are complete."""
-        self._record |= {"status": "finished", "seconds": round(time.time() - self.began, 1)}
-        self._record |= {"final": final, **facts}
-        self._write()
+        self.note(status="finished", seconds=round(time.time() - self.began, 1), **facts)
 
     def end(self, status: str, reason: str) -> None:
         """Record that the run ``failed`` or was ``stopped``, and why; it can be resumed."""

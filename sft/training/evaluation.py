@@ -65,15 +65,11 @@ class EvaluatingTrainer(ResumableTrainer):
             and ``eval_NAME_...`` of each set; ``exact_match`` if ``train.metric`` is that.
         """
         sets = self.held_out if eval_dataset is None else {metric_key_prefix: eval_dataset}
-        model = self.model_wrapped
-        was_training = model.training
-        model.eval()
         metrics: dict[str, float] = {}
         for prefix, samples in sets.items():
-            metrics |= self._measured(model, samples, prefix)
+            metrics |= self._measured(samples, prefix)
         if self.answers is not None:
             metrics |= self.answers()
-        model.train(was_training)
         # Not self.log: TRL's log adds averages over training values it still holds.
         super(SFTTrainer, self).log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -81,18 +77,42 @@ class EvaluatingTrainer(ResumableTrainer):
         )
         return metrics
 
-    def _measured(self, model: Any, samples: Dataset, prefix: str) -> dict[str, float]:
+    def _measured(self, samples: Dataset, prefix: str) -> dict[str, float]:
         """Measure one held-out set."""
         began = time.perf_counter()
+        nats, tokens = self.total_loss(samples, self.args.per_device_eval_batch_size)
+        loss = nats / tokens
+        return {
+            f"{prefix}_loss": loss,
+            f"{prefix}_perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows
+            f"{prefix}_tokens": tokens,
+            f"{prefix}_seconds": round(time.perf_counter() - began, 3),
+        }
+
+    def total_loss(self, samples: Any, size: int) -> tuple[float, int]:
+        """Sum the loss over every trained token of samples, on all ranks together.
+
+        Args:
+            samples: A dataset, or a list, of samples with ``input_ids`` and ``labels``.
+            size: Samples of a rank's batch, at most.
+
+        Returns:
+            The loss in nats, and the number of tokens.
+
+        Raises:
+            Stopped: A signal asked the run to stop.
+        """
         # float64, so that the sum does not depend on the order of the batches.
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
+        model, (rank, ranks) = self.model_wrapped, (self.args.process_index, self.args.world_size)
+        was_training = model.training
+        model.eval()
         with (
             torch.no_grad(),
             self.compute_loss_context_manager(),
             progress("evaluating", len(samples), "samples") as bar,
         ):
-            for batch in eval_batches(samples, size, self.args.process_index, ranks):
+            for batch in eval_batches(samples, size, rank, ranks):
                 self.stop_if_asked()
                 inputs = self._prepare_inputs(self.data_collator(batch))
                 outputs = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -101,13 +121,9 @@ class EvaluatingTrainer(ResumableTrainer):
                 bar.update(min(size * ranks, len(samples) - bar.done))
         if dist.is_initialized():
             dist.all_reduce(total)
-        loss = (total[0] / total[1]).item()
-        return {
-            f"{prefix}_loss": loss,
-            f"{prefix}_perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows
-            f"{prefix}_tokens": int(total[1].item()),
-            f"{prefix}_seconds": round(time.perf_counter() - began, 3),
-        }
+        model.train(was_training)
+        nats, tokens = total.tolist()
+        return nats, int(tokens)
 
     @property
     def verdict(self) -> Verdict:

@@ -12,7 +12,7 @@ from sft.fast import isolation, proof
 from sft.fast.probe import Probe
 from sft.inference.exact_match import exact_match
 from sft.model.precision import dtype_of
-from sft.training import left_out
+from sft.training import forgetting, left_out
 from sft.training.best import Best
 from sft.training.cadence import WithinEpochs
 from sft.training.guard import Guard
@@ -39,7 +39,7 @@ def add_checks(
     resume_from: Path | None,
     signals: Signals,
 ) -> None:
-    """Add the guard, and what must be checked or evaluated before the first step."""
+    """Add the guard, and what must be checked, evaluated or measured before the first step."""
     settings = run.config.train
     trainer.guard = Guard(
         trainer.args, signals, trainer.rows_of, settings.max_loss_jump, settings.on_nan
@@ -93,6 +93,8 @@ def add_checks(
             trainer.answers = lambda: answered(trainer, count, stop_ids)
         else:
             before_training(lambda: log_answers(trainer, count, stop_ids), on_resume=False)
+    if settings.max_forgetting is not None:
+        before_training(lambda: forgetting.measure_base(run, trainer))
     if resume_from is not None and trainer.held_out:
         before_training(trainer.resume_evaluations)
 

@@ -34,4 +34,5 @@ def saving(llama: Path, rows: Path) -> list[str]:
         *("train.global_batch_size=4", "train.per_device_train_batch_size=2"),
         *("train.learning_rate=1e-2", "train.logging_steps=1", "train.max_steps=6"),
         *("train.save_strategy=steps", "train.save_steps=2", "precision=fp32"),
+        "train.max_forgetting=null",
     ]

@@ -44,7 +44,7 @@ def settings(base: Path, rows: Path) -> list[str]:
         *("model=hf", f"model.name_or_path={base}", "dataset=jsonl", f"dataset.path={rows}"),
         *("template=chat", "train.global_batch_size=4", "train.per_device_train_batch_size=2"),
         *("train.warmup_steps=0", "train.logging_steps=1", "train.learning_rate=1e-2"),
-        "precision=fp32",
+        *("precision=fp32", "train.max_forgetting=null"),
     ]
 
 
