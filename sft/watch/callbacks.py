@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Append one record."""
         if state.is_world_process_zero:
-            record = {"step": state.global_step, **(logs or {})}
+            now = round(time.time(), 3)
+            record = {"step": state.global_step, "time": now, **(logs or {})}
             try:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(to_json(record) + "\n")
@@ -100,8 +102,11 @@ class BeforeTraining(TrainerCallback):  # type: ignore[misc]
 
 
 def watch(trainer: Any, metrics: Path) -> None:
-    """Replace the Trainer's printing callbacks by ours, and add the check of the ranks."""
+    """Replace the Trainer's printing callbacks by ours, and add the check of the ranks.
+
+    The trainer's figures come first: they add to the records that the others write.
+    """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    for callback in (Lines(), MetricsFile(metrics), RanksAgree()):
+    for callback in (trainer.figures, Lines(), MetricsFile(metrics), RanksAgree()):
         trainer.add_callback(callback)
