@@ -1,123 +1,19 @@
-"""What a logged line says of speed, memory and time left; and where the time of a step goes."""
+"""What a logged line says of speed, memory and time left."""
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import statistics
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from sft.watch.clock import APART, Clock, Pace
 from sft.watch.operations import Operations
-
-PARTS = ("data", "compute", "optimizer", "evaluation", "saving", "other")
-APART = ("evaluation", "saving")  # not a part of the time of a step
-RECENT = 100  # steps whose times the time left is estimated from
-MOST = 512  # CUDA events that wait to be read
-
-
-class Clock:
-    """Divides the time since the last logged line into parts, which sum to all of it.
-
-    On a GPU an event is recorded in its stream at each mark, and the events are read when the step
-    is logged, so that the CPU never waits for it. The parts are then those of the GPU's time, in
-    which it waits for data as well.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._last: Any = None
-        self._waiting: list[tuple[str, Any, Any]] = []
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._inside: list[str] = []
-        self.apart = 0.0  # seconds of evaluations and saves, of the CPU's clock
-        self.took: dict[str, list[float]] = {name: [] for name in APART}
-
-    def start(self) -> None:
-        """Begin the first interval; marks before it count nothing."""
-        self._last = self._now()
-
-    @property
-    def started(self) -> bool:
-        """Whether ``start`` was called."""
-        return self._last is not None
-
-    def mark(self, part: str) -> None:
-        """Add the time since the last mark to a part."""
-        if self._last is None:
-            return
-        now = self._now()
-        if self._stream is None:
-            self._seconds[part] += now - self._last
-        else:
-            self._waiting.append((part, self._last, now))
-            if len(self._waiting) > MOST:
-                self._read(len(self._waiting) // 2)
-        self._last = now
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the time of a block to a part."""
-        self.mark(self._inside[-1] if self._inside else "other")
-        self._inside.append(name)
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.mark(self._inside.pop())
-            took = time.perf_counter() - began
-            if name in APART and not self._inside:
-                self.apart += took
-            if name in self.took:
-                self.took[name].append(took)
-
-    def flush(self) -> dict[str, float]:
-        """Return the seconds of each part since the last call, and begin the next interval."""
-        self.mark("other")
-        self._read(len(self._waiting))
-        seconds, self._seconds = self._seconds, defaultdict(float)
-        return {part: seconds[part] for part in PARTS}
-
-    def _now(self) -> Any:
-        if self._stream is None:
-            return time.perf_counter()
-        return self._stream.record_event(torch.cuda.Event(enable_timing=True))
-
-    def _read(self, count: int) -> None:
-        """Read the oldest events."""
-        done, self._waiting = self._waiting[:count], self._waiting[count:]
-        if done:
-            done[-1][2].synchronize()
-        for part, begin, end in done:
-            self._seconds[part] += begin.elapsed_time(end) / 1000
-
-
-class Pace:
-    """Estimates the time left from the recent steps, and from evaluations and saves to come."""
-
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=RECENT)
-        self._before: float | None = None
-
-    def step(self, now: float) -> None:
-        """Note the end of a step, at a time from which evaluations and saves are left out."""
-        if self._before is not None:
-            self._recent.append(now - self._before)
-        self._before = now
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """The mean of the recent steps without those far slower, such as the first; None: none."""
-        if not self._recent:
-            return None
-        usual = statistics.median(self._recent)
-        return statistics.mean(took for took in self._recent if took <= 3 * usual)
 
 
 class Figures(TrainerCallback):  # type: ignore[misc]
@@ -210,18 +106,20 @@ class Figures(TrainerCallback):  # type: ignore[misc]
 
     def _left(self, state: Any) -> float:
         """Estimate the seconds until the run's last step has been evaluated and saved."""
-        steps = (state.max_steps - state.global_step) * (self.pace.seconds_per_step or 0.0)
+        left: float = (state.max_steps - state.global_step) * (self.pace.seconds_per_step or 0.0)
         for part, times in self.due().items():
             recent = self.clock.took[part][-3:]
-            steps += times * statistics.mean(recent) if recent else 0.0
-        return steps
+            left += times * statistics.mean(recent) if recent else 0.0
+        return left
 
     def _of_all_ranks(self) -> tuple[dict[str, float], dict[str, int]]:
         """Return the sums of the ranks' counts, and the largest of their peaks of memory."""
         counted = (0.0, 0.0, 0.0) if self.operations is None else self.operations.flush()
         memory = peak_memory(self.device)
         own = torch.tensor(
-            [*counted, self._own_peak or 0.0, *memory.values()], dtype=torch.float64, device=self.device
+            [*counted, self._own_peak or 0.0, *memory.values()],
+            dtype=torch.float64,
+            device=self.device,
         )
         every = [own]
         if dist.is_initialized():

@@ -58,9 +58,7 @@ def describe(logs: dict[str, Any], step: int, max_steps: int) -> str:
         return f"{where}  exact match {logs['exact_match']:.1%} of {logs['exact_match_rows']}"
     if "loss" in logs:
         norm = f"  grad norm {logs['grad_norm']:.3g}" if "grad_norm" in logs else ""
-        return (
-            f"{where}  loss {logs['loss']:.4f}{norm}  lr {logs['learning_rate']:.2e}{pace(logs)}"
-        )
+        return f"{where}  loss {logs['loss']:.4f}{norm}  lr {logs['learning_rate']:.2e}{pace(logs)}"
     return ""
 
 
