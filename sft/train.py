@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from sft.data.prepared import Prepared
     from sft.run.run import Run
-    from sft.training.trainer import Trainer
+    from sft.training.timed import TimedTrainer
 
 logger = logging.getLogger("sft")
 
@@ -213,7 +213,7 @@ def merge(folder: Path, config: Config) -> None:
         )
 
 
-def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
+def claim(run: Run, trainer: TimedTrainer, prepared: Prepared) -> None:
     """Claim the run's folder, now that nothing can be refused any more, and open the logs."""
     from sft.merge import probes
 
@@ -226,19 +226,22 @@ def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
     run.log_to_file(trainer.args.process_index)
 
 
-def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:
+def save(run: Run, trainer: TimedTrainer, config: Config, final: dict[str, Any]) -> None:
     """Write the adapter, or without LoRA the model, and then mark the run as finished."""
     from sft.inference.card import card_of, write_card
     from sft.ranks import gather
+    from sft.training import summary
 
     kind = record.ADAPTER if config.lora.enabled else record.MODEL
     folder = run.dir / kind
     trainer.write_model(folder)
     memory = gather(trainer.held_bytes())
+    _, parameters = summary.parameter_counts(trainer.model)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.process_index == 0:
         write_card(folder, card_of(config, run.identity))
-        run.finish(final=final, ranks_memory=memory, **trainer.outcome())
+        operations = trainer.figures.facts(parameters)
+        run.finish(final=final, ranks_memory=memory, operations=operations, **trainer.outcome())
         trainer.drop_checkpoints()
         logger.info("%s written to %s", kind, folder)
     trainer.accelerator.wait_for_everyone()

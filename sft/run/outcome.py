@@ -14,7 +14,7 @@ from sft.run import record
 def outcome(run: Path) -> dict[str, Any]:
     """Read what a run logged, without times, and hash the weights that it saved."""
     logs = [
-        {key: value for key, value in logged.items() if "seconds" not in key}
+        record.trained(logged)
         for logged in read_records(run / record.METRICS)
         if "train_runtime" not in logged  # the Trainer's summary, which covers one process only
     ]

@@ -26,6 +26,27 @@ REPORT = "report.html"  # the page
 ADAPTER, MODEL = "adapter", "model"  # the folders of the trained weights; a run has one of them
 MERGED = "merged"  # the folder of the merged model
 KEPT = ("forgetting",)  # entries of run.json that a resumed run takes over
+# What records of metrics.jsonl say of the machine, and not of what is trained.
+MEASURED = frozenset(
+    (
+        *("time", "tokens_per_second", "seconds_per_step", "seconds_left", "mfu"),
+        *("operations_per_second", "memory_resident", "memory_allocated", "memory_reserved"),
+        *("memory_device", "seconds_data", "seconds_compute", "seconds_optimizer"),
+        *("seconds_evaluation", "seconds_saving", "seconds_other", "eval_seconds"),
+        *("exact_match_seconds", "train_runtime", "train_samples_per_second"),
+        "train_steps_per_second",
+    )
+)
+
+
+def trained(logged: dict[str, Any]) -> dict[str, Any]:
+    """Return what a record of metrics.jsonl says of what is trained: equal in two equal runs."""
+    return {
+        key: value
+        for key, value in logged.items()
+        # Each set in dataset.eval has its own eval_NAME_seconds.
+        if key not in MEASURED and not (key.startswith("eval_") and key.endswith("_seconds"))
+    }
 
 
 def text(folder: str | Path) -> str | None:

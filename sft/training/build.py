@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sft.data.prepared import Prepared
     from sft.errors import Problem
     from sft.plan.choices import Choices
-    from sft.training.trainer import Trainer
+    from sft.training.timed import TimedTrainer
 
 
 def require(config: Config) -> None:
@@ -214,12 +214,12 @@ def make_trainer(
     collator: Collator,
     tokenizer: Any,
     lora: Any,
-) -> Trainer:
+) -> TimedTrainer:
     """Build the trainer with the base model and the adapter, and install the chosen fast layers."""
     from sft.fast import linear, rows
     from sft.fast import lora as fast_lora
     from sft.training import left_out
-    from sft.training.trainer import Trainer
+    from sft.training.timed import TimedTrainer
 
     if choices.stage == 3:
         rows.values_of_base()
@@ -228,7 +228,7 @@ def make_trainer(
         # PEFT writes patterns for stacked experts, and compares them with modules only.
         # model.adapter_checks checks the patterns that are set.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
-        trainer = Trainer(
+        trainer = TimedTrainer(
             model=base,
             args=args,
             data_collator=collator,

@@ -31,6 +31,30 @@ class WithinEpochs(TrainerCallback):  # type: ignore[misc]
         """Return whether a step is one of ``evals``."""
         return step % self.per_epoch in self.evals
 
+    def due(self, args: Any, state: Any) -> dict[str, int]:
+        """Count the evaluations and saves to come, with those after the step that has just ended.
+
+        Returns:
+            ``evaluation`` and ``saving``.
+        """
+        return {
+            "evaluation": self._due(state, args.eval_strategy, state.eval_steps, self.evals),
+            "saving": self._due(state, args.save_strategy, state.save_steps, self.saves),
+        }
+
+    def _due(self, state: Any, strategy: str, every: int, within: frozenset[int]) -> int:
+        if strategy == "no":
+            return 0
+        period, inner = (every, frozenset()) if strategy == "steps" else (self.per_epoch, within)
+
+        def until(step: int) -> int:
+            rounds, rest = divmod(step, period)
+            return rounds * (len(inner) + 1) + sum(point <= rest for point in inner)
+
+        last, before = state.max_steps, state.global_step - 1
+        # The last step is always followed by both.
+        return until(last - 1) - until(before) + 1 if before < last else 0
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask for both; after the run's last step, the Trainer does them as the epoch ends."""
         step = state.global_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Append one record."""
         if state.is_world_process_zero:
-            record = {"step": state.global_step, **(logs or {})}
+            now = round(time.time(), 3)
+            record = {"step": state.global_step, "time": now, **(logs or {})}
             try:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(to_json(record) + "\n")
@@ -123,7 +125,8 @@ def watch(
     """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    callbacks: list[TrainerCallback] = [Lines(), MetricsFile(metrics), RanksAgree()]
+    # The figures come first: they add to the records that the others write.
+    callbacks = [trainer.figures, Lines(), MetricsFile(metrics), RanksAgree()]
     with contextlib.ExitStack() as ending:
         if settings.torch:
             from sft.watch.profile import TorchProfile

@@ -58,10 +58,7 @@ def describe(logs: dict[str, Any], step: int, max_steps: int) -> str:
         return f"{where}  {_answered(logs)}"
     if "loss" in logs:
         norm = f"  grad norm {logs['grad_norm']:.3g}" if "grad_norm" in logs else ""
-        return (
-            f"{where}  loss {logs['loss']:.4f}{norm}  lr {logs['learning_rate']:.2e}  "
-            f"epoch {logs['epoch']:.2f}"
-        )
+        return f"{where}  loss {logs['loss']:.4f}{norm}  lr {logs['learning_rate']:.2e}{pace(logs)}"
     return ""
 
 
@@ -78,3 +75,28 @@ def _evaluated(logs: dict[str, Any]) -> Iterator[str]:
 
 def _answered(logs: dict[str, Any]) -> str:
     return f"exact match {logs['exact_match']:.1%} of {logs['exact_match_rows']}"
+
+
+def pace(logs: dict[str, Any]) -> str:
+    """Format the speed, the time left, the memory and MFU of a training record."""
+    if "seconds_per_step" not in logs:
+        return ""
+    # On a GPU: allocated by tensors, reserved by PyTorch, used by all processes.
+    names = ("memory_allocated", "memory_reserved", "memory_device")
+    used = [logs[name] for name in names if name in logs] or [logs["memory_resident"]]
+    memory = "/".join(f"{size / 2**30:.1f}" for size in used)
+    mfu = f"  MFU {logs['mfu']:.0%}" if "mfu" in logs else ""
+    return (
+        f"  {logs['tokens_per_second']:,.0f} tokens/s  {logs['seconds_per_step']:.3g} s/step"
+        f"  {clock(logs['seconds_left'])} left  {memory} GiB{mfu}"
+    )
+
+
+def clock(seconds: float) -> str:
+    """Format a duration as 0:48, 12:05, 3:07:12 or 2 d 03:07."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour:02}:{minute:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,133 @@
+"""Count the floating-point operations of training, from what each layer really computes.
+
+``Layers`` watches the first micro-batch. The others are scaled by their tokens, their trained
+positions, and their pairs of tokens that may attend to each other.
+
+A product of (m, k) and (k, n) is 2 m k n operations. Attention counts whole squares, without the
+causal half, as in ``torch.utils.flop_counter``. Not counted: element-wise operations, and the scans
+of state-space and linear-attention layers, whose projections are counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sft.checkpoint.sharded import shape_of
+from sft.watch.layers import Cost, Layers, is_attention, window_of
+
+
+@dataclass
+class Seen:
+    """The sizes of some micro-batches.
+
+    Attributes:
+        tokens: Tokens that were computed, with padding.
+        trained: Positions that the loss was computed at; a number, or a tensor on the device.
+        texts: Tokens without padding; a number, or a tensor on the device.
+        pairs: By attention window (0: none), the pairs of tokens; numbers, or tensors.
+    """
+
+    tokens: int = 0
+    trained: Any = 0
+    texts: Any = 0
+    pairs: dict[int, Any] = field(default_factory=lambda: defaultdict(int))
+
+
+class Operations:
+    """Counts a run's operations; made for one process."""
+
+    def __init__(self, model: Any, head: str, kernel: str | None, compiled: bool) -> None:
+        """Prepare.
+
+        Args:
+            model: The model as PEFT or Transformers made it, without wrappers for training.
+            head: ``model.lm_head``, which computes the loss.
+            kernel: The attention kernel.
+            compiled: Whether torch.compile compiles the model, where hooks would compile it anew;
+                then only tokens are counted.
+        """
+        self.model, self.head, self.kernel, self.compiled = model, head, kernel or "", compiled
+        self.seen = Seen()
+        self._windows = {window_of(each) for each in model.modules() if is_attention(each)}
+        self._position = self._of_position()
+        self._layers = Layers(model, self.kernel)
+        self._tokens = 0  # of the micro-batch that was watched; 0: none was
+
+    @contextlib.contextmanager
+    def micro_batch(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Add a micro-batch's sizes, and watch the layers if it is the first one."""
+        self._see(inputs)
+        if self._tokens or self.compiled:
+            yield
+            return
+        with self._layers.watched():
+            yield
+        self._tokens = inputs["input_ids"].numel()
+
+    def begin_backward(self) -> None:
+        """Tell that the forward pass of the micro-batch has ended."""
+        self._layers.in_backward = True
+
+    def flush(self) -> tuple[float, float, float]:
+        """Return the tokens without padding, operations needed and done, and begin again.
+
+        On a GPU this waits for it: call it at logged steps only.
+        """
+        seen, self.seen = self.seen, Seen()
+        if not self._tokens:
+            return float(seen.texts), 0.0, 0.0
+        costs = [
+            (self._layers.total, seen.tokens / self._tokens),
+            (self._position, float(seen.trained)),
+            *((cost, float(seen.pairs[window])) for window, cost in self._layers.attention.items()),
+        ]
+        needed, done = (
+            sum(getattr(cost, kind) * times for cost, times in costs) for kind in ("needed", "done")
+        )
+        return float(seen.texts), needed, done
+
+    def _see(self, inputs: dict[str, Any]) -> None:
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        seen, places = self.seen, inputs.get("position_ids")
+        seen.tokens += ids.numel()
+        seen.texts = seen.texts + (ids.numel() if mask is None else mask.sum())
+        positions, labels = inputs.get("loss_positions"), inputs["labels"][:, 1:]
+        if positions is not None:
+            seen.trained = seen.trained + positions.numel()
+        else:  # TRL's head; without Triton it computes the loss at every position
+            seen.trained = seen.trained + (
+                (labels != -100).sum() if ids.is_cuda else labels.numel()
+            )
+        for window in self._windows:
+            seen.pairs[window] = seen.pairs[window] + self._pairs(ids, places, window)
+
+    def _pairs(self, ids: torch.Tensor, places: torch.Tensor | None, window: int) -> Any:
+        """Count the pairs of tokens that may attend to each other, in whole squares."""
+        rows, length = ids.shape
+        by_document = self.kernel == "packed" or "flash" in self.kernel or "/" in self.kernel
+        if places is None or not by_document:
+            return rows * length * min(length, window or length)
+        # The squares of all documents: n * n is the sum of 2 p + 1 over the places p < n.
+        pairs = 2 * places + 1
+        return (torch.where(places < window, pairs, window) if window else pairs).sum()
+
+    def _of_position(self) -> Cost:
+        """Return the cost of the head and the loss for a position that is trained."""
+        layer = self.model.get_output_embeddings()
+        if self.head == "plain" or layer is None:  # the head is called like any layer
+            return Cost()
+        own = list(layer.parameters())
+        size = max(shape_of(p).numel() for p in own)
+        # PEFT's wrappers have the frozen weight beside the trained copy, or beside trained rows.
+        trained = any(p.requires_grad for p in own if shape_of(p).numel() == size)
+        known = {id(p) for p in own}
+        below = any(p.requires_grad and id(p) not in known for p in self.model.parameters())
+        forward = 2.0 * size
+        gradient = forward * (below + trained)
+        return Cost(forward, gradient, 0.0 if self.head == "chunked" else forward)
