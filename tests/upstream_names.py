@@ -40,6 +40,12 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "accelerate.state:AcceleratorState": ("_reset_state(reset_partial_state)",),
     "accelerate.state:GradientState": ("_reset_state()",),
     "torch.utils.data:DataLoader": ("_iterator",),
+    # Profiles.
+    "torch.autograd": ("_profiler_enabled",),
+    "torch.cuda.memory": (
+        "_record_memory_history(*, enabled, context, stacks, max_entries)",
+        "_snapshot()",
+    ),
     "torch.optim:AdamW": ("_step_supports_amp_scaling",),
     "torch.optim.lr_scheduler:LambdaLR": ("_last_lr", "_step_count", "base_lrs", "lr_lambdas"),
     # The files that sft.config.upstream reads setting names from.

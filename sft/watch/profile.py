@@ -128,8 +128,11 @@ class TorchProfile(TrainerCallback):  # type: ignore[misc]
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         profiler = profile(activities=activities, record_shapes=True)
         try:
+            # PyTorch would end a recording that goes on.
+            if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+                raise RuntimeError("this process is being profiled already")
             profiler.start()
-        except RuntimeError as error:  # such as: a different profiler is active in this process
+        except RuntimeError as error:
             logger.warning("profile=torch cannot record: %s", error)
             self._waiting.close()
             return
