@@ -79,7 +79,7 @@ def _into_log(kind: Any) -> None:
         if process.rank() != 0:
             options["disable"] = True
         elif not progress.on_terminal():
-            options |= {"file": _Log(), "bar_format": FORMAT, "position": 0}
+            options |= {"file": _Log(), "bar_format": FORMAT, "position": 0, "miniters": 1}
         begin(self, *args, **options)
 
     kind.__init__ = begin_in_log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -86,20 +87,31 @@ def _cached(
     seed: int,
     samples: int | None,
 ) -> Prepared:
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
+
+    from sft.ranks import from_rank_zero
 
     tokenizer = tokenizer_hash(template.tokenizer)
     key = _key(config, given, template, seed, samples, tokenizer)
     folder = cache_dir() / "data" / key
     require_writable(folder.parent)
-    if damage(folder) is not None:
-        lock = FileLock(f"{folder}.lock")  # the kernel releases it when its owner dies
-        with lock:
-            if reason := damage(folder):  # a different rank may have made it meanwhile
-                if folder.exists():
-                    logger.info("the prepared data in %s is made again: %s", folder, reason)
-                with new_folder(folder) as partial:
-                    _make(config, given, template, seed, samples, partial, tokenizer)
+    lock = FileLock(f"{folder}.lock")  # the kernel releases it when its owner dies
+
+    def take() -> None:
+        with contextlib.suppress(Timeout):  # the rank of a different run has it
+            lock.acquire(blocking=False)
+
+    try:
+        from_rank_zero(take)  # rank 0 comes first: it is the one that shows its progress
+        if damage(folder) is not None:
+            with lock:
+                if reason := damage(folder):  # a different rank may have made it meanwhile
+                    if folder.exists():
+                        logger.info("the prepared data in %s is made again: %s", folder, reason)
+                    with new_folder(folder) as partial:
+                        _make(config, given, template, seed, samples, partial, tokenizer)
+    finally:
+        lock.release(force=True)
     from datasets import Dataset
 
     audit = json.loads((folder / "data.json").read_text(encoding="utf-8"))

@@ -224,6 +224,7 @@ def _push(folder: Path, repository: str) -> None:
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
+        logger.info("uploading %s to %s", folder, repository)
         where = api.upload_folder(folder_path=folder, repo_id=repository)
     except Exception as error:  # exceptions of the HTTP library, which depend on its version
         reason = str(error).strip().splitlines()[0]
