@@ -72,16 +72,19 @@ def chart(
     )
     for curve in reversed(curves) if stacked else curves:
         drawn += _area(curve, axes) if stacked else _line(curve, axes, band=len(curves) <= 4)
-    number = next(_ids)
+    number, name = next(_ids), html.text(title)
     note = ", ".join(filter(None, [unit, "logarithmic" if axes.log else ""]))
-    heading = f"{html.text(title)}{f' <small>{html.text(note)}</small>' if note else ''}"
-    data = f'data-axes="{axes.left:g},{axes.right:g},{axes.low:.6g},{axes.high:.6g},{axes.log:d}" data-over="{over}"'
+    heading = f"{name} <small>{html.text(note)}</small>" if note else name
+    data = f"{axes.left:g},{axes.right:g},{axes.low:.6g},{axes.high:.6g},{axes.log:d}"
+    labels = "".join(_labels(axes, curves, ends))
     return (
-        f'<figure class="chart{" stack" * stacked}{" ends" * ends}">\n<figcaption><h3>{heading}</h3>{_legend(curves)}</figcaption>\n'
+        f'<figure class="chart{" stack" * stacked}{" ends" * ends}">\n'
+        f"<figcaption><h3>{heading}</h3>{_legend(curves)}</figcaption>\n"
         f'<div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
-        f'aria-labelledby="t{number} d{number}" {data}><title id="t{number}">{html.text(title)}'
-        f'</title><desc id="d{number}">{html.text(_described(curves, unit, over))}</desc>{drawn}</svg>'
-        f'<div class="labels" aria-hidden="true">{"".join(_labels(axes, curves, ends))}</div>'
+        f'aria-labelledby="t{number} d{number}" data-axes="{data}" data-over="{over}">'
+        f'<title id="t{number}">{name}</title>'
+        f'<desc id="d{number}">{html.text(_described(curves, unit, over))}</desc>{drawn}</svg>'
+        f'<div class="labels" aria-hidden="true">{labels}</div>'
         f"<output></output></div>\n{_values(title, curves, unit, over)}</figure>\n"
     )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import string
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sft import html
-from sft.report import charts, sections
+from sft.report import charts, facts, sections
 from sft.report.folder import Folder, number
 from sft.report.style import SCRIPT, STYLE
+from sft.report.words import damages, duration, hidden
 
 # Settings that differ among any two runs, and say nothing about the difference.
 NAMES = ("run_name", "output_dir", "overwrite")
@@ -27,22 +28,37 @@ def page(runs: Sequence[Folder]) -> str:
 
 def single(run: Folder) -> str:
     """Return the page of one run."""
-    cards = [
-        html.card("Curves", charts.charts(run)),
-        sections.samples(run),
-        sections.forgetting(run),
-        sections.checkpoints(run),
-        sections.events(run),
-        sections.merged(run),
-        html.card("Machine", charts.system(run)),
-        sections.profile(run),
-        sections.audit(run),
-        sections.choices(run),
-        sections.settings(run),
-        sections.machine(run),
-        sections.again(run),
-    ]
-    return _head(run) + "".join(cards) + _foot()
+    # Before the head, which says what these parts have found damaged.
+    cards = "".join(filter(None, (_shown(run, title, draw) for title, draw in PARTS)))
+    return _head(run) + cards + _foot()
+
+
+def _shown(run: Folder, title: str, draw: Callable[[Folder], str]) -> str:
+    """Draw a part; files with content that no run writes cost this part only."""
+    try:
+        return draw(run)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        run.damaged[title] = f"cannot be shown: {type(error).__name__}: {error}"
+        return ""
+
+
+# The parts of a run's page, in their order.
+PARTS: tuple[tuple[str, Callable[[Folder], str]], ...] = (
+    ("curves", lambda run: html.card("Curves", charts.charts(run))),
+    ("samples", sections.samples),
+    ("forgetting", sections.forgetting),
+    ("weights", sections.weights),
+    ("events", sections.events),
+    ("merge", facts.merged),
+    ("machine", lambda run: html.card("Use of the machine", charts.system(run))),
+    ("profile", sections.profile),
+    ("operations", facts.measured),
+    ("data", facts.audit),
+    ("choices", facts.choices),
+    ("settings", facts.settings),
+    ("software", facts.machine),
+    ("command", facts.again),
+)
 
 
 def _head(run: Folder) -> str:
@@ -63,7 +79,7 @@ def _head(run: Folder) -> str:
         notices = ["The run ended without a word: its process was killed."]
     if run.status in ("killed", "stopped", "failed"):
         notices.append("Give the same command again to resume it.")
-    notices += sections.damaged(run)
+    notices += damages(run)
     said = "".join(f"<p>{html.text(notice)}</p>" for notice in notices)
     return (
         f'<header>\n<div class="head"><h1>{html.text(run.name)}</h1>'
@@ -92,9 +108,9 @@ def _tiles(run: Folder) -> Iterator[tuple[str, str, str]]:
         mfu = run.last("mfu")
         yield "tokens per second", f"{speed:,.0f}", f"MFU {mfu:.1%}" if mfu is not None else ""
     if "seconds" in run.run:
-        yield "time", sections.duration(run.run["seconds"]), _since(run)
+        yield "time", duration(run.run["seconds"]), _since(run)
     elif run.status == "running" and (left := run.last("seconds_left")) is not None:
-        yield "time left", sections.duration(left), ""
+        yield "time left", duration(left), ""
     for key in ("memory_device", "memory_reserved", "memory_resident"):
         values = [value for _, value in run.points(key) if value == value]
         if values:
@@ -133,9 +149,7 @@ def several(runs: Sequence[Folder]) -> str:
     names = [f"{letter} {run.name}" for letter, run in zip(short, runs, strict=True)]
     title = f"{len(runs)} runs"
     damaged = [
-        f"{name}: {what}"
-        for name, run in zip(names, runs, strict=True)
-        for what in sections.damaged(run)
+        f"{name}: {what}" for name, run in zip(names, runs, strict=True) for what in damages(run)
     ]
     said = "".join(f"<p>{html.text(line)}</p>" for line in damaged)
     body = [
@@ -165,7 +179,7 @@ def _results(runs: Sequence[Folder], short: Sequence[str]) -> str:
                 _number(run.last("eval_loss")),
                 f"<td{kind}>{best}</td>",
                 _number(run.last("tokens_per_second"), ",.0f"),
-                sections.duration(run.run.get("seconds")),
+                duration(run.run.get("seconds")),
             ]
         )
     head = ["run", "status", "steps", "loss", "held-out", "best held-out", "tokens/s", "time"]
@@ -179,7 +193,7 @@ def _number(value: float | None, form: str = ".4f") -> str:
 def _settings(runs: Sequence[Folder], short: Sequence[str]) -> str:
     found = differing(runs)
     rows = [
-        [html.text(key), *(html.text(sections.hidden(value)) for value in values)]
+        [html.text(key), *(html.text(hidden(value)) for value in values)]
         for key, values in list(found.items())[:LARGEST_TABLE]
     ]
     if not rows:

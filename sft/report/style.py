@@ -36,7 +36,8 @@ figcaption h3 { margin: 0; }
 .keys svg { width: 28px; height: 8px; margin-right: .35rem; vertical-align: middle; }
 .plot { position: relative; height: 11rem; margin: .7rem 0 1.5rem 2.9rem; }
 .plot > svg { display: block; width: 100%; height: 100%; overflow: visible; }
-.plot line, .plot polyline, .plot path, .keys path { fill: none; vector-effect: non-scaling-stroke; }
+.plot line, .plot polyline, .plot path, .keys path { fill: none;
+  vector-effect: non-scaling-stroke; }
 .plot .grid { stroke: var(--line); }
 .plot .mark { stroke: var(--alert); stroke-dasharray: 2 3; }
 polyline, .keys path { stroke-width: 1.8; stroke-linejoin: round; stroke: var(--c); }
@@ -70,7 +71,9 @@ table pre { font-size: .8rem; line-height: 1.5; }
 .columns > * { min-width: 0; }
 .sample { padding: 1rem 0; border-top: 1px solid var(--line); }
 .sample:first-of-type { padding-top: 0; border-top: 0; }
-.sample dl { display: grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: .3rem 1rem; margin: 0; }
+.sample dl { display: grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: .3rem 1rem;
+  margin: 0; }
+pre.wide { white-space: pre; font-size: .78rem; }
 .sample dt { color: var(--soft); font-size: .85rem; font-variant-numeric: tabular-nums; }
 .sample dd { margin: 0; }
 .sample pre { font-size: .85rem; line-height: 1.55; }
