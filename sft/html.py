@@ -107,12 +107,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, kind: 
     )
 
 
-def card(title: str, body: str, note: str = "") -> str:
+def card(title: str, body: str, note: str = "", kind: str = "") -> str:
     """Return a section with a heading; nothing if its body is empty."""
     if not body:
         return ""
     small = f" <small>{note}</small>" if note else ""
-    return f'<section class="card">\n<h2>{title}{small}</h2>\n{body}</section>\n'
+    return (
+        f'<section class="card{kind and f" {kind}"}">\n<h2>{title}{small}</h2>\n{body}</section>\n'
+    )
 
 
 def figures(

@@ -76,7 +76,7 @@ def charts(run: Folder) -> str:
     ]
     drawn.append(chart("Peak memory, of the largest rank", curves, "GiB", from_zero=True))
     drawn.append(chart("Time of a step", _split(run), "seconds", stacked=True))
-    return _grid(drawn)
+    return _grid(drawn, "charts first")
 
 
 SINGLE: tuple[tuple[str, str, str, float, bool], ...] = (
@@ -167,9 +167,9 @@ def compared(runs: Sequence[Folder], names: Sequence[str]) -> str:
         ]
         log = "loss" in key or "perplexity" in key or key == "grad_norm"
         drawn.append(chart(title, curves, unit, from_zero=zero, log=log, ends=True))
-    return _grid(drawn)
+    return _grid(drawn, "charts first")
 
 
-def _grid(drawn: Sequence[str]) -> str:
+def _grid(drawn: Sequence[str], kind: str = "charts") -> str:
     found = "".join(drawn)
-    return f'<div class="charts">\n{found}</div>\n' if found else ""
+    return f'<div class="{kind}">\n{found}</div>\n' if found else ""

@@ -14,6 +14,7 @@ from sft import html
 from sft.config.compare import flatten
 from sft.config.settings import Config
 from sft.data.histogram import histogram
+from sft.report.axes import short
 from sft.report.folder import MERGE_REPORT, Folder, number
 from sft.report.words import PASSWORD, flag, hidden
 from sft.run import record
@@ -24,7 +25,12 @@ FIGURES = (
     *("longest", "max_length", "efficiency"),
 )
 LENGTHS = ("mean", "p50", "p95", "max")
-# Of the report of a merge, the same.
+OPERATIONS = {
+    "per_token": "token, as computed",
+    "convention_6n": "token, by the convention of 6 per weight",
+    "peak_per_second": "second at the device's peak",
+}
+# Of the report of a merge, what a reader asks for.
 MERGE = (
     *("compared_on", "dtype", "max_difference", "allowed_difference", "top1_agreement", "kl"),
     *("greedy_texts", "eval_loss", "seconds"),
@@ -93,17 +99,17 @@ def measured(run: Folder) -> str:
     """Show what was computed and held: operations of a token, the device's peak, bytes of state."""
     said = run.mapping("operations")
     rows = [
-        ["operations per token, as computed", html.figure(said.get("per_token"))],
-        ["operations per token, 6 per weight", html.figure(said.get("convention_6n"))],
-        ["the device's peak, operations per second", html.figure(said.get("peak_per_second"))],
+        [f"operations per {what}", f"{short(number(said[key]))}FLOP"]
+        for key, what in OPERATIONS.items()
+        if said.get(key) is not None
     ]
     for rank, held in enumerate(run.entries("ranks_memory")[:8]):
         for key, value in held.items():
             title = key.removesuffix("_bytes").replace("_", " ")
             rows.append([html.text(f"rank {rank}: {title}"), html.amount(number(value))])
-    known = [row for row in rows if row[1] not in ("-", "nan KiB")]
     label = "Operations and memory"
-    return html.card(label, html.table(["figure", "value"], known, label) if known else "")
+    table = html.table(["figure", "value"], rows, label) if rows else ""
+    return html.card(label, table, kind="half")
 
 
 def merged(run: Folder) -> str:
@@ -119,7 +125,8 @@ def merged(run: Folder) -> str:
         for key, value in flatten({key: found.get(key) for key in MERGE}).items()
         if value is not None
     ]
-    return html.card("Merge", html.table(["check", "value"], rows, "Report of the merge", "text"))
+    table = html.table(["check", "value"], rows, "Report of the merge", "text")
+    return html.card("Merge", table, kind="half")
 
 
 def settings(run: Folder) -> str:

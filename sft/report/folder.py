@@ -86,17 +86,14 @@ class Folder:
         """
         if not (self.path / name).is_file():
             return []
-        found, bad = [], 0
-        for line in self._tried(name, read_lines if keep is None else _tail(keep)) or ():
-            try:
-                value = parse_json(line, finite=False)
-            except ValueError:
-                value = None
-            if isinstance(value, dict):
-                found.append(value)
-            else:
-                bad += bool(line.strip())
-        if bad:
+        lines = self._tried(name, read_lines if keep is None else _tail(keep)) or ()
+        lines = [line for line in lines if line.strip()]
+        try:
+            values = parse_json(f"[{','.join(lines)}]", finite=False)  # at once: twice as fast
+        except ValueError:
+            values = map(_parsed, lines)
+        found = [value for value in values if isinstance(value, dict)]
+        if bad := len(lines) - len(found):
             self.damaged[name] = f"{bad} damaged line{'s' * (bad > 1)}, which are left out"
         return found
 
@@ -154,6 +151,13 @@ class Folder:
         return [*(["eval_loss"] if "eval_loss" in keys else []), *sorted({*named} - {"eval_loss"})]
 
 
+def _parsed(line: str) -> Any:
+    try:
+        return parse_json(line, finite=False)
+    except ValueError:
+        return None
+
+
 def _tail(keep: int) -> Callable[[Path], Sequence[str]]:
     def read(path: Path) -> list[str]:
         with path.open("rb") as file:
@@ -167,7 +171,9 @@ def _tail(keep: int) -> Callable[[Path], Sequence[str]]:
 
 def number(value: Any) -> float:
     """Return a JSON value as a number; NaN if it is none."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if type(value) is float:
+        return value
+    if type(value) is int:
         try:
             return float(value)
         except OverflowError:

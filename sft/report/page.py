@@ -9,6 +9,7 @@ from typing import Any
 
 from sft import html
 from sft.report import charts, facts, sections
+from sft.report.curves import key as look_of
 from sft.report.folder import Folder, number
 from sft.report.style import SCRIPT, STYLE
 from sft.report.words import damages, duration, hidden
@@ -30,7 +31,7 @@ def single(run: Folder) -> str:
     """Return the page of one run."""
     # Before the head, which says what these parts have found damaged.
     cards = "".join(filter(None, (_shown(run, title, draw) for title, draw in PARTS)))
-    return _head(run) + cards + _foot()
+    return f'{_head(run)}<div class="parts">\n{cards}</div>\n{_foot()}'
 
 
 def _shown(run: Folder, title: str, draw: Callable[[Folder], str]) -> str:
@@ -46,13 +47,13 @@ def _shown(run: Folder, title: str, draw: Callable[[Folder], str]) -> str:
 PARTS: tuple[tuple[str, Callable[[Folder], str]], ...] = (
     ("curves", lambda run: html.card("Curves", charts.charts(run))),
     ("samples", sections.samples),
-    ("forgetting", sections.forgetting),
-    ("weights", sections.weights),
     ("events", sections.events),
+    ("weights", sections.weights),
     ("merge", facts.merged),
+    ("forgetting", sections.forgetting),
+    ("operations", facts.measured),
     ("machine", lambda run: html.card("Use of the machine", charts.system(run))),
     ("profile", sections.profile),
-    ("operations", facts.measured),
     ("data", facts.audit),
     ("choices", facts.choices),
     ("settings", facts.settings),
@@ -106,7 +107,7 @@ def _tiles(run: Folder) -> Iterator[tuple[str, str, str]]:
         yield "exact match", f"{match:.1%}", ""
     if (speed := run.last("tokens_per_second")) is not None:
         mfu = run.last("mfu")
-        yield "tokens per second", f"{speed:,.0f}", f"MFU {mfu:.1%}" if mfu is not None else ""
+        yield "tokens/s", f"{speed:,.0f}", f"MFU {mfu:.1%}" if mfu is not None else ""
     if "seconds" in run.run:
         yield "time", duration(run.run["seconds"]), _since(run)
     elif run.status == "running" and (left := run.last("seconds_left")) is not None:
@@ -119,8 +120,8 @@ def _tiles(run: Folder) -> Iterator[tuple[str, str, str]]:
 
 
 def _since(run: Folder) -> str:
-    resumed = run.run.get("resumed")
-    return f"resumed {len(resumed)} times" if isinstance(resumed, list) and resumed else ""
+    count = len(run.entries("resumed"))
+    return f"resumed {count} times" if count > 1 else "resumed once" * count
 
 
 def _foot() -> str:
@@ -157,7 +158,7 @@ def several(runs: Sequence[Folder]) -> str:
         f'<p class="lead">{" · ".join(map(html.text, names))}</p></header>\n',
         f'<div class="notice" role="note">{said}</div>\n' if said else "",
         html.card("Results", _results(runs, short)),
-        html.card("Curves", charts.compared(runs, names)),
+        html.card("Curves", charts.compared(runs, short)),
         _settings(runs, short),
     ]
     return "".join(body) + _foot()
@@ -167,12 +168,12 @@ def _results(runs: Sequence[Folder], short: Sequence[str]) -> str:
     losses = [run.best("eval_loss") for run in runs]
     least = min((loss[1] for loss in losses if loss), default=None)
     rows = []
-    for letter, run, loss in zip(short, runs, losses, strict=True):
+    for look, (letter, run, loss) in enumerate(zip(short, runs, losses, strict=True)):
         best = f"{loss[1]:.4f}<small> at {loss[0]:,.0f}</small>" if loss else "-"
         kind = ' class="best"' if loss and loss[1] == least else ""
         rows.append(
             [
-                f"{letter}&ensp;{html.text(run.name)}",
+                f'<span class="key">{look_of(look)}{letter}</span>{html.text(run.name)}',
                 html.text(run.status),
                 f"{run.step():,}",
                 _number(run.last("loss")),

@@ -30,16 +30,20 @@ def samples(run: Folder) -> str:
 def _sample(answers: list[dict[str, Any]]) -> str:
     """Show one prompt and its answers: the first, the last, and some in equal distances."""
     answers = sorted(answers, key=lambda answer: number(answer.get("step")))
-    every = max(1.0, (len(answers) - 1) / (ANSWERS - 1))
-    places = dict.fromkeys(round(every * place) for place in range(ANSWERS))
     last = answers[-1]
+    same = [list(group) for _, group in itertools.groupby(answers, lambda one: one.get("answer"))]
+    every = max(1.0, (len(same) - 1) / (ANSWERS - 1))
+    places = dict.fromkeys(round(every * place) for place in range(ANSWERS))
     rows = [("prompt", last.get("prompt"), "")]
     rows += [("right answer", last["reference"], "")] if last.get("reference") is not None else []
     for place in places:
-        if place < len(answers):
-            answer = answers[place]
+        if place < len(same):
+            first, answer = same[place][0], same[place][-1]
+            steps = f"step {html.figure(first.get('step'))}"
+            if first is not answer:
+                steps = f"{steps} to {html.figure(answer.get('step'))}"
             cut = "" if answer.get("stopped", True) else " <small>cut at the limit</small>"
-            rows.append((f"step {answer.get('step')}", answer.get("answer"), cut))
+            rows.append((steps, answer.get("answer"), cut))
     shown = "".join(
         f"<dt>{html.text(name)}</dt><dd><pre>{html.long_text(said, 600)}</pre>{note}</dd>\n"
         for name, said, note in rows
@@ -59,7 +63,7 @@ def forgetting(run: Folder) -> str:
         ["change", flag(change, bool(found.get("flagged")))],
     ]
     note = "loss on general text, in nats per byte"
-    return html.card("Forgetting", html.table([], rows, note), note)
+    return html.card("Forgetting", html.table([], rows, note), note, "half")
 
 
 def weights(run: Folder) -> str:
@@ -71,20 +75,22 @@ def weights(run: Folder) -> str:
     evaluated = dict(run.points(metric))
     rows = []
     for step, length in run.checkpoints():
-        value = html.figure(evaluated.get(float(step)))
-        mark = '<td class="best">best</td>' if step == best_step else ""
+        found = evaluated.get(float(step))
+        value = "-" if found is None else f"{found:.4f}"
+        mark = '<td class="note best">best</td>' if step == best_step else ""
         rows.append([f"checkpoint-{step}", html.amount(length), value, mark])
     trained = record.weights(run.path)
     for folder in (trained, run.path / record.MERGED):
         if folder is not None and folder.is_dir():
             note = ""
             if best.get("written") and folder == trained:
-                note = f"those of step {html.text(best.get('step'))}, the best"
+                note = f'<td class="note">of step {html.text(best.get("step"))}, the best</td>'
             rows.append([folder.name, html.amount(size(folder)), "", note])
     if not rows:
         return ""
-    head = ["folder", "size", html.text(metric), "which"]
-    return html.card("Weights", html.table(head, rows, "Checkpoints and weights"))
+    head = ["folder", "size", html.text(metric), ""]
+    table = html.table(head, rows, "Checkpoints and weights")
+    return html.card("Weights", table, kind="half")
 
 
 def events(run: Folder) -> str:

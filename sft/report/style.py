@@ -28,8 +28,9 @@ STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
   gap: 1.8rem 2.4rem; }
 .chart { margin: 0; min-width: 0; }
-.chart:first-child:nth-last-child(n + 2) { grid-column: 1 / -1; }
-.chart:first-child .plot { height: 17rem; }
+.first .chart:first-child { grid-column: 1 / -1; }
+.first .chart:first-child .plot { height: 17rem; }
+figcaption { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: baseline; }
 figcaption h3 { margin: 0; }
 .keys { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: 0; padding: 0; list-style: none;
   font-size: .82rem; color: var(--soft); }
@@ -45,6 +46,7 @@ polyline, .keys path { stroke-width: 1.8; stroke-linejoin: round; stroke: var(--
 .band { fill: var(--c); opacity: .2; }
 .area { fill: var(--c); stroke: var(--card); vector-effect: non-scaling-stroke; }
 .edge { stroke: none; }
+.keys .marked { stroke: var(--alert); stroke-dasharray: 2 3; }
 .stack .keys path { stroke-width: 8; stroke-dasharray: none; }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); }
 .c3 { --c: var(--c3); } .c4 { --c: var(--c4); } .c5 { --c: var(--c5); }
@@ -54,7 +56,7 @@ polyline, .keys path { stroke-width: 1.8; stroke-linejoin: round; stroke: var(--
   white-space: nowrap; }
 .labels .y { right: calc(100% + .5rem); transform: translateY(-50%); }
 .labels .x { top: calc(100% + .45rem); transform: translateX(-50%); }
-.labels .end { left: calc(100% + .3rem); transform: translateY(-50%); font-weight: 700;
+.labels .end { margin-left: .35rem; transform: translateY(-50%); font-weight: 700;
   color: var(--c); }
 .ends .plot { margin-right: 1.2rem; }
 output { position: absolute; top: .2rem; right: .2rem; padding: .1rem .5rem; font-size: .78rem;
@@ -69,9 +71,18 @@ table pre { font-size: .8rem; line-height: 1.5; }
 .columns { display: grid; gap: 1.6rem 3rem;
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 .columns > * { min-width: 0; }
+.columns + .columns { margin-top: 1.6rem; }
+.parts { display: flex; flex-wrap: wrap; gap: 1.5rem; margin-top: 1.5rem; }
+.parts > .card { flex: 1 1 100%; min-width: 0; margin: 0; }
+.parts > .half { flex: 1 1 26rem; }
+td.note { text-align: left; }
+.key { display: inline-block; min-width: 4.4rem; }
+.key svg { width: 28px; height: 8px; margin-right: .35rem; vertical-align: middle; }
+.key path { fill: none; stroke: var(--c); stroke-width: 1.8; }
+footer { margin-top: 1.5rem; }
 .sample { padding: 1rem 0; border-top: 1px solid var(--line); }
 .sample:first-of-type { padding-top: 0; border-top: 0; }
-.sample dl { display: grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: .3rem 1rem;
+.sample dl { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .3rem 1rem;
   margin: 0; }
 pre.wide { white-space: pre; font-size: .78rem; }
 .sample dt { color: var(--soft); font-size: .85rem; font-variant-numeric: tabular-nums; }
@@ -81,7 +92,7 @@ pre.wide { white-space: pre; font-size: .78rem; }
 .command { padding: .8rem 1rem; background: var(--page); border-radius: 6px; font-size: .85rem; }
 @media (max-width: 40rem) {
   .sample dl { grid-template-columns: minmax(0, 1fr); gap: .1rem; }
-  .chart:first-child .plot { height: 12rem; }
+  .first .chart:first-child .plot { height: 12rem; }
   .plot { margin-left: 2.5rem; }
 }
 @media print {
