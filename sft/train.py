@@ -14,6 +14,7 @@ from sft.config import zero
 from sft.config.checks import check
 from sft.config.settings import Config, fill_names, streamed_samples
 from sft.errors import ConfigError, MergeError, Problem, RunError, SftError, Stopped
+from sft.report import written
 from sft.run import record
 from sft.training.signals import Signals, end_with_launcher
 
@@ -42,6 +43,7 @@ def train(config: Config) -> dict[str, Any] | None:
         return None
     if config.train.merge:
         merge(folder, config)
+        written.write(folder)
     found = record.read(folder)
     return {"run": str(folder), **{key: found[key] for key in ("status", "seconds", "final")}}
 
@@ -185,6 +187,8 @@ def _ending(run: Run) -> Iterator[None]:
         raise
     finally:
         environment.end_process_group()
+        if run.claimed:
+            written.write(run.dir)
         run.release()
 
 
@@ -217,6 +221,8 @@ def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
     trainer.accelerator.wait_for_everyone()
     run.log_to_file(trainer.args.process_index)
     callbacks.watch(trainer, run.dir / record.METRICS)
+    if every := run.config.report.every:
+        trainer.add_callback(callbacks.EverySteps(every, lambda: written.write(run.dir)))
 
 
 def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:

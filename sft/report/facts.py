@@ -14,7 +14,6 @@ from sft import html
 from sft.config.compare import flatten
 from sft.config.settings import Config
 from sft.data.histogram import histogram
-from sft.report.axes import short
 from sft.report.folder import MERGE_REPORT, Folder, number
 from sft.report.words import PASSWORD, flag, hidden
 from sft.run import record
@@ -99,7 +98,7 @@ def measured(run: Folder) -> str:
     """Show what was computed and held: operations of a token, the device's peak, bytes of state."""
     said = run.mapping("operations")
     rows = [
-        [f"operations per {what}", f"{short(number(said[key]))}FLOP"]
+        [f"operations per {what}", f"{number(said[key]):.4g} FLOP"]
         for key, what in OPERATIONS.items()
         if said.get(key) is not None
     ]

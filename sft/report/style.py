@@ -66,7 +66,8 @@ output:empty { display: none; }
 details { font-size: .85rem; }
 summary { color: var(--soft); cursor: pointer; }
 table.text td, table.text th { text-align: left; }
-table.text td { padding-left: 1.5rem; overflow-wrap: anywhere; min-width: 6rem; }
+td, th { white-space: nowrap; }
+table.text td { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
 table pre { font-size: .8rem; line-height: 1.5; }
 .columns { display: grid; gap: 1.6rem 3rem;
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
@@ -101,8 +102,9 @@ pre.wide { white-space: pre; font-size: .78rem; }
   details, output { display: none; }
   .charts { grid-template-columns: 1fr 1fr; gap: 1rem 1.6rem; }
   .plot { height: 8.5rem; }
-  .tiles { grid-template-columns: repeat(6, 1fr); }
-  .tiles div, .tiles dd { padding: .3rem; font-size: 1rem; }
+  .tiles { grid-template-columns: repeat(auto-fit, minmax(5.4rem, 1fr)); gap: .4rem; }
+  .tiles div { padding: .4rem .5rem; }
+  .tiles dd { font-size: 1rem; }
 }
 """
 

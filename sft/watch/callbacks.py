@@ -99,6 +99,22 @@ class BeforeTraining(TrainerCallback):  # type: ignore[misc]
             self.action()
 
 
+class EverySteps(TrainerCallback):  # type: ignore[misc]
+    """Runs an action on rank 0 after every so many steps.
+
+    It runs before the next step, when all of the step has been logged.
+    """
+
+    def __init__(self, every: int, action: Callable[[], object]) -> None:
+        self.every, self.action = every, action
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Run the action if it is due."""
+        due = state.global_step > 0 and state.global_step % self.every == 0
+        if due and state.is_world_process_zero:
+            self.action()
+
+
 def watch(trainer: Any, metrics: Path) -> None:
     """Replace the Trainer's printing callbacks by ours, and add the check of the ranks."""
     trainer.remove_callback(PrinterCallback)
