@@ -96,12 +96,17 @@ def begin_folder(final: Path) -> Path:
     """Make the folder that is written to before it gets its final name; empty it if it exists."""
     partial = partial_of(final)
     partial.mkdir(parents=True, exist_ok=True)
-    for left in partial.iterdir():  # by a killed process
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+    empty(partial)  # of what a killed process has left
     return partial
+
+
+def empty(folder: Path, keep: Sequence[str] = ()) -> None:
+    """Delete all files and folders in a folder but those with the names to keep."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in keep:
+            path.unlink()
 
 
 def finish_folder(partial: Path, final: Path) -> None:

@@ -93,8 +93,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, kind: 
         label: What the table shows, for a screen reader.
         kind: A class, such as ``text`` for columns of texts.
     """
-    first = f'<th scope="col">{head[0]}</th>' if head and head[0] else "<td></td>"
-    top = first + "".join(f'<th scope="col">{item}</th>' for item in head[1:])
+    top = "".join(f'<th scope="col">{item}</th>' if item else "<td></td>" for item in head)
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>'
         + "".join(item if item.startswith("<td") else f"<td>{item}</td>" for item in row[1:])
@@ -108,12 +107,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, kind: 
     )
 
 
-def card(title: str, body: str, note: str = "") -> str:
+def card(title: str, body: str, note: str = "", kind: str = "") -> str:
     """Return a section with a heading; nothing if its body is empty."""
     if not body:
         return ""
     small = f" <small>{note}</small>" if note else ""
-    return f'<section class="card">\n<h2>{title}{small}</h2>\n{body}</section>\n'
+    return (
+        f'<section class="card{kind and f" {kind}"}">\n<h2>{title}{small}</h2>\n{body}</section>\n'
+    )
 
 
 def figures(

@@ -10,7 +10,7 @@ from typing import Any
 from sft.cli.command import Command
 from sft.config.rules import rule_problems, setting
 from sft.errors import Problem
-from sft.report import folder
+from sft.report import folder, places
 
 logger = logging.getLogger("sft")
 
@@ -39,7 +39,7 @@ def runs(config: RunsConfig) -> dict[str, Any]:
     found = [
         folder.read(path)
         for where in config.dirs or ["outputs"]
-        for path in folder.runs_in(Path(where))
+        for path in places.runs_in(Path(where))
     ]
     for run in found:
         logger.info("%s  %s", run.name, run.status)

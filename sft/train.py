@@ -14,6 +14,7 @@ from sft.config import zero
 from sft.config.checks import check
 from sft.config.settings import Config, fill_names, streamed_samples
 from sft.errors import ConfigError, MergeError, Problem, RunError, SftError, Stopped
+from sft.report import written
 from sft.run import record
 from sft.training.signals import Signals, end_with_launcher
 from sft.watch import closing
@@ -43,6 +44,7 @@ def train(config: Config) -> dict[str, Any] | None:
         return None
     if config.train.merge:
         merge(folder, config)
+        written.write(folder)
     closing.log(closing.finished(folder))
     found = record.read(folder)
     return {"run": str(folder), **{key: found[key] for key in ("status", "seconds", "final")}}
@@ -118,8 +120,8 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.model.tokenizer import load_tokens
         from sft.plan import choices, schedule
         from sft.run import resume
+        from sft.run.watched import watched
         from sft.training import build, forgetting, groups, loop, start, summary
-        from sft.watch import callbacks
 
     build.require(config)
     tokenizer, new = load_tokens(config.model)
@@ -159,8 +161,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         summary.describe_run(config, trainer, prepared, tokenizer)
         with Signals() as signals:
             claim(run, trainer, prepared)
-            names = (record.METRICS, record.PROFILE, record.SYSTEM)
-            with callbacks.watch(trainer, config.profile, *(run.dir / name for name in names)):
+            with watched(run, trainer, lambda: written.write(run.dir)):
                 loop.add_checks(run, trainer, prepared, template.stop_ids, resume_from, signals)
                 final = loop.train(trainer, config, template.stop_ids, resume_from)
                 forgetting.measure_trained(run, trainer)
@@ -194,6 +195,8 @@ def _ending(run: Run) -> Iterator[None]:
         raise
     finally:
         environment.end_process_group()
+        if run.claimed:
+            written.write(run.dir)
         run.release()
 
 

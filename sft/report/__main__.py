@@ -14,7 +14,7 @@ from sft.cli.command import Command
 from sft.config.rules import rule_problems, setting
 from sft.errors import Problem, RunError
 from sft.files import write_text
-from sft.report import folder, page
+from sft.report import folder, page, places
 from sft.run import record
 
 logger = logging.getLogger("sft")
@@ -70,7 +70,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     """
     paths = [Path(run).expanduser() for run in config.runs]
     for path in paths:
-        folder.require(path)
+        places.require(path)
     names = trackers(config)
     if names:
         replay = _replay()

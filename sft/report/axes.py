@@ -61,9 +61,11 @@ def short(value: float) -> str:
     if value == 0:
         return "0"
     size = abs(value)
-    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= unit:
-            return f"{value / min(unit, 1e3 if letter == 'k' else unit):.4g}{letter}"
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= unit and size >= 1e4:
+            return f"{value / unit:.4g}{letter}"
+    if size >= 1e3:
+        return f"{value:,.0f}"
     return f"{value:.3g}" if size >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
 
 
@@ -76,8 +78,8 @@ class Axes:
         values = [value for _, value in finite] or [0.0]
         self.left, self.right = min(steps), max(steps)
         low, high = min(values), max(values)
-        # A curve over several powers of ten would be a line along the axis.
-        self.log = log and low > 0 and high / low > 40
+        # With one spike, the rest of the curve would be a line along the axis.
+        self.log = log and low > 0 and high / low > 8
         if self.log:
             low, high = math.log10(low), math.log10(high)
         margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
@@ -98,9 +100,12 @@ class Axes:
         """Return the values that get a line and a label."""
         if not self.log:
             return ticks(self.low, self.high)
-        powers = range(math.ceil(self.low), math.floor(self.high) + 1)
-        every = math.ceil(len(powers) / 6)
-        return [10.0**power for power in list(powers)[::every]]
+        powers = range(math.floor(self.low), math.floor(self.high) + 1)
+        within = [10.0**power for power in powers if power >= self.low]
+        if len(within) < 3:
+            every = (10.0**power * part for power in powers for part in (1, 2, 5))
+            return [value for value in every if self.low <= math.log10(value) <= self.high]
+        return within[:: math.ceil(len(within) / 6)]
 
     def steps(self) -> list[float]:
         """Return the steps that get a label."""

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sft.report.curves import Curve, chart
 from sft.report.folder import Folder, Points, number
+from sft.run import record
 
-SPLIT = ("data", "compute", "optimizer", "evaluation", "saving", "other")
+# Of a step's time, in the order of their stack.
+SPLIT = {
+    "compute": "forward and backward",
+    "optimizer": "optimizer",
+    "data": "data",
+    "evaluation": "evaluation",
+    "saving": "saving",
+    "other": "other",
+}
 MEMORY = {
     "memory_resident": "resident",
     "memory_allocated": "GPU, allocated",
@@ -17,6 +26,16 @@ MEMORY = {
     "memory_device": "GPU, in use",
 }
 GIB = 2**30
+# Of system.jsonl: title, unit, factor, and the keys with their names.
+SYSTEM: tuple[tuple[str, str, float, dict[str, str]], ...] = (
+    ("GPU utilisation", "%", 100, {"utilisation": ""}),
+    ("GPU memory", "GiB", 1 / GIB, {"memory": ""}),
+    ("GPU power", "W", 1, {"power": ""}),
+    ("CPU, of all cores", "%", 100, {"cpu": "CPU"}),
+    ("Memory", "GiB", 1 / GIB, {"memory": "used by the run", "memory_free": "free"}),
+    ("Disk", "MB/s", 1e-6, {"disk_read": "read", "disk_written": "written"}),
+    ("Network", "MB/s", 1e-6, {"network_received": "received", "network_sent": "sent"}),
+)
 
 
 def scaled(points: Points, factor: float) -> Points:
@@ -57,7 +76,7 @@ def charts(run: Folder) -> str:
     ]
     drawn.append(chart("Peak memory, of the largest rank", curves, "GiB", from_zero=True))
     drawn.append(chart("Time of a step", _split(run), "seconds", stacked=True))
-    return _grid(drawn)
+    return _grid(drawn, "charts first")
 
 
 SINGLE: tuple[tuple[str, str, str, float, bool], ...] = (
@@ -72,91 +91,57 @@ SINGLE: tuple[tuple[str, str, str, float, bool], ...] = (
 
 def _marks(run: Folder) -> Iterator[tuple[float, str]]:
     """Yield the steps at which the run was resumed, or an alert was given."""
-    for entry in run.run.get("resumed", []):
-        step = str(entry.get("from", "") if isinstance(entry, dict) else "").rpartition("-")[2]
-        if step.isdigit():
-            yield float(step), f"resumed from step {step}"
-    for alert in run.lines("alerts.jsonl")[:100]:
+    for entry in run.entries("resumed"):
+        name = str(entry.get("from")).rpartition("-")[2]
+        if name.isdigit():
+            yield float(name), f"resumed from step {name}"
+    for alert in run.lines(record.ALERTS)[:100]:
         if math.isfinite(step := number(alert.get("step"))):
             yield step, f"alert: {alert.get('kind')}"
 
 
 def _split(run: Folder) -> list[Curve]:
     """Return the parts of the mean time of a step as curves of a stack, the uppermost last."""
-    logged = [record for record in run.metrics if "seconds_compute" in record]
-    before = itertools.chain([0.0], (number(record["step"]) for record in logged))
-    steps = [max(number(record["step"]) - last, 1) for record, last in zip(logged, before)]
-    total = [0.0] * len(logged)
-    curves = []
-    for look, part in enumerate(SPLIT):
-        values = [number(record.get(f"seconds_{part}", 0)) for record in logged]
-        if not any(value > 0 for value in values):
-            continue
-        total = [a + b / count for a, b, count in zip(total, values, steps)]
-        points = [(number(r["step"]), value) for r, value in zip(logged, total)]
-        curves.append(Curve("forward and backward" if part == "compute" else part, points, look))
+    logged = [item for item in run.metrics if "seconds_compute" in item]
+    steps = [float(item["step"]) for item in logged]
+    lengths = [max(now - before, 1) for before, now in itertools.pairwise([0.0, *steps])]
+    total, curves = [0.0] * len(logged), []
+    for look, (part, name) in enumerate(SPLIT.items()):
+        seconds = [number(item.get(f"seconds_{part}", 0)) for item in logged]
+        if any(value > 0 for value in seconds):
+            each = [value / length for value, length in zip(seconds, lengths, strict=True)]
+            total = [below + value for below, value in zip(total, each, strict=True)]
+            curves.append(Curve(name, list(zip(steps, total, strict=True)), look))
     return curves
 
 
 def system(run: Folder) -> str:
     """Draw how the machine was used: profile=system."""
-    found = run.lines("system.jsonl")
-    start = number(found[0].get("time")) if found else 0.0
+    found = run.lines(record.SYSTEM)
+    begin = number(found[0].get("time")) if found else 0.0
+    minutes = [(number(item.get("time")) - begin) / 60 for item in found]
+    gpus = [item["gpus"] if isinstance(item.get("gpus"), list) else [] for item in found]
 
-    def curve(
-        name: str, of: Callable[[dict[str, object]], object], factor: float, look: int
-    ) -> Curve:
-        points = [((number(r.get("time")) - start) / 60, factor * number(of(r))) for r in found]
+    def curve(name: str, values: Iterable[object], factor: float, look: int) -> Curve:
+        pairs = zip(minutes, values, strict=True)
+        points = [(minute, factor * number(value)) for minute, value in pairs]
         return Curve(name, [point for point in points if math.isfinite(point[0])], look)
 
-    def gpus(key: str, factor: float) -> list[Curve]:
-        count = max((len(_gpus(record)) for record in found), default=0)
-        return [
-            curve(
-                f"GPU {i}", lambda r, i=i: dict(enumerate(_gpus(r))).get(i, {}).get(key), factor, i
-            )
-            for i in range(count)
-        ]
-
-    def several(names: dict[str, str], factor: float) -> list[Curve]:
-        return [
-            curve(name, lambda r, key=key: r.get(key), factor, look)
-            for look, (key, name) in enumerate(names.items())
-        ]
-
-    network = {"network_received": "received", "network_sent": "sent"}
-    return _grid(
-        [
-            chart("GPU utilisation", gpus("utilisation", 100), "%", from_zero=True, over="minute"),
-            chart("GPU memory", gpus("memory", 1 / GIB), "GiB", from_zero=True, over="minute"),
-            chart("GPU power", gpus("power", 1), "W", from_zero=True, over="minute"),
-            chart("CPU", several({"cpu": "all cores"}, 100), "%", from_zero=True, over="minute"),
-            chart(
-                "Memory",
-                several({"memory": "used by the run", "memory_free": "free"}, 1 / GIB),
-                "GiB",
-                from_zero=True,
-                over="minute",
-            ),
-            chart(
-                "Disk",
-                several({"disk_read": "read", "disk_written": "written"}, 1e-6),
-                "MB/s",
-                from_zero=True,
-                over="minute",
-            ),
-            chart("Network", several(network, 1e-6), "MB/s", from_zero=True, over="minute"),
-        ]
-    )
-
-
-def _gpus(record: dict[str, object]) -> list[dict[str, object]]:
-    found = record.get("gpus")
-    return (
-        [item if isinstance(item, dict) else {} for item in found]
-        if isinstance(found, list)
-        else []
-    )
+    drawn = []
+    for title, unit, factor, names in SYSTEM:
+        if title.startswith("GPU"):
+            (key,) = names
+            curves = [
+                curve(f"GPU {i}", [g[i].get(key) if i < len(g) else None for g in gpus], factor, i)
+                for i in range(max(map(len, gpus), default=0))
+            ]
+        else:
+            curves = [
+                curve(name, [item.get(key) for item in found], factor, look)
+                for look, (key, name) in enumerate(names.items())
+            ]
+        drawn.append(chart(title, curves, unit, from_zero=True, over="minute"))
+    return _grid(drawn)
 
 
 def compared(runs: Sequence[Folder], names: Sequence[str]) -> str:
@@ -182,9 +167,9 @@ def compared(runs: Sequence[Folder], names: Sequence[str]) -> str:
         ]
         log = "loss" in key or "perplexity" in key or key == "grad_norm"
         drawn.append(chart(title, curves, unit, from_zero=zero, log=log, ends=True))
-    return _grid(drawn)
+    return _grid(drawn, "charts first")
 
 
-def _grid(drawn: Sequence[str]) -> str:
+def _grid(drawn: Sequence[str], kind: str = "charts") -> str:
     found = "".join(drawn)
-    return f'<div class="charts">\n{found}</div>\n' if found else ""
+    return f'<div class="{kind}">\n{found}</div>\n' if found else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sft import html
 from sft.report.axes import BUCKETS, Axes, Point, short, thinned
@@ -55,14 +55,16 @@ def chart(
         unit: The unit of the values.
         marks: Steps that get a vertical line, and what it says.
         from_zero: Let the axis begin at zero.
-        log: Use a logarithmic axis if the values are positive and differ by a factor of 40.
+        log: Use a logarithmic axis if the values are positive and differ by a factor of 8.
         stacked: Fill between each curve and the one before; the curves are sums already.
-        ends: Name each curve at its end too, by the first word of its name.
+        ends: Name each curve at its end too.
         over: What the curves go over.
     """
     curves = [curve for curve in curves if any(math.isfinite(v) for _, v in curve.points)]
     if not curves:
         return ""
+    if stacked:  # a mean over several steps; one evaluation would set the height of the chart
+        curves = [replace(curve, points=_means(curve.points)) for curve in curves]
     axes = Axes(itertools.chain(*(curve.points for curve in curves)), from_zero or stacked, log)
     drawn = "".join(_grid(axes)) + "".join(
         f'<line class="mark" x1="{axes.x(step)}" x2="{axes.x(step)}" y1="0" y2="1000">'
@@ -72,18 +74,25 @@ def chart(
     )
     for curve in reversed(curves) if stacked else curves:
         drawn += _area(curve, axes) if stacked else _line(curve, axes, band=len(curves) <= 4)
-    number = next(_ids)
+    number, name = next(_ids), html.text(title)
     note = ", ".join(filter(None, [unit, "logarithmic" if axes.log else ""]))
-    heading = f"{html.text(title)}{f' <small>{html.text(note)}</small>' if note else ''}"
-    data = f'data-axes="{axes.left:g},{axes.right:g},{axes.low:.6g},{axes.high:.6g},{axes.log:d}" data-over="{over}"'
+    heading = f"{name} <small>{html.text(note)}</small>" if note else name
+    data = f"{axes.left:g},{axes.right:g},{axes.low:.6g},{axes.high:.6g},{axes.log:d}"
+    labels = "".join(_labels(axes, curves, ends))
     return (
-        f'<figure class="chart{" stack" * stacked}{" ends" * ends}">\n<figcaption><h3>{heading}</h3>{_legend(curves)}</figcaption>\n'
+        f'<figure class="chart{" stack" * stacked}{" ends" * ends}">\n'
+        f"<figcaption><h3>{heading}</h3>{_legend(curves, bool(marks))}</figcaption>\n"
         f'<div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
-        f'aria-labelledby="t{number} d{number}" {data}><title id="t{number}">{html.text(title)}'
-        f'</title><desc id="d{number}">{html.text(_described(curves, unit, over))}</desc>{drawn}</svg>'
-        f'<div class="labels" aria-hidden="true">{"".join(_labels(axes, curves, ends))}</div>'
+        f'aria-labelledby="t{number} d{number}" data-axes="{data}" data-over="{over}">'
+        f'<title id="t{number}">{name}</title>'
+        f'<desc id="d{number}">{html.text(_described(curves, unit, over))}</desc>{drawn}</svg>'
+        f'<div class="labels" aria-hidden="true">{labels}</div>'
         f"<output></output></div>\n{_values(title, curves, unit, over)}</figure>\n"
     )
+
+
+def _means(points: Sequence[Point]) -> list[Point]:
+    return [(bucket.x, bucket.mean) for part in thinned(points, BUCKETS // 2) for bucket in part]
 
 
 def _grid(axes: Axes) -> Iterator[str]:
@@ -116,7 +125,7 @@ def _line(curve: Curve, axes: Axes, band: bool) -> str:
 def _area(curve: Curve, axes: Axes) -> str:
     """Draw a curve of a stack, filled down to zero; the ones in front cover what is theirs."""
     shape = ""
-    for part in thinned(curve.points, BUCKETS // 2):
+    for part in thinned(curve.points):
         line = " ".join(f"{axes.x(b.x)},{axes.y(b.mean)}" for b in part)
         if len(part) == 1:
             line = f"0,{axes.y(part[0].mean)} 1000,{axes.y(part[0].mean)}"
@@ -128,14 +137,21 @@ def _area(curve: Curve, axes: Axes) -> str:
     return shape
 
 
-def _legend(curves: Sequence[Curve]) -> str:
-    if len(curves) == 1:
+def key(look: int) -> str:
+    """Draw a line of this look, for a legend."""
+    path = f'<path class="c{look % 6} d{look % 5}" d="M0 4h28"/>'
+    return f'<svg viewBox="0 0 28 8" aria-hidden="true">{path}</svg>'
+
+
+def _legend(curves: Sequence[Curve], marks: bool) -> str:
+    if len(curves) == 1 and not marks:
         return ""
-    items = "".join(
-        f'<li><svg viewBox="0 0 28 8" aria-hidden="true"><path class="c{curve.look % 6} '
-        f'd{curve.look % 5}" d="M0 4h28"/></svg>{html.text(curve.name)}</li>'
-        for curve in curves
-    )
+    items = "".join(f"<li>{key(curve.look)}{html.text(curve.name)}</li>" for curve in curves)
+    if marks:
+        line = (
+            '<svg viewBox="0 0 28 8" aria-hidden="true"><path class="marked" d="M14 -4v16"/></svg>'
+        )
+        items += f"<li>{line}resumed, or an alert</li>"
     return f'<ul class="keys">{items}</ul>'
 
 
@@ -145,14 +161,17 @@ def _labels(axes: Axes, curves: Sequence[Curve], ends: bool) -> Iterator[str]:
     for step in axes.steps():
         yield f'<span class="x" style="left:{axes.x(step) / 10:.1f}%">{short(step)}</span>'
     last = [
-        (axes.y([v for _, v in curve.points if math.isfinite(v)][-1]) / 10, curve)
+        (*next(point for point in reversed(curve.points) if math.isfinite(point[1])), curve)
         for curve in (curves if ends else ())
     ]
-    place = -math.inf
-    for y, curve in sorted(last, key=lambda item: item[0]):
-        place = max(y, place + 7)  # percent of the height: below the label before
-        name = html.text(curve.name.split()[0])
-        yield f'<span class="end c{curve.look % 6}" style="top:{place:.1f}%">{name}</span>'
+    before: list[tuple[float, float]] = []  # places of labels, in percent
+    for step, value, curve in sorted(last, key=lambda item: item[1]):
+        left, top = axes.x(step) / 10, axes.y(value) / 10
+        beside = [other for x, other in before if abs(x - left) < 5]
+        top = min([top, *(other - 8 for other in beside)])  # above those that it would cover
+        before.append((left, top))
+        where = f"left:{left:.1f}%;top:{top:.1f}%"
+        yield f'<span class="end c{curve.look % 6}" style="{where}">{html.text(curve.name)}</span>'
 
 
 def _described(curves: Sequence[Curve], unit: str, over: str) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import string
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sft import html
-from sft.report import charts, sections
+from sft.report import charts, facts, sections
+from sft.report.curves import key as look_of
 from sft.report.folder import Folder, number
 from sft.report.style import SCRIPT, STYLE
+from sft.report.words import damages, duration, hidden
 
 # Settings that differ among any two runs, and say nothing about the difference.
 NAMES = ("run_name", "output_dir", "overwrite")
@@ -27,22 +29,37 @@ def page(runs: Sequence[Folder]) -> str:
 
 def single(run: Folder) -> str:
     """Return the page of one run."""
-    cards = [
-        html.card("Curves", charts.charts(run)),
-        sections.samples(run),
-        sections.forgetting(run),
-        sections.checkpoints(run),
-        sections.events(run),
-        sections.merged(run),
-        html.card("Machine", charts.system(run)),
-        sections.profile(run),
-        sections.audit(run),
-        sections.choices(run),
-        sections.settings(run),
-        sections.machine(run),
-        sections.again(run),
-    ]
-    return _head(run) + "".join(cards) + _foot()
+    # Before the head, which says what these parts have found damaged.
+    cards = "".join(filter(None, (_shown(run, title, draw) for title, draw in PARTS)))
+    return f'{_head(run)}<div class="parts">\n{cards}</div>\n{_foot()}'
+
+
+def _shown(run: Folder, title: str, draw: Callable[[Folder], str]) -> str:
+    """Draw a part; files with content that no run writes cost this part only."""
+    try:
+        return draw(run)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        run.damaged[title] = f"cannot be shown: {type(error).__name__}: {error}"
+        return ""
+
+
+# The parts of a run's page, in their order.
+PARTS: tuple[tuple[str, Callable[[Folder], str]], ...] = (
+    ("curves", lambda run: html.card("Curves", charts.charts(run))),
+    ("samples", sections.samples),
+    ("events", sections.events),
+    ("weights", sections.weights),
+    ("merge", facts.merged),
+    ("forgetting", sections.forgetting),
+    ("operations", facts.measured),
+    ("machine", lambda run: html.card("Use of the machine", charts.system(run))),
+    ("profile", sections.profile),
+    ("data", facts.audit),
+    ("choices", facts.choices),
+    ("settings", facts.settings),
+    ("software", facts.machine),
+    ("command", facts.again),
+)
 
 
 def _head(run: Folder) -> str:
@@ -63,7 +80,7 @@ def _head(run: Folder) -> str:
         notices = ["The run ended without a word: its process was killed."]
     if run.status in ("killed", "stopped", "failed"):
         notices.append("Give the same command again to resume it.")
-    notices += sections.damaged(run)
+    notices += damages(run)
     said = "".join(f"<p>{html.text(notice)}</p>" for notice in notices)
     return (
         f'<header>\n<div class="head"><h1>{html.text(run.name)}</h1>'
@@ -90,11 +107,11 @@ def _tiles(run: Folder) -> Iterator[tuple[str, str, str]]:
         yield "exact match", f"{match:.1%}", ""
     if (speed := run.last("tokens_per_second")) is not None:
         mfu = run.last("mfu")
-        yield "tokens per second", f"{speed:,.0f}", f"MFU {mfu:.1%}" if mfu is not None else ""
+        yield "tokens/s", f"{speed:,.0f}", f"MFU {mfu:.1%}" if mfu is not None else ""
     if "seconds" in run.run:
-        yield "time", sections.duration(run.run["seconds"]), _since(run)
+        yield "time", duration(run.run["seconds"]), _since(run)
     elif run.status == "running" and (left := run.last("seconds_left")) is not None:
-        yield "time left", sections.duration(left), ""
+        yield "time left", duration(left), ""
     for key in ("memory_device", "memory_reserved", "memory_resident"):
         values = [value for _, value in run.points(key) if value == value]
         if values:
@@ -103,8 +120,8 @@ def _tiles(run: Folder) -> Iterator[tuple[str, str, str]]:
 
 
 def _since(run: Folder) -> str:
-    resumed = run.run.get("resumed")
-    return f"resumed {len(resumed)} times" if isinstance(resumed, list) and resumed else ""
+    count = len(run.entries("resumed"))
+    return f"resumed {count} times" if count > 1 else "resumed once" * count
 
 
 def _foot() -> str:
@@ -133,9 +150,7 @@ def several(runs: Sequence[Folder]) -> str:
     names = [f"{letter} {run.name}" for letter, run in zip(short, runs, strict=True)]
     title = f"{len(runs)} runs"
     damaged = [
-        f"{name}: {what}"
-        for name, run in zip(names, runs, strict=True)
-        for what in sections.damaged(run)
+        f"{name}: {what}" for name, run in zip(names, runs, strict=True) for what in damages(run)
     ]
     said = "".join(f"<p>{html.text(line)}</p>" for line in damaged)
     body = [
@@ -143,7 +158,7 @@ def several(runs: Sequence[Folder]) -> str:
         f'<p class="lead">{" · ".join(map(html.text, names))}</p></header>\n',
         f'<div class="notice" role="note">{said}</div>\n' if said else "",
         html.card("Results", _results(runs, short)),
-        html.card("Curves", charts.compared(runs, names)),
+        html.card("Curves", charts.compared(runs, short)),
         _settings(runs, short),
     ]
     return "".join(body) + _foot()
@@ -153,19 +168,19 @@ def _results(runs: Sequence[Folder], short: Sequence[str]) -> str:
     losses = [run.best("eval_loss") for run in runs]
     least = min((loss[1] for loss in losses if loss), default=None)
     rows = []
-    for letter, run, loss in zip(short, runs, losses, strict=True):
+    for look, (letter, run, loss) in enumerate(zip(short, runs, losses, strict=True)):
         best = f"{loss[1]:.4f}<small> at {loss[0]:,.0f}</small>" if loss else "-"
         kind = ' class="best"' if loss and loss[1] == least else ""
         rows.append(
             [
-                f"{letter}&ensp;{html.text(run.name)}",
+                f'<span class="key">{look_of(look)}{letter}</span>{html.text(run.name)}',
                 html.text(run.status),
                 f"{run.step():,}",
                 _number(run.last("loss")),
                 _number(run.last("eval_loss")),
                 f"<td{kind}>{best}</td>",
                 _number(run.last("tokens_per_second"), ",.0f"),
-                sections.duration(run.run.get("seconds")),
+                duration(run.run.get("seconds")),
             ]
         )
     head = ["run", "status", "steps", "loss", "held-out", "best held-out", "tokens/s", "time"]
@@ -179,7 +194,7 @@ def _number(value: float | None, form: str = ".4f") -> str:
 def _settings(runs: Sequence[Folder], short: Sequence[str]) -> str:
     found = differing(runs)
     rows = [
-        [html.text(key), *(html.text(sections.hidden(value)) for value in values)]
+        [html.text(key), *(html.text(hidden(value)) for value in values)]
         for key, values in list(found.items())[:LARGEST_TABLE]
     ]
     if not rows:

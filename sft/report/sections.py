@@ -1,49 +1,20 @@
-"""The parts of a run's page beside its curves: one function for each part, "" if nothing is known."""
+"""What a run has done, beside its curves: samples, forgetting, weights, stops and alerts.
+
+Each function returns a card of the page; "" if nothing is known.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import time
-from collections.abc import Iterator
-from pathlib import Path
+import itertools
+from html import escape
 from typing import Any
 
 from sft import html
-from sft.config.compare import flatten
-from sft.config.rules import typed
-from sft.config.settings import Config
-from sft.data.histogram import histogram
-from sft.report.folder import MERGE_REPORT, Folder, number
+from sft.report.folder import Folder, number, size
+from sft.report.words import flag, when
 from sft.run import record
 
-SHOWN_PROMPTS, SHOWN_ANSWERS, SHOWN_ALERTS, SHOWN_OPERATIONS = 8, 8, 50, 40
-PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
-# Of the audit, what config.yaml says too.
-AUDIT_LEFT_OUT = ("histogram",)
-
-
-def when(seconds: Any) -> str:
-    """Return a time as a text, in this machine's zone."""
-    value = number(seconds)
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(value)) if value == value else "-"
-
-
-def duration(seconds: Any) -> str:
-    """Return a length of time as a text of two units."""
-    value = number(seconds)
-    if value != value or value < 0:
-        return "-"
-    for unit, part, size in (("d", "h", 86400), ("h", "min", 3600), ("min", "s", 60)):
-        if value >= size:
-            rest = int(value % size // {"h": 3600, "min": 60, "s": 1}[part])
-            return f"{int(value // size)} {unit}" + (f" {rest} {part}" if rest else "")
-    return f"{value:.3g} s"
-
-
-def hidden(value: Any) -> str:
-    """Return a setting's value as it is typed, without the password of a URL."""
-    return PASSWORD.sub("***@", typed(value))
+PROMPTS, ANSWERS, ALERTS, OPERATIONS = 8, 8, 50, 40  # at most shown
 
 
 def samples(run: Folder) -> str:
@@ -51,227 +22,114 @@ def samples(run: Folder) -> str:
     by_prompt: dict[Any, list[dict[str, Any]]] = {}
     for answer in run.lines(record.SAMPLES):
         by_prompt.setdefault(answer.get("index"), []).append(answer)
-    shown = ""
-    for answers in list(by_prompt.values())[:SHOWN_PROMPTS]:
-        answers.sort(key=lambda answer: number(answer.get("step")))
-        every = (len(answers) - 1) / max(SHOWN_ANSWERS - 1, 1)
-        chosen = answers
-        if len(answers) > SHOWN_ANSWERS:
-            chosen = [answers[round(every * place)] for place in range(SHOWN_ANSWERS)]
-        rows = [("prompt", answers[-1].get("prompt"), "")]
-        if answers[-1].get("reference") is not None:
-            rows.append(("held-out answer", answers[-1]["reference"], ""))
-        rows += [
-            (
-                f"step {answer.get('step')}",
-                answer.get("answer"),
-                "" if answer.get("stopped", True) else " <small>(cut at the limit)</small>",
-            )
-            for answer in chosen
-        ]
-        shown += '<div class="sample"><dl>\n' + "".join(
-            f"<dt>{html.text(name)}</dt><dd><pre>{html.long_text(said, 600)}</pre>{note}</dd>\n"
-            for name, said, note in rows
-        )
-        shown += "</dl></div>\n"
-    note = f"{len(by_prompt)} prompts" if len(by_prompt) > SHOWN_PROMPTS else ""
-    return html.card(
-        "Samples while training", shown, note and f"the first {SHOWN_PROMPTS} of {note}"
+    shown = "".join(_sample(answers) for answers in itertools.islice(by_prompt.values(), PROMPTS))
+    note = f"the first {PROMPTS} of {len(by_prompt):,} prompts" if len(by_prompt) > PROMPTS else ""
+    return html.card("Samples while training", shown, note)
+
+
+def _sample(answers: list[dict[str, Any]]) -> str:
+    """Show one prompt and its answers: the first, the last, and some in equal distances."""
+    answers = sorted(answers, key=lambda answer: number(answer.get("step")))
+    last = answers[-1]
+    same = [list(group) for _, group in itertools.groupby(answers, lambda one: one.get("answer"))]
+    every = max(1.0, (len(same) - 1) / (ANSWERS - 1))
+    places = dict.fromkeys(round(every * place) for place in range(ANSWERS))
+    rows = [("prompt", last.get("prompt"), "")]
+    rows += [("right answer", last["reference"], "")] if last.get("reference") is not None else []
+    for place in places:
+        if place < len(same):
+            first, answer = same[place][0], same[place][-1]
+            steps = f"step {html.figure(first.get('step'))}"
+            if first is not answer:
+                steps = f"{steps} to {html.figure(answer.get('step'))}"
+            cut = "" if answer.get("stopped", True) else " <small>cut at the limit</small>"
+            rows.append((steps, answer.get("answer"), cut))
+    shown = "".join(
+        f"<dt>{html.text(name)}</dt><dd><pre>{html.long_text(said, 600)}</pre>{note}</dd>\n"
+        for name, said, note in rows
     )
+    return f'<div class="sample"><dl>\n{shown}</dl></div>\n'
 
 
 def forgetting(run: Folder) -> str:
-    """Show what the model lost on general text."""
+    """Show what the model has lost on general text."""
     found = run.mapping("forgetting")
     if not found:
         return ""
+    change = f"{number(found.get('change')):+.1%}"
     rows = [
         ["before training", f"{number(found.get('before')):.4f}"],
         ["after training", f"{number(found.get('after')):.4f}"],
-        ["change", _flag(f"{number(found.get('change')):+.1%}", bool(found.get("flagged")))],
+        ["change", flag(change, bool(found.get("flagged")))],
     ]
-    label = "Loss on general text, in nats per byte"
-    return html.card("Forgetting", html.table([], rows, label), label[0].lower() + label[1:])
+    note = "loss on general text, in nats per byte"
+    return html.card("Forgetting", html.table([], rows, note), note, "half")
 
 
-def _flag(value: str, flagged: bool) -> str:
-    return f'<td class="{"alert" if flagged else "ok"}">{html.text(value)}</td>'
-
-
-def audit(run: Folder) -> str:
-    """Show how rows became samples."""
-    found = run.json(record.AUDIT)
-    parts = found.get("parts", found)
-    return html.card("Data", html.figures(parts, histogram, 3)) if parts else ""
-
-
-def choices(run: Folder) -> str:
-    """Show what auto has chosen, and why."""
-    rows = [
-        [html.text(key), html.text(hidden(said.get("value"))), html.text(said.get("reason", ""))]
-        for key, said in run.mapping("choices").items()
-        if isinstance(said, dict)
-    ]
-    if not rows:
-        return ""
-    return html.card(
-        "What auto chose", html.table(["setting", "value", "because"], rows, "Choices", "text")
-    )
-
-
-def checkpoints(run: Folder) -> str:
-    """List the checkpoints with their sizes, and say which has the best evaluation."""
+def weights(run: Folder) -> str:
+    """List checkpoints, adapter and merged model with their sizes, and say which is the best."""
     best = run.mapping("best")
     metric = str(best.get("metric", "eval_loss"))
     smallest = run.best(metric)
-    best_step = number(best["step"]) if "step" in best else smallest[0] if smallest else None
+    best_step = number(best.get("step")) if best else smallest[0] if smallest else None
     evaluated = dict(run.points(metric))
     rows = []
-    for step, size in run.checkpoints():
-        value = evaluated.get(float(step))
-        rows.append(
-            [
-                f"checkpoint-{step}",
-                html.amount(size),
-                "-" if value is None else f"{value:.4f}",
-                '<td class="best">best</td>' if step == best_step else "",
-            ]
-        )
-    weights = record.weights(run.path)
-    for folder in filter(None, (weights, run.path / record.MERGED)):
-        if folder.is_dir():
-            written = best.get("written") and folder == weights
-            rows.append(
-                [
-                    folder.name,
-                    html.amount(sum_of(folder)),
-                    "",
-                    "of the best step" if written else "",
-                ]
-            )
+    for step, length in run.checkpoints():
+        found = evaluated.get(float(step))
+        value = "-" if found is None else f"{found:.4f}"
+        mark = '<td class="note best">best</td>' if step == best_step else ""
+        rows.append([f"checkpoint-{step}", html.amount(length), value, mark])
+    trained = record.weights(run.path)
+    for folder in (trained, run.path / record.MERGED):
+        if folder is not None and folder.is_dir():
+            note = ""
+            if best.get("written") and folder == trained:
+                note = f'<td class="note">of step {html.text(best.get("step"))}, the best</td>'
+            rows.append([folder.name, html.amount(size(folder)), "", note])
     if not rows:
         return ""
-    return html.card("Weights", html.table(["folder", "size", metric, ""], rows, "Checkpoints"))
-
-
-def sum_of(folder: Path) -> int:
-    """Sum the bytes of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    head = ["folder", "size", html.text(metric), ""]
+    table = html.table(head, rows, "Checkpoints and weights")
+    return html.card("Weights", table, kind="half")
 
 
 def events(run: Folder) -> str:
-    """List starts, ends and alerts of the run in their order."""
-    rows = [
-        [
-            when(stop.get("time")),
-            f"step {html.text(stop.get('step', '?'))}",
-            html.text(stop.get("status", "")),
-            html.text(stop.get("reason") or ""),
-        ]
-        for stop in run.run.get("stops", [])
-        if isinstance(stop, dict)
-    ]
-    for entry in run.run.get("resumed", []):
-        if isinstance(entry, dict):
-            allowed = ", ".join(map(str, entry.get("allowed") or []))
-            ranks = entry.get("ranks", "?")
-            rows.append(
-                [
-                    when(entry.get("time")),
-                    html.text(entry.get("from", "?")),
-                    "resumed",
-                    html.text(f"on {ranks} ranks" + (f"; allowed: {allowed}" if allowed else "")),
-                ]
-            )
+    """List the stops, resumes and alerts of a run, by step."""
+    rows: list[tuple[float, list[str]]] = []
+    for stop in run.entries("stops"):
+        status, reason = (html.text(stop.get(key) or "") for key in ("status", "reason"))
+        rows.append((number(stop.get("step")), [when(stop.get("time")), status, reason]))
+    for entry in run.entries("resumed"):
+        name = str(entry.get("from", ""))
+        allowed = "; ".join(map(str, entry.get("allowed") or []))
+        said = f"from {name}, on {entry.get('ranks')} ranks" + f"; allowed: {allowed}" * bool(
+            allowed
+        )
+        step = float(name.rpartition("-")[2]) if name.rpartition("-")[2].isdigit() else 0.0
+        rows.append((step, ["", "resumed", html.text(said)]))
     alerts = run.lines(record.ALERTS)
-    rows += [
-        [
-            when(alert.get("time")),
-            f"step {html.text(alert.get('step', '?'))}",
-            f'<td class="alert">{html.text(alert.get("kind", "alert"))}</td>',
-            html.text(alert.get("message", "")),
-        ]
-        for alert in alerts[:SHOWN_ALERTS]
-    ]
+    for alert in alerts[:ALERTS]:
+        kind = flag(f"alert: {str(alert.get('kind')).replace('_', ' ')}", True)
+        said = html.text(alert.get("message", ""))
+        rows.append((number(alert.get("step")), [when(alert.get("time")), kind, said]))
     if not rows:
         return ""
     rows.sort(key=lambda row: row[0])
-    note = (
-        f"the first {SHOWN_ALERTS} of {len(alerts):,} alerts" if len(alerts) > SHOWN_ALERTS else ""
+    note = f"the first {ALERTS} of {len(alerts):,} alerts" if len(alerts) > ALERTS else ""
+    cells = [[html.figure(int(step)) if step == step else "-", *row] for step, row in rows]
+    head = ["step", "time", "what", "why"]
+    return html.card(
+        "Stops, resumes and alerts", html.table(head, cells, "Stops and alerts", "text"), note
     )
-    head = ["time", "where", "what", ""]
-    return html.card("Stops, resumes and alerts", html.table(head, rows, "Events", "text"), note)
 
 
 def profile(run: Folder) -> str:
     """Show the table of the slowest operations: profile=torch."""
     shown = ""
     for path in sorted((run.path / record.PROFILE).glob("operations_rank*.txt"))[:2]:
-        lines = run.text(f"{record.PROFILE}/{path.name}", 40_000).splitlines()[:SHOWN_OPERATIONS]
-        body = html.text("\n".join(line[:240] for line in lines))
-        label = html.text(path.stem.replace("_", " of "))
+        lines = run.text(f"{record.PROFILE}/{path.name}", 40_000).splitlines()[:OPERATIONS]
+        body = escape("\n".join(line[:240] for line in lines))
+        label = html.text(path.stem.replace("operations_rank", "Operations of rank "))
         shown += f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
-        shown += f'<pre style="white-space:pre">{body}</pre></div>\n'
+        shown += f'<pre class="wide">{body}</pre></div>\n'
     return html.card("Slowest operations", shown)
-
-
-def merged(run: Folder) -> str:
-    """Show the report of the merge."""
-    found = run.json(f"{record.MERGED}/{MERGE_REPORT}")
-    if not found:
-        return ""
-    passed = found.get("passed")
-    verdict = {True: "verified", False: "failed", None: "not verified"}.get(passed, str(passed))
-    flat = {key: value for key, value in flatten(found).items() if key != "passed"}
-    rows = [["verification", _flag(verdict, passed is not True)]]
-    rows += [
-        [html.name(key.replace(".", ": ")), html.cell(value, key)] for key, value in flat.items()
-    ]
-    return html.card("Merge", html.table([], rows, "Report of the merge", "text"))
-
-
-def settings(run: Folder) -> str:
-    """List the settings that differ from their defaults."""
-    defaults = flatten(dataclasses.asdict(Config()))
-    rows = [
-        [
-            html.text(key),
-            html.text(hidden(value)),
-            html.text(hidden(defaults[key])) if key in defaults else "-",
-        ]
-        for key, value in run.flat().items()
-        if defaults.get(key, ...) != value and not (value in ({}, []) and key not in defaults)
-    ]
-    if not rows:
-        return ""
-    table = html.table(["setting", "value", "default"], rows, "Settings", "text")
-    return html.card("Settings that differ from their defaults", table)
-
-
-def machine(run: Folder) -> str:
-    """List versions and hardware."""
-    facts = {**run.mapping("hardware"), "ranks": run.run.get("ranks"), "git": run.run.get("git")}
-    facts = {key: value for key, value in facts.items() if value not in (None, [])}
-    tables = ""
-    for label, found in (("versions", run.mapping("versions")), ("hardware", facts)):
-        rows = [[html.name(key), html.cell(value, key)] for key, value in found.items()]
-        if rows:
-            tables += f"<div>{html.table([label, ''], rows, label)}</div>\n"
-    return html.card(
-        "Software and machine", f'<div class="columns">{tables}</div>' if tables else ""
-    )
-
-
-def again(run: Folder) -> str:
-    """Show the command of the run."""
-    command = run.run.get("command")
-    if not isinstance(command, str):
-        return ""
-    shown = html.text(PASSWORD.sub("***@", command))
-    return html.card("The command", f'<pre class="command">{shown}</pre>\n')
-
-
-def damaged(run: Folder) -> Iterator[str]:
-    """Yield what could not be read."""
-    for name, what in run.damaged.items():
-        yield f"{name}: {what}"

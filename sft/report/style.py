@@ -28,15 +28,17 @@ STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
   gap: 1.8rem 2.4rem; }
 .chart { margin: 0; min-width: 0; }
-.chart:first-child:nth-last-child(n + 2) { grid-column: 1 / -1; }
-.chart:first-child .plot { height: 17rem; }
+.first .chart:first-child { grid-column: 1 / -1; }
+.first .chart:first-child .plot { height: 17rem; }
+figcaption { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: baseline; }
 figcaption h3 { margin: 0; }
 .keys { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: 0; padding: 0; list-style: none;
   font-size: .82rem; color: var(--soft); }
 .keys svg { width: 28px; height: 8px; margin-right: .35rem; vertical-align: middle; }
 .plot { position: relative; height: 11rem; margin: .7rem 0 1.5rem 2.9rem; }
 .plot > svg { display: block; width: 100%; height: 100%; overflow: visible; }
-.plot line, .plot polyline, .plot path, .keys path { fill: none; vector-effect: non-scaling-stroke; }
+.plot line, .plot polyline, .plot path, .keys path { fill: none;
+  vector-effect: non-scaling-stroke; }
 .plot .grid { stroke: var(--line); }
 .plot .mark { stroke: var(--alert); stroke-dasharray: 2 3; }
 polyline, .keys path { stroke-width: 1.8; stroke-linejoin: round; stroke: var(--c); }
@@ -44,6 +46,7 @@ polyline, .keys path { stroke-width: 1.8; stroke-linejoin: round; stroke: var(--
 .band { fill: var(--c); opacity: .2; }
 .area { fill: var(--c); stroke: var(--card); vector-effect: non-scaling-stroke; }
 .edge { stroke: none; }
+.keys .marked { stroke: var(--alert); stroke-dasharray: 2 3; }
 .stack .keys path { stroke-width: 8; stroke-dasharray: none; }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); }
 .c3 { --c: var(--c3); } .c4 { --c: var(--c4); } .c5 { --c: var(--c5); }
@@ -53,7 +56,7 @@ polyline, .keys path { stroke-width: 1.8; stroke-linejoin: round; stroke: var(--
   white-space: nowrap; }
 .labels .y { right: calc(100% + .5rem); transform: translateY(-50%); }
 .labels .x { top: calc(100% + .45rem); transform: translateX(-50%); }
-.labels .end { left: calc(100% + .3rem); transform: translateY(-50%); font-weight: 700;
+.labels .end { margin-left: .35rem; transform: translateY(-50%); font-weight: 700;
   color: var(--c); }
 .ends .plot { margin-right: 1.2rem; }
 output { position: absolute; top: .2rem; right: .2rem; padding: .1rem .5rem; font-size: .78rem;
@@ -63,14 +66,26 @@ output:empty { display: none; }
 details { font-size: .85rem; }
 summary { color: var(--soft); cursor: pointer; }
 table.text td, table.text th { text-align: left; }
-table.text td { padding-left: 1.5rem; overflow-wrap: anywhere; min-width: 6rem; }
+td, th { white-space: nowrap; }
+table.text td { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
 table pre { font-size: .8rem; line-height: 1.5; }
 .columns { display: grid; gap: 1.6rem 3rem;
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 .columns > * { min-width: 0; }
+.columns + .columns { margin-top: 1.6rem; }
+.parts { display: flex; flex-wrap: wrap; gap: 1.5rem; margin-top: 1.5rem; }
+.parts > .card { flex: 1 1 100%; min-width: 0; margin: 0; }
+.parts > .half { flex: 1 1 26rem; }
+td.note { text-align: left; }
+.key { display: inline-block; min-width: 4.4rem; }
+.key svg { width: 28px; height: 8px; margin-right: .35rem; vertical-align: middle; }
+.key path { fill: none; stroke: var(--c); stroke-width: 1.8; }
+footer { margin-top: 1.5rem; }
 .sample { padding: 1rem 0; border-top: 1px solid var(--line); }
 .sample:first-of-type { padding-top: 0; border-top: 0; }
-.sample dl { display: grid; grid-template-columns: 6.5rem minmax(0, 1fr); gap: .3rem 1rem; margin: 0; }
+.sample dl { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .3rem 1rem;
+  margin: 0; }
+pre.wide { white-space: pre; font-size: .78rem; }
 .sample dt { color: var(--soft); font-size: .85rem; font-variant-numeric: tabular-nums; }
 .sample dd { margin: 0; }
 .sample pre { font-size: .85rem; line-height: 1.55; }
@@ -78,7 +93,7 @@ table pre { font-size: .8rem; line-height: 1.5; }
 .command { padding: .8rem 1rem; background: var(--page); border-radius: 6px; font-size: .85rem; }
 @media (max-width: 40rem) {
   .sample dl { grid-template-columns: minmax(0, 1fr); gap: .1rem; }
-  .chart:first-child .plot { height: 12rem; }
+  .first .chart:first-child .plot { height: 12rem; }
   .plot { margin-left: 2.5rem; }
 }
 @media print {
@@ -87,8 +102,9 @@ table pre { font-size: .8rem; line-height: 1.5; }
   details, output { display: none; }
   .charts { grid-template-columns: 1fr 1fr; gap: 1rem 1.6rem; }
   .plot { height: 8.5rem; }
-  .tiles { grid-template-columns: repeat(6, 1fr); }
-  .tiles div, .tiles dd { padding: .3rem; font-size: 1rem; }
+  .tiles { grid-template-columns: repeat(auto-fit, minmax(5.4rem, 1fr)); gap: .4rem; }
+  .tiles div { padding: .4rem .5rem; }
+  .tiles dd { font-size: 1rem; }
 }
 """
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,8 @@ from sft.config import compare, saved, zero
 from sft.config.rules import Choice
 from sft.config.settings import Config
 from sft.errors import RunError
-from sft.files import write_text
-from sft.run import record, resume
+from sft.files import empty, write_text
+from sft.run import ends, record, resume
 from sft.run.lock import LOCK, Lock
 from sft.run.provenance import provenance
 
@@ -164,8 +163,9 @@ class Run:
                     "    fix: give the same command again, which reads the new state of the folder"
                 )
             before = {} if self.config.overwrite else record.read(self.dir)
+            stops = ends.earlier(self.dir, before)
             if self.config.overwrite:
-                self._empty()
+                empty(self.dir, keep=[LOCK])
             folders.tidy(self.dir, self.resumed)
             content = {k: v for k, v in self.identity.items() if k not in resume.NOTED}
             self.fingerprint = record.fingerprint(dataclasses.asdict(self.config), content)
@@ -179,6 +179,8 @@ class Run:
                 "fingerprints": list(dict.fromkeys(fingerprints)),
                 "choices": self.choices,
                 **provenance(),
+                "started": before.get("started", round(self.began, 1)),
+                "stops": stops,
                 "resumed": before.get("resumed", []),
                 **{name: before[name] for name in record.KEPT if self.resumed and name in before},
             }
@@ -186,6 +188,7 @@ class Run:
                 self._record["resumed"].append(
                     {
                         "from": self.resumed.name,
+                        "time": round(self.began, 1),
                         "ranks": process.world_size(),
                         "zero": self.config.zero.config,
                         "allowed": self._accepted,
@@ -197,13 +200,6 @@ class Run:
             raise RunError(
                 f"{self.dir} cannot be used: {error}\n    fix: correct that, or output_dir=FOLDER"
             ) from error
-
-    def _empty(self) -> None:
-        for path in self.dir.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
 
     def correct(self, choice: Choice) -> None:
         """Record a choice that a check before the first step has replaced; on rank 0."""
@@ -228,15 +224,22 @@ class Run:
 
     def finish(self, **facts: Any) -> None:
         """Write ``"status": "finished"``, which says that all files of the run are complete."""
-        self.note(status="finished", seconds=round(time.time() - self.began, 1), **facts)
+        now = time.time()
+        seconds = round(now - self.began, 1)
+        self.note(status="finished", seconds=seconds, ended=round(now, 1), **facts)
 
     def end(self, status: str, reason: str) -> None:
         """Record that the run ``failed`` or was ``stopped``, and why; it can be resumed."""
         if self._record:
-            self._record |= {"status": status, "reason": reason}
+            self._record |= {"status": status, "reason": reason, "ended": round(time.time(), 1)}
             # A full disk or a removed folder; the error in progress says so.
             with contextlib.suppress(OSError, RunError):
                 self._write()
+
+    @property
+    def claimed(self) -> bool:
+        """Whether this process has begun to write the folder; on rank 0."""
+        return bool(self._record)
 
     def log_to_file(self, rank: int) -> None:
         """Write this rank's log lines to a file in the folder too, until release()."""

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from sft import process
 from sft.checkpoint import folders, sharded
 from sft.config.evaluation import is_evaluation
-from sft.config.settings import ProfileConfig
 from sft.errors import RunError
 from sft.files import read_records, to_json, write_text
 from sft.ranks import gather, trained_bits
-from sft.watch.lines import Lines
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
@@ -110,33 +105,17 @@ class BeforeTraining(TrainerCallback):  # type: ignore[misc]
             self.action()
 
 
-@contextlib.contextmanager
-def watch(
-    trainer: Any, settings: ProfileConfig, metrics: Path, profile: Path, system: Path
-) -> Iterator[None]:
-    """Watch the training within a block; however the block ends, nothing of it goes on.
+class EverySteps(TrainerCallback):  # type: ignore[misc]
+    """Runs an action on rank 0 after every so many steps.
 
-    Args:
-        trainer: Gets our callbacks instead of the Trainer's printing ones.
-        settings: The section ``profile``.
-        metrics: The file of what is logged.
-        profile: The folder of ``profile=torch``.
-        system: The file of ``profile=system``, on the first machine.
+    It runs before the next step, when all of the step has been logged.
     """
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    # The figures come first: they add to the records that the others write.
-    callbacks = [trainer.figures, Lines(), MetricsFile(metrics), RanksAgree()]
-    with contextlib.ExitStack() as ending:
-        if settings.torch:
-            from sft.watch.profile import TorchProfile
 
-            # The first, so that the work of the others after a step is not recorded.
-            callbacks.insert(0, ending.enter_context(TorchProfile(trainer, settings, profile)))
-        if settings.system and process.local_rank() == 0:
-            from sft.watch.system import System, file_of
+    def __init__(self, every: int, action: Callable[[], object]) -> None:
+        self.every, self.action = every, action
 
-            ending.enter_context(System(file_of(system, process.node()), settings.interval))
-        for callback in callbacks:
-            trainer.add_callback(callback)
-        yield
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Run the action if it is due."""
+        due = state.global_step > 0 and state.global_step % self.every == 0
+        if due and state.is_world_process_zero:
+            self.action()

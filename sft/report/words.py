@@ -1,0 +1,46 @@
+"""Times, settings and flags as words for a page."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+from sft import html
+from sft.config.rules import typed
+from sft.report.folder import Folder, number
+
+PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def when(seconds: Any) -> str:
+    """Return a time as a text, in this machine's zone."""
+    value = number(seconds)
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(value)) if value == value else "-"
+
+
+def duration(seconds: Any) -> str:
+    """Return a length of time as a text of two units."""
+    value = number(seconds)
+    if value != value or value < 0:
+        return "-"
+    for unit, part, size in (("d", "h", 86400), ("h", "min", 3600), ("min", "s", 60)):
+        if value >= size:
+            rest = int(value % size // {"h": 3600, "min": 60, "s": 1}[part])
+            return f"{int(value // size)} {unit}" + (f" {rest} {part}" if rest else "")
+    return f"{value:.3g} s"
+
+
+def hidden(value: Any) -> str:
+    """Return a setting's value as it is typed, without the password of a URL."""
+    return PASSWORD.sub("***@", typed(value))
+
+
+def flag(value: str, flagged: bool) -> str:
+    """Return a table's cell that is coloured by a verdict."""
+    return f'<td class="{"alert" if flagged else "ok"}">{html.text(value)}</td>'
+
+
+def damages(run: Folder) -> list[str]:
+    """Return a sentence for each file that could not be read as a whole."""
+    return [f"{name}: {what}" for name, what in run.damaged.items()]
