@@ -7,6 +7,7 @@ first unknown key, and accepts ``+lora.drop_out=0.3``.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from omegaconf.errors import (
 from sft.config.grammar import number_of, parse
 from sft.config.groups import groups, missing_plugin, plugin_problems
 from sft.config.names import suggest
+from sft.config.no_effect import value_of
 from sft.config.overrides import Override
 from sft.config.paths import CONF_DIR
 from sft.config.rules import Dataclass, written
@@ -29,7 +31,12 @@ from sft.config.typed import UNKNOWN_SETTING, merge, wrong_type
 from sft.errors import ConfigError, Problem
 
 C = TypeVar("C", bound=Dataclass)
-CONSENT = "model.trust_remote_code"
+# Settings that run code, which are therefore taken from the command line only: what they run, and
+# what to do before one is given.
+CONSENT = {
+    "model.trust_remote_code": ("the model's Python code", "read that code"),
+    "on_alert": ("a command on this machine", "read that command"),
+}
 MOST_TRIALS = 10_000
 CORRECT = "correct the YAML file or the command line"
 LITERAL = r"name a setting, as in ${seed}, or write \${...} for text"
@@ -57,16 +64,28 @@ def typed_config(
     typed = OmegaConf.structured(schema)
     problems += merge(typed, composed, schema)
     config: Any = OmegaConf.to_object(typed)
-    problems += _consent_problems(config, given)
+    problems += _consent_problems(config, given, grid)
     return config, problems
 
 
-def _consent_problems(config: Any, given: list[Override]) -> Iterator[Problem]:
-    """Refuse consent to run a model's code that a file gives: it may be a stranger's file."""
-    asked = any(item.key == CONSENT and not item.source for item in given)
-    if config.model.trust_remote_code and not asked:
-        rule = "is taken from the command line only, because it runs the model's Python code"
-        yield Problem(f"{CONSENT}=true", rule, f"read that code, then add {CONSENT}=true")
+def _consent_problems(
+    config: Any, given: list[Override], grid: dict[str, str]
+) -> Iterator[Problem]:
+    """Refuse a setting that runs code and that a file gives: it may be a stranger's file.
+
+    Args:
+        config: The typed config.
+        given: The overrides of the command line and of a settings file.
+        grid: The values that the config itself sweeps over.
+    """
+    asked = {item.key for item in given if not item.source}
+    swept = {key.lstrip("+"): values for key, values in grid.items()}
+    for key, (what, first) in CONSENT.items():
+        value = swept.get(key) or value_of(config, key)
+        if value and key not in asked:
+            rule = f"is taken from the command line only, because it runs {what}"
+            shown = written(key, value)
+            yield Problem(shown, rule, f"{first}, then add {shlex.quote(shown)}")
 
 
 def plain_config(schema: type[C], given: list[Override]) -> tuple[C, list[Problem]]:
@@ -117,7 +136,7 @@ def sweep_overrides(
         for problem in merge(typed, composed, schema)
         if problem.rule == UNKNOWN_SETTING or problem.setting.partition("=")[0] in alike
     ]
-    problems += _consent_problems(OmegaConf.to_object(typed), given)
+    problems += _consent_problems(OmegaConf.to_object(typed), given, grid)
     values = {str(key).lstrip("+"): f"{key}={values}" for key, values in grid.items()}
     values |= {item.key: item.hydra() for item in given if item.kind == "sweep"}
     problems += _number_problems(values)

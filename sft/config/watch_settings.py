@@ -149,8 +149,8 @@ class AlertConfig:
     )
     stall: float | None = setting(
         20.0,
-        "no step has ended for this many times the median time of a step, and a minute; null: no "
-        "such alert",
+        "no step has ended for this many times the median time of a step, and for a minute; null: "
+        "no such alert",
         above(1),
         changes_training=False,
     )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft")
 
 LENGTH = ("train.max_steps", "train.num_train_epochs")  # settings that extend a finished run
+PATIENCE = "train.early_stopping_patience"  # extends one that has stopped early
 # Entries of the identity that may differ when a run is resumed; the difference is logged. How bf16
 # products are computed on a CPU depends on the processor, and changes only the order of sums.
 NOTED = ("products",)
@@ -112,7 +113,7 @@ def identity(config: Config, prepared: Prepared) -> dict[str, str]:
 
 
 def require_extended(folder: Path, differences: Iterable[str]) -> None:
-    """Refuse a finished run, unless more epochs or steps are asked for.
+    """Refuse a finished run, unless more epochs or steps are asked for, or more patience.
 
     Args:
         folder: The run's folder.
@@ -121,9 +122,19 @@ def require_extended(folder: Path, differences: Iterable[str]) -> None:
     Raises:
         RunError: The run is finished and cannot go on.
     """
-    if record.read(folder).get("status") != "finished":
+    before = record.read(folder)
+    if before.get("status") != "finished":
         return
-    if not set(LENGTH) & set(differences):
+    reason = before.get("final", {}).get("stopped_early")
+    if reason and PATIENCE not in differences:
+        step = before["final"].get("steps")
+        raise RunError(
+            f"the run in {folder} is finished: it stopped early after step {step}, because "
+            f"{reason}\n    fix: run_name=NAME for a new run, or overwrite=true to replace this "
+            f"one, or a larger {PATIENCE} (null: no early stop) and 'resume.allow=[{PATIENCE}]' to "
+            "continue it"
+        )
+    if not reason and not set(LENGTH) & set(differences):
         merged = (folder / record.MERGED).exists() or not (folder / record.ADAPTER).exists()
         raise RunError(
             f"the run in {folder} is finished\n"
@@ -147,8 +158,9 @@ def require_steps_left(folder: Path, config: Config, samples: int) -> None:
         RunError: It has made as many steps as are asked for, or more.
     """
     before = record.read(folder)
-    done = before.get("final", {}).get("steps", 0) if before.get("status") == "finished" else 0
-    if not done:
+    final = before.get("final", {}) if before.get("status") == "finished" else {}
+    done = final.get("steps", 0)
+    if not done or final.get("stopped_early"):
         return
     _, steps = planned_steps(config.train, samples)
     if steps <= done:

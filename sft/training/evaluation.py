@@ -68,8 +68,9 @@ class EvaluatingTrainer(ResumableTrainer):
         metrics: dict[str, float] = {}
         for prefix, samples in sets.items():
             metrics |= self._measured(samples, prefix)
-        if self.answers is not None:
-            metrics |= self.answers()
+        if self.answers is not None and self.guard is not None:
+            with self.guard.alerts.patiently():
+                metrics |= self.answers()
         # Not self.log: TRL's log adds averages over training values it still holds.
         super(SFTTrainer, self).log(metrics)
         self.control = self.callback_handler.on_evaluate(

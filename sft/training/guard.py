@@ -16,9 +16,11 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 
 from sft.checkpoint import folders
+from sft.config.watch_settings import AlertConfig
 from sft.errors import RunError, Stopped
 from sft.ranks import gather
 from sft.training.signals import INTERRUPTED, STOPPED, Signals
+from sft.watch.alerts import Alerts
 
 logger = logging.getLogger("sft")
 
@@ -58,6 +60,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         rows_of: Callable[[int, Sequence[int]], list[int]],
         max_loss_jump: float | None,
         on_nan: str,
+        alerts: Alerts | None = None,
     ) -> None:
         """Set up the checks.
 
@@ -67,9 +70,11 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             rows_of: Returns the rows that this rank saw in given micro-batches of a step.
             max_loss_jump: ``train.max_loss_jump``.
             on_nan: ``train.on_nan``.
+            alerts: Takes the alerts of the same name; None: nobody does.
         """
         self.args, self.signals, self.rows_of = args, signals, rows_of
         self.max_loss_jump, self.on_nan = max_loss_jump, on_nan
+        self.alerts = alerts or Alerts(AlertConfig(loss_jump=None))
         # The trainer sets both during a step. Tensors stay on their device.
         self.losses: list[torch.Tensor] = []  # of this rank's micro-batches
         self.norm: Any = 0.0
@@ -110,19 +115,22 @@ class Guard(TrainerCallback):  # type: ignore[misc]
 
     def asked(self) -> bool:
         """Return whether any rank was sent a signal. All ranks must call it."""
+        self.alerts.alive()
         flag = torch.tensor(float(self.signals.received is not None), device=self.args.device)
         if dist.is_initialized():
             dist.all_reduce(flag)
         return bool(flag.item())
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint stores: recent losses and the number of skipped steps."""
-        return {"recent": list(self.recent), "skipped": self.skipped}
+        """Return what a checkpoint stores: recent losses, skipped steps, and alerts."""
+        alerts = self.alerts.state()
+        return {"recent": list(self.recent), "skipped": self.skipped, "alerts": alerts}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from what ``state`` returned."""
         self.recent.extend(saved["recent"])
         self.skipped = saved["skipped"]
+        self.alerts.restore(saved.get("alerts", []))  # absent before there were alerts
 
     def settle(self) -> None:
         """Check a step that has not been checked yet; called before every save."""
@@ -158,44 +166,58 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         asked, loss, norm = step.sums.tolist()
         # With fp16, the loss scaler expects infinite gradients and lowers its scale.
         finite = math.isfinite(loss) and (math.isfinite(norm) or self.args.fp16)
-        if not finite and self.on_nan == "skip":
-            self.skipped += 1
-            self._skips_in_a_row += 1
-            logger.info("%s: its update was skipped", self._where(step, loss, norm))
-            if self._skips_in_a_row == SKIPS:
-                self._fail(f"{SKIPS} steps in a row were skipped", step)
-        elif not finite:
-            self._fail(
-                self._where(step, loss, norm), step, ", or train.on_nan=skip to skip such updates"
-            )
+        if not finite:
+            self._not_finite(step, loss, norm)
         else:
             self._skips_in_a_row = 0
-            usual = sum(self.recent) / len(self.recent) if self.recent else math.inf
-            jumped = self.max_loss_jump is not None and loss > self.max_loss_jump * usual
-            if jumped and len(self.recent) == RECENT:
-                self._fail(
-                    f"step {step.number}: the loss jumped to {loss:.4g}, from {usual:.4g} on "
-                    f"average over {RECENT} steps{self._rows(step, jumped)}",
-                    step,
-                    ", or a larger train.max_loss_jump",
-                )
+            self.alerts.recovered("nan")
+            self._jump(step, loss)
             self.recent.append(loss)
         return bool(asked)
 
-    def _where(self, step: Step, loss: float, norm: float) -> str:
+    def _not_finite(self, step: Step, loss: float, norm: float) -> None:
+        """Skip a step, or stop."""
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-        return f"step {step.number}: {what}{self._rows(step, math.isfinite(loss))}"
+        rows = self._rows(step, math.isfinite(loss))
+        what = f"step {step.number}: {what}{_named(rows)}"
+        self.alerts.add("nan", step.number, what, rows)
+        if self.on_nan != "skip":
+            self._fail(what, step, ", or train.on_nan=skip to skip such updates")
+        self.skipped += 1
+        self._skips_in_a_row += 1
+        logger.info("%s: its update was skipped", what)
+        if self._skips_in_a_row == SKIPS:
+            self._fail(f"{SKIPS} steps in a row were skipped", step)
 
-    def _rows(self, step: Step, all_of_them: bool) -> str:
-        """Name the rows of the step: those of micro-batches whose loss is not finite, or all."""
+    def _jump(self, step: Step, loss: float) -> None:
+        """Alert to a loss far above the recent ones, or stop."""
+        usual = sum(self.recent) / RECENT if len(self.recent) == RECENT else math.inf
+
+        def above(times: float | None) -> bool:
+            return times is not None and loss > times * usual
+
+        stops, alerts = above(self.max_loss_jump), above(self.alerts.settings.loss_jump)
+        if stops or (alerts and self.alerts.is_new("loss_jump")):
+            rows = self._rows(step, True)
+            what = (
+                f"step {step.number}: the loss jumped to {loss:.4g}, from {usual:.4g} on average "
+                f"over {RECENT} steps{_named(rows)}"
+            )
+            self.alerts.add("loss_jump", step.number, what, rows)
+            if stops:
+                self._fail(what, step, ", or a larger train.max_loss_jump")
+        if not alerts:
+            self.alerts.recovered("loss_jump")
+
+    def _rows(self, step: Step, all_of_them: bool) -> list[int]:
+        """List the rows of the step: those of micro-batches whose loss is not finite, or all."""
         bad = [
             number
             for number, finite in enumerate(step.losses.isfinite().tolist())
             if all_of_them or not finite
         ]
         everywhere = gather(self.rows_of(step.number, bad))
-        rows = sorted({row for found in everywhere for row in found})
-        return f" (rows {listed(rows)})" if rows else ""
+        return sorted({row for found in everywhere for row in found})
 
     def _fail(self, what: str, step: Step, else_: str = "") -> None:
         folder = Path(self.args.output_dir)
@@ -206,6 +228,10 @@ class Guard(TrainerCallback):  # type: ignore[misc]
             f"    fix: check the rows of this step; use a smaller train.learning_rate{else_}"
             + (", or precision=fp32: float16 ends at 65,504" if self.args.fp16 else "")
         )
+
+
+def _named(rows: Sequence[int]) -> str:
+    return f" (rows {listed(rows)})" if rows else ""
 
 
 def listed(rows: Sequence[int], most: int = 20) -> str:

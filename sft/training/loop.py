@@ -12,12 +12,15 @@ from sft.fast import isolation, proof
 from sft.fast.probe import Probe
 from sft.inference.exact_match import exact_match
 from sft.model.precision import dtype_of
+from sft.run import record
 from sft.training import forgetting, left_out
 from sft.training.best import Best
 from sft.training.cadence import WithinEpochs
 from sft.training.guard import Guard
 from sft.training.signals import Signals
 from sft.watch import callbacks
+from sft.watch.alerts import Alerts
+from sft.watch.machine import Disk, Stall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,9 +44,8 @@ def add_checks(
 ) -> None:
     """Add the guard, and what must be checked, evaluated or measured before the first step."""
     settings = run.config.train
-    trainer.guard = Guard(
-        trainer.args, signals, trainer.rows_of, settings.max_loss_jump, settings.on_nan
-    )
+    limits = settings.max_loss_jump, settings.on_nan
+    trainer.guard = Guard(trainer.args, signals, trainer.rows_of, *limits, add_alerts(run, trainer))
     trainer.best = Best(settings)
     trainer.within_epochs = WithinEpochs(settings, prepared.train.counts.samples)
     trainer.add_callback(trainer.within_epochs)
@@ -99,6 +101,18 @@ def add_checks(
         before_training(trainer.resume_evaluations)
 
 
+def add_alerts(run: Run, trainer: Trainer) -> Alerts:
+    """Add the alerts, and on rank 0 those about the machine."""
+    main = trainer.args.process_index == 0
+    file = run.dir / record.ALERTS if main else None
+    alerts = Alerts(run.config.alert, file, run.config.on_alert)
+    trainer.add_callback(alerts)
+    if main:
+        trainer.add_callback(Stall(alerts))
+        trainer.add_callback(Disk(alerts, run.dir))
+    return alerts
+
+
 def answered(trainer: Trainer, count: int, stop_ids: Sequence[int]) -> dict[str, float]:
     """Generate answers to held-out prompts, and return the share that is exactly right."""
     samples = trainer.eval_dataset.select(range(min(count, len(trainer.eval_dataset))))
@@ -133,6 +147,9 @@ def train(
     finally:
         progress.close_all()  # an error, or a signal, does not end the callbacks of the bar
         trainer.end_workers()
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Stall):
+                callback.close()
     state = trainer.state
     assert state.global_step >= state.max_steps or trainer.stopped_early
     losses = [log["loss"] for log in state.log_history if "loss" in log]

@@ -124,15 +124,16 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
                 self.state.best_model_checkpoint = str(folders.path_of(args.output_dir, best))
             self.store_flos()
             facts = {"run": self.fingerprint, "step": step, "ranks": args.world_size}
-            save(
-                path,
-                self._write_weights,
-                self._live(),
-                self._kept_counts(),
-                self.state,
-                facts | {"stage": zero.stage(args.deepspeed)},
-                self._keep,
-            )
+            with self.guard.alerts.patiently():
+                save(
+                    path,
+                    self._write_weights,
+                    self._live(),
+                    self._kept_counts(),
+                    self.state,
+                    facts | {"stage": zero.stage(args.deepspeed)},
+                    self._keep,
+                )
             self._saved = step
         stops = self.control.should_training_stop and not self.stopped_early
         if stops and step < self.state.max_steps:
