@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sft.data.prepared import Prepared
+    from sft.inference.prompts import Prompts
     from sft.run.run import Run
     from sft.training.trainer import Trainer
 
@@ -108,6 +109,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.data.template import Template
         from sft.fast import cpu_products
         from sft.fast import lora as fast_lora
+        from sft.inference.prompts import Prompts
         from sft.inference.stops import stop_at
         from sft.merge import refusals
         from sft.model import adapter, prequantized, tokens, trainable
@@ -133,6 +135,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
+    prompts = Prompts(config, template, prepared, architecture) if config.sample.every else None
     schedule.require_batch(config.train, prepared.train.counts.samples)
     chosen = choices.decide(config, architecture, precision, prepared, new)
     run.identify(chosen, prepared)
@@ -154,7 +157,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
             start.load(config, trainer)
         summary.describe_run(config, trainer, prepared, tokenizer)
         with Signals() as signals:
-            claim(run, trainer, prepared)
+            claim(run, trainer, prepared, prompts)
             loop.add_checks(run, trainer, prepared, template.stop_ids, resume_from, signals)
             final = loop.train(trainer, config, template.stop_ids, resume_from)
             forgetting.measure_trained(run, trainer)
@@ -205,10 +208,10 @@ def merge(folder: Path, config: Config) -> None:
         )
 
 
-def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
+def claim(run: Run, trainer: Trainer, prepared: Prepared, prompts: Prompts | None) -> None:
     """Claim the run's folder, now that nothing can be refused any more, and open the logs."""
     from sft.merge import probes
-    from sft.watch import callbacks
+    from sft.watch import callbacks, samples
 
     if trainer.args.process_index == 0:
         run.claim()
@@ -218,6 +221,8 @@ def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
     trainer.accelerator.wait_for_everyone()
     run.log_to_file(trainer.args.process_index)
     callbacks.watch(trainer, run.dir / record.METRICS)
+    if prompts is not None:
+        trainer.add_callback(samples.Samples(trainer, prompts, run.dir / record.SAMPLES))
 
 
 def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.config.rules import declared, default_of, named, written
-from sft.config.settings import Config, LoraSection
+from sft.config.settings import Config, LoraSection, SampleConfig
 from sft.errors import Problem
 
 
@@ -118,6 +118,14 @@ NEEDS = (
     *(
         Need(f"quantization.{name}", "quantization.load_in_4bit", _is(True), "quantization=nf4")
         for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    ),
+    *(
+        Need(f"sample.{name}", "sample.every", _is_not(None), "sample.every=100")
+        for name in sorted(named(SampleConfig) - {"every"})
+    ),
+    *(
+        Need(f"sample.{name}", "sample.temperature", _is_not(None), "sample.temperature=1")
+        for name in ("top_k", "top_p", "seed")
     ),
     Need("dataset.max_eval_rows", "dataset.eval_fraction", _is(0), "dataset.eval_fraction=0"),
 )

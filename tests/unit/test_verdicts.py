@@ -187,7 +187,7 @@ ALWAYS = {
     *("train.weight_decay", "train.max_grad_norm", "train.optim", "train.gradient_checkpointing"),
     *("train.logging_steps", "train.eval_strategy", "train.save_strategy", "train.on_nan"),
     *("train.max_loss_jump", "train.padding_free", "train.pad_to_multiple_of"),
-    *("train.dataloader_num_workers", "train.extra"),
+    *("train.dataloader_num_workers", "train.extra", "train.max_forgetting", "sample.every"),
 }
 # zero_checks, lora_checks and training.groups refuse them.
 ELSEWHERE = {"zero.overrides", "train.merge", "model.trainable", "train.embedding_learning_rate"}
@@ -224,6 +224,8 @@ SWITCHES_OFF = {
     "lora.enabled": False,
     "quantization.load_in_4bit": False,
     "dataset.eval_fraction": 0.1,
+    "sample.every": None,
+    "sample.temperature": None,
 }
 
 
