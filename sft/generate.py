@@ -12,7 +12,7 @@ from sft import environment
 from sft.cli.command import Command
 from sft.config.rules import LARGEST_SEED, at_least, between, rule_problems, setting, share
 from sft.config.settings import ModelConfig, QuantizationConfig, TemplateConfig
-from sft.errors import DataError, ModelError, Problem, SourceError
+from sft.errors import DataError, ModelError, Problem
 from sft.inference.card import ADAPTER_SETTINGS
 from sft.inference.output import ANSWER, with_room, written
 from sft.merge import claim
@@ -223,22 +223,14 @@ def _adapted(config: GenerateConfig, folder: Path) -> Any:
 def _rows(config: GenerateConfig, template: Template) -> list[dict[str, Any]]:
     if config.prompt is not None:
         return [{"prompt": config.prompt} if config.raw else template.prompt_row(config.prompt)]
-    from sft.data.folders import resolve
-    from sft.data.locations import read
-    from sft.data.rows import BadRow
+    from sft.inference.prompts import rows_of
 
     rows = []
-    try:
-        for row in read(resolve(str(config.file))):
-            if isinstance(row, BadRow):
-                fix = "correct or remove it"
-                raise DataError(f"{row.file}:{row.line}: {row.reason}\n    fix: {fix}")
-            if config.raw and not isinstance(row.values.get("prompt"), str):
-                rule = "has no text in the column prompt"
-                raise DataError(f"{row.file}:{row.line}: {rule}\n    fix: add one, or raw=false")
-            rows.append(row.values)
-    except SourceError as error:  # which names the setting of training
-        raise error.of("file") from error
+    for row in rows_of(str(config.file), "file"):
+        if config.raw and not isinstance(row.values.get("prompt"), str):
+            rule = "has no text in the column prompt"
+            raise DataError(f"{row.file}:{row.line}: {rule}\n    fix: add one, or raw=false")
+        rows.append(row.values)
     if not rows:
         raise DataError(f"{config.file} holds no rows\n    fix: file=FILE with at least one row")
     return rows

@@ -112,6 +112,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.data.template import Template
         from sft.fast import cpu_products
         from sft.fast import lora as fast_lora
+        from sft.inference.prompts import Prompts
         from sft.inference.stops import stop_at
         from sft.merge import refusals
         from sft.model import adapter, prequantized, tokens, trainable
@@ -138,6 +139,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
+    prompts = Prompts(config, template, prepared, architecture) if config.sample.every else None
     schedule.require_batch(config.train, prepared.train.counts.samples)
     schedule.require_profiled(config, prepared.train.counts.samples)
     chosen = choices.decide(config, architecture, precision, prepared, new)
@@ -161,7 +163,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         summary.describe_run(config, trainer, prepared, tokenizer)
         with Signals() as signals:
             claim(run, trainer, prepared)
-            with watched(run, trainer, lambda: written.write(run.dir)):
+            with watched(run, trainer, prompts, lambda: written.write(run.dir)):
                 loop.add_checks(run, trainer, prepared, template.stop_ids, resume_from, signals)
                 final = loop.train(trainer, config, template.stop_ids, resume_from)
                 forgetting.measure_trained(run, trainer)

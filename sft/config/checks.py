@@ -17,6 +17,7 @@ from sft.config import (
     names,
     no_effect,
     packages,
+    sample_checks,
     upstream,
     zero_checks,
 )
@@ -57,6 +58,7 @@ def check(config: Config) -> list[Problem]:
         names.extra_problems,
         packages.problems,
         no_effect.problems,
+        sample_checks.problems,
     ):
         problems += find(config)
     problems += zero_checks.problems(config.zero, config.train.optim, not config.lora.enabled)

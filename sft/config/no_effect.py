@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.config.rules import declared, default_of, named, written
-from sft.config.settings import Config, LoraSection
+from sft.config.settings import Config, LoraSection, SampleConfig
 from sft.errors import Problem
 
 
@@ -129,6 +129,14 @@ NEEDS = (
         for name in ("start", "steps")
     ),
     Need("profile.interval", "profile.system", _is(True), "profile=system"),
+    *(
+        Need(f"sample.{name}", "sample.every", _is_not(None), "sample.every=100")
+        for name in sorted(named(SampleConfig) - {"every"})
+    ),
+    *(
+        Need(f"sample.{name}", "sample.temperature", _is_not(None), "sample.temperature=1")
+        for name in ("top_k", "top_p", "seed")
+    ),
 )
 
 

@@ -26,6 +26,7 @@ class SampleConfig:
         None,
         "what is answered: a list of prompts, or a file of them, which is read again each time: "
         "lines of a .txt, or rows in any format of a dataset; null: held-out rows",
+        path="read",
         changes_training=False,
     )
     num: int = setting(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 
@@ -47,6 +48,22 @@ def complete(
     ids = continuations(model, tokenizer, *given, **options).tolist()
     stops = all_stop_ids(model.generation_config, tokenizer, stop_ids)
     return texts_of(tokenizer, ids, stops)
+
+
+def rounds(count: int, size: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield for each batch the first prompt of all ranks, and this rank's prompts, by number.
+
+    Prompts are assigned to the ranks in turn. Every rank has as many batches as the others; the
+    last may be empty.
+
+    Args:
+        count: The number of prompts.
+        size: Prompts of a rank's batch, at most.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    for start in range(0, count, size * ranks):
+        yield start, list(range(start + rank, min(start + size * ranks, count), ranks))
 
 
 def texts_of(

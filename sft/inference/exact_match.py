@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from sft.data.row_encoder import IGNORE_INDEX
-from sft.inference.answers import complete, takes_padding, texts_of
+from sft.inference.answers import complete, rounds, takes_padding, texts_of
+from sft.inference.prompts import last_answer
 from sft.inference.stops import all_stop_ids
 from sft.progress import progress
 
@@ -44,20 +44,19 @@ def exact_match(
         ``exact_match`` (share), ``exact_match_rows`` and ``exact_match_seconds``.
     """
     began = time.perf_counter()
-    prompts, wanted = zip(*(_last_answer(sample) for sample in samples), strict=True)
+    prompts, wanted = zip(
+        *(last_answer(sample["input_ids"], sample["labels"]) for sample in samples), strict=True
+    )
     stops = all_stop_ids(model.generation_config, tokenizer, stop_ids)
     answers = [text.strip() for text in texts_of(tokenizer, wanted, stops)]
     # Allow two tokens more than the longest answer: an answer that is longer is wrong anyway.
     longest = max(map(len, wanted)) + 2
     if not takes_padding(model, tokenizer, device):
         batch_size = 1  # every rank must generate as often as the others
-    rank = dist.get_rank() if dist.is_initialized() else 0
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     right = torch.zeros(1, dtype=torch.int64, device=device)
     with progress("answering held-out prompts", len(prompts), "prompts") as bar:
-        for start in range(0, len(prompts), batch_size * ranks):
-            stop = min(start + batch_size * ranks, len(prompts))
-            indices = list(range(start + rank, stop, ranks))
+        for start, indices in rounds(len(prompts), batch_size):
             # A rank with none left repeats a prompt without counting it: ZeRO-3 needs every rank.
             texts = complete(
                 model,
@@ -66,12 +65,12 @@ def exact_match(
                 longest,
                 device,
                 stop_ids,
-                synced_gpus=ranks > 1,
+                synced_gpus=dist.is_initialized(),
             )
             right += sum(
                 text.strip() == answers[index] for index, text in zip(indices, texts, strict=False)
             )
-            bar.update(stop - start)
+            bar.update(min(batch_size * ranks, len(prompts) - start))
     if dist.is_initialized():
         dist.all_reduce(right)
     return {
@@ -79,15 +78,3 @@ def exact_match(
         "exact_match_rows": len(prompts),
         "exact_match_seconds": round(time.perf_counter() - began, 3),
     }
-
-
-def _last_answer(sample: dict[str, list[int]]) -> tuple[list[int], list[int]]:
-    """Split a sample into what precedes its last trained span, and that span."""
-    ids, labels = sample["input_ids"], sample["labels"]
-    stop = len(labels)
-    while labels[stop - 1] == IGNORE_INDEX:
-        stop -= 1
-    start = stop
-    while start and labels[start - 1] != IGNORE_INDEX:
-        start -= 1
-    return ids[:start], ids[start:stop]

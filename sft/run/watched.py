@@ -12,19 +12,24 @@ from sft import process
 from sft.run import record
 from sft.watch.callbacks import EverySteps, MetricsFile, RanksAgree
 from sft.watch.lines import Lines
+from sft.watch.samples import Samples
 
 if TYPE_CHECKING:
+    from sft.inference.prompts import Prompts
     from sft.run.run import Run
     from sft.training.timed import TimedTrainer
 
 
 @contextlib.contextmanager
-def watched(run: Run, trainer: TimedTrainer, write_page: Callable[[], object]) -> Iterator[None]:
+def watched(
+    run: Run, trainer: TimedTrainer, prompts: Prompts | None, write_page: Callable[[], object]
+) -> Iterator[None]:
     """Watch the training within a block; however the block ends, nothing of it goes on.
 
     Args:
         run: The run, whose folder has been claimed.
         trainer: Gets our callbacks instead of the Trainer's printing ones.
+        prompts: What is answered while the model trains; None: nothing.
         write_page: Writes the page of the run, for ``report.every``.
     """
     profile, every = run.config.profile, run.config.report.every
@@ -44,6 +49,8 @@ def watched(run: Run, trainer: TimedTrainer, write_page: Callable[[], object]) -
 
             file = file_of(run.dir / record.SYSTEM, process.node())
             ending.enter_context(System(file, profile.interval))
+        if prompts is not None:
+            callbacks.append(Samples(trainer, prompts, run.dir / record.SAMPLES))
         if every is not None:
             callbacks.append(EverySteps(every, write_page))
         for callback in callbacks:

@@ -42,7 +42,7 @@ def measure_base(run: Run, trainer: Trainer) -> None:
     trained in full, equal the base only before the first step. In every other run the adapter is
     switched off.
     """
-    if _before(run, trainer) is not None:
+    if run.config.train.max_forgetting is None or _before(run, trainer) is not None:
         return
     model, began = trainer.bare_model, time.perf_counter()
     configs = getattr(model, "peft_config", None)

@@ -52,8 +52,8 @@ def add_checks(
     trainer.add_callback(trainer.guard)  # the last: on a signal, no evaluation starts
     trainer.args.eval_on_start &= resume_from is None
 
-    def before_training(action: Callable[[], object], on_resume: bool = True) -> None:
-        trainer.add_callback(callbacks.BeforeTraining(action, on_resume))
+    def before_training(action: Callable[[], object]) -> None:
+        trainer.add_callback(callbacks.BeforeTraining(action, on_resume=True))
 
     device, vocabulary = trainer.args.device, len(trainer.processing_class)
     mixed = trainer.accelerator.mixed_precision
@@ -90,15 +90,19 @@ def add_checks(
     before_training(lambda: isolation.require_rows(probe(), batched))
     if packed or trainer.data_collator.padding_free:
         before_training(check_isolation)
-    if count := run.config.dataset.exact_match:
-        if settings.metric == ANSWERED:
-            trainer.answers = lambda: answered(trainer, count, stop_ids)
-        else:
-            before_training(lambda: log_answers(trainer, count, stop_ids), on_resume=False)
-    if settings.max_forgetting is not None:
-        before_training(lambda: forgetting.measure_base(run, trainer))
+    if (count := run.config.dataset.exact_match) and settings.metric == ANSWERED:
+        trainer.answers = lambda: answered(trainer, count, stop_ids)
+    before_training(lambda: measure_start(run, trainer, stop_ids))
     if resume_from is not None and trainer.held_out:
         before_training(trainer.resume_evaluations)
+
+
+def measure_start(run: Run, trainer: Trainer, stop_ids: Sequence[int]) -> None:
+    """Measure the model as it is before the first step: exact answers, loss on general text."""
+    count = run.config.dataset.exact_match
+    if count and trainer.answers is None and trainer.state.global_step == 0:
+        log_answers(trainer, count, stop_ids)
+    forgetting.measure_base(run, trainer)
 
 
 def add_alerts(run: Run, trainer: Trainer) -> Alerts:

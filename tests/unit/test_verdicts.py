@@ -188,7 +188,14 @@ ALWAYS = {
     *("train.logging_steps", "train.eval_strategy", "train.save_strategy", "train.on_nan"),
     *("train.max_loss_jump", "train.padding_free", "train.pad_to_multiple_of"),
     *("train.dataloader_num_workers", "train.extra", "profile.torch", "profile.system"),
-    *("on_alert", "alert.loss_jump", "alert.stall", "alert.disk"),
+    *(
+        "train.max_forgetting",
+        "sample.every",
+        "on_alert",
+        "alert.loss_jump",
+        "alert.stall",
+        "alert.disk",
+    ),
 }
 # zero_checks, lora_checks, training.groups and evaluation refuse them.
 ELSEWHERE = {"zero.overrides", "train.merge", "model.trainable", "train.embedding_learning_rate"}
@@ -228,6 +235,8 @@ SWITCHES_OFF = {
     "profile.system": False,
     "quantization.load_in_4bit": False,
     "dataset.eval_fraction": 0.1,
+    "sample.every": None,
+    "sample.temperature": None,
 }
 
 
