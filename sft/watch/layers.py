@@ -218,8 +218,8 @@ def _trained(module: nn.Module, name: str) -> bool:
     """Return whether a module's parameter is trained, or has an adapter that PEFT adds to it."""
     if parametrize.is_parametrized(module, name):
         return True
-    found = module._parameters.get(name)
-    return found is not None and found.requires_grad
+    found = getattr(module, name, None)
+    return isinstance(found, nn.Parameter) and found.requires_grad
 
 
 def window_of(module: nn.Module) -> int:
