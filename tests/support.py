@@ -165,3 +165,34 @@ def build_adapter(folder: Path, base: Path, seed: int = 1, **settings: Any) -> P
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     adapted.save_pretrained(folder)
     return folder
+
+
+def counted() -> dict[Any, Any]:
+    """Give ``FlopCounterMode`` the formulas of operations that it does not know."""
+    import torch
+    from torch.utils import flop_counter
+
+    def attention(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+        return flop_counter.sdpa_flop_count(*shapes[:3])
+
+    def attention_backward(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+        return flop_counter.sdpa_backward_flop_count(*shapes[:4])
+
+    def added(_: Any, a: Any, b: Any, *rest: Any, out_shape: Any = None, **__: Any) -> int:
+        return flop_counter.mm_flop(a, b)
+
+    def packed(x: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+        return int(2 * out_shape.numel() * x[-1])
+
+    def grouped(a: Any, b: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+        # (rows, in) by (experts, in, out), or the gradient of a weight: (out, rows) by (rows, in)
+        return int(2 * a[0] * a[1] * b[-1])
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        aten.addmm_: added,
+        aten._grouped_mm: grouped,
+        torch.ops.mkldnn._linear_pointwise: packed,
+    }

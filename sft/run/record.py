@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def trained(logged: dict[str, Any]) -> dict[str, Any]:
         key: value
         for key, value in logged.items()
         # Each set in dataset.eval has its own eval_NAME_seconds.
-        if key not in MEASURED and not (key.startswith("eval_") and key.endswith("_seconds"))
+        if key not in MEASURED and not re.fullmatch(r"eval_\w+_seconds", key)
     }
 
 

@@ -57,7 +57,8 @@ class Layers:
     """Counts the operations of one micro-batch.
 
     Attributes:
-        total: Of all layers except attention's scores and the LM head.
+        total: Of the layers' products with tokens, without attention's scores and the LM head.
+        fixed: Of products of weights, whatever the number of tokens.
         attention: Of the scores and the sums of values, for one pair of tokens in all layers; by
             the layers' window (0: none).
         in_backward: The forward pass has ended.
@@ -65,7 +66,7 @@ class Layers:
 
     def __init__(self, model: Any, kernel: str) -> None:
         self.model, self.kernel = model, kernel
-        self.total = Cost()
+        self.total, self.fixed = Cost(), Cost()
         self.attention: dict[int, Cost] = defaultdict(Cost)
         self.in_backward = False
         self._stored: set[Any] = set()  # layers whose forward pass autograd recorded
@@ -139,10 +140,12 @@ class Layers:
         self, size: int, normed: bool, module: Any, given: Any, named: Any, output: Any
     ) -> None:
         x = given[0] if given else next(iter(named.values()))
-        gradients = x.requires_grad + _trained(module, "weight")
-        if normed and x.dim() == 2:  # DoRA's norms have no gradient
-            gradients = 0
-        self._add(self.total, module, 2 * size * (x.numel() // x.shape[-1]), gradients)
+        forward = 2 * size * (x.numel() // x.shape[-1])
+        if normed and x.dim() == 2:  # DoRA's norms, which have no gradient
+            self._add(self.fixed, None, forward, 0)
+        else:
+            gradients = x.requires_grad + _trained(module, "weight")
+            self._add(self.total, module, forward, gradients)
 
     def _watch_adapter(self, module: Any, given: Any, output: Any) -> None:
         x = given[0]
@@ -160,10 +163,10 @@ class Layers:
             if name in module.lora_A:
                 a, b = (shape_of(m[name].weight) for m in (module.lora_A, module.lora_B))
                 forward = 2 * a.numel() * b[0]
-                self._add(self.total, module, forward, 2)
+                self._add(self.fixed, module, forward, 2)
                 if module.num_experts > 1:
                     # PyTorch computes a parametrization also when it is registered.
-                    self.total.repeated += forward
+                    self.fixed.repeated += forward
 
     def _watch_convolution(self, module: Any, given: Any, output: Any) -> None:
         per_output = prod(shape_of(module.weight)[1:])
@@ -215,8 +218,8 @@ def _trained(module: nn.Module, name: str) -> bool:
     """Return whether a module's parameter is trained, or has an adapter that PEFT adds to it."""
     if parametrize.is_parametrized(module, name):
         return True
-    found = module._parameters.get(name)
-    return found is not None and found.requires_grad
+    found = getattr(module, name, None)
+    return isinstance(found, nn.Parameter) and found.requires_grad
 
 
 def window_of(module: nn.Module) -> int:

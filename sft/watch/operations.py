@@ -27,12 +27,14 @@ class Seen:
     """The sizes of some micro-batches.
 
     Attributes:
+        count: Their number.
         tokens: Tokens that were computed, with padding.
         trained: Positions that the loss was computed at; a number, or a tensor on the device.
         texts: Tokens without padding; a number, or a tensor on the device.
         pairs: By attention window (0: none), the pairs of tokens; numbers, or tensors.
     """
 
+    count: int = 0
     tokens: int = 0
     trained: Any = 0
     texts: Any = 0
@@ -84,6 +86,7 @@ class Operations:
             return float(seen.texts), 0.0, 0.0
         costs = [
             (self._layers.total, seen.tokens / self._tokens),
+            (self._layers.fixed, seen.count),
             (self._position, float(seen.trained)),
             *((cost, float(seen.pairs[window])) for window, cost in self._layers.attention.items()),
         ]
@@ -95,6 +98,7 @@ class Operations:
     def _see(self, inputs: dict[str, Any]) -> None:
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         seen, places = self.seen, inputs.get("position_ids")
+        seen.count += 1
         seen.tokens += ids.numel()
         seen.texts = seen.texts + (ids.numel() if mask is None else mask.sum())
         positions, labels = inputs.get("loss_positions"), inputs["labels"][:, 1:]

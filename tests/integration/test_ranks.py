@@ -122,6 +122,40 @@ def test_stages_and_rank_counts_log_the_same_metrics(stages: dict[str, Path]) ->
     assert logged["one"][-1]["num_tokens"] > 1000
 
 
+def test_figures_of_a_record_agree_with_one_another_and_with_the_clock(
+    stages: dict[str, Path],
+) -> None:
+    parts = ("data", "compute", "optimizer", "evaluation", "saving", "other")
+    for name, run in stages.items():
+        logged = [record for record in records(run) if "loss" in record]
+        before = 0
+        for record in logged:
+            assert (record["seconds_data"], record["seconds_compute"]) > (0, 0), name
+            assert record["seconds_optimizer"] > 0, name
+            assert record["memory_resident"] > 50 * 2**20
+            took = sum(record[f"seconds_{part}"] for part in parts)
+            took -= record["seconds_evaluation"] + record["seconds_saving"]
+            assert record["seconds_per_step"] == pytest.approx(took, abs=0.001)
+            # Of all ranks: what num_tokens grows by.
+            tokens, before = record["num_tokens"] - before, record["num_tokens"]
+            assert record["tokens_per_second"] * took == pytest.approx(tokens, rel=0.02), name
+        assert logged[3]["seconds_evaluation"] > 0  # of the first epoch's end
+        assert not any(record["seconds_evaluation"] for record in logged[:3])
+        # From the first record to the last.
+        wall = logged[-1]["time"] - logged[0]["time"]
+        parted = sum(record[f"seconds_{part}"] for record in logged[1:] for part in parts)
+        assert parted == pytest.approx(wall, rel=0.02, abs=0.002), name
+    found = {
+        name: json.loads((run / "run.json").read_text())["operations"]
+        for name, run in stages.items()
+    }
+    for stage in STAGES[1:]:  # the same is computed, except the adapter by PEFT under stage3
+        assert found[stage]["per_token"] == pytest.approx(found["none"]["per_token"], rel=0.01)
+    # All layers are checkpointed and all positions scored.
+    assert found["one"]["per_token"] > 1.2 * found["none"]["per_token"]
+    assert len({facts["convention_6n"] for facts in found.values()}) == 1
+
+
 def test_stages_and_rank_counts_give_the_plain_adapter(stages: dict[str, Path]) -> None:
     expected = load_file(stages["one"] / "adapter" / "adapter_model.safetensors")
     assert len(expected) == 28  # 2 layers x 7 linears x A and B

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from support import build_model, records, run_sft
+from transformers import TrainerCallback
 from warm import run_warm
 
 
@@ -83,6 +84,11 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(
     )
     assert resumed == never_killed
     assert len(resumed) == 16
+    # Each record once; and a clock of its own, which does not count the time until the restart.
+    lines = [record for record in records(tmp_path / "killed") if "loss" in record]
+    assert len(lines) == 16
+    assert all(0 < line["seconds_per_step"] < 10 for line in lines)
+    assert all(0 < line["seconds_left"] < 100 for line in lines[:-1])
     straight, killed = (
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         for name in ("straight", "killed")
@@ -277,6 +283,40 @@ def test_a_run_cut_off_after_its_last_checkpoint_trains_no_step_more(
     after = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(after[key].equal(before[key]) for key in before)
     assert [record["step"] for record in records(run) if "loss" in record] == [1, 2]
+
+
+def test_figures_change_nothing_of_what_is_trained(
+    tmp_path: Path, common: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of the adapter, and what a checkpoint holds of the records."""
+    from sft.run import record
+    from sft.train import main, train
+    from sft.training import timed, trainer
+
+    found = {}
+    for name, kind in (("with", timed.TimedTrainer), ("without", trainer.Trainer)):
+        command = [*common, "train.max_steps=3", "lora.lora_dropout=0.1"]
+        if kind is trainer.Trainer:
+            plain = type("Plain", (trainer.Trainer,), {"figures": Unwatched()})
+            monkeypatch.setattr(timed, "TimedTrainer", plain)
+        train(main.compose([*command, f"output_dir={tmp_path / name}"]))
+        state = json.loads((tmp_path / name / "checkpoint-3" / "trainer_state.json").read_text())
+        found[name] = (
+            (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes(),
+            [record.trained(line) for line in records(tmp_path / name) if "loss" in line],
+            [line for line in state["log_history"] if "loss" in line],
+        )
+    assert found["with"] == found["without"]
+    logged = [line for line in records(tmp_path / "with") if "loss" in line]
+    assert all("operations_per_second" in line for line in logged)
+    assert not record.MEASURED & {key for line in found["with"][2] for key in line}
+
+
+class Unwatched(TrainerCallback):
+    """In the place of the figures."""
+
+    def facts(self, parameters: int) -> None:
+        pass
 
 
 def test_a_resumed_run_logs_as_often_as_it_is_told_now(tmp_path: Path, common: list[str]) -> None:
