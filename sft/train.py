@@ -37,11 +37,14 @@ def train(config: Config) -> dict[str, Any] | None:
     Raises:
         SftError: The run is refused or has failed; the message includes a fix.
     """
-    folder = fit(config)
-    if process.rank() != 0:
-        return None
-    if config.train.merge:
-        merge(folder, config)
+    from sft.watch import trackers
+
+    with trackers.delivered():
+        folder = fit(config)
+        if process.rank() != 0:
+            return None
+        if config.train.merge:
+            merge(folder, config)
     found = record.read(folder)
     return {"run": str(folder), **{key: found[key] for key in ("status", "seconds", "final")}}
 
@@ -207,7 +210,7 @@ def merge(folder: Path, config: Config) -> None:
 def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
     """Claim the run's folder, now that nothing can be refused any more, and open the logs."""
     from sft.merge import probes
-    from sft.watch import callbacks
+    from sft.watch import callbacks, trackers
 
     if trainer.args.process_index == 0:
         run.claim()
@@ -217,6 +220,9 @@ def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
     trainer.accelerator.wait_for_everyone()
     run.log_to_file(trainer.args.process_index)
     callbacks.watch(trainer, run.dir / record.METRICS)
+    # After the callback of metrics.jsonl, which removes the records that will be logged again.
+    send = callbacks.BeforeTraining(lambda: trackers.start(run.dir, run.config.tracker), True)
+    trainer.add_callback(send)
 
 
 def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:
