@@ -39,12 +39,15 @@ def train(config: Config) -> dict[str, Any] | None:
     Raises:
         SftError: The run is refused or has failed; the message includes a fix.
     """
-    folder = fit(config)
-    if process.rank() != 0:
-        return None
-    if config.train.merge:
-        merge(folder, config)
-        written.write(folder)
+    from sft.watch import trackers
+
+    with trackers.delivered():
+        folder = fit(config)
+        if process.rank() != 0:
+            return None
+        if config.train.merge:
+            merge(folder, config)
+            written.write(folder)
     closing.log(closing.finished(folder))
     found = record.read(folder)
     return {"run": str(folder), **{key: found[key] for key in ("status", "seconds", "final")}}

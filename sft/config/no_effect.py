@@ -12,6 +12,7 @@ from typing import Any
 
 from sft.config.rules import declared, default_of, named, written
 from sft.config.settings import Config, LoraSection, SampleConfig
+from sft.config.watch_settings import TrackerConfig
 from sft.errors import Problem
 
 
@@ -98,12 +99,7 @@ NEEDS = (
         Need(f"train.extra.ddp_{name}", "zero.config", _is(None), "zero=none")
         for name in ("broadcast_buffers", "bucket_cap_mb", "static_graph", "find_unused_parameters")
     ),
-    *(
-        Need(
-            f"train.extra.{name}", "train.extra.report_to", lambda to: to not in (None, "none", [])
-        )
-        for name in ("trackio_bucket_id", "trackio_space_id", "trackio_static_space_id")
-    ),
+    Need("tracker.uri", "tracker.mlflow", _is(True), "tracker=mlflow"),
     # The noise is scaled by the length of a row, which joined rows change (transformers#34659).
     Need(
         "train.extra.neftune_noise_alpha",
@@ -155,6 +151,19 @@ def problems(config: Config) -> Iterator[Problem]:
             f"{need.rule} with {written(need.other, other)}",
             default if decided else need.fix or default,
         )
+    yield from _tracker(config)
+
+
+def _tracker(config: Config) -> Iterator[Problem]:
+    """Find names for trackers that are not chosen."""
+    tracker = config.tracker
+    if tracker.wandb or tracker.mlflow or tracker.trackio:
+        return
+    for name in ("project", "group"):
+        value = getattr(tracker, name)
+        if value != getattr(TrackerConfig(), name):
+            rule = "has no effect without one of the trackers wandb, mlflow and trackio"
+            yield Problem(written(f"tracker.{name}", value), rule, "tracker=wandb")
 
 
 def value_of(config: Config, name: str) -> Any:

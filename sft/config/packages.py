@@ -39,10 +39,17 @@ ATTENTION = {
     "flash_attention_3": (("flash_attn_interface", "kernels"), "kernels"),
 }
 HUB_KERNEL = (("kernels",), "kernels")  # of a name with a slash
-# Transformers' names of trackers, and the packages of which each needs one.
+# Trackers of ``tracker=NAME``, and the packages that each needs.
 TRACKERS: dict[str, tuple[str, ...]] = {
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+    "trackio": ("trackio",),
+}
+# Other trackers, which Transformers logs to (train.extra.report_to), and the packages of which each
+# needs one.
+REPORTS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "all": (),
     "azure_ml": ("azureml",),
     "clearml": ("clearml",),
     "codecarbon": ("codecarbon",),
@@ -51,12 +58,8 @@ TRACKERS: dict[str, tuple[str, ...]] = {
     "dvclive": ("dvclive",),
     "flyte": ("flytekit",),
     "kubeflow": ("kubeflow",),
-    "mlflow": ("mlflow",),
     "neptune": ("neptune",),
     "swanlab": ("swanlab",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "trackio": ("trackio",),
-    "wandb": ("wandb",),
 }
 DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each GPU
 NEEDS = "needs the package "
@@ -68,10 +71,21 @@ def problems(config: Config) -> Iterator[Problem]:
         if not any(map(installed, modules)):
             names = " or ".join(dict.fromkeys((pip, *modules[1:])))
             yield Problem(f"{setting}={value}", f"{NEEDS}{names}", f"pip install {pip}")
-    for name in _trackers(config):
-        if name not in TRACKERS:
-            hint = upstream.did_you_mean(name, TRACKERS)
-            yield Problem(f"train.extra.report_to={name}", "there is no such tracker", hint)
+    for name, modules in TRACKERS.items():
+        absent = [module for module in modules if not installed(module)]
+        if getattr(config.tracker, name) and absent:
+            fix = f"pip install 'sft[{name}]'"
+            yield Problem(f"tracker={name}", f"{NEEDS}{' and '.join(absent)}", fix)
+    for name in _reports(config):
+        given = f"train.extra.report_to={name}"
+        if name in TRACKERS:
+            rule = "Transformers would log the steps of a resumed run twice; sft logs them itself"
+            yield Problem(given, rule, f"tracker={name}")
+        elif name == "all":
+            yield Problem(given, "a tracker must be named", f"tracker=[{','.join(TRACKERS)}]")
+        elif name not in REPORTS:
+            hint = upstream.did_you_mean(name, REPORTS)
+            yield Problem(given, "there is no such tracker", hint)
 
 
 def is_missing(problem: Problem) -> bool:
@@ -103,8 +117,8 @@ def _needed(config: Config) -> Iterator[tuple[str, Any, tuple[str, ...], str]]:
         yield "train.optim", optim, package[:1], package[1]
     if of := HUB_KERNEL if "/" in kernel else ATTENTION.get(kernel):
         yield "model.attn_implementation", kernel, *of
-    for name in _trackers(config):
-        if modules := TRACKERS.get(name):
+    for name in _reports(config):
+        if modules := REPORTS.get(name):
             yield "train.extra.report_to", name, modules, modules[0]
     if config.profile.system and has_gpu():
         yield "profile.system", "true", ("pynvml",), "nvidia-ml-py"
@@ -112,6 +126,6 @@ def _needed(config: Config) -> Iterator[tuple[str, Any, tuple[str, ...], str]]:
         yield "train.extra.use_liger_kernel", "true", ("liger_kernel",), "liger-kernel"
 
 
-def _trackers(config: Config) -> list[str]:
+def _reports(config: Config) -> list[str]:
     given = config.train.extra.get("report_to", "none")
     return [str(name) for name in (given if isinstance(given, list) else [given])]

@@ -41,6 +41,10 @@ TRAIN_REFUSED = {
         ("do_train", "do_eval", "do_predict"),
         "a run trains, and evaluates if there are held-out rows",
     ),
+    **dict.fromkeys(
+        ("trackio_bucket_id", "trackio_space_id", "trackio_static_space_id"),
+        "tracker=trackio writes to this machine, and the command trackio sync uploads it",
+    ),
     "use_cache": "training never uses the cache of keys and values",
 }
 # Fields of SFTConfig that are passed on as they are.
@@ -57,7 +61,7 @@ TRAIN_PASSED = frozenset(
         *("log_level", "log_level_replica", "log_on_each_node", "logging_first_step"),
         *("logging_nan_inf_filter", "neftune_noise_alpha", "report_to"),
         *("skip_memory_metrics", "tf32", "torch_compile", "torch_compile_backend"),
-        *("torch_compile_mode", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id"),
+        "torch_compile_mode",
     )
 )
 
@@ -118,7 +122,7 @@ DEEPSPEED_DECIDED = {
 # Keys without effect in a run of sft: why, and the setting to use instead, if there is one. A JSON
 # may hold them; they are left out.
 _CHECKPOINT = "sft writes its own checkpoints, which DeepSpeed does not read", ""
-_TRACKER = "metrics are logged by Transformers", "train.extra.report_to=tensorboard"
+_TRACKER = "metrics are logged by sft", "tracker=tensorboard"
 _PRECISION = "the precision is a setting of the run", "precision=bf16"
 _UNUSED = "sft does not use it", ""
 _UNKNOWN = "DeepSpeed has no such key", ""

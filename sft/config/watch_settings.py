@@ -91,7 +91,7 @@ class TrackerConfig:
     )
     uri: str | None = setting(
         None,
-        "MLflow's tracking URI; null: MLFLOW_TRACKING_URI, or a database in the run's folder",
+        "MLflow's tracking URI; null: MLFLOW_TRACKING_URI, or mlflow.db beside the run's folder",
         changes_training=False,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sft.config.foreign import CONVERTED, DEFAULT, DIFFERS, NOT_OURS, UNKNOWN
 from sft.config.grammar import hydra_text
+from sft.config.secrets import HIDDEN, may_be_secret
 from sft.convert.conversion import Line
 from sft.convert.convert import TOOLS, Result
 
@@ -20,24 +21,6 @@ TITLES = {
     UNKNOWN: "unknown to sft import",
 }
 WIDEST = 60  # characters of a value that is shown
-HIDDEN = "(not shown)"
-
-
-SECRET = re.compile(
-    r"(?<!bos|eos|pad|unk|sep|cls)(_|\b)token$|(api|access|secret|private|wandb)_?key$"
-)
-TOKEN = re.compile(r"\b(hf_|sk-|ghp_|glpat-)\w{12,}|://[^/@\s]*:[^/@\s]+@")  # and a URL's password
-
-
-def may_be_secret(key: str, value: Any) -> bool:
-    """Check whether a text, or one within a mapping or list, may be a token, key or password."""
-    if isinstance(value, dict):
-        return any(may_be_secret(str(name), item) for name, item in value.items())
-    if isinstance(value, list):
-        return any(may_be_secret(key, item) for item in value)
-    name = key.rpartition(".")[2].lower()
-    named = name == "key" or SECRET.search(name) or re.search("auth|password|secret", name)
-    return isinstance(value, str) and bool(named or TOKEN.search(value))
 
 
 def _hidden(line: Line) -> bool:

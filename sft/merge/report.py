@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sft.files import to_json, write_text
+from sft.run import record
 
 logger = logging.getLogger("sft")
 
-REPORT = "merge_report.json"
+REPORT = record.MERGE_REPORT
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

@@ -22,10 +22,13 @@ SAMPLES = "samples.jsonl"  # answers generated while training, one JSON object e
 ALERTS = "alerts.jsonl"  # what was wrong while training, one JSON object each
 SYSTEM = "system.jsonl"  # the use of the machine: profile=system
 PROFILE = "profile"  # the folder of what profile=torch recorded
-TRACKED = "trackers.json"  # the run of each tracker, and how much of this run it has
+TRACKED = "trackers.json"  # the id under which trackers know this run, and where each shows it
+TRACKERS_LOG = "trackers.log"  # what the trackers' libraries have printed
 REPORT = "report.html"  # the page
 ADAPTER, MODEL = "adapter", "model"  # the folders of the trained weights; a run has one of them
 MERGED = "merged"  # the folder of the merged model
+MERGE_REPORT = "merge_report.json"  # in that folder: what the merge was and how it was verified
+SWEEP = "sweep.json"  # in the folder of a sweep, whose trials are runs: their results
 KEPT = ("forgetting",)  # entries of run.json that a resumed run takes over
 # What records of metrics.jsonl say of the machine, and not of what is trained.
 MEASURED = frozenset(

@@ -10,7 +10,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sft import process
 from sft.run import record
-from sft.watch.callbacks import EverySteps, MetricsFile, RanksAgree
+from sft.watch import trackers
+from sft.watch.callbacks import BeforeTraining, EverySteps, MetricsFile, RanksAgree
 from sft.watch.lines import Lines
 from sft.watch.samples import Samples
 
@@ -53,6 +54,9 @@ def watched(
             callbacks.append(Samples(trainer, prompts, run.dir / record.SAMPLES))
         if every is not None:
             callbacks.append(EverySteps(every, write_page))
+        # After the callback of metrics.jsonl, which removes the records that will be logged again.
+        send = BeforeTraining(lambda: trackers.start(run.dir, run.config.tracker), on_resume=True)
+        callbacks.append(send)
         for callback in callbacks:
             trainer.add_callback(callback)
         yield

@@ -18,6 +18,7 @@ from typing import Any
 from sft import child, process
 from sft.errors import ConfigError, Problem, RunError
 from sft.files import write_text
+from sft.run import record
 from sft.sweep.trial import Trial
 
 logger = logging.getLogger("sft")
@@ -123,6 +124,7 @@ def run(trials: Sequence[Trial], sweep_dir: Path) -> int:
     logger.info("%s; the output of each is in %s/TRIAL.log", count, sweep_dir)
     try:
         with child.signals_as_interrupt():
+            _save(trials, sweep_dir)  # trackers of the first trial find the sweep by this file
             for number, trial in enumerate(trials, 1):
                 _train(trial, f"trial {number}/{len(trials)}  {trial}")
                 _save(trials, sweep_dir)
@@ -163,7 +165,7 @@ def _train(trial: Trial, title: str) -> None:
 
 def _save(trials: Sequence[Trial], sweep_dir: Path) -> None:
     """Write sweep.json atomically: it is complete whenever it is read or the sweep is killed."""
-    write_text(sweep_dir / "sweep.json", json.dumps(records(trials), indent=2) + "\n")
+    write_text(sweep_dir / record.SWEEP, json.dumps(records(trials), indent=2) + "\n")
 
 
 def records(trials: Sequence[Trial]) -> list[dict[str, Any]]:
