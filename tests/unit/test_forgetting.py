@@ -1,5 +1,6 @@
 """The general text is cut into samples, and the bytes that they score are counted exactly."""
 
+import itertools
 from typing import Any
 
 import made_tokenizers
@@ -35,7 +36,7 @@ def test_samples_of_a_long_text_are_spaced_evenly(tokenizer: Any) -> None:
     assert count == len(scored) == WINDOWS * (WINDOW - 1)
     pieces = [tokenizer.decode(sample["input_ids"]) for sample in samples]
     places = [text.index(piece) for piece in pieces]
-    gaps = {after - before for before, after in zip(places, places[1:], strict=False)}
+    gaps = {after - before for before, after in itertools.pairwise(places)}
     assert len(gaps) <= 2 and max(gaps) - min(gaps) <= 1
 
 
