@@ -24,7 +24,7 @@ OWN = {
     *("steps", "ranks", "output_dir", "overwrite", "resume.checkpoint", "resume.allow"),
     *("train.max_steps", "train.save_strategy", "train.save_steps", "train.logging_steps"),
     *("train.save_total_limit", "train.saves_per_epoch", "train.evals_per_epoch"),
-    *("dataset.max_rows", "dataset.max_eval_rows"),
+    *("dataset.max_rows", "dataset.max_eval_rows", "train.max_forgetting"),
 }
 EPOCH = 3  # optimizer steps of an epoch, at most, unless dataset.max_rows is set
 FOLDER_OPTIONS = ("--config-dir", "-cd")

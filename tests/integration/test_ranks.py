@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from support import PLAIN, SAME_LOSS, assert_same_adapter, build_model, losses, records
 from warm import run_warm
 
+from sft.files import read_records
+
 STAGES = ("none", "stage1", "stage2", "stage3")
 
 
@@ -58,13 +60,18 @@ def common(llama: Path, rows: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> dict[str, Path]:
-    """Train the same thing on one rank the plain way, and on two the fast way under each stage."""
+    """Train the same thing on one rank the plain way, and on two the fast way under each stage.
+
+    These runs take samples and measure forgetting; those with a JSON of another tool do not.
+    """
+    watched = ["sample=held-out", "sample.every=3", "sample.num=3", "sample.max_new_tokens=12"]
+    watched += ["sample.temperature=1", "sample.seed=5", "train.max_forgetting=0.05"]
     folder = tmp_path_factory.mktemp("stages")
     runs = {}
     for name, ranks in (("one", 1), *((stage, 2) for stage in STAGES)):
         how = PLAIN if name == "one" else [f"zero={name}"]
         runs[name] = folder / name
-        command = [*common, *how, f"output_dir={runs[name]}"]
+        command = [*common, *how, *watched, f"output_dir={runs[name]}"]
         done = run_warm("train", *command, ranks=ranks, cwd=folder)
         assert done.stderr == ""  # nothing of Accelerate or DeepSpeed
     return runs
@@ -107,6 +114,33 @@ def test_a_json_of_another_tool_trains_what_ours_does(
     printed = " ".join(done.stdout.split())
     for line in lines:
         assert " ".join(line.split()) in printed
+
+
+def test_stages_and_rank_counts_give_the_same_samples(stages: dict[str, Path]) -> None:
+    found = {name: read_records(run / "samples.jsonl") for name, run in stages.items()}
+    for name, samples in found.items():
+        assert [(s["step"], s["index"]) for s in samples] == [
+            (step, index) for step in (0, 3, 6) for index in range(3)
+        ], name
+        assert samples[:3] == found["one"][:3], name  # the model is still the same to the last bit
+        assert all(sample["reference"] for sample in samples)
+        assert all(sample["tokens"] == 12 or sample["stopped"] for sample in samples)
+    assert found["none"] == found["stage1"] == found["stage2"]
+    assert len({sample["answer"] for sample in found["one"]}) > 3
+
+
+def test_stages_and_rank_counts_measure_the_same_forgetting(stages: dict[str, Path]) -> None:
+    found = {
+        name: json.loads((run / "run.json").read_text())["forgetting"]
+        for name, run in stages.items()
+    }
+    one = found["one"]
+    assert one["change"] == pytest.approx(one["after"] / one["before"] - 1)
+    assert one["flagged"] is (one["change"] > 0.05)
+    assert 1 < one["before"] < 20 and abs(one["change"]) > 0.01
+    for name in STAGES:
+        assert found[name]["before"] == pytest.approx(one["before"], rel=1e-6), name
+        assert found[name]["after"] == pytest.approx(one["after"], rel=1e-4), name
 
 
 def test_stages_and_rank_counts_log_the_same_metrics(stages: dict[str, Path]) -> None:
@@ -239,3 +273,31 @@ def test_ranks_that_part_stop_the_run(
     assert "the trained parameters of ranks [1] differ from rank 0's" in result.stderr
     run = next((tmp_path / "outputs").iterdir())
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
+
+
+def test_memory_that_runs_out_on_one_rank_ends_the_samples_and_not_the_run(
+    tmp_path: Path, common: list[str], stages: dict[str, Path]
+) -> None:
+    run = run_script(
+        tmp_path,
+        "import os, sys, torch, sft.watch.samples, sft.train\n"
+        "answer, calls = sft.watch.samples.continuations, []\n"
+        "def fail(*given, **options):\n"
+        "    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 2:\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB')\n"
+        "    return answer(*given, **options)\n"
+        "sft.watch.samples.continuations = fail\n"
+        "sft.train.main(sys.argv[1:])\n",
+        *(*common, "sample=held-out", "sample.every=1", "sample.num=2", "output_dir=run"),
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    said = "warning: no more samples are taken, because memory has run out: CUDA out of memory"
+    assert run.stdout.count(said) == 1
+    samples = read_records(tmp_path / "run" / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [0, 0]
+    found, expected = (
+        load_file(where / "adapter" / "adapter_model.safetensors")
+        for where in (tmp_path / "run", stages["none"])
+    )
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
