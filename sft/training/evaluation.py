@@ -198,7 +198,7 @@ class EvaluatingTrainer(ResumableTrainer):
             )
         self.written = found.step
         if found.step != step:
-            restore_weights(self._live(), folders.path_of(folder, found.step))
+            restore_weights(self.live(), folders.path_of(folder, found.step))
         logger.info(
             "the weights of step %d are written, which have the best %s: %.6g",
             *(found.step, self.best.metric, found.value),
