@@ -124,8 +124,8 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         from sft.model.tokenizer import load_tokens
         from sft.plan import choices, schedule
         from sft.run import resume
-        from sft.run.watched import watched
         from sft.training import build, forgetting, groups, loop, start, summary
+        from sft.training.watched import watched
 
     build.require(config)
     tokenizer, new = load_tokens(config.model)
