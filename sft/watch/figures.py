@@ -56,7 +56,7 @@ class Figures(TrainerCallback):  # type: ignore[misc]
         return {
             "per_token": round(done / tokens) if tokens and done else None,
             "convention_6n": 6 * parameters,
-            "peak_per_second": self.peaks,
+            "peak_per_second": self.peaks and float(f"{self.peaks:.4g}"),
         }
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -84,7 +84,7 @@ class Figures(TrainerCallback):  # type: ignore[misc]
         """
         if logs is None or not self.clock.started:
             return
-        if "train_runtime" in logs:  # after the last step: its evaluation and its checkpoint
+        if "train_loss" in logs:  # after the last step: its evaluation and its checkpoint
             logs |= _named(self.clock.flush())
         if "loss" not in logs:
             return
