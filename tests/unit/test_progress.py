@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import shown
 
 from sft import library_bars, progress
 from sft.cli.command import start_logging
@@ -44,23 +45,6 @@ class Screen:
         with contextlib.suppress(BlockingIOError):
             while block := os.read(self.master, 1 << 16):
                 self.written += block
-
-
-def shown(text: str) -> list[str]:
-    """Apply carriage returns and erasures to a text."""
-    lines, column = [""], 0
-    for part in re.split(r"(\r|\n|\x1b\[K)", text):
-        if part == "\n":
-            lines.append("")
-            column = 0
-        elif part == "\r":
-            column = 0
-        elif part == "\x1b[K":
-            lines[-1] = lines[-1][:column]
-        else:
-            lines[-1] = lines[-1][:column] + part + lines[-1][column + len(part) :]
-            column += len(part)
-    return lines
 
 
 @contextlib.contextmanager
