@@ -95,7 +95,7 @@ class Progress:
                 self._due = now + (DRAW_EVERY if self._draws else LINE_EVERY)
                 if self._draws:
                     self._draw()
-                else:
+                elif self.total is None or self.done < self.total:
                     line = self.line(now)
         if line:  # not under the lock, which the log's handler takes too
             logger.info("%s", line)

@@ -15,9 +15,8 @@ from sft.config.checks import check
 from sft.config.settings import Config, fill_names, streamed_samples
 from sft.errors import ConfigError, MergeError, Problem, RunError, SftError, Stopped
 from sft.report import written
-from sft.run import record
+from sft.run import closing, record
 from sft.training.signals import Signals, end_with_launcher
-from sft.watch import closing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

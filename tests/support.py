@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,23 @@ def run_sft(
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def shown(text: str) -> list[str]:
+    """Return a terminal's lines: apply carriage returns and erasures to what was written to it."""
+    lines, column = [""], 0
+    for part in re.split(r"(\r|\n|\x1b\[K)", text.replace("\r\n", "\n")):
+        if part == "\n":
+            lines.append("")
+            column = 0
+        elif part == "\r":
+            column = 0
+        elif part == "\x1b[K":
+            lines[-1] = lines[-1][:column]
+        else:
+            lines[-1] = lines[-1][:column] + part + lines[-1][column + len(part) :]
+            column += len(part)
+    return lines
 
 
 def records(run: Path) -> list[dict[str, Any]]:

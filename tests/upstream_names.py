@@ -27,7 +27,6 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
         *("callback_handler", "is_deepspeed_enabled", "model_wrapped", "create_model_card"),
     ),
     "transformers.trainer_callback": ("PrinterCallback", "ProgressCallback"),
-    "transformers.trainer_callback:ProgressCallback": ("current_step", "training_bar"),
     "transformers.trainer_callback:TrainerState": ("compute_steps(args, max_steps)",),
     "trl.trainer.sft_trainer:SFTTrainer": ("_metrics", "_total_train_tokens", "aux_loss_enabled"),
     "trl.trainer": ("sft_trainer",),
@@ -114,6 +113,9 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     ),
     "transformers.utils.import_utils.enable_tf32": ("cache_clear",),
     "transformers.utils.logging": ("EmptyTqdm", "set_tqdm_hook(hook)"),
+    "datasets.utils": ("tqdm",),
+    "huggingface_hub.utils.tqdm": ("tqdm",),
+    "tqdm.std": ("Bar(frac, default_len, charset)",),
     "transformers.utils.hub": (
         *("cached_file(path_or_repo_id, filename)", "convert_file_size_to_int(size)"),
         "extract_commit_hash(resolved_file, commit_hash)",

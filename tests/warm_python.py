@@ -139,8 +139,9 @@ def accept(listener: socket.socket, waiting: selectors.BaseSelector, script: str
     if pid == 0:
         listener.close()
         client.close()
-        sys.executable = script
-        carry_out(json.loads(order), streams)
+        asked = json.loads(order)
+        sys.executable, sys.orig_argv = script, [script, *asked[0]]
+        carry_out(asked, streams)
     os.setpgid(pid, pid)  # here, too, so that the group is there before its number is told
     for stream in streams:
         os.close(stream)

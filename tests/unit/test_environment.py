@@ -80,21 +80,23 @@ def test_what_a_launcher_tells_is_read() -> None:
     )
 
 
-def test_of_progress_bars_the_loading_of_weights_is_hidden() -> None:
+def test_the_bar_of_loading_weights_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.utils import logging as bars
 
-    from sft import environment
+    from sft import library_bars, progress
 
-    before = bars.is_progress_bar_enabled()
-    environment.prepare()
-    bars.enable_progress_bar()
+    before = bars.set_tqdm_hook(library_bars._ours)
     try:
-        assert isinstance(bars.tqdm([1], desc="Loading weights"), bars.EmptyTqdm)
-        assert list(bars.tqdm([1], desc="Loading weights")) == [1]
-        assert not isinstance(bars.tqdm([1], desc="another", disable=True), bars.EmptyTqdm)
+        monkeypatch.setattr(progress, "_open", [])
+        loading = iter(bars.tqdm({"a": 1, "b": 2}.items(), desc="Loading weights"))
+        assert next(loading) == ("a", 1)
+        [shown] = progress._open
+        assert (shown.what, shown.total, shown.unit) == ("loading the weights", 2, "tensors")
+        assert list(loading) == [("b", 2)] and shown.done == 2 and not progress._open
+        assert isinstance(bars.tqdm(total=3), bars.EmptyTqdm)
+        assert isinstance(bars.tqdm([1], disable=True), bars.EmptyTqdm)
     finally:
-        if not before:
-            bars.disable_progress_bar()
+        bars.set_tqdm_hook(before)
 
 
 @pytest.mark.parametrize("alone", [True, False])
