@@ -29,6 +29,8 @@ from sft.config.foreign_common import (
     targets,
 )
 
+SAMPLES = "sample=held-out"
+
 TEMPLATES = {
     "chatml": "template=chatml",
     "tokenizer_default": "",
@@ -212,6 +214,18 @@ KEYS: dict[str, Key] = {
         ),
         done("best-fit packing over all rows, without padding"),
     ),
+    "generate_samples": by({True: SAMPLES, False: ""}, "every 100 steps; sample.every=N"),
+    "num_generation_samples": to("sample.num", also=SAMPLES, example=5),
+    "generation_max_new_tokens": to("sample.max_new_tokens", also=SAMPLES, example=50),
+    "generation_temperature": to(
+        "sample.temperature", change=lambda value: value or None, also=SAMPLES, example=0.7
+    ),
+    **dict.fromkeys(
+        ("generation_top_p", "generation_top_k"),
+        no("sample.top_p=0.9 sample.top_k=50, with sample.temperature=1"),
+    ),
+    "generation_do_sample": no("sample.temperature=1 samples; without it, answers are greedy"),
+    "generation_prompt_ratio": no("the prompt of a held-out row is what precedes its answer"),
     "sample_packing_sequentially": no("dataset.packing=bfd packs by length"),
     "curriculum_sampling": no(ORDER),
     "group_by_length": no(ORDER),

@@ -214,8 +214,8 @@ TRAINING_KEYS: dict[str, Key] = {
         no("train.max_loss_jump=3 stops a run whose loss jumps"),
     ),
     **dict.fromkeys(
-        ("eval_table_size", "eval_max_new_tokens", "do_causal_lm_eval", "generate_samples"),
-        no("dataset.exact_match=200 answers held-out prompts"),
+        ("eval_table_size", "eval_max_new_tokens", "do_causal_lm_eval"),
+        no("sample=held-out answers held-out prompts while the model trains"),
     ),
     **dict.fromkeys(("do_bench_eval", "bench_dataset"), no("sft measures the held-out loss")),
     **dict.fromkeys(

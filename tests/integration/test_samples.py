@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from support import ROOT, TINY, build_adapter, records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warm import run_warm
@@ -68,15 +67,19 @@ def test_samples_change_nothing_and_a_resumed_run_has_each_once(
 
     # What a kill after step 2 may leave: later samples, and half of a line.
     cut_back(run, 2)
-    damaged = {**json.loads((run / "run.json").read_text()), "forgetting": {"before": 123.0}}
+    damaged = {**json.loads((run / "run.json").read_text()), "forgetting": {"before": 2.0}}
     (run / "run.json").write_text(json.dumps(damaged))
     with (run / "samples.jsonl").open("a") as opened:
         opened.write('{"step": 8, "ind')
     go(run, *dropout, *watched)
     assert taken(run) == straight
     assert weights(run) == weights(plain)
-    assert forgetting(run)["before"] == 123.0  # not measured again
-    assert forgetting(run)["after"] == measured["after"]
+    # The base is not measured again; compared with a much better one, the model has forgotten.
+    change = measured["after"] / 2 - 1
+    assert change > 1 and forgetting(run) == {
+        **{"before": 2.0, "after": measured["after"], "change": change, "flagged": True},
+    }
+    assert "has risen by over train.max_forgetting=0.05" in caplog.text
 
 
 @pytest.mark.parametrize(("sample", "step"), [(1, 0), (2, 2), (4, 6)])
@@ -264,15 +267,3 @@ def test_the_base_is_measured_whatever_the_adapter_starts_from(
             go(run, *short, GENERAL, *more)
             assert "forgetting" not in json.loads((run / "run.json").read_text())
     assert caplog.text.count("forgetting is not measured: ") == 1
-
-
-def test_a_model_that_forgets_is_flagged(
-    tmp_path: Path, saving: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "sft")
-    run = go(tmp_path / "run", *saving, GENERAL, "train.learning_rate=0.3")
-    found = forgetting(run)
-    assert found["flagged"] and found["change"] > 0.05
-    assert "has risen by over train.max_forgetting=0.05" in caplog.text
-    trained = load_file(run / "adapter" / "adapter_model.safetensors")
-    assert all(tensor.isfinite().all() for tensor in trained.values())
