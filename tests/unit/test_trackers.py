@@ -50,7 +50,7 @@ def logged(*steps: int) -> str:
     for step in steps:
         lines.append({"step": step, "time": 1e9 + step, "loss": 1 / step, "epoch": 0.1})
         if step % 20 == 0:
-            lines.append({"step": step, "eval_loss": 2 / step, "eval_perplexity": None})
+            lines.append({"step": step, "eval_loss": 2 / step, "eval_perplexity": None, "epoch": 1})
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
