@@ -25,6 +25,7 @@ from sft.config.foreign_common import (
     FUSED,
     GALORE,
     PREFERENCE,
+    RUN_NAME,
     TRACKER,
     TRAINING,
     VISION,
@@ -55,14 +56,13 @@ def minimum(value: Any) -> Outcome:
     return Outcome(CONVERTED, {**settings, "train.lr_scheduler_kwargs.min_lr_rate": value})
 
 
-def project(tracker: str) -> Key:
-    """Convert the name of a tracker's project, which chooses the tracker too."""
+def of_tracker(tracker: str, setting: str) -> Key:
+    """Convert a setting of a tracker, which chooses the tracker too."""
 
     def becomes(value: Any) -> Outcome:
-        settings = {"train.extra.report_to": tracker, "train.extra.project": value}
-        return Outcome(CONVERTED, settings)
+        return Outcome(CONVERTED, {f"tracker.{tracker}": True, setting: value})
 
-    return fn("train.extra.report_to, train.extra.project", becomes, example="mine")
+    return fn(f"tracker.{tracker}, {setting}", becomes, example="mine")
 
 
 def plugins(value: Any) -> Outcome:
@@ -189,21 +189,23 @@ TRAINING_KEYS: dict[str, Key] = {
     ),
     # logs and the rest
     **{
-        f"use_{name}": by({True: f"train.extra.report_to={name}", False: ""})
+        f"use_{name}": by({True: f"tracker.{name}=true", False: ""})
         for name in ("wandb", "mlflow", "tensorboard", "trackio")
     },
     "use_comet": by({True: "train.extra.report_to=comet_ml", False: ""}),
-    "wandb_project": project("wandb"),
-    "trackio_project_name": project("trackio"),
+    "wandb_project": of_tracker("wandb", "tracker.project"),
+    "trackio_project_name": of_tracker("trackio", "tracker.project"),
+    "mlflow_experiment_name": of_tracker("mlflow", "tracker.project"),
+    "mlflow_tracking_uri": of_tracker("mlflow", "tracker.uri"),
+    **dict.fromkeys(("wandb_name", "mlflow_run_name", "trackio_run_name"), no(RUN_NAME)),
     **dict.fromkeys(
         (
-            *("wandb_entity", "wandb_name", "wandb_watch", "wandb_log_model", "wandb_mode"),
-            *("wandb_run_id", "mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name"),
+            *("wandb_entity", "wandb_watch", "wandb_log_model", "wandb_mode", "wandb_run_id"),
             *("hf_mlflow_log_artifacts", "comet_workspace", "comet_project_name", "comet_mode"),
-            *("trackio_run_name", "trackio_space_id"),
         ),
         no(TRACKER),
     ),
+    "trackio_space_id": no("the command trackio sync uploads what tracker=trackio has written"),
     "comet_api_key": secret(TRACKER),
     **dict.fromkeys(
         ("debug", "verbosity", "profiler_steps"), no("train.extra.log_level=debug shows more", "")

@@ -22,12 +22,14 @@ from sft.config.foreign import (
     to,
 )
 from sft.config.model_settings import LoraSection
+from sft.config.packages import TRACKERS
 from sft.config.rules import named
 from sft.config.train_settings import TrainConfig
 from sft.config.verdicts import LORA_PASSED, LORA_REFUSED, TRAIN_PASSED, TRAIN_REFUSED
 
 PUSH = "hf upload USER/NAME outputs/RUN/adapter uploads it after the run"
-TRACKER = "is set in the environment of the tracker; train.extra.report_to chooses the tracker"
+TRACKER = "is set in the environment of the tracker; tracker=wandb, or another, chooses the tracker"
+RUN_NAME = "trackers show a run under the name of its folder: run_name=NAME"
 FUSED = "sft has its own kernels; such a switch would not change the result"
 ZERO = "sft splits the model by DeepSpeed ZeRO: zero=stage3"
 VISION = "sft trains on text only"
@@ -54,11 +56,17 @@ def targets(value: Any) -> Any:
 
 
 def report_to(value: Any) -> Outcome:
-    """Choose trackers by Transformers' names."""
+    """Choose trackers by Transformers' names; those that sft has not are Transformers' own."""
     names = [str(name) for name in listed(value) if str(name) != "none"]
     if not names:
         return same("no tracker is the default; metrics.jsonl has every logged line")
-    return Outcome(CONVERTED, {"train.extra.report_to": names[0] if len(names) == 1 else names})
+    if names == ["all"]:
+        return off("a tracker must be named: tracker=wandb")
+    settings: dict[str, Any] = {f"tracker.{name}": True for name in names if name in TRACKERS}
+    others = [name for name in names if name not in TRACKERS]
+    if others:
+        settings["train.extra.report_to"] = others[0] if len(others) == 1 else others
+    return Outcome(CONVERTED, settings)
 
 
 def held_out(value: Any) -> Outcome:
@@ -164,7 +172,9 @@ TRAINING: dict[str, Key] = {
         rest=to("train.save_strategy"),
     ),
     "optim": by({"adamw_hf": "train.optim=adamw_torch"}, rest=to("train.optim")),
-    "report_to": fn("train.extra.report_to", report_to, example="tensorboard"),
+    "report_to": fn(
+        "tracker.tensorboard, ...; train.extra.report_to", report_to, example="tensorboard"
+    ),
     "bf16": by({True: "precision=bf16", False: "precision=fp32", "auto": ""}),
     "fp16": by({True: "precision=fp16", False: ""}),
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), done("precision is that of training")),
@@ -228,7 +238,7 @@ TRAINING: dict[str, Key] = {
     "per_gpu_eval_batch_size": to("train.per_device_eval_batch_size"),
     "no_cuda": no("CUDA_VISIBLE_DEVICES= in the environment"),
     **dict.fromkeys(("save_safetensors", "safe_serialization"), done("files are safetensors")),
-    "logging_dir": no("TENSORBOARD_LOGGING_DIR in the environment"),
+    "logging_dir": no("tracker=tensorboard writes into the run's folder"),
     "predict_with_generate": no("dataset.exact_match=200 answers held-out prompts"),
     "sortish_sampler": no(ORDER),
     "include_inputs_for_metrics": no("sft computes the evaluation itself"),

@@ -256,5 +256,5 @@ def finished(conversion: Conversion) -> dict[str, Any]:
     }
 
 
-GROUPS = ("model", "dataset", "template", "lora", "quantization", "zero", "train")
+GROUPS = ("model", "dataset", "template", "lora", "quantization", "zero", "train", "tracker")
 SECTIONS = ("run_name", "output_dir", "overwrite", "seed", "precision", *GROUPS, "resume")

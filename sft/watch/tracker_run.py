@@ -169,6 +169,8 @@ def table(samples: Samples) -> list[list[Any]]:
 
 
 def _figures(logged: dict[str, Any]) -> dict[str, float]:
+    if "loss" not in logged:
+        logged.pop("epoch", None)  # which the training record of the same step has, too
     return {
         _shown(key): float(value)
         for key, value in logged.items()

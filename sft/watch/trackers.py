@@ -27,6 +27,7 @@ from sft.watch.tracker_run import note, tracked
 logger = logging.getLogger("sft")
 
 LIMIT = 30.0  # seconds that a tracker may take after the end of a run
+GRACE = 5.0  # further seconds, after which its process is killed
 # The libraries' own reports on their use are off, and a server that does not answer is given up,
 # unless the environment says otherwise.
 ENVIRONMENT = {
@@ -87,12 +88,12 @@ class Follower:
     def wait(self) -> bool:
         """Wait until everything is sent; return whether it is."""
         try:
-            code = self._process.wait(self.limit + 5 if self.limit else None)
+            code = self._process.wait(self.limit + GRACE if self.limit else None)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             code = self._process.wait()
         if code and not self.error:
-            self.error = f"it did not end within {self.limit:.0f} seconds" if self.limit else ""
+            self.error = "it did not end in time" if self.limit else "its process has died"
         self._reader.join(1)
         return code == 0
 

@@ -170,7 +170,7 @@ HINTS = (
     ("neftune_noise_alpha=5", "train.extra.neftune_noise_alpha=5"),
     ("ddp_timeout=180000000", "train.extra.ddp_timeout=180000000"),
     ("torch_compile=true", "train.extra.torch_compile=true"),
-    ("report_to=wandb", "train.extra.report_to=wandb"),
+    ("report_to=wandb", "tracker.wandb=true"),
     ("enable_liger_kernel=true", "train.extra.use_liger_kernel=true"),
     ("lora_model_dir=out/adapter", "lora.init_from=out/adapter"),
     ("tokenized_path=x", "remove it: samples are cached by content; sft data output=DIR"),

@@ -423,7 +423,7 @@ def test_a_value_of_another_kind_is_reported(
             {"model_config": {"output_router_logits": True, "rope_theta": 5}},
             {"model.config.rope_theta": 5, "model.config.output_router_logits": None},
         ),
-        ({"wandb_project": "p"}, {"train.extra.report_to": "wandb", "train.extra.project": "p"}),
+        ({"wandb_project": "p"}, {"tracker.wandb": True, "tracker.project": "p"}),
         (
             {"datasets": [{"path": "a", "type": "alpaca"}, {"path": "b", "type": "sharegpt"}]},
             {"template": "chat", "dataset": "mix"},

@@ -10,7 +10,7 @@ from transformers import trainer_optimizer
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
 from unit.test_checks import legal_config
 
-from sft.config import packages, upstream
+from sft.config import no_effect, packages, upstream
 from sft.config.checks import check
 from sft.errors import ConfigError, Problem
 from sft.training import build
@@ -87,9 +87,31 @@ def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_tracker_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
-    (problem,) = check(legal_config(train__extra={"report_to": ["wandb"]}))
-    rule, fix = "needs the package wandb", "pip install wandb"
-    assert problem == Problem("train.extra.report_to=wandb", rule, fix)
+    (problem,) = check(legal_config(tracker__wandb=True))
+    rule, fix = "needs the package wandb", "pip install 'sft[wandb]'"
+    assert problem == Problem("tracker=wandb", rule, fix)
+    (problem,) = check(legal_config(train__extra={"report_to": ["comet_ml"]}))
+    rule, fix = "needs the package comet_ml", "pip install comet_ml"
+    assert problem == Problem("train.extra.report_to=comet_ml", rule, fix)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "fix"),
+    [
+        ("mlflow", "would log the steps of a resumed run twice", "tracker=mlflow"),
+        ("all", "a tracker must be named", "tracker=[tensorboard,wandb,mlflow,trackio]"),
+    ],
+)
+def test_trackers_of_ours_are_not_left_to_transformers(name: str, rule: str, fix: str) -> None:
+    (problem,) = check(legal_config(train__extra={"report_to": name}))
+    assert rule in problem.rule and problem.fix == fix
+
+
+def test_names_for_a_tracker_without_such_names_are_refused() -> None:
+    config = legal_config(tracker__tensorboard=True, tracker__group="g")
+    assert [(p.setting, p.fix) for p in no_effect.problems(config)] == [
+        ("tracker.group=g", "tracker=wandb")
+    ]
 
 
 def test_offloading_activations_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def test_deepspeed_still_reads_the_keys_of_its_other_sections() -> None:
     [
         ("activation_checkpointing", "train.gradient_checkpointing=true"),
         ("torch_autocast", "precision=bf16"),
-        ("wandb", "train.extra.report_to=tensorboard"),
+        ("wandb", "tracker=tensorboard"),
         ("curriculum_learning", "remove it"),
     ],
 )
@@ -162,12 +162,12 @@ def test_a_key_without_effect_is_refused(key: str, fix: str) -> None:
 
 def test_a_tracker_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config()
-    config.train.extra["report_to"] = "tensorboard"
-    monkeypatch.setattr(packages, "installed", lambda package: False)
+    config.tracker.mlflow = True
+    monkeypatch.setattr(packages, "installed", lambda package: package == "mlflow")
     (problem,) = packages.problems(config)
-    rule, fix = "needs the package tensorboard or tensorboardX", "pip install tensorboard"
-    assert problem == Problem("train.extra.report_to=tensorboard", rule, fix)
-    monkeypatch.setattr(packages, "installed", lambda package: package == "tensorboardX")
+    rule, fix = "needs the package sqlalchemy and alembic", "pip install 'sft[mlflow]'"
+    assert problem == Problem("tracker=mlflow", rule, fix)
+    monkeypatch.setattr(packages, "installed", lambda package: True)
     assert list(packages.problems(config)) == []
 
 
@@ -188,18 +188,15 @@ ALWAYS = {
     *("train.logging_steps", "train.eval_strategy", "train.save_strategy", "train.on_nan"),
     *("train.max_loss_jump", "train.padding_free", "train.pad_to_multiple_of"),
     *("train.dataloader_num_workers", "train.extra", "profile.torch", "profile.system"),
-    *(
-        "train.max_forgetting",
-        "sample.every",
-        "on_alert",
-        "alert.loss_jump",
-        "alert.stall",
-        "alert.disk",
-    ),
+    *("train.max_forgetting", "sample.every", "report.every", "on_alert"),
+    *("alert.loss_jump", "alert.stall", "alert.disk"),
+    *("tracker.tensorboard", "tracker.wandb", "tracker.mlflow", "tracker.trackio"),
 }
 # zero_checks, lora_checks, training.groups and evaluation refuse them.
 ELSEWHERE = {"zero.overrides", "train.merge", "model.trainable", "train.embedding_learning_rate"}
 ELSEWHERE |= {"train.metric", "train.greater_is_better"}
+# These choose a tracker, and name its project for three of them.
+ELSEWHERE |= {"tracker.project", "tracker.group"}
 
 
 def test_for_every_setting_it_is_known_what_it_needs() -> None:
@@ -227,7 +224,7 @@ SWITCHES_OFF = {
     "train.dataloader_num_workers": 0,
     "train.gradient_checkpointing": False,
     "zero.config": "stage2.json",
-    "train.extra.report_to": None,
+    "tracker.mlflow": False,
     "train.padding_free": "auto",
     "dataset.packing": "bfd",
     "lora.enabled": False,

@@ -388,8 +388,8 @@ def test_what_has_no_effect_is_said_unless_it_is_off(tmp_path: Path) -> None:
     config = config_with(tmp_path, KINDS["tutorial_bfloat16"])
     made, lines = settled(config)
     assert lines == [
-        "theirs.json: wandb is not used: metrics are logged by Transformers; "
-        "train.extra.report_to=tensorboard is the setting",
+        "theirs.json: wandb is not used: metrics are logged by sft; "
+        "tracker=tensorboard is the setting",
         "theirs.json: zero_optimization.load_from_fp32_weights is not used: sft writes its own "
         "checkpoints, which DeepSpeed does not read",
         "theirs.json says train_batch_size=128; train.global_batch_size=32 decides",
