@@ -124,7 +124,7 @@ main = Command(
     run=report,
     check=check,
     takes="runs",
-    summary="write the page of a run or of several, or replay it into a tracker",
+    summary="write the page of a run or of several; replay runs into trackers",
     examples=(
         "sft report outputs/opt-125m_alpaca_r8_seed42",
         "sft report outputs/first outputs/second output=both.html",

@@ -72,7 +72,7 @@ def _head(run: Folder) -> str:
         parts.append(f"seed {seed}")
     lead = " · ".join(html.text(part) for part in parts if part)
     tiles = "".join(
-        f"<div><dt>{label}</dt><dd>{value}{f'<small>{note}</small>' if note else ''}</dd></div>\n"
+        f"<div><dt>{html.text(label)}</dt><dd>{value}<small>{note}</small></dd></div>\n"
         for label, value, note in _tiles(run)
     )
     notices = [str(run.run["reason"])] if run.run.get("reason") else []

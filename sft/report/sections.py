@@ -6,7 +6,6 @@ Each function returns a card of the page; "" if nothing is known.
 from __future__ import annotations
 
 import itertools
-from html import escape
 from typing import Any
 
 from sft import html
@@ -128,7 +127,7 @@ def profile(run: Folder) -> str:
     shown = ""
     for path in sorted((run.path / record.PROFILE).glob("operations_rank*.txt"))[:2]:
         lines = run.text(f"{record.PROFILE}/{path.name}", 40_000).splitlines()[:OPERATIONS]
-        body = escape("\n".join(line[:240] for line in lines))
+        body = "\n".join(html.text(line[:240]) for line in lines)
         label = html.text(path.stem.replace("operations_rank", "Operations of rank "))
         shown += f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
         shown += f'<pre class="wide">{body}</pre></div>\n'

@@ -44,3 +44,11 @@ def flag(value: str, flagged: bool) -> str:
 def damages(run: Folder) -> list[str]:
     """Return a sentence for each file that could not be read as a whole."""
     return [f"{name}: {what}" for name, what in run.damaged.items()]
+
+
+def age_of(seconds: float) -> str:
+    """Return how long ago something was, in one unit."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -110,7 +110,7 @@ def test_an_adapter_with_fewer_parameters_than_trained_tokens(said: Callable[...
         "with fewer than 1 it may learn less than full fine-tuning (Schulman et al. 2025, LoRA "
         "Without Regret, Thinking Machines)\n    fix: a higher lora.r (lora.r=2 has 1 per token)"
     ) in found.text
-    assert "<th>parameters per trained token</th><td>0.5</td>" in Path("page.html").read_text()
+    assert ">parameters per trained token</th><td>0.5</td>" in Path("page.html").read_text()
     found = said(*words, "lora.r=2")
     assert found["training"]["parameters_per_trained_token"] == 1
     assert "warning" not in found.text
@@ -274,7 +274,7 @@ def test_the_rows_whose_answers_lose_most_are_listed(said: Callable[..., Said]) 
     assert cells(found.text, "trained tokens cut off") == ["28"]
     assert "\ntrain: rows.jsonl:4 loses 15 of 21 trained tokens\n" in found.text
     page = Path("page.html").read_text()
-    assert "<tr><th>rows.jsonl:4</th><td>15</td><td>21</td></tr>" in page
+    assert ">rows.jsonl:4</th><td>15</td><td>21</td></tr>" in page
     found = said(path, *words, "dataset.overlong=drop")
     assert (found["parts"]["train"]["most_cut"], found["parts"]["train"]["cut_tokens"]) == ({}, 0)
 
