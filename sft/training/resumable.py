@@ -128,7 +128,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
                 save(
                     path,
                     self._write_weights,
-                    self._live(),
+                    self.live(),
                     self._kept_counts(),
                     self.state,
                     facts | {"stage": zero.stage(args.deepspeed)},
@@ -168,7 +168,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         with replaced(model.config.get_text_config(), self._as_loaded):
             main.do(weights.write, model, tokenizer, folder, found, updated)
 
-    def _live(self) -> state.Live:
+    def live(self) -> state.Live:
         """Return the objects whose state a checkpoint stores beside the weights and the counts."""
         return state.Live(
             Optimizer(self.optimizer, self.bare_model),
@@ -191,7 +191,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         if self.skips_nan and hasattr(self.optimizer.optimizer, "check_grad_overflow"):
             self.optimizer.optimizer.check_grad_overflow = True
         if resume_from_checkpoint is not None:
-            self._saved_counts = restore(self._live(), Path(resume_from_checkpoint))
+            self._saved_counts = restore(self.live(), Path(resume_from_checkpoint))
             self._saved = folders.step_of(Path(resume_from_checkpoint))
         return prepared
 

@@ -216,6 +216,7 @@ def put(config: Config, name: str, value: Any) -> None:
 SWITCHES_OFF = {
     "train.eval_strategy": "no",
     "train.save_strategy": "no",
+    "train.early_stopping_patience": None,
     "train.lr_scheduler_type": "constant",
     "train.dataloader_num_workers": 0,
     "train.gradient_checkpointing": False,
@@ -225,7 +226,6 @@ SWITCHES_OFF = {
     "dataset.packing": "bfd",
     "lora.enabled": False,
     "quantization.load_in_4bit": False,
-    "dataset.eval_fraction": 0.1,
 }
 
 
