@@ -181,6 +181,7 @@ class EvaluatingTrainer(ResumableTrainer):
         self.written = found.step
         if found.step != step:
             restore_weights(self.live(), folders.path_of(folder, found.step))
+            self.updates = 0  # before the first update, such as after a step of warm-up at rate 0
         logger.info(
             "the weights of step %d are written, which have the best %s: %.6g",
             *(found.step, self.best.metric, found.value),

@@ -103,6 +103,11 @@ def test_the_best_weights_are_written_without_a_strategy_to_save(
     assert done["best"]["step"] == kept and done["best"]["written"]
     assert weights(tmp_path / "run" / "adapter") == expected
     assert saved(tmp_path / "run") == []
+    # The weights after the first step of the warm-up, whose rate is 0, are those before training.
+    answers = ["dataset.exact_match=2", "train.metric=exact_match", "overwrite=true"]
+    run_warm("train", *command, *answers, cwd=tmp_path)
+    best = facts(tmp_path / "run")["best"]
+    assert best == {"metric": "exact_match", "value": 0.0, "step": 1, "written": True}
 
 
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])

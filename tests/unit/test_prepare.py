@@ -323,9 +323,7 @@ def test_named_sets_are_prepared_and_audited_each_by_itself(tmp_path: Path) -> N
     only = made(train, eval={"hard": {"path": hard}}, max_eval_rows=2)
     assert only.eval is None and list(only.held_out) == ["eval_hard"]
     assert (only.train.counts.samples, only.sets["eval_hard"].counts.samples) == (20, 2)
-    with pytest.raises(
-        DataError, match=r"gone.jsonl\n    fix: dataset.eval.a.path="
-    ):
+    with pytest.raises(DataError, match=r"gone.jsonl\n    fix: dataset.eval.a.path="):
         made(train, eval={"a": {"path": str(tmp_path / "gone.jsonl")}})
 
 
