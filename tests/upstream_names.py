@@ -11,6 +11,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     # The training loop.
     "transformers.trainer:Trainer": (
         *("_determine_best_metric(metrics, trial)", "_evaluate(trial, ignore_keys_for_eval)"),
+        "_finalize_training(trial, num_train_samples, start_time)",
         "_get_dataloader(*, dataset, description, batch_size, sampler_fn, is_training)",
         *("_get_grad_norm(model, grad_norm)", "_get_learning_rate()", "_globalstep_last_logged"),
         "_load_from_checkpoint(resume_from_checkpoint, model)",

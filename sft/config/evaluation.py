@@ -16,6 +16,8 @@ from sft.errors import Problem
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a set: part of the names of figures and files
 FIGURES = ("loss", "perplexity")  # of each held-out set, of which smaller values are better
+# One of these by its full name: the set, None for the main held-out rows, and the figure.
+RESULT = re.compile(rf"eval_(?:(.+)_)?({'|'.join(FIGURES)})")
 # Figures of the trained batches. An evaluation is judged by their last logged value.
 TRAINED = ("loss", "entropy", "mean_token_accuracy")
 ANSWERED = "exact_match"
@@ -50,7 +52,7 @@ def greater_is_better(train: TrainConfig) -> bool:
 
 def is_evaluation(logged: Mapping[str, Any]) -> bool:
     """Return whether a logged record is that of an evaluation."""
-    return any(key.startswith("eval_") and key.endswith("_loss") for key in logged)
+    return any(map(RESULT.fullmatch, logged))
 
 
 def problems(config: Config) -> Iterator[Problem]:

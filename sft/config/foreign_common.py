@@ -21,6 +21,7 @@ from sft.config.foreign import (
     secret,
     to,
 )
+from sft.config.foreign_evaluation import EVALUATION
 from sft.config.model_settings import LoraSection
 from sft.config.packages import TRACKERS
 from sft.config.rules import named
@@ -198,11 +199,7 @@ TRAINING: dict[str, Key] = {
     "eval_on_start": done("the held-out rows are evaluated before and after training"),
     "average_tokens_across_devices": done("the loss is the mean over the tokens of all ranks"),
     "save_only_model": no("a run could not resume from such a checkpoint"),
-    "load_best_model_at_end": no("sft writes the adapter of the last step; checkpoints remain"),
-    "metric_for_best_model": by(
-        {"eval_loss": "", "loss": ""}, rest=to("train.extra.metric_for_best_model")
-    ),
-    "greater_is_better": by({False: ""}, rest=to("train.extra.greater_is_better", example=True)),
+    **EVALUATION,
     "label_smoothing_factor": no("the LM head computes nll and dft: train.extra.loss_type", 0, 0.0),
     "dataloader_drop_last": no("rows would be left out without a message"),
     "disable_tqdm": done("the progress bar is shown on a terminal only"),
@@ -243,7 +240,6 @@ TRAINING: dict[str, Key] = {
     "sortish_sampler": no(ORDER),
     "include_inputs_for_metrics": no("sft computes the evaluation itself"),
     "torchdynamo": no("train.extra.torch_compile=true compiles the model"),
-    "early_stopping_patience": no("sft trains to the end; checkpoints keep the best evaluation"),
     "trust_remote_code": no(CONSENT),
 }
 

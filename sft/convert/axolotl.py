@@ -12,14 +12,13 @@ from sft.convert.conversion import (
     Special,
     batch,
     embedding_rate,
-    held_out,
     texts,
     tokens,
 )
+from sft.convert.held_out import held_out, more_sets
 from sft.errors import ConfigError, Problem
 
-BEST = "Axolotl ends with the weights of the best evaluation, where saves fall on evaluations; sft "
-BEST += "ends with those of the last step, and keeps the best checkpoint"
+BEST = "Axolotl ends with the weights of the best evaluation, where saves fall on evaluations"
 
 
 def defaults(keys: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +106,8 @@ def test_datasets(conversion: Conversion, name: str, value: Any, given: bool) ->
             outcome = Outcome(CONVERTED, {"dataset.eval_path": item})
         conversion.add(f"{name}[0].{key}", item, outcome)
     if isinstance(value, list) and len(value) > 1:
-        conversion.add(f"{name}[1:]", value[1:], off("dataset.eval_path is one file or folder"))
+        rest = [item.get("path") if isinstance(item, dict) else item for item in value[1:]]
+        more_sets(conversion, f"{name}[1:]", rest)
 
 
 def finish(conversion: Conversion) -> None:
@@ -119,10 +119,19 @@ def finish(conversion: Conversion) -> None:
     if conversion.settings.get("dataset.streaming"):
         shares(conversion)
     held_out(conversion)
-    saves = {"train.saves_per_epoch", "train.save_steps"} & conversion.settings.keys()
-    evaluates = {"train.evals_per_epoch", "train.eval_steps"} & conversion.settings.keys()
-    if saves and evaluates and "load_best_model_at_end" not in conversion.keys:
-        conversion.add("load_best_model_at_end", True, Outcome(DIFFERS, {}, BEST), False)
+    if _saves_evaluations(conversion) and conversion.get("load_best_model_at_end") is None:
+        best = Outcome(CONVERTED, {"train.load_best_model_at_end": True}, BEST)
+        conversion.add("load_best_model_at_end", True, best, False)
+
+
+def _saves_evaluations(conversion: Conversion) -> bool:
+    """Return whether each save of Axolotl falls on an evaluation."""
+    settings = conversion.settings
+    saves, evaluates = (settings.get(f"train.{name}_steps") for name in ("save", "eval"))
+    if saves and evaluates:
+        return bool(round(saves / evaluates, 6) % 1 == 0)
+    saves, evaluates = (settings.get(f"train.{name}s_per_epoch") for name in ("save", "eval"))
+    return bool(saves and evaluates and evaluates % saves == 0)
 
 
 def shares(conversion: Conversion) -> None:

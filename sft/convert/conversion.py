@@ -194,23 +194,6 @@ def embedding_rate(conversion: Conversion, name: str, value: Any, given: bool) -
         conversion.plain(name, value, given)
 
 
-def held_out(conversion: Conversion) -> None:
-    """Write what is held out, and drop when to evaluate where nothing is."""
-    settings = conversion.settings
-    if settings.get("dataset.eval_path") or settings.get("dataset.eval_split"):
-        settings["dataset.eval_fraction"] = 0.0
-    settings.setdefault("dataset.eval_fraction", 0.0)
-    if any(
-        settings.get(f"dataset.{name}") for name in ("eval_path", "eval_split", "eval_fraction")
-    ):
-        if "train.evals_per_epoch" in settings and "train.eval_strategy" in settings:
-            conversion.drop("train.eval_strategy", "evaluations per epoch decide")
-        return
-    for name in ("eval_strategy", "eval_steps", "evals_per_epoch"):
-        conversion.wanted.pop(f"train.{name}", None)
-        conversion.drop(f"train.{name}", "no rows are held out, so nothing is evaluated")
-
-
 def texts(conversion: Conversion, template: str | None) -> None:
     """Choose the options of the groups model, dataset and template, by the kind of the rows."""
     settings = conversion.settings

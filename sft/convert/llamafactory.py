@@ -12,10 +12,10 @@ from sft.convert.conversion import (
     Special,
     batch,
     embedding_rate,
-    held_out,
     texts,
     tokens,
 )
+from sft.convert.held_out import held_out
 from sft.convert.llamafactory_rows import INFO, Rows
 from sft.errors import ConfigError, Problem
 

@@ -10,6 +10,7 @@ from sft.config.foreign_common import PREFERENCE, VISION
 from sft.config.plain import parse_json
 from sft.convert.axolotl_rows import put_sources
 from sft.convert.conversion import Conversion
+from sft.convert.held_out import more_sets
 from sft.data.messages import ROLES
 from sft.errors import ConfigError, Problem
 
@@ -111,16 +112,19 @@ class Rows:
         put_sources(conversion, sources)
 
     def held_out(self, conversion: Conversion, name: str, value: Any, given: bool) -> None:
-        """Convert ``eval_dataset``, if it is one file."""
+        """Convert ``eval_dataset``: the first file, and the others as sets of their own."""
         entries, where = self.entries(conversion)
         names = [str(item) for item in listed(value)]
-        entry = entries.get(names[0]) if len(names) == 1 else None
-        file = entry.get("file_name") if isinstance(entry, dict) else None
+        found = [entries.get(item) for item in names]
+        files = [entry.get("file_name") if isinstance(entry, dict) else None for entry in found]
         if not value:
             conversion.plain(name, value, given)
-        elif file:
-            path = str(Path(where) / file)
-            conversion.add(name, value, Outcome(CONVERTED, {"dataset.eval_path": path}), given)
+        elif all(files):
+            paths = [str(Path(where) / str(file)) for file in files]
+            first = Outcome(CONVERTED, {"dataset.eval_path": paths[0]})
+            conversion.add(name, value, first, given)
+            if paths[1:]:
+                more_sets(conversion, f"{name}[1:]", paths[1:])
         else:
             conversion.add(name, value, off("dataset.eval_path is one file or folder"), given)
 

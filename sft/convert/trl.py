@@ -9,7 +9,8 @@ from sft.config.foreign import CONVERTED, DIFFERS, UNKNOWN, Outcome, no, off, sa
 from sft.config.foreign_trl import WHOLE
 from sft.config.plain import parse_json
 from sft.convert.axolotl_rows import put_sources
-from sft.convert.conversion import Conversion, Special, batch, held_out, texts
+from sft.convert.conversion import Conversion, Special, batch, texts
+from sft.convert.held_out import held_out
 from sft.convert.llamafactory import overwrite
 
 LONGEST_ROW = 1 << 20  # characters

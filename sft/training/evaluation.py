@@ -172,13 +172,13 @@ class EvaluatingTrainer(ResumableTrainer):
         if due or done:
             self._determine_best_metric(None, None)
 
-    def _finalize_training(self, *args: Any) -> Any:
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: Any) -> Any:
         """Load the best weights before the callbacks of the end see the model."""
         if self.best.loads:
             if self.guard is not None:
                 self.guard.settle()
             self.load_best()
-        return super()._finalize_training(*args)
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def load_best(self) -> None:
         """Replace the last weights by those of the best evaluation whose checkpoint is there."""
@@ -199,6 +199,7 @@ class EvaluatingTrainer(ResumableTrainer):
         self.written = found.step
         if found.step != step:
             restore_weights(self.live(), folders.path_of(folder, found.step))
+            self.updates = 0  # before the first update, such as after a step of warm-up at rate 0
         logger.info(
             "the weights of step %d are written, which have the best %s: %.6g",
             *(found.step, self.best.metric, found.value),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import progress
 from sft.config import zero
-from sft.config.evaluation import ANSWERED, is_evaluation
+from sft.config.evaluation import ANSWERED, RESULT, is_evaluation
 from sft.fast import isolation, proof
 from sft.fast.probe import Probe
 from sft.inference.exact_match import exact_match
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from sft.data.prepared import Prepared
     from sft.run.run import Run
     from sft.training.trainer import Trainer
-
-# Figures of an evaluation that are results of the run: eval_loss, eval_NAME_loss, exact_match, ...
-KEPT = ("_loss", "_perplexity", "exact_match", "exact_match_rows", "exact_match_seconds")
 
 
 def add_checks(
@@ -169,7 +166,7 @@ def train(
         evaluated = [log for log in state.log_history if is_evaluation(log)]
         last = next((log for log in reversed(evaluated) if log["step"] == step), None)
         last = last or trainer.evaluate()
-        final |= {key: last[key] for key in last if key.endswith(KEPT)}
+        final |= {key: last[key] for key in last if RESULT.fullmatch(key) or ANSWERED in key}
     if (count := config.dataset.exact_match) and trainer.answers is None:
         log = log_answers if step == state.global_step else answered  # a record is of its own step
         final |= log(trainer, count, stop_ids)

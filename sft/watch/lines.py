@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from sft.config.evaluation import is_evaluation
+from sft.config.evaluation import RESULT, is_evaluation
 from sft.progress import Progress
 
 logger = logging.getLogger("sft")
@@ -67,8 +67,10 @@ def _evaluated(logs: dict[str, Any]) -> Iterator[str]:
     if "eval_loss" in logs:
         yield f"eval loss {logs['eval_loss']:.4f}"
         yield f"perplexity {logs['eval_perplexity']:.4g}  tokens {logs['eval_tokens']:,}"
-    for name in (key for key in logs if key.endswith("_loss") and key != "eval_loss"):
-        yield f"{name.removesuffix('_loss')} loss {logs[name]:.4f}"
+    for found in filter(None, map(RESULT.fullmatch, logs)):
+        name, figure = found.groups()
+        if name is not None and figure == "loss":
+            yield f"{name} loss {logs[found[0]]:.4f}"
     if "exact_match" in logs:
         yield _answered(logs)
 

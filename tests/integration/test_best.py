@@ -9,7 +9,7 @@ from support import ROOT, records
 from warm import run_warm
 
 from sft.files import hash_of
-from sft.run.outcome import differences, outcome
+from sft.run.outcome import cut_back, differences, outcome
 
 INJECT = str(ROOT / "benchmarks" / "inject.py")
 
@@ -103,9 +103,14 @@ def test_the_best_weights_are_written_without_a_strategy_to_save(
     assert done["best"]["step"] == kept and done["best"]["written"]
     assert weights(tmp_path / "run" / "adapter") == expected
     assert saved(tmp_path / "run") == []
+    # The weights after the first step of the warm-up, whose rate is 0, are those before training.
+    answers = ["dataset.exact_match=2", "train.metric=exact_match", "overwrite=true"]
+    run_warm("train", *command, *answers, cwd=tmp_path)
+    best = facts(tmp_path / "run")["best"]
+    assert best == {"metric": "exact_match", "value": 0.0, "step": 1, "written": True}
 
 
-@pytest.mark.parametrize("stage", ["none", "stage2", "stage3"])
+@pytest.mark.parametrize("stage", ["stage2", "stage3"])
 def test_two_ranks_write_the_best_weights_too(
     tmp_path: Path, judged: list[str], stage: str
 ) -> None:
@@ -115,3 +120,38 @@ def test_two_ranks_write_the_best_weights_too(
     best = done["best"]["step"]
     assert done["final"]["steps"] == best + 3
     assert weights(tmp_path / "run" / "adapter") == weights(tmp_path / "run" / f"checkpoint-{best}")
+
+
+def test_more_evaluations_change_no_weight_and_a_set_may_be_added_on_resume(
+    tmp_path: Path, saving: list[str], rows: Path
+) -> None:
+    from sft.train import main, train
+
+    settings = [item for item in saving if "max_steps" not in item] + ["train.max_steps=4"]
+    (tmp_path / "hard.jsonl").write_text('{"prompt": "Say it.", "completion": "it is said"}\n')
+    sets = [f"dataset.eval.same.path={rows}", "dataset.exact_match=3", "train.metric=exact_match"]
+    every = ["train.eval_strategy=steps", "train.eval_steps=1"]
+    plain, run = (f"output_dir={tmp_path / name}" for name in ("plain", "run"))
+    train(main.compose([*settings, plain]))
+    train(main.compose([*settings, *sets, *every, run]))
+    assert weights(tmp_path / "plain" / "adapter") == weights(tmp_path / "run" / "adapter")
+    assert list(evaluated(tmp_path / "run")) == [0, 1, 2, 3, 4]
+    for record in evaluated(tmp_path / "run").values():
+        assert record["exact_match_rows"] == 3 and record["eval_same_tokens"] > 100
+    assert (
+        evaluated(tmp_path / "run")[4]["eval_loss"]
+        == (evaluated(tmp_path / "plain")[4]["eval_loss"])
+    )
+    final = facts(tmp_path / "run")["final"]
+    assert {"eval_loss", "eval_same_loss", "eval_same_perplexity", "exact_match"} <= final.keys()
+    cut_back(tmp_path / "run", 2)
+    train(
+        main.compose(
+            [*settings, *sets, *every, f"dataset.eval.hard.path={tmp_path / 'hard.jsonl'}", run]
+        )
+    )
+    assert weights(tmp_path / "plain" / "adapter") == weights(tmp_path / "run" / "adapter")
+    assert ["eval_hard_loss" in record for record in evaluated(tmp_path / "run").values()] == [
+        *[False] * 3,
+        *[True] * 2,
+    ]

@@ -4,15 +4,19 @@ import math
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from sft.config.watch_settings import AlertConfig
 from sft.errors import RunError, Stopped
+from sft.files import read_records
 from sft.training.guard import RECENT, SKIPS, Guard
 from sft.training.signals import INTERRUPTED, STOPPED, Signals
+from sft.watch.alerts import Alerts
 
 
 class Steps:
@@ -57,7 +61,7 @@ def test_skipped_steps_are_counted_and_too_many_stop(tmp_path: Path) -> None:
     for _ in range(SKIPS - 1):
         steps.make(math.nan)
     steps.make(1.0)
-    assert steps.guard.state() == {"recent": [1.0], "skipped": SKIPS - 1}
+    assert steps.guard.state() == {"recent": [1.0], "skipped": SKIPS - 1, "alerts": []}
     with pytest.raises(RunError, match=f"{SKIPS} steps in a row were skipped"):
         for _ in range(SKIPS):
             steps.make(math.nan)
@@ -87,3 +91,67 @@ def test_a_signal_saves_and_stops(tmp_path: Path) -> None:
         assert stopped.value.exit_code == code
     with pytest.raises(Stopped, match="stopped by SIGINT before the first step"):
         steps.guard.stop(0)
+
+
+def guarded(folder: Path, on_nan: str = "skip", **settings: Any) -> tuple[Steps, Alerts]:
+    """Give a guard whose alerts are written to a folder."""
+    steps = Steps(folder, on_nan=on_nan)
+    alerts = Alerts(AlertConfig(**settings), folder / "alerts.jsonl")
+    steps.guard.alerts = alerts
+    return steps, alerts
+
+
+def alerted(folder: Path) -> list[tuple[str, int, list[int]]]:
+    found = read_records(folder / "alerts.jsonl")
+    return [(record["kind"], record["step"], record["rows"]) for record in found]
+
+
+def test_each_kind_is_alerted_once_until_it_has_recovered(tmp_path: Path) -> None:
+    steps, _ = guarded(tmp_path, loss_jump=3.0)
+    for loss in [math.nan, math.nan, *[1.0] * RECENT, 2.9, math.nan]:
+        steps.make(loss)
+    assert alerted(tmp_path) == [("nan", 1, [100]), ("nan", 24, [2400])]
+    for loss in (9.0, 20.0, 1.0, 9.0):  # the mean of 20 is 1.1, 1.5, 2.4 and 2.4
+        steps.make(loss, 0.0)
+    jumps = [("loss_jump", 25, [2500, 2501]), ("loss_jump", 28, [2800, 2801])]
+    assert alerted(tmp_path)[2:] == jumps
+    message = read_records(tmp_path / "alerts.jsonl")[2]["message"]
+    assert (
+        message
+        == "step 25: the loss jumped to 9, from 1.095 on average over 20 steps (rows "
+        + ("2500, 2501)")
+    )
+
+
+def test_what_stops_a_run_is_alerted_first(tmp_path: Path) -> None:
+    steps, _ = guarded(tmp_path, on_nan="stop", loss_jump=None)
+    with pytest.raises(RunError, match="the loss is nan"):
+        steps.make(math.nan)
+    assert alerted(tmp_path) == [("nan", 1, [100])]
+    other = tmp_path / "other"
+    other.mkdir()
+    steps, _ = guarded(other, loss_jump=None)
+    steps.guard.max_loss_jump = 2.0
+    for _ in range(RECENT):
+        steps.make(1.0)
+    with pytest.raises(RunError, match="the loss jumped to 3"):
+        steps.make(3.0)
+    assert alerted(other) == [("loss_jump", RECENT + 1, [2100])]
+
+
+def test_a_resumed_run_has_each_alert_once(tmp_path: Path) -> None:
+    steps, alerts = guarded(tmp_path)
+    steps.make(math.nan)
+    saved = steps.guard.state()
+    assert saved["alerts"] == ["nan"]
+    steps.make(1.0)
+    steps.make(math.nan)
+    alerts.add("disk", 3, "full")
+    resumed, alerts = guarded(tmp_path)
+    alerts.on_train_begin(None, SimpleNamespace(global_step=1), None)
+    assert alerted(tmp_path) == [("nan", 1, [100]), ("disk", 3, [])]
+    resumed.guard.restore(saved)
+    resumed.state.global_step = 1
+    for loss in (math.nan, 1.0, math.nan):
+        resumed.make(loss)
+    assert alerted(tmp_path)[2:] == [("nan", 4, [400])]

@@ -138,7 +138,8 @@ def test_in_a_section_a_name_is_answered_as_on_the_line(section: str) -> None:
 # The hints that changed a run into another, and those that said "remove it" of what sft has.
 HINTS = (
     ("adapter_name_or_path=x", "lora.init_from=x"),
-    ("train.early_stopping_patience=3", "remove it: sft trains to the end"),
+    ("early_stopping_patience=3", "train.early_stopping_patience=3"),
+    ("metric_for_best_model=eval_hard_loss", "train.metric=eval_hard_loss"),
     ("disable_gradient_checkpointing=true", "train.gradient_checkpointing=false"),
     ("train_on_inputs=true", "template.train_on=all"),
     ("train_on_inputs=false", "remove it: sft does so anyway"),
@@ -242,7 +243,7 @@ def test_secrets_are_not_repeated() -> None:
 
 
 @pytest.mark.parametrize("value", ["a b", "it's", "a,b", "$(id)", "<|end|>", '"q"', "#5", "null"])
-@pytest.mark.parametrize("key", ["special_eos", "metric_for_best_model", "columns"])
+@pytest.mark.parametrize("key", ["special_eos", "optim_args", "columns"])
 def test_a_hint_may_be_typed_in_a_shell(key: str, value: str) -> None:
     name = {"special_eos": "eos_token"}.get(key, key)
     given = {"prompt": value, "completion": "b"} if key == "columns" else value

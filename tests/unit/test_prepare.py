@@ -292,6 +292,53 @@ def test_copies_are_found_within_and_between(tmp_path: Path) -> None:
         made(train, eval_path=held_out, stop_above={"eval_in_train": 0.1})
 
 
+def test_named_sets_are_prepared_and_audited_each_by_itself(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", [pair(n) for n in range(20)])
+    hard = write(tmp_path / "hard.jsonl", [pair(n) for n in range(18, 24)])
+    other = write(tmp_path / "other.jsonl", [{"q": "x ", "completion": "y"}] * 3)
+    sets = {
+        "hard": {"path": hard, "max_rows": 4},
+        "other": {"path": other, "columns": {"prompt": "q"}},
+    }
+    plain, found = made(train, eval_fraction=0.2), made(train, eval_fraction=0.2, eval=sets)
+    assert list(found.parts) == ["train", "eval", "eval_hard", "eval_other"]
+    for name in ("train", "eval"):  # a set may be added to a run that is resumed
+        first, second = (folder / f"{name}.arrow" for folder in (plain.folder, found.folder))
+        assert first.read_bytes() == second.read_bytes()
+    trained = {text for text in texts(found.train) if text in texts(found.sets["eval_hard"])}
+    leaked = {name: counts.checks.get("eval_in_train") for name, counts in found.parts.items()}
+    assert leaked["eval_hard"] == len(trained) > 0 and leaked["eval_other"] == 0
+    counts = found.parts["eval_hard"]
+    assert (counts.rows, counts.samples, counts.files) == (4, 4, 1)
+    assert counts.sources == {"eval_hard": {"rows": 4, "bad": 0, "empty": 0, "weight": 1.0}}
+    assert found.parts["eval_other"].checks["duplicates"] == 2
+    with pytest.raises(DataError, match=r"eval_hard: . documents .* are held out and also trained"):
+        made(train, eval_fraction=0.2, eval=sets, stop_above={"eval_in_train": 0.1})
+    # With prepared data, and as the only held-out rows.
+    artefact.save(found, tmp_path / "ready")
+    ready = DatasetConfig(path=str(tmp_path / "ready"))
+    again = artefact.load(ready, AutoTokenizer.from_pretrained(TINY))
+    assert again is not None and again.parts == found.parts
+    assert texts(again.sets["eval_hard"]) == texts(found.sets["eval_hard"])
+    only = made(train, eval={"hard": {"path": hard}}, max_eval_rows=2)
+    assert only.eval is None and list(only.held_out) == ["eval_hard"]
+    assert (only.train.counts.samples, only.sets["eval_hard"].counts.samples) == (20, 2)
+    with pytest.raises(DataError, match=r"gone.jsonl\n    fix: dataset.eval.a.path="):
+        made(train, eval={"a": {"path": str(tmp_path / "gone.jsonl")}})
+
+
+def test_a_text_is_halved_beside_a_named_set(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("".join(f"line {n}\n" for n in range(10)))
+    (tmp_path / "two.txt").write_text("other\n")
+    text = TemplateConfig("text", kind="text", completions=["{text}"])
+    sets = {"two": {"path": str(tmp_path / "two.txt")}}
+    found = made(str(tmp_path / "one.txt"), text, eval_fraction=0.2, eval=sets, packing="wrapped")
+    assert [texts(part) for part in found.held_out.values()] == [
+        ["line 8\nline 9\n<|end|>"],
+        ["other\n<|end|>"],
+    ]
+
+
 def test_what_never_stops_and_what_is_not_trained_stops_the_run(tmp_path: Path) -> None:
     endless = TemplateConfig("e", prompts=["{prompt}"], completions=["{completion}"])
     endless.append_eos = False

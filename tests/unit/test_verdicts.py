@@ -220,6 +220,7 @@ def put(config: Config, name: str, value: Any) -> None:
 SWITCHES_OFF = {
     "train.eval_strategy": "no",
     "train.save_strategy": "no",
+    "train.early_stopping_patience": None,
     "train.lr_scheduler_type": "constant",
     "train.dataloader_num_workers": 0,
     "train.gradient_checkpointing": False,
@@ -231,7 +232,6 @@ SWITCHES_OFF = {
     "profile.torch": False,
     "profile.system": False,
     "quantization.load_in_4bit": False,
-    "dataset.eval_fraction": 0.1,
     "sample.every": None,
     "sample.temperature": None,
 }
