@@ -134,8 +134,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     template = Template(config.template, tokenizer, config.dataset.format)
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
-    schedule.require_batch(config.train, prepared.train.counts.samples)
-    schedule.require_profiled(config, prepared.train.counts.samples)
+    schedule.require(config, prepared.train.counts.samples)
     chosen = choices.decide(config, architecture, precision, prepared, new)
     run.identify(chosen, prepared)
     logger.info("%s", "\n".join(chosen.lines()))
@@ -155,10 +154,10 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
         if resume_from is None:
             start.load(config, trainer)
         summary.describe_run(config, trainer, prepared, tokenizer)
+        profiles = run.dir / record.PROFILE, run.dir / record.SYSTEM
         with Signals() as signals:
             claim(run, trainer, prepared)
-            names = (record.METRICS, record.PROFILE, record.SYSTEM)
-            with callbacks.watch(trainer, config.profile, *(run.dir / name for name in names)):
+            with callbacks.profiled(trainer, config.profile, *profiles):
                 loop.add_checks(run, trainer, prepared, template.stop_ids, resume_from, signals)
                 final = loop.train(trainer, config, template.stop_ids, resume_from)
                 save(run, trainer, config, final)
@@ -211,6 +210,7 @@ def merge(folder: Path, config: Config) -> None:
 def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
     """Claim the run's folder, now that nothing can be refused any more, and open the logs."""
     from sft.merge import probes
+    from sft.watch import callbacks
 
     if trainer.args.process_index == 0:
         run.claim()
@@ -219,6 +219,7 @@ def claim(run: Run, trainer: Trainer, prepared: Prepared) -> None:
         probes.keep(prepared, run.dir / probes.FILE)
     trainer.accelerator.wait_for_everyone()
     run.log_to_file(trainer.args.process_index)
+    callbacks.watch(trainer, run.dir / record.METRICS)
 
 
 def save(run: Run, trainer: Trainer, config: Config, final: dict[str, Any]) -> None:

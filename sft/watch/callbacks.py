@@ -102,32 +102,33 @@ class BeforeTraining(TrainerCallback):  # type: ignore[misc]
             self.action()
 
 
-@contextlib.contextmanager
-def watch(
-    trainer: Any, settings: ProfileConfig, metrics: Path, profile: Path, system: Path
-) -> Iterator[None]:
-    """Watch the training within a block; however the block ends, nothing of it goes on.
-
-    Args:
-        trainer: Gets our callbacks instead of the Trainer's printing ones.
-        settings: The section ``profile``.
-        metrics: The file of what is logged.
-        profile: The folder of ``profile=torch``.
-        system: The file of ``profile=system``, on the first machine.
-    """
+def watch(trainer: Any, metrics: Path) -> None:
+    """Replace the Trainer's printing callbacks by ours, and add the check of the ranks."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    callbacks: list[TrainerCallback] = [Lines(), MetricsFile(metrics), RanksAgree()]
+    for callback in (Lines(), MetricsFile(metrics), RanksAgree()):
+        trainer.add_callback(callback)
+
+
+@contextlib.contextmanager
+def profiled(trainer: Any, settings: ProfileConfig, folder: Path, system: Path) -> Iterator[None]:
+    """Record the training of a block as the section ``profile`` says; however it ends, this does.
+
+    Args:
+        trainer: Its steps are recorded with ``profile=torch``.
+        settings: The section ``profile``.
+        folder: The folder of ``profile=torch``.
+        system: The file of ``profile=system`` on the first machine.
+    """
     with contextlib.ExitStack() as ending:
         if settings.torch:
             from sft.watch.profile import TorchProfile
 
-            # The first, so that the work of the others after a step is not recorded.
-            callbacks.insert(0, ending.enter_context(TorchProfile(trainer, settings, profile)))
+            recording = ending.enter_context(TorchProfile(trainer, settings, folder))
+            # The first one: what the others do after a step is no part of it.
+            trainer.callback_handler.callbacks.insert(0, recording)
         if settings.system and process.local_rank() == 0:
             from sft.watch.system import System, file_of
 
             ending.enter_context(System(file_of(system, process.node()), settings.interval))
-        for callback in callbacks:
-            trainer.add_callback(callback)
         yield
