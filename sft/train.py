@@ -142,8 +142,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     prepared = prepare(config.dataset, template, config.seed, streamed_samples(config))
     check_fits(architecture, tokenizer, prepared.parts.values())
     prompts = Prompts(config, template, prepared, architecture) if config.sample.every else None
-    schedule.require_batch(config.train, prepared.train.counts.samples)
-    schedule.require_profiled(config, prepared.train.counts.samples)
+    schedule.require(config, prepared.train.counts.samples)
     chosen = choices.decide(config, architecture, precision, prepared, new)
     run.identify(chosen, prepared)
     logger.info("%s", "\n".join(chosen.lines()))

@@ -207,9 +207,9 @@ TRAINING_KEYS: dict[str, Key] = {
     ),
     "trackio_space_id": no("the command trackio sync uploads what tracker=trackio has written"),
     "comet_api_key": secret(TRACKER),
-    **dict.fromkeys(
-        ("debug", "verbosity", "profiler_steps"), no("train.extra.log_level=debug shows more", "")
-    ),
+    **dict.fromkeys(("debug", "verbosity"), no("train.extra.log_level=debug shows more", "")),
+    "profiler_steps": to("profile.steps", also="profile=torch"),
+    "profiler_steps_start": to("profile.start", change=lambda skipped: skipped + 1),
     **dict.fromkeys(("gc_steps", "gc_collect_steps"), no("sft collects garbage after evaluations")),
     **dict.fromkeys(
         ("loss_watchdog_threshold", "loss_watchdog_patience"),

@@ -188,5 +188,16 @@ KEYS: dict[str, Key] = {
     "disable_shuffling": no(ORDER),
     "early_stopping_steps": TRAINING["early_stopping_patience"],
     "plot_loss": no("metrics.jsonl has every loss; no picture is drawn"),
+    "enable_torch_profiler": by({True: "profile=torch", False: ""}),
+    "profiler_active_steps": to("profile.steps"),
+    **dict.fromkeys(
+        ("profiler_wait_steps", "profiler_warmup_steps"),
+        no("profile.start=N is the first step that is recorded"),
+    ),
+    "profiler_repeat": no("a run records its steps once", 1),
+    "profiler_output_dir": done("the traces are in the folder of the run"),
+    "profiler_record_shapes": done("the trace has the shapes"),
+    "profiler_profile_memory": done("the memory of a GPU is recorded"),
+    "profiler_with_stack": no("the trace has no lines of Python"),
     "include_effective_tokens_per_second": done("tokens per second are logged"),
 }

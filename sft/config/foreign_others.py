@@ -150,6 +150,7 @@ TORCHTUNE: dict[str, Key] = {
     "fsdp_cpu_offload": by({True: "zero=stage3_offload", False: ""}),
     "save_adapter_weights_only": done("a checkpoint of a LoRA run holds the adapter only"),
     "log_peak_memory_stats": done("the peak memory is logged"),
+    "profiler": no("profile=torch records steps; profile.start=N and profile.steps=N choose them"),
     "device": done("the GPU, or CPU, of each rank"),
     "dtype": DTYPE,
     "lora_attn_modules": to("lora.target_modules", change=targets, example=["q_proj", "v_proj"]),

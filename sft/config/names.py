@@ -27,7 +27,11 @@ from sft.config.settings import Config
 from sft.config.settings_file import field_of, holds_text
 from sft.errors import Problem
 
-GROUPS = ("dataset", "lora", "model", "quantization", "template", "tracker", "train", "zero")
+# In the order in which an import writes them.
+GROUPS = (
+    *("model", "dataset", "template", "lora", "quantization", "zero", "train"),
+    *("sample", "tracker", "profile"),
+)
 CLOSE = 0.75  # similarity from which a mistyped name is taken for a setting; 1: the same text
 
 

@@ -33,7 +33,7 @@ def at_least(bound: float) -> Rule:
     return Rule(f"must be at least {bound}", lambda value: value >= bound)
 
 
-def between(low: int, high: int) -> Rule:
+def between(low: float, high: float) -> Rule:
     """Allow both bounds and what is between them."""
     return Rule(f"must be from {low} to {high}", lambda value: low <= value <= high)
 

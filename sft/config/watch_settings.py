@@ -102,12 +102,13 @@ class ProfileConfig:
 
     torch: bool = setting(
         False,
-        "true: record some steps with PyTorch's profiler",
+        "true: record some steps with PyTorch's profiler, into profile/ of the run's folder",
         changes_training=False,
     )
     system: bool = setting(
         False,
-        "true: record the use of CPU, memory, disk, network and GPUs while the run goes on",
+        "true: record the use of CPU, memory, disk, network and GPUs while the run goes on, into "
+        "system.jsonl",
         changes_training=False,
     )
     start: int = setting(
@@ -119,7 +120,7 @@ class ProfileConfig:
     interval: float = setting(
         5.0,
         "with system: seconds between two records",
-        at_least(0.1),
+        between(0.1, 86_400),
         changes_training=False,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft.config.foreign import DEFAULT, DIFFERS, UNKNOWN, Key, Outcome, listed, off, same
+from sft.config.names import GROUPS
 
 # Keys that decide when several give one setting, and keys that give way.
 STRONG = (
@@ -239,5 +240,4 @@ def finished(conversion: Conversion) -> dict[str, Any]:
     }
 
 
-GROUPS = ("model", "dataset", "template", "lora", "quantization", "zero", "train", "tracker")
 SECTIONS = ("run_name", "output_dir", "overwrite", "seed", "precision", *GROUPS, "resume")

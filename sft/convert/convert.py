@@ -15,12 +15,12 @@ from sft.cli.command import Command
 from sft.config import no_effect, packages
 from sft.config.foreign import UNKNOWN, Outcome
 from sft.config.foreign_common import PREFERENCE
-from sft.config.names import TABLES
+from sft.config.names import GROUPS, TABLES
 from sft.config.rules import declared, default_of
 from sft.config.saved import escaped
 from sft.config.settings import Config
 from sft.convert import axolotl, llamafactory, trl
-from sft.convert.conversion import GROUPS, Conversion, convert_keys, finished
+from sft.convert.conversion import Conversion, convert_keys, finished
 from sft.convert.read import Source
 from sft.errors import ConfigError, Problem
 

@@ -96,25 +96,18 @@ def choose_cadence(train: TrainConfig, samples: int, evaluates: bool) -> Iterato
         yield Choice("train.save_total_limit", 1, f"{reason}, if they differ")
 
 
-def require_batch(train: TrainConfig, samples: int) -> None:
-    """Refuse a large micro-batch that the data cannot fill: the rest of it would be computed, too.
+def require(config: Config, samples: int) -> None:
+    """Refuse what the number of samples rules out, before any weight loads.
 
     Raises:
-        ConfigError: It is larger than the data.
+        ConfigError: The micro-batch is larger than the data, so that most of it would be computed
+            for nothing, or the steps to record are after the last one.
     """
-    micro = train.per_device_train_batch_size
+    problems = list(profile_problems(config, planned_steps(config.train, samples)[1]))
+    micro = config.train.per_device_train_batch_size
     if micro > max(64, samples):
         rule = f"is more than the {samples:,} samples of the data"
         fix = "train.per_device_train_batch_size=8 train.global_batch_size=8"
-        raise ConfigError([Problem(f"train.per_device_train_batch_size={micro}", rule, fix)])
-
-
-def require_profiled(config: Config, samples: int) -> None:
-    """Refuse to record steps that the run does not reach.
-
-    Raises:
-        ConfigError: profile.start is after the last step.
-    """
-    problems = list(profile_problems(config, planned_steps(config.train, samples)[1]))
+        problems.append(Problem(f"train.per_device_train_batch_size={micro}", rule, fix))
     if problems:
         raise ConfigError(problems)

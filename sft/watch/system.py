@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from sft.files import to_json
 logger = logging.getLogger("sft")
 
 PATIENCE = 5.0  # seconds that the end of a run waits for a driver that does not answer
+RELIST = 60.0  # seconds; finding the run's processes reads those of the whole machine
 SHORTEST = 0.1  # seconds; over less than that, a rate says nothing
 
 
@@ -96,6 +97,8 @@ class Usage:
         self._say = say
         # torchrun is the parent of all ranks of this machine.
         self._root = psutil.Process(os.getppid() if process.from_torchrun() else os.getpid())
+        self._family: list[psutil.Process] = []
+        self._listed = -RELIST
         self._gpus = 0
         if torch.cuda.is_available():
             self._gpus = min(process.local_world_size(), torch.cuda.device_count())
@@ -115,12 +118,15 @@ class Usage:
         seconds = now - self._at
         if seconds < SHORTEST:
             return {}
+        if now - self._listed >= RELIST:
+            self._family = [self._root, *self._root.children(recursive=True)]
+            self._listed = now
         counted, before = counters(), self._counted
         self._counted, self._at = counted, now
         return {
             "time": round(time.time(), 3),
             "cpu": round(psutil.cpu_percent() / 100, 4),
-            "memory": memory_of(self._root),
+            "memory": memory_of(self._family),
             "memory_free": hardware.free_memory(),
             **{name: rate(count, before.get(name), seconds) for name, count in counted.items()},
             "gpus": [self._gpu(number) for number in range(self._gpus)],
@@ -147,15 +153,18 @@ class Usage:
 
 def counters() -> dict[str, int | None]:
     """Count the bytes that the disks and the network have moved, without the machine's own."""
-    disk = None
-    with contextlib.suppress(NotImplementedError, OSError):  # some containers hide the disks
+    disk, cards = None, None
+    hidden = (NotImplementedError, OSError)  # in some containers
+    with contextlib.suppress(*hidden):
         disk = psutil.disk_io_counters()
-    cards = [card for name, card in psutil.net_io_counters(pernic=True).items() if name != "lo"]
+    with contextlib.suppress(*hidden):
+        every = psutil.net_io_counters(pernic=True)
+        cards = [card for name, card in every.items() if name != "lo"]
     return {
         "disk_read": disk.read_bytes if disk else None,
         "disk_written": disk.write_bytes if disk else None,
-        "network_sent": sum(card.bytes_sent for card in cards),
-        "network_received": sum(card.bytes_recv for card in cards),
+        "network_sent": sum(card.bytes_sent for card in cards) if cards else None,
+        "network_received": sum(card.bytes_recv for card in cards) if cards else None,
     }
 
 
@@ -164,10 +173,10 @@ def rate(count: int | None, before: int | None, seconds: float) -> int | None:
     return None if count is None or before is None else round(max(0, count - before) / seconds)
 
 
-def memory_of(root: psutil.Process) -> int:
-    """Sum the resident bytes of a process and its descendants; shared pages count in each."""
+def memory_of(processes: Iterable[psutil.Process]) -> int:
+    """Sum the resident bytes of processes; pages that they share count in each."""
     total = 0
-    for each in (root, *root.children(recursive=True)):
+    for each in processes:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             total += each.memory_info().rss
     return total

@@ -453,6 +453,12 @@ def test_a_value_of_another_kind_is_reported(
             {"train.embedding_learning_rate": 1e-6},
         ),
         (
+            {"profiler_steps": 5, "profiler_steps_start": 3},
+            {"profile": "torch", "profile.steps": 5, "profile.start": 4},
+        ),
+        ({"profiler_steps": 0, "profiler_steps_start": 3}, {"profile": None}),
+        ({"profiler_steps_start": 3}, {"profile.start": None}),
+        (
             {"streaming": True, "max_steps": 9, "saves_per_epoch": 2, "num_epochs": 5},
             {"train.save_strategy": "steps", "train.save_steps": 0.1},
         ),

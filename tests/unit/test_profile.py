@@ -234,10 +234,10 @@ def test_steps_that_the_run_does_not_reach_are_refused() -> None:
     config.train.global_batch_size = config.train.per_device_train_batch_size = 4
     assert check(config) == []
     with pytest.raises(ConfigError, match=r"profile.start=8\n.* last step, 6\n.*start=4"):
-        schedule.require_profiled(config, samples=12)
-    schedule.require_profiled(config, samples=16)
+        schedule.require(config, samples=12)
+    schedule.require(config, samples=16)
     config.profile.torch = False
-    schedule.require_profiled(config, samples=12)
+    schedule.require(config, samples=12)
 
 
 # profile=system
@@ -247,7 +247,7 @@ def test_a_record_has_the_use_of_the_machine(tmp_path: Path) -> None:
     lines: list[str] = []
     usage = system.Usage(lines.append)
     assert usage.since_last() == {}  # nothing is measured over a moment
-    before = system.memory_of(psutil.Process())
+    before = system.memory_of([psutil.Process()])
     code = f"a = bytearray({64 * MIB}); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
