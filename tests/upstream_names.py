@@ -115,8 +115,6 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "transformers.utils.import_utils.enable_tf32": ("cache_clear",),
     "transformers.utils.logging": ("EmptyTqdm", "set_tqdm_hook(hook)"),
     "datasets.utils": ("tqdm",),
-    "huggingface_hub.utils.tqdm": ("tqdm",),
-    "tqdm.std": ("Bar(frac, default_len, charset)",),
     "transformers.utils.hub": (
         *("cached_file(path_or_repo_id, filename)", "convert_file_size_to_int(size)"),
         "extract_commit_hash(resolved_file, commit_hash)",
