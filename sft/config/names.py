@@ -27,7 +27,7 @@ from sft.config.settings import Config
 from sft.config.settings_file import field_of, holds_text
 from sft.errors import Problem
 
-GROUPS = ("dataset", "lora", "model", "quantization", "template", "train", "zero")
+GROUPS = ("dataset", "lora", "model", "quantization", "sample", "template", "train", "zero")
 CLOSE = 0.75  # similarity from which a mistyped name is taken for a setting; 1: the same text
 
 
