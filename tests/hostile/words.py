@@ -80,6 +80,16 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("profile=system profile.interval=often", NUMBER),
         ("profile.torch=maybe", "bool"),
         ("profiler_steps=5", "fix: profile.steps=5"),
+    "watching": (
+        ("train.metric=eval_los", "train.metric=eval_loss"),
+        ("train.early_stopping_patience=0", "must be at least 1"),
+        ("train.early_stopping_threshold=0.1", "has no effect with train.early_stopping_patience"),
+        ("train.load_best_model_at_end=true train.eval_strategy=no", "has no effect with"),
+        ("dataset.eval.a=rows.jsonl", "needs a path"),
+        ("dataset.eval.a.path=x dataset.eval.a.weight=2", "the keys of a source are"),
+        ("dataset.eval={../x:{path:y}}", "the name of a set has letters|valid"),
+        ("alert.stall=1", "must be greater than 1"),
+        ("alert.disk=nan", "finite"),
     ),
     "model": (
         ("model.name_or_path=null", "a base model is needed"),
