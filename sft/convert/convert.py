@@ -33,6 +33,9 @@ BY_OPTION = {
     ("lora", "none"): {"lora.enabled": False},
     ("quantization", "nf4"): {"quantization.load_in_4bit": True},
     ("quantization", "int8"): {"quantization.load_in_8bit": True},
+    ("sample", "held-out"): {"sample.every": 100},
+    ("profile", "torch"): {"profile.torch": True},
+    **{("tracker", name): {f"tracker.{name}": True} for name in packages.TRACKERS},
 }
 
 

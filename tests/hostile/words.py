@@ -80,6 +80,7 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("profile=system profile.interval=often", NUMBER),
         ("profile.torch=maybe", "bool"),
         ("profiler_steps=5", "fix: profile.steps=5"),
+    ),
     "watching": (
         ("train.metric=eval_los", "train.metric=eval_loss"),
         ("train.early_stopping_patience=0", "must be at least 1"),
