@@ -54,6 +54,11 @@ class TimedTrainer(Trainer):
         with self.figures.clock.part("evaluation"):
             return super().evaluate(*args, **kwargs)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Time all that is evaluated at one step as one evaluation."""
+        with self.figures.clock.part("evaluation"):
+            return super()._evaluate(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.figures.clock.part("saving"):
             super()._save_checkpoint(model, trial)

@@ -69,7 +69,7 @@ class Clock:
             took = time.perf_counter() - began
             if name in APART and not self._inside:
                 self.apart += took
-            if name in self.took:
+            if name in self.took and name not in self._inside:
                 self.took[name].append(took)
 
     def flush(self) -> dict[str, float]:

@@ -89,12 +89,13 @@ class Figures(TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs:
             return
         sums, largest = self._of_all_ranks()
-        parts = self.clock.flush()
+        parts, now = self.clock.flush(), time.time()
         steps, self._step = state.global_step - self._step, state.global_step
         seconds = sum(took for name, took in parts.items() if name not in APART)
         logs |= {
+            "time": round(now, 3),  # at which the parts end
             "tokens_per_second": round(sums["tokens"] / seconds, 1),
-            "seconds_per_step": round(seconds / steps, 4),
+            "seconds_per_step": round(seconds / steps, 6),
             "seconds_left": round(self._left(state), 1),
             **_named(parts),
             **largest,
@@ -152,4 +153,4 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def _named(parts: dict[str, float]) -> dict[str, float]:
-    return {f"seconds_{part}": round(took, 4) for part, took in parts.items()}
+    return {f"seconds_{part}": round(took, 6) for part, took in parts.items()}

@@ -164,12 +164,11 @@ def test_figures_of_a_record_agree_with_one_another_and_with_the_clock(
         logged = [record for record in records(run) if "loss" in record]
         before = 0
         for record in logged:
-            assert (record["seconds_data"], record["seconds_compute"]) > (0, 0), name
-            assert record["seconds_optimizer"] > 0, name
+            assert min(record[f"seconds_{part}"] for part in parts[:3]) > 0, name
             assert record["memory_resident"] > 50 * 2**20
             took = sum(record[f"seconds_{part}"] for part in parts)
             took -= record["seconds_evaluation"] + record["seconds_saving"]
-            assert record["seconds_per_step"] == pytest.approx(took, abs=0.001)
+            assert record["seconds_per_step"] == pytest.approx(took, rel=0.001)
             # Of all ranks: what num_tokens grows by.
             tokens, before = record["num_tokens"] - before, record["num_tokens"]
             assert record["tokens_per_second"] * took == pytest.approx(tokens, rel=0.02), name
@@ -178,7 +177,7 @@ def test_figures_of_a_record_agree_with_one_another_and_with_the_clock(
         # From the first record to the last.
         wall = logged[-1]["time"] - logged[0]["time"]
         parted = sum(record[f"seconds_{part}"] for record in logged[1:] for part in parts)
-        assert parted == pytest.approx(wall, rel=0.02, abs=0.002), name
+        assert parted == pytest.approx(wall, rel=0.02, abs=0.001), name
     found = {
         name: json.loads((run / "run.json").read_text())["operations"]
         for name, run in stages.items()
