@@ -146,6 +146,7 @@ def follow(folder: Path, name: str, trainer: Trainer, limit: float) -> int:
 def main() -> int:
     """Follow the run that the command line names: FOLDER TRACKER LIMIT."""
     folder, name, limit = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    os.nice(10)  # where there are few processors, training goes first
     # What the tracker's library prints goes to the log; standard output is for the trainer.
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -48,6 +48,9 @@ class Wandb:
                 raise
             # There is no API key on this machine.
             self._run = wandb.init(**given, settings=wandb.Settings(**settings, mode="offline"))
+        except Exception:
+            wandb.teardown()  # otherwise the next attempt is told that the id is in use
+            raise
         offline = self._run.offline
         self._next = 0 if offline else self._run.starting_step
         self._run.define_metric("step", hidden=True)

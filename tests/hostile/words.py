@@ -282,6 +282,15 @@ SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("zero=stage2 zero.overrides.tensor_parallel.autotp_size=2", "AutoTP"),
         ("zero.stage=2", UNKNOWN),
     ),
+    "tracker": (
+        ("tracker=nothing", "has no option nothing"),
+        ("tracker.wandb=perhaps", "must be of type bool"),
+        ("tracker.uri=sqlite:///x.db", "has no effect with tracker.mlflow=false"),
+        ("tracker.project=mine", "without one of the trackers"),
+        ("tracker.group=mine", "without one of the trackers"),
+        ("train.extra.report_to=wandb", "fix: tracker=wandb"),
+        ("train.extra.trackio_space_id=me/x", "the command trackio sync uploads it"),
+    ),
     "train": (
         ("train.global_batch_size=0", "at least 1"),
         ("train.global_batch_size=7", "must be a multiple"),
