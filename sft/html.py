@@ -122,6 +122,7 @@ def figures(
     histogram: Callable[[Any, float | None], str],
     level: int = 2,
     limit: int | None = None,
+    within: str = "",
 ) -> str:
     """Render figures: single values as rows, flat mappings as tables, others under a heading.
 
@@ -131,6 +132,7 @@ def figures(
         histogram: Draws the chart.
         level: The level of the headings.
         limit: The ``max_length`` of a level above.
+        within: The names of the levels above, for a screen reader.
     """
     limit = values.get("max_length", limit)
     rows = sections = ""
@@ -147,10 +149,11 @@ def figures(
                 [name(label), *(cell(row.get(column), column) for column in columns)]
                 for label, row in value.items()
             )
-            inner = table(["", *map(name, columns)], cells, str(key).replace("_", " "))
+            label = f"{within} {key}".strip().replace("_", " ")
+            inner = table(["", *map(name, columns)], cells, label)
             sections += f"{head}{inner}</section>\n"
         else:
-            inner = figures(value, histogram, min(level + 1, 6), limit)
+            inner = figures(value, histogram, min(level + 1, 6), limit, f"{within} {key}".strip())
             sections += f"{head}{inner}</section>\n"
     single = f"<table>\n{rows}</table>\n" if rows else ""
     return f'<div class="figures">\n{single}{sections}</div>\n'

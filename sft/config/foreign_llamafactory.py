@@ -187,7 +187,7 @@ KEYS: dict[str, Key] = {
     "compute_accuracy": done("the token accuracy is logged"),
     "disable_shuffling": no(ORDER),
     "early_stopping_steps": TRAINING["early_stopping_patience"],
-    "plot_loss": no("metrics.jsonl has every loss; no picture is drawn"),
+    "plot_loss": done("report.html in the run's folder shows the curves"),
     "enable_torch_profiler": by({True: "profile=torch", False: ""}),
     "profiler_active_steps": to("profile.steps"),
     **dict.fromkeys(

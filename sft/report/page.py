@@ -121,7 +121,7 @@ def _tiles(run: Folder) -> Iterator[tuple[str, str, str]]:
 
 def _since(run: Folder) -> str:
     count = len(run.entries("resumed"))
-    return f"resumed {count} times" if count > 1 else "resumed once" * count
+    return {0: "", 1: "resumed once", 2: "resumed twice"}.get(count, f"resumed {count} times")
 
 
 def _foot() -> str:

@@ -101,11 +101,11 @@ def events(run: Folder) -> str:
     for entry in run.entries("resumed"):
         name = str(entry.get("from", ""))
         allowed = "; ".join(map(str, entry.get("allowed") or []))
-        said = f"from {name}, on {entry.get('ranks')} ranks" + f"; allowed: {allowed}" * bool(
-            allowed
-        )
+        ranks = entry.get("ranks")
+        said = f"from {name}, on {ranks} rank{'s' * (ranks != 1)}"
+        said += f"; allowed: {allowed}" if allowed else ""
         step = float(name.rpartition("-")[2]) if name.rpartition("-")[2].isdigit() else 0.0
-        rows.append((step, ["", "resumed", html.text(said)]))
+        rows.append((step, [when(entry.get("time")), "resumed", html.text(said)]))
     alerts = run.lines(record.ALERTS)
     for alert in alerts[:ALERTS]:
         kind = flag(f"alert: {str(alert.get('kind')).replace('_', ' ')}", True)

@@ -10,13 +10,16 @@ from sft import html
 from sft.config.rules import typed
 from sft.report.folder import Folder, number
 
+LATEST = 1e11  # seconds; a later year has more than four digits
 PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def when(seconds: Any) -> str:
     """Return a time as a text, in this machine's zone."""
     value = number(seconds)
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(value)) if value == value else "-"
+    if not 0 <= value < LATEST:
+        return "-"
+    return time.strftime("%Y-%m-%d\u00a0%H:%M", time.localtime(value))
 
 
 def duration(seconds: Any) -> str:

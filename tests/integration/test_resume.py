@@ -61,7 +61,7 @@ def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, saving: list
         stopped.stdout
     )
     assert "stopped by another rank's signal after step 5, which is saved" in stopped.stderr
-    again = run_warm("train", *saving, f"output_dir={run}", cwd=tmp_path)
+    again = run_warm("train", *saving, "report.every=1", f"output_dir={run}", cwd=tmp_path)
     assert "checkpoint-5 (made by 2 ranks under ZeRO stage 3; now 1 ranks" in again.stdout
     assert losses(run) == pytest.approx(losses(straight), rel=SAME_LOSS)
     assert_same_adapter(run, straight, rate=1e-2, steps=6)
@@ -70,6 +70,15 @@ def test_a_run_goes_on_under_other_stages_and_ranks(tmp_path: Path, saving: list
         ("checkpoint-3", 2),
         ("checkpoint-5", 1),
     ]
+    assert [(item["status"], item["step"]) for item in record["stops"]] == [
+        ("failed", 3),  # rank 1 was killed, and rank 0 lived to say so
+        ("stopped", 5),
+    ]
+    assert "another rank's signal" in record["stops"][1]["reason"]
+    assert record["started"] < record["stops"][0]["time"] <= record["stops"][1]["time"]
+    assert record["stops"][1]["time"] < record["ended"]
+    page = (run / "report.html").read_text()
+    assert "resumed twice" in page and "from checkpoint-5, on 1 rank<" in page
     tokens = [line["num_tokens"] for line in records(straight) if "num_tokens" in line]
     assert [line["num_tokens"] for line in records(run) if "num_tokens" in line] == tokens
 
