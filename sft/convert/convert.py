@@ -29,7 +29,7 @@ MODULES = {"axolotl": axolotl, "llamafactory": llamafactory, "trl": trl}
 SHARED = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
 LEAST_KNOWN = 0.6  # share of the keys that a tool must know
 # Settings that an option of a group gives.
-BY_OPTION = {
+BY_OPTION: dict[tuple[str, str], dict[str, Any]] = {
     ("lora", "none"): {"lora.enabled": False},
     ("quantization", "nf4"): {"quantization.load_in_4bit": True},
     ("quantization", "int8"): {"quantization.load_in_8bit": True},
