@@ -33,6 +33,7 @@ BY_OPTION = {
     ("lora", "none"): {"lora.enabled": False},
     ("quantization", "nf4"): {"quantization.load_in_4bit": True},
     ("quantization", "int8"): {"quantization.load_in_8bit": True},
+    ("profile", "torch"): {"profile.torch": True},
 }
 
 
