@@ -46,7 +46,6 @@ def train(config: Config) -> dict[str, Any] | None:
             return None
         if config.train.merge:
             merge(folder, config)
-            written.write(folder)
     closing.log(closing.finished(folder))
     found = record.read(folder)
     return {"run": str(folder), **{key: found[key] for key in ("status", "seconds", "final")}}

@@ -208,8 +208,8 @@ TRAINING_KEYS: dict[str, Key] = {
     "trackio_space_id": no("the command trackio sync uploads what tracker=trackio has written"),
     "comet_api_key": secret(TRACKER),
     **dict.fromkeys(("debug", "verbosity"), no("train.extra.log_level=debug shows more", "")),
-    "profiler_steps": to("profile.steps", also="profile=torch"),
-    "profiler_steps_start": to("profile.start", change=lambda skipped: skipped + 1),
+    "profiler_steps": to("profile.steps", change=lambda n: n or same(), also="profile=torch"),
+    "profiler_steps_start": to("profile.start", change=lambda n: n + 1 if type(n) is int else n),
     **dict.fromkeys(("gc_steps", "gc_collect_steps"), no("sft collects garbage after evaluations")),
     **dict.fromkeys(
         ("loss_watchdog_threshold", "loss_watchdog_patience"),

@@ -71,11 +71,9 @@ def problems(config: Config) -> Iterator[Problem]:
         if not any(map(installed, modules)):
             names = " or ".join(dict.fromkeys((pip, *modules[1:])))
             yield Problem(f"{setting}={value}", f"{NEEDS}{names}", f"pip install {pip}")
-    for name, modules in TRACKERS.items():
-        absent = [module for module in modules if not installed(module)]
-        if getattr(config.tracker, name) and absent:
-            fix = f"pip install 'sft[{name}]'"
-            yield Problem(f"tracker={name}", f"{NEEDS}{' and '.join(absent)}", fix)
+    for name in TRACKERS:
+        if getattr(config.tracker, name):
+            yield from tracker_problems(name)
     for name in _reports(config):
         given = f"train.extra.report_to={name}"
         if name in TRACKERS:
@@ -86,6 +84,16 @@ def problems(config: Config) -> Iterator[Problem]:
         elif name not in REPORTS:
             hint = upstream.did_you_mean(name, REPORTS)
             yield Problem(given, "there is no such tracker", hint)
+
+
+def tracker_problems(name: str) -> Iterator[Problem]:
+    """Check the name of a tracker, and that its packages are installed."""
+    if name not in TRACKERS:
+        rule = f"must be one of {', '.join(TRACKERS)}"
+        yield Problem(f"tracker={name}", rule, "tracker=tensorboard")
+    elif absent := [module for module in TRACKERS[name] if not installed(module)]:
+        rule = f"{NEEDS}{' and '.join(absent)}"
+        yield Problem(f"tracker={name}", rule, f"pip install 'sft[{name}]'")
 
 
 def is_missing(problem: Problem) -> bool:

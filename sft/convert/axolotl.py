@@ -174,17 +174,7 @@ def fsdp(conversion: Conversion, name: str, value: Any, given: bool) -> None:
         conversion.plain(name, value, given)
 
 
-def profiler(conversion: Conversion, name: str, value: Any, given: bool) -> None:
-    """Convert the steps that are recorded; Axolotl counts the first as 0."""
-    if isinstance(conversion.get("profiler_steps"), int) and conversion.get("profiler_steps"):
-        conversion.plain(name, value, given)
-    else:
-        conversion.add(name, value, same("no step is recorded"), given)
-
-
 SPECIAL: dict[str, Special] = {
-    "profiler_steps": profiler,
-    "profiler_steps_start": profiler,
     "saves_per_epoch": cadence,
     "evals_per_epoch": cadence,
     "fsdp": fsdp,

@@ -24,6 +24,7 @@ from sft.merge import claim
 from sft.merge.report import log_report, write_report
 from sft.model.source import named_by
 from sft.progress import progress
+from sft.report import written
 from sft.run import record
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ def merge(config: MergeConfig) -> dict[str, Any]:
             if report["passed"] is False:
                 _refuse(partial, output, report)
     log_report(output, report)
+    if config.run is not None:
+        written.write(Path(config.run))  # the page shows the merge
     if config.push_to_hub is not None:
         _push(output, config.push_to_hub)
     return {"output": str(output), **report}

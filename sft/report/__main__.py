@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft import html
 from sft.cli.command import Command
+from sft.config import packages
 from sft.config.rules import rule_problems, setting
 from sft.errors import Problem, RunError
 from sft.files import write_text
 from sft.report import folder, page, places
 from sft.run import record
+from sft.watch.trackers import replay
 
 logger = logging.getLogger("sft")
-
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 @dataclass
@@ -53,9 +51,7 @@ def check(config: ReportConfig) -> list[Problem]:
     if not config.runs:
         problems.append(Problem("runs=[]", "a run's folder is needed", "sft report outputs/NAME"))
     for name in trackers(config):
-        if name not in TRACKERS:
-            rule = f"must be one of {', '.join(TRACKERS)}"
-            problems.append(Problem(f"tracker={name}", rule, "tracker=tensorboard"))
+        problems += packages.tracker_problems(name)
     return problems
 
 
@@ -63,40 +59,23 @@ def report(config: ReportConfig) -> dict[str, Any]:
     """Write the page, and replay the runs into trackers.
 
     Returns:
-        The path of the page, for ``--json``.
+        The path of the page, and for each run where its trackers show it, for ``--json``.
 
     Raises:
-        RunError: A folder is not that of a run, or the page cannot be written.
+        RunError: A folder is not that of a run, a tracker did not get everything, or the page
+            cannot be written.
     """
     paths = [Path(run).expanduser() for run in config.runs]
     for path in paths:
         places.require(path)
     names = trackers(config)
-    if names:
-        replay = _replay()
-        for path in paths:
-            replay(path, names)
+    where = [replay(path, names) for path in paths] if names else []
     found = [folder.read(path) for path in paths]
     default = paths[0] / record.REPORT if len(paths) == 1 else Path(record.REPORT)
     output = Path(config.output) if config.output else default
     _write(output, page.page(found), config.overwrite)
     logger.info("page written to %s", output)
-    return {"page": str(output), "runs": [str(path) for path in paths]}
-
-
-def _replay() -> Callable[[Path, list[str]], object]:
-    """Import what replays a run; only then, because a tracker's package is large.
-
-    Raises:
-        RunError: This version of sft has no trackers.
-    """
-    try:
-        replay: Callable[[Path, list[str]], object]
-        replay = importlib.import_module("sft.watch.trackers").replay
-    except ModuleNotFoundError as error:
-        rule = "this version of sft cannot replay a run into a tracker"
-        raise RunError(f"{rule}\n    fix: leave out tracker=") from error
-    return replay
+    return {"page": str(output), "runs": [str(path) for path in paths], "trackers": where}
 
 
 def _write(output: Path, text: str, overwrite: bool) -> None:

@@ -275,7 +275,7 @@ def test_the_command_writes_the_page(
     assert (made / "report.html").read_text().startswith("<!doctype html>")
     report([str(made), str(made), "--json"])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said == {"page": "report.html", "runs": [str(made), str(made)]}
+    assert said == {"page": "report.html", "runs": [str(made), str(made)], "trackers": []}
     assert "<h1>2 runs</h1>" in Path("report.html").read_text()
     Path("mine.html").write_text("<p>mine</p>")
     with pytest.raises(SystemExit):
