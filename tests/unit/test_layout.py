@@ -15,6 +15,7 @@ PACKAGE = Path(sft.__file__).parent
 
 # Private names that more than one file touches, each with its reason.
 SHARED = {
+    "_evaluate": "training.timed times what the Trainer and training.resumable call",
     "_parameters": "merge.stream asks whether there are any: parameters(recurse=False) says so too",
 }
 DEEPSPEED_MARKS = {"ds_id", "ds_numel", "ds_shape", "ds_status", "ds_tensor"}
