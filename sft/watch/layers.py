@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -62,6 +62,7 @@ class Layers:
         attention: Of the scores and the sums of values, for one pair of tokens in all layers; by
             the layers' window (0: none).
         in_backward: The forward pass has ended.
+        failed: Why a layer could not be counted, so that nothing is; "" if all were.
     """
 
     def __init__(self, model: Any, kernel: str) -> None:
@@ -69,6 +70,7 @@ class Layers:
         self.total, self.fixed = Cost(), Cost()
         self.attention: dict[int, Cost] = defaultdict(Cost)
         self.in_backward = False
+        self.failed = ""
         self._stored: set[Any] = set()  # layers whose forward pass autograd recorded
 
     @contextlib.contextmanager
@@ -94,12 +96,16 @@ class Layers:
                 continue
             both = [*module.lora_A.values(), *module.lora_B.values()]
             if hasattr(module, "parameter_name"):
-                yield module.register_forward_hook(self._watch_stacked_adapter, always_call=True)
+                yield module.register_forward_hook(
+                    self._safe(self._watch_stacked_adapter), always_call=True
+                )
             elif "forward" in vars(module):
                 # sft.fast.lora computes both matrices in its own forward, and does not call them.
                 fused.update(both)
-                yield module.register_forward_hook(self._watch_adapter, always_call=True)
-            if module.lora_magnitude_vector:
+                yield module.register_forward_hook(
+                    self._safe(self._watch_adapter), always_call=True
+                )
+            if getattr(module, "lora_magnitude_vector", None):
                 normed.update(both)
         for module in self.model.modules():
             if module in fused or isinstance(module, nn.Embedding):
@@ -110,18 +116,31 @@ class Layers:
                 name: shape for name, shape in own.items() if len(shape) == 3
             }
             if isinstance(module, nn.Conv1d | nn.Conv2d):
-                yield module.register_forward_hook(self._watch_convolution)
+                yield module.register_forward_hook(self._safe(self._watch_convolution))
             elif isinstance(module, nn.Linear) or len(own.get("weight", ())) == 2:
                 # A quantised weight has a shape of its own.
                 linear = isinstance(module, nn.Linear)
                 size = module.in_features * module.out_features if linear else prod(own["weight"])
                 watch = functools.partial(self._watch_linear, size, module in normed)
-                yield module.register_forward_hook(watch, with_kwargs=True)
+                yield module.register_forward_hook(self._safe(watch), with_kwargs=True)
             elif stacked:
                 watch = functools.partial(self._watch_experts, stacked)
-                yield module.register_forward_hook(watch, with_kwargs=True, always_call=True)
+                yield module.register_forward_hook(
+                    self._safe(watch), with_kwargs=True, always_call=True
+                )
             if is_attention(module):
-                yield module.register_forward_hook(self._watch_attention)
+                yield module.register_forward_hook(self._safe(self._watch_attention))
+
+    def _safe(self, watch: Callable[..., None]) -> Callable[..., None]:
+        """Let a layer that is called in an unknown way train: only its count is given up."""
+
+        def call(module: Any, *rest: Any) -> None:
+            try:
+                watch(module, *rest)
+            except Exception as error:
+                self.failed = f"{type(module).__name__}: {type(error).__name__}: {error}"
+
+        return call
 
     def _add(self, cost: Cost, layer: Any, forward: float, gradients: float) -> None:
         """Add a call of a layer, whose gradients cost as many times its forward pass."""

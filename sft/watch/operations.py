@@ -11,6 +11,7 @@ of state-space and linear-attention layers, whose projections are counted.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ import torch
 
 from sft.checkpoint.sharded import shape_of
 from sft.watch.layers import Cost, Layers, is_attention, window_of
+
+logger = logging.getLogger("sft")
 
 
 @dataclass
@@ -54,7 +57,8 @@ class Operations:
             compiled: Whether torch.compile compiles the model, where hooks would compile it anew;
                 then only tokens are counted.
         """
-        self.model, self.head, self.kernel, self.compiled = model, head, kernel or "", compiled
+        self.model, self.head, self.kernel = model, head, kernel or ""
+        self.counts = not compiled
         self.seen = Seen()
         self._windows = {window_of(each) for each in model.modules() if is_attention(each)}
         self._position = self._of_position()
@@ -65,12 +69,16 @@ class Operations:
     def micro_batch(self, inputs: dict[str, Any]) -> Iterator[None]:
         """Add a micro-batch's sizes, and watch the layers if it is the first one."""
         self._see(inputs)
-        if self._tokens or self.compiled:
+        if self._tokens or not self.counts:
             yield
             return
         with self._layers.watched():
             yield
-        self._tokens = inputs["input_ids"].numel()
+        if self._layers.failed:
+            logger.info("operations are not counted: %s", self._layers.failed)
+            self.counts = False
+        else:
+            self._tokens = inputs["input_ids"].numel()
 
     def begin_backward(self) -> None:
         """Tell that the forward pass of the micro-batch has ended."""
@@ -124,9 +132,9 @@ class Operations:
     def _of_position(self) -> Cost:
         """Return the cost of the head and the loss for a position that is trained."""
         layer = self.model.get_output_embeddings()
-        if self.head == "plain" or layer is None:  # the head is called like any layer
+        own = [] if layer is None else list(layer.parameters())
+        if self.head == "plain" or not own:  # the head is called like any layer
             return Cost()
-        own = list(layer.parameters())
         size = max(shape_of(p).numel() for p in own)
         # PEFT's wrappers have the frozen weight beside the trained copy, or beside trained rows.
         trained = any(p.requires_grad for p in own if shape_of(p).numel() == size)

@@ -146,6 +146,22 @@ def test_a_frozen_weight_costs_two_thirds_of_a_trained_one() -> None:
     assert found["lora", "recorded"][2] > 1.3 * needed["lora", "recorded"]
 
 
+def test_a_layer_that_cannot_be_counted_trains_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "sft")
+    model = made("llama", "lora", "eager", "chunked", "", {}, {})
+    model.config.v_head_dim = "wide"
+    operations, inputs = Operations(model, "chunked", "eager", compiled=False), batch("eager")
+    for _ in range(2):
+        with operations.micro_batch(inputs):
+            model(**inputs, use_cache=False, fused_lm_head=True).loss.backward()
+    assert operations.flush() == (240, 0, 0)
+    assert [line.message.partition(":")[0] for line in caplog.records] == [
+        "operations are not counted"
+    ]
+
+
 def test_attention_counts_the_squares_of_documents_within_its_window() -> None:
     model = made("llama", "lora", "packed", "chunked", "", {}, {})
     operations = Operations(model, "chunked", "packed", compiled=False)
