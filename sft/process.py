@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sft.errors import Problem
@@ -87,8 +87,12 @@ def from_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in environ
 
 
-def command_line() -> str:
-    """Return the command that started this process, or its torchrun, as a shell reads it."""
+def command_line(hidden: Callable[[str], str] = str) -> str:
+    """Return the command that started this process, or its torchrun, as a shell reads it.
+
+    Args:
+        hidden: Replaces what must not be shown of a word.
+    """
     words = list(sys.orig_argv)
     if from_torchrun():
         try:
@@ -100,7 +104,8 @@ def command_line() -> str:
     if script.is_absolute() and script.parent == python.parent:  # the interpreter of a program
         words = words[1:]
     name = Path(words[0]).name
-    return shlex.join([name if shutil.which(name) == words[0] else words[0], *words[1:]])
+    first = name if shutil.which(name) == words[0] else words[0]
+    return shlex.join([first, *map(hidden, words[1:])])
 
 
 def restarts(environ: Mapping[str, str] = os.environ) -> int:

@@ -34,6 +34,14 @@ def may_be_secret(key: str, value: Any) -> bool:
     return isinstance(value, str) and bool(named or TOKEN.search(value))
 
 
+def shown(word: str) -> str:
+    """Return a word of a command line, without a value that may be a secret."""
+    key, equals, value = word.partition("=")
+    name = key.lstrip("+")
+    secret = equals and (name in COMMANDS or may_be_secret(name, value))
+    return f"{key}={HIDDEN}" if secret else word
+
+
 def without_secrets(value: Any, key: str = "", environ: Mapping[str, str] = os.environ) -> Any:
     """Copy settings, or what a run's files say, without what may be a secret.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft import process
 from sft.checkpoint import folders
-from sft.config import compare, saved, zero
+from sft.config import compare, saved, secrets, zero
 from sft.config.rules import Choice
 from sft.config.settings import Config
 from sft.errors import RunError
@@ -173,7 +173,7 @@ class Run:
             fingerprints = [*before.get("fingerprints", []), self.fingerprint]
             self._record = {
                 "status": "running",
-                "command": process.command_line(),
+                "command": process.command_line(secrets.shown),
                 "ranks": process.world_size(),
                 "identity": self.identity,
                 "fingerprints": list(dict.fromkeys(fingerprints)),
@@ -194,7 +194,9 @@ class Run:
                         "allowed": self._accepted,
                     }
                 )
-            write_text(self.dir / record.SETTINGS, saved.to_yaml(self.config))
+            # on_alert may hold a secret, and no file may set it.
+            settings = dataclasses.replace(self.config, on_alert=None)
+            write_text(self.dir / record.SETTINGS, saved.to_yaml(settings))
             self._write()
         except OSError as error:
             raise RunError(

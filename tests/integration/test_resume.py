@@ -468,7 +468,12 @@ def test_a_loss_that_is_not_finite_names_its_rows(
     named = {int(row) for row in str(stopped.value).split("(rows ")[1].split(")")[0].split(", ")}
     assert named & {6, 12, 18, 24} and len(named) == 2  # the micro-batch
     run = tmp_path / "skip"
-    train(*command, "train.on_nan=skip", f"output_dir={run}")
+    told = tmp_path / "told"
+    ask = f"on_alert=cat >> {told}"
+    train(*command, "train.on_nan=skip", f"output_dir={run}", ask)
+    assert "on_alert: null" in (run / "config.yaml").read_text()  # it may hold a secret
+    alerts = [json.loads(line) for line in (run / "alerts.jsonl").read_text().splitlines()]
+    assert {alert["kind"] for alert in alerts} == {"nan"} and alerts[0]["rows"]
     record = json.loads((run / "run.json").read_text())
     found = losses(run)
     assert record["final"]["skipped_steps"] == sum(loss is None for loss in found.values()) > 0
@@ -476,6 +481,7 @@ def test_a_loss_that_is_not_finite_names_its_rows(
     assert finite[-1] < finite[0]
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in adapter.values())
+    assert json.loads(told.read_text().splitlines()[0])["rows"] == alerts[0]["rows"]
 
 
 def test_rows_are_named_right_in_a_later_epoch_that_was_resumed_on_two_ranks(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sft.config.secrets import shown
 from sft.config.watch_settings import AlertConfig
 from sft.errors import ConfigError
 from sft.files import read_records
@@ -122,6 +123,13 @@ def test_a_file_that_cannot_be_written_stops_nothing(
         alerts.add("disk", 1, "two")
     assert caplog.text.count("cannot be written") == 1
     assert "alert (nan): one" in caplog.text and "alert (disk): two" in caplog.text
+
+
+def test_a_command_that_is_kept_shows_no_secret() -> None:
+    words = ["+on_alert=curl https://hook/T0", "model.token=hf_x", "lora.r=8", "model.eos_token=a"]
+    assert [shown(word) for word in words] == [
+        *("+on_alert=(not shown)", "model.token=(not shown)", "lora.r=8", "model.eos_token=a")
+    ]
 
 
 def test_only_the_command_line_sets_the_command(tmp_path: Path) -> None:
