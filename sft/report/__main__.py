@@ -50,6 +50,8 @@ def check(config: ReportConfig) -> list[Problem]:
     problems = list(rule_problems(config))
     if not config.runs:
         problems.append(Problem("runs=[]", "a run's folder is needed", "sft report outputs/NAME"))
+    if config.output == "":
+        problems.append(Problem("output=", "must not be empty", "output=FILE.html"))
     for name in trackers(config):
         problems += packages.tracker_problems(name)
     return problems
