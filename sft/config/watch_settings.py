@@ -144,8 +144,8 @@ class AlertConfig:
 
     loss_jump: float | None = setting(
         3.0,
-        "the loss of a step is more than this many times the mean of the 20 previous steps; null: "
-        "no such alert. train.max_loss_jump stops the run",
+        "the loss of a step is more than this many times the mean of the 20 previous steps, and "
+        "0.5 nats above it; null: no such alert. train.max_loss_jump stops the run",
         above(1),
         changes_training=False,
     )

@@ -25,6 +25,9 @@ from sft.watch.alerts import Alerts
 logger = logging.getLogger("sft")
 
 RECENT = 20  # steps over which the loss is averaged; a jump is measured against the average
+# Nats per token that a loss must have risen by for an alert: near 0, a few rows that are not learnt
+# yet make a loss many times the others.
+JUMP = 0.5
 SKIPS = 10  # the run stops after this many skipped steps in a row: the weights must be damaged
 
 
@@ -196,7 +199,8 @@ class Guard(TrainerCallback):  # type: ignore[misc]
         def above(times: float | None) -> bool:
             return times is not None and loss > times * usual
 
-        stops, alerts = above(self.max_loss_jump), above(self.alerts.settings.loss_jump)
+        stops = above(self.max_loss_jump)
+        alerts = above(self.alerts.settings.loss_jump) and loss > usual + JUMP
         if stops or (alerts and self.alerts.is_new("loss_jump")):
             rows = self._rows(step, True)
             what = (

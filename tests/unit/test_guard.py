@@ -123,6 +123,15 @@ def test_each_kind_is_alerted_once_until_it_has_recovered(tmp_path: Path) -> Non
     )
 
 
+def test_a_loss_near_0_may_be_many_times_the_others(tmp_path: Path) -> None:
+    steps, _ = guarded(tmp_path, loss_jump=3.0)
+    for loss in [*[0.01] * RECENT, 0.4]:
+        steps.make(loss)
+    assert not (tmp_path / "alerts.jsonl").exists()
+    steps.make(0.6)  # the mean of 20 is 0.03
+    assert alerted(tmp_path) == [("loss_jump", RECENT + 2, [2200])]
+
+
 def test_what_stops_a_run_is_alerted_first(tmp_path: Path) -> None:
     steps, _ = guarded(tmp_path, on_nan="stop", loss_jump=None)
     with pytest.raises(RunError, match="the loss is nan"):
