@@ -49,7 +49,7 @@ def trained(logged: dict[str, Any]) -> dict[str, Any]:
         key: value
         for key, value in logged.items()
         # Each set in dataset.eval has its own eval_NAME_seconds.
-        if key not in MEASURED and not re.fullmatch(r"eval_\w+_seconds", key)
+        if key not in MEASURED and not re.fullmatch(r"eval_.+_seconds", key)
     }
 
 

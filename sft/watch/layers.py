@@ -21,11 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from sft.checkpoint.sharded import shape_of
-
-# Fields of configs with the number of query heads and the width of the model.
-HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-WIDTHS = ("hidden_size", "n_embd", "d_model")
-OTHER_ATTENTION = ("Linear", "Lightning", "Rwkv")  # in names of classes: it has no scores
+from sft.watch.scores import heads_of, is_attention, stores_scores, window_of
 
 
 @dataclass
@@ -65,8 +61,8 @@ class Layers:
         failed: Why a layer could not be counted, so that nothing is; "" if all were.
     """
 
-    def __init__(self, model: Any, kernel: str) -> None:
-        self.model, self.kernel = model, kernel
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.total, self.fixed = Cost(), Cost()
         self.attention: dict[int, Cost] = defaultdict(Cost)
         self.in_backward = False
@@ -105,8 +101,11 @@ class Layers:
                 yield module.register_forward_hook(
                     self._safe(self._watch_adapter), always_call=True
                 )
-            if getattr(module, "lora_magnitude_vector", None):
+            for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
                 normed.update(both)
+                yield magnitude.register_forward_hook(
+                    self._safe(self._watch_dora), with_kwargs=True
+                )
         for module in self.model.modules():
             if module in fused or isinstance(module, nn.Embedding):
                 continue
@@ -129,7 +128,9 @@ class Layers:
                     self._safe(watch), with_kwargs=True, always_call=True
                 )
             if is_attention(module):
-                yield module.register_forward_hook(self._safe(self._watch_attention))
+                yield module.register_forward_hook(
+                    self._safe(self._watch_attention), with_kwargs=True
+                )
 
     def _safe(self, watch: Callable[..., None]) -> Callable[..., None]:
         """Let a layer that is called in an unknown way train: only its count is given up."""
@@ -176,6 +177,13 @@ class Layers:
                 self._add(self.total, a, forward, x.requires_grad + 1)
                 self._add(self.total, b, 2 * rows * shape_of(b.weight).numel(), 2)
 
+    def _watch_dora(self, module: Any, given: Any, named: Any, output: Any) -> None:
+        """Count the product of the frozen weight with an input that had dropout: it is a second."""
+        x, base = given[0], named.get("base_layer")
+        if isinstance(base, nn.Linear) and named.get("base_result") is None:
+            forward = 2 * base.in_features * base.out_features * (x.numel() // x.shape[-1])
+            self._add(self.total, module, forward, x.requires_grad)
+
     def _watch_stacked_adapter(self, module: Any, given: Any, output: Any) -> None:
         """Count the product of the two matrices, which PEFT adds to the stacked weight."""
         for name in module.active_adapters:
@@ -207,30 +215,17 @@ class Layers:
             self._add(self.total, (module, name), 2 * rows * prod(shape[1:]), below + trained)
             below = below or trained  # the input of the second product depends on the first weight
 
-    def _watch_attention(self, module: Any, given: Any, output: Any) -> None:
-        text = self.model.config.get_text_config()
-        heads = _first(text, HEADS)
-        size = getattr(module, "head_dim", None) or getattr(text, "head_dim", None)
-        size = size or _first(text, WIDTHS) // heads
-        key = getattr(text, "qk_head_dim", None) or size
-        value = getattr(text, "v_head_dim", None) or size
+    def _watch_attention(self, module: Any, given: Any, named: Any, output: Any) -> None:
+        heads, key, value = heads_of(self.model.config.get_text_config(), module)
         found = output[0] if isinstance(output, tuple) else output
         # The scores and the sum of values; in the backward pass the gradients of four factors.
         forward = 2.0 * heads * (key + value)
         cost = self.attention[window_of(module)]
         before = cost.gradient
         self._add(cost, module, forward, 2 * found.requires_grad)
-        if cost.gradient > before and self.kernel != "eager" and key == value:
+        inputs = [x for x in (*given, *named.values()) if isinstance(x, torch.Tensor)]
+        if cost.gradient > before and not stores_scores(found, inputs):
             cost.repeated += 2 * heads * key  # fused kernels compute the scores again
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Return whether a module is that of a layer's attention, by the name of its class."""
-    name = type(module).__name__
-    return name.endswith("Attention") and not (
-        any(other in name for other in OTHER_ATTENTION)
-        or any(type(child).__name__.endswith("Attention") for child in module.children())
-    )
 
 
 def _trained(module: nn.Module, name: str) -> bool:
@@ -239,14 +234,3 @@ def _trained(module: nn.Module, name: str) -> bool:
         return True
     found = getattr(module, name, None)
     return isinstance(found, nn.Parameter) and found.requires_grad
-
-
-def window_of(module: nn.Module) -> int:
-    """Return how many tokens a token of a layer attends to; 0: to all before it."""
-    window = getattr(module, "sliding_window", None)
-    return window if isinstance(window, int) and window > 0 else 0
-
-
-def _first(config: Any, names: tuple[str, ...]) -> int:
-    """Return the first of a config's fields that it has; 1 if it has none."""
-    return next((found for name in names if (found := getattr(config, name, None))), 1)

@@ -1,7 +1,7 @@
 """Count the floating-point operations of training, from what each layer really computes.
 
 ``Layers`` watches the first micro-batch. The others are scaled by their tokens, their trained
-positions, and their pairs of tokens that may attend to each other.
+positions, and their pairs of tokens whose scores are computed.
 
 A product of (m, k) and (k, n) is 2 m k n operations. Attention counts whole squares, without the
 causal half, as in ``torch.utils.flop_counter``. Not counted: element-wise operations, and the scans
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from sft.checkpoint.sharded import shape_of
-from sft.watch.layers import Cost, Layers, is_attention, window_of
+from sft.fast import attention
+from sft.watch.layers import Cost, Layers
+from sft.watch.scores import is_attention, window_of
 
 logger = logging.getLogger("sft")
 
@@ -62,7 +64,7 @@ class Operations:
         self.seen = Seen()
         self._windows = {window_of(each) for each in model.modules() if is_attention(each)}
         self._position = self._of_position()
-        self._layers = Layers(model, self.kernel)
+        self._layers = Layers(model)
         self._tokens = 0  # of the micro-batch that was watched; 0: none was
 
     @contextlib.contextmanager
@@ -120,9 +122,15 @@ class Operations:
             seen.pairs[window] = seen.pairs[window] + self._pairs(ids, places, window)
 
     def _pairs(self, ids: torch.Tensor, places: torch.Tensor | None, window: int) -> Any:
-        """Count the pairs of tokens that may attend to each other, in whole squares."""
+        """Count the pairs of tokens whose scores are computed, in whole squares.
+
+        Kernels that are given a mask compute also what it hides: the tokens outside of a window.
+        """
         rows, length = ids.shape
-        by_document = self.kernel == "packed" or "flash" in self.kernel or "/" in self.kernel
+        packed, flash = self.kernel == attention.NAME, attention.is_flash(self.kernel)
+        by_document = packed or flash
+        if not (flash or (packed and ids.is_cuda)):
+            window = 0
         if places is None or not by_document:
             return rows * length * min(length, window or length)
         # The squares of all documents: n * n is the sum of 2 p + 1 over the places p < n.

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from sft.errors import ConfigError
 from sft.files import read_records
 from sft.train import main
 from sft.watch import alerts as alerts_module
+from sft.watch import bounded
 from sft.watch.alerts import Alerts
 from sft.watch.machine import FLOOR, MEASURED, PATIENCE, Disk, Stall
 
@@ -112,6 +115,17 @@ def test_a_command_that_hangs_is_ended(
     with caplog.at_level("INFO", "sft"):
         alerts.add("nan", 1, "it went wrong")
         until(lambda: "code 124: it was ended after 0.2 seconds" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [("yes >&2", bounded.LATE), ("yes >&2 & sleep 0.1; exit 3", 3)]
+)
+def test_a_command_that_floods_fills_no_disk_and_is_ended(command: str, code: int) -> None:
+    """Also if it leaves the flood in the background."""
+    words = [sys.executable, "-I", bounded.__file__, "0.3", command]
+    ended = subprocess.run(words, capture_output=True, timeout=30)
+    assert ended.returncode == code
+    assert 0 < len(ended.stderr) <= bounded.MOST
 
 
 def test_a_file_that_cannot_be_written_stops_nothing(

@@ -9,6 +9,7 @@ from unit.test_checks import legal_config
 from sft.config import evaluation
 from sft.config.checks import check
 from sft.config.settings import TrainConfig
+from sft.run import record
 from sft.training.best import Best, Verdict
 
 
@@ -111,3 +112,10 @@ SET = {"dataset__eval": {"hard": {"path": "hard.jsonl"}}}
 def test_what_cannot_be_judged_is_refused(settings: dict[str, Any], said: str) -> None:
     found = check(legal_config(**settings))
     assert "\n".join(f"{p.setting}|{p.rule}|{p.fix}" for p in found) == said
+
+
+@pytest.mark.parametrize("name", ["hard", "a-b", "0"])
+def test_how_long_a_set_took_is_no_part_of_what_is_trained(name: str) -> None:
+    assert evaluation.NAME.fullmatch(name)
+    logged = {"step": 1, f"eval_{name}_loss": 2.0, f"eval_{name}_seconds": 0.1}
+    assert record.trained(logged) == {"step": 1, f"eval_{name}_loss": 2.0}

@@ -15,7 +15,7 @@ from sft.data.collator import Collator
 from sft.fast import attention, head, linear
 from sft.fast import lora as fast_lora
 from sft.training.cadence import WithinEpochs
-from sft.watch import lines, peaks
+from sft.watch import lines, peaks, scores
 from sft.watch.clock import PARTS, Clock, Pace
 from sft.watch.operations import Operations
 
@@ -29,6 +29,7 @@ LATENT: dict[str, Any] = {
     **{"num_key_value_heads": 4, "first_k_dense_replace": 1},
 }
 WINDOWED = {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}
+NARROW = {**WINDOWED, "sliding_window": 16}
 
 
 LENGTHS = (37, 20, 51, 12)
@@ -96,6 +97,7 @@ CASES: list[Any] = [
         )
     ),
     ("gpt2", "lora", "sdpa", "chunked", "", {}, {"attn_pdrop": 0.0}),
+    ("gpt2", "lora", "sdpa", "chunked", "recorded", {}, {}),  # its dropout needs the scores
     ("llama", "all", "sdpa", "chunked", "", {}, {"tie_word_embeddings": True}),
     ("llama", "fused", "packed", "chunked", "", {}, {}),
     ("llama", "fused", "packed", "chunked", "recorded", {}, {}),
@@ -103,11 +105,13 @@ CASES: list[Any] = [
     ("llama", "lora", "sdpa", "plain", "", {}, {}),
     ("llama", "lora", "sdpa", "chunked", "", {"modules_to_save": ["lm_head"]}, {}),
     ("llama", "lora", "sdpa", "chunked", "", {"use_dora": True}, {}),
+    ("llama", "lora", "sdpa", "chunked", "", {"use_dora": True, "lora_dropout": 0.1}, {}),
     ("qwen3_moe", "all", "sdpa", "chunked", "", {}, {}),
     ("qwen3_moe", "lora", "sdpa", "chunked", "recorded", {"target_parameters": MOE}, {}),
     ("olmoe", "lora", "sdpa", "chunked", "", {"target_parameters": MOE}, OLMOE),
     ("deepseek_v3", "lora", "sdpa", "chunked", "", {}, LATENT),
     ("gemma3_text", "lora", "sdpa", "chunked", "", {}, WINDOWED),
+    *(("gemma3_text", "lora", k, "chunked", "", {}, NARROW) for k in ("packed", "sdpa")),
 ]
 
 
@@ -162,14 +166,23 @@ def test_a_layer_that_cannot_be_counted_trains_all_the_same(
     ]
 
 
-def test_attention_counts_the_squares_of_documents_within_its_window() -> None:
+@pytest.mark.parametrize(("kernel", "skips"), [("flash_attention_2", True), ("packed", False)])
+def test_attention_counts_the_squares_of_documents(kernel: str, skips: bool) -> None:
+    """Only a flash kernel skips what is outside of a window; on a CPU it is masked."""
     model = made("llama", "lora", "packed", "chunked", "", {}, {})
-    operations = Operations(model, "chunked", "packed", compiled=False)
+    operations = Operations(model, "chunked", kernel, compiled=False)
     places = batch("packed")["position_ids"]
     ids = torch.zeros(1, 120, dtype=torch.int64)
     assert int(operations._pairs(ids, places, 0)) == sum(n * n for n in LENGTHS)
-    assert int(operations._pairs(ids, places, 16)) == sum(n * min(n, 16) for n in LENGTHS)
-    assert operations._pairs(torch.zeros(4, 51), None, 16) == 4 * 51 * 16
+    windowed = sum(n * min(n, 16 if skips else n) for n in LENGTHS)
+    assert int(operations._pairs(ids, places, 16)) == windowed
+    assert operations._pairs(torch.zeros(4, 51), None, 16) == 4 * 51 * (16 if skips else 51)
+
+
+@pytest.mark.parametrize(("family", "window"), [("mistral", 16), ("gemma3_text", 16), ("llama", 0)])
+def test_the_window_of_a_layer_is_its_own_or_that_of_the_config(family: str, window: int) -> None:
+    model = made(family, "all", "sdpa", "chunked", "", {}, NARROW if window else {})
+    assert scores.window_of(model.model.layers[0].self_attn) == window
 
 
 def test_the_parts_of_a_clock_sum_to_all_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
