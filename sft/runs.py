@@ -128,7 +128,7 @@ def row_of(name: str, run: Folder, differs: dict[str, Any]) -> dict[str, Any]:
         "status": run.status,
         "model": run.setting("model.name"),
         "data": run.setting("dataset.name"),
-        "differs": {key: hidden(value) for key, value in differs.items()},
+        "differs": {key: hidden(value, key) for key, value in differs.items()},
         "step": run.step(),
         "loss": run.last("loss"),
         "eval_loss": run.last("eval_loss"),

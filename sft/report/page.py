@@ -194,7 +194,7 @@ def _number(value: float | None, form: str = ".4f") -> str:
 def _settings(runs: Sequence[Folder], short: Sequence[str]) -> str:
     found = differing(runs)
     rows = [
-        [html.text(key), *(html.text(hidden(value)) for value in values)]
+        [html.text(key), *(html.text(hidden(value, key)) for value in values)]
         for key, values in list(found.items())[:LARGEST_TABLE]
     ]
     if not rows:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any
 
 from sft import html
 from sft.config.rules import typed
+from sft.config.secrets import HIDDEN, without_secrets
 from sft.report.folder import Folder, number
 
 LATEST = 1e11  # seconds; a later year has more than four digits
-PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def when(seconds: Any) -> str:
@@ -34,9 +33,10 @@ def duration(seconds: Any) -> str:
     return f"{value:.3g} s"
 
 
-def hidden(value: Any) -> str:
-    """Return a setting's value as it is typed, without the password of a URL."""
-    return PASSWORD.sub("***@", typed(value))
+def hidden(value: Any, key: str) -> str:
+    """Return a setting's value as it is typed, without what may be a secret."""
+    shown = without_secrets(value, key)
+    return HIDDEN if shown == HIDDEN else typed(shown)
 
 
 def flag(value: str, flagged: bool) -> str:

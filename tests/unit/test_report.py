@@ -181,9 +181,22 @@ def test_what_a_run_holds_is_escaped(tmp_path: Path) -> None:
         assert "\u202e" not in text and "\x1b" not in text
 
 
-def test_a_password_of_a_url_is_not_shown(made: Path) -> None:
+def test_secrets_are_not_shown(made: Path, tmp_path: Path) -> None:
     text = page_of(made)
-    assert "https://***@host/alpaca.jsonl" in text and "secret" not in text
+    assert "https://host/alpaca.jsonl" in text and "secret" not in text
+    told = "sft train 'on_alert=curl -H secret' '+model.extra={a: 1, api_key: secret}' lora.r=4"
+    settings = {"on_alert": "curl -H secret", "model": {"extra": {"hub_token": "secret"}}}
+    path = written(tmp_path / "run", {"command": f"{told} dataset.path=s3://a:secret@b/c"}, [])
+    (path / "config.yaml").write_text(json.dumps(settings))
+    text = page_of(path)
+    assert "secret" not in text and text.count("(not shown)") == 4
+    assert "dataset.path=s3://b/c" in text and "lora.r=4" in text
+    rows = table.runs(table.RunsConfig(dirs=[str(tmp_path), str(made)]))["runs"]
+    assert "secret" not in json.dumps([row["differs"] for row in rows])
+    (path / "run.json").write_text(
+        json.dumps({"command": "sft train on_alert='curl sk-abcdefghijklmn"})
+    )
+    assert "sk-abc" not in page_of(path)
 
 
 @pytest.mark.parametrize(
