@@ -5,7 +5,6 @@ Each function returns a card of the page; "" if nothing is known.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,9 +13,8 @@ from sft import html
 from sft.config.compare import flatten
 from sft.config.rules import typed
 from sft.config.secrets import command_without_secrets
-from sft.config.settings import Config
 from sft.data.histogram import histogram
-from sft.report.folder import MERGE_REPORT, Folder, number
+from sft.report.folder import MERGE_REPORT, Folder, defaults, number
 from sft.report.words import flag, hidden
 from sft.run import record
 
@@ -136,12 +134,12 @@ def merged(run: Folder) -> str:
 
 def settings(run: Folder) -> str:
     """List the settings that differ from their defaults."""
-    defaults = flatten(dataclasses.asdict(Config()))
+    known = defaults()
     rows = []
     for key, value in run.flat().items():
-        default = defaults.get(key, {})
+        default = known.get(key, {})
         if value != default and not (not value and not default):
-            rows.append([key, hidden(value, key), typed(default) if key in defaults else "-"])
+            rows.append([key, hidden(value, key), typed(default) if key in known else "-"])
     cells = [[html.long_text(cell, 400) for cell in row] for row in rows]
     table = html.table(["setting", "value", "default"], cells, "Settings", "text") if rows else ""
     return html.card("Settings that differ from their defaults", table)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sft import html
 from sft.report.folder import Folder, number, size
-from sft.report.words import flag, when
+from sft.report.words import flag, rounded, when
 from sft.run import record
 
 PROMPTS, ANSWERS, ALERTS, OPERATIONS = 8, 8, 50, 40  # at most shown
@@ -75,7 +75,7 @@ def weights(run: Folder) -> str:
     rows = []
     for step, length in run.checkpoints():
         found = evaluated.get(float(step))
-        value = "-" if found is None else f"{found:.4f}"
+        value = "-" if found is None else rounded(found)
         mark = '<td class="note best">best</td>' if step == best_step else ""
         rows.append([f"checkpoint-{step}", html.amount(length), value, mark])
     trained = record.weights(run.path)

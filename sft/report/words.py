@@ -29,7 +29,7 @@ def duration(seconds: Any) -> str:
     for unit, part, size in (("d", "h", 86400), ("h", "min", 3600), ("min", "s", 60)):
         if value >= size:
             rest = int(value % size // {"h": 3600, "min": 60, "s": 1}[part])
-            return f"{int(value // size)} {unit}" + (f" {rest} {part}" if rest else "")
+            return f"{html.whole(value // size)} {unit}" + (f" {rest} {part}" if rest else "")
     return f"{value:.3g} s"
 
 
@@ -37,6 +37,11 @@ def hidden(value: Any, key: str) -> str:
     """Return a setting's value as it is typed, without what may be a secret."""
     shown = without_secrets(value, key)
     return HIDDEN if shown == HIDDEN else typed(shown)
+
+
+def rounded(value: float) -> str:
+    """Return a loss with four decimals; a very large one short."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def flag(value: str, flagged: bool) -> str:
