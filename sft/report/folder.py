@@ -72,8 +72,7 @@ class Folder:
 
     def entries(self, key: str) -> list[Record]:
         """Return the mappings in an entry of run.json that must be a list of them."""
-        found = self.run.get(key)
-        return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+        return mappings(self.run.get(key))
 
     def json(self, name: str) -> Record:
         """Read a further JSON file of the folder; empty if it is missing or damaged."""
@@ -179,6 +178,11 @@ def _brief(path: Path) -> list[str]:
         at = content.find(EVALUATION, end, begin)
     lines += content[begin:].splitlines()
     return [line.decode("utf-8", errors="replace") for line in lines]
+
+
+def mappings(value: Any) -> list[Record]:
+    """Return the mappings in what must be a list of them."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def number(value: Any) -> float:

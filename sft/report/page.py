@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from sft.report.words import damages, duration, hidden, rounded
 
 # Settings that differ among any two runs, and say nothing about the difference.
 NAMES = ("run_name", "output_dir", "overwrite")
+TILES = 6  # in a row, at most
 LARGEST_TABLE = 60  # settings that differ, in a comparison
 
 
@@ -71,9 +73,13 @@ def _head(run: Folder) -> str:
     if (seed := run.setting("seed")) is not None:
         parts.append(f"seed {seed}")
     lead = " · ".join(html.text(part) for part in parts if part)
+    shown = list(_tiles(run))
+    columns = math.ceil(
+        len(shown) / math.ceil(len(shown) / TILES)
+    )  # so that rows are of one length
     tiles = "".join(
         f"<div><dt>{html.text(label)}</dt><dd>{value}<small>{note}</small></dd></div>\n"
-        for label, value, note in _tiles(run)
+        for label, value, note in shown
     )
     notices = [str(run.run["reason"])] if run.run.get("reason") else []
     if run.status == "killed":
@@ -86,7 +92,7 @@ def _head(run: Folder) -> str:
         f'<header>\n<div class="head"><h1>{html.text(run.name)}</h1>'
         f'<span class="pill {html.text(run.status)}">{html.text(run.status)}</span></div>\n'
         f'<p class="lead">{lead}</p>\n</header>\n'
-        f'<dl class="tiles">\n{tiles}</dl>\n'
+        f'<dl class="tiles" style="--n: {columns}">\n{tiles}</dl>\n'
         + (f'<div class="notice" role="note">{said}</div>\n' if said else "")
     )
 

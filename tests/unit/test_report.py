@@ -179,7 +179,12 @@ def test_what_a_run_holds_is_escaped(tmp_path: Path) -> None:
     )
     write_lines(path / "alerts.jsonl", [{"step": 1, "kind": evil, "message": evil}])
     (path / "profile").mkdir()
-    (path / "profile" / "operations_rank0.txt").write_text(evil)
+    told = {
+        "steps": [evil],
+        "phases": [{"name": evil}],
+        "operations": [{"name": evil, "calls": evil}],
+    }
+    (path / "profile" / "operations_rank0.json").write_text(json.dumps(told))
     (path / "checkpoint-1").mkdir()
     for text, times in ((page_of(path), 20), (page_of(path, path), 3)):
         elements = Checked(text).found
