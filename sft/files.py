@@ -159,12 +159,12 @@ def to_json(record: dict[str, Any], indent: int | None = None, ascii: bool = Tru
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; skip invalid lines, such as the incomplete last line of a killed run."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             records.append(json.loads(line))
         except (ValueError, RecursionError):
             continue
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def hash_of(file: str | Path) -> str:

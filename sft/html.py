@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import decimal
 import hashlib
 import itertools
 import unicodedata
@@ -59,20 +60,25 @@ def figure(value: object, key: str = "") -> str:
     if isinstance(value, float):
         if key.endswith("share"):
             return f"{100 * value:.3g} %"
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return whole(value) if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
+        return whole(value)
     if isinstance(value, list):
         rest = len(value) - FEW
         return ", ".join(map(str, value[:FEW])) + f" and {rest} more" * (rest > 0)
     return str(value)
 
 
+def whole(value: float) -> str:
+    """Return a number without decimals: with separators, or short if it is very large."""
+    return f"{value:,.0f}" if abs(value) < 1e15 else f"{decimal.Decimal(value):.4g}"
+
+
 def amount(size: float) -> str:
     """Return a number of bytes as a text."""
     for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20)):
         if size >= 2**power / 10:
-            return f"{size / 2**power:,.1f} {unit}"
+            return f"{size / 2**power:{',.1f' if size < 1e27 else '.3g'}} {unit}"
     return f"{size / 2**10:,.1f} KiB"
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft import html
 from sft.cli.command import Command
 from sft.config.rules import one_of, rule_problems, setting
 from sft.errors import Problem, RunError
 from sft.report import folder, places
 from sft.report.folder import Folder
-from sft.report.words import age_of, hidden
+from sft.report.words import age_of, hidden, rounded
 
 logger = logging.getLogger("sft")
 
@@ -128,7 +129,7 @@ def row_of(name: str, run: Folder, differs: dict[str, Any]) -> dict[str, Any]:
         "status": run.status,
         "model": run.setting("model.name"),
         "data": run.setting("dataset.name"),
-        "differs": {key: hidden(value) for key, value in differs.items()},
+        "differs": {key: hidden(value, key) for key, value in differs.items()},
         "step": run.step(),
         "loss": run.last("loss"),
         "eval_loss": run.last("eval_loss"),
@@ -197,7 +198,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     differs = " ".join(f"{key}={value}" for key, value in row["differs"].items())
-    best = "" if row["best"] is None else f"{row['best']:.4f} at {row['best_step']:,}"
+    best = (
+        "" if row["best"] is None else f"{rounded(row['best'])} at {html.whole(row['best_step'])}"
+    )
     speed = row["tokens_per_second"]
     loss = row["eval_loss"]
     texts = {
@@ -206,10 +209,10 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "model": row["model"] or "",
         "data": row["data"] or "",
         "differs": differs,
-        "step": f"{row['step']:,}",
-        "eval": "" if loss is None or not math.isfinite(loss) else f"{loss:.4f}",
+        "step": html.whole(row["step"]),
+        "eval": "" if loss is None or not math.isfinite(loss) else rounded(loss),
         "best": best,
-        "tokens/s": "" if speed is None else f"{speed:,.0f}",
+        "tokens/s": "" if speed is None else html.whole(speed),
         "age": age_of(row["age"]),
     }
     return {key: "".join(c if c.isprintable() else "?" for c in str(v)) for key, v in texts.items()}

@@ -12,15 +12,15 @@ from sft.config.settings import Config
 START = 1_790_000_000.0
 VERSIONS = {"python": "3.11.7", "sft": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.23.0"}
 PROMPT = "Write this word backwards: <b>robot</b>\n<script>alert(1)</script>"
-OPERATIONS = """\
------------------------  ------------  ------------  ------------
-Name                     Self CPU %    Self CPU      # of Calls
------------------------  ------------  ------------  ------------
-aten::mm                 61.20%        812.119ms     1,344
-aten::native_dropout     7.71%         102.302ms     96
-aten::_softmax           5.02%         66.610ms      96
------------------------  ------------  ------------  ------------
-"""
+OPERATIONS = {
+    "steps": [3, 4, 5],
+    "device": "cuda",
+    "phases": [{"name": "forward", "calls": 6, "seconds": 0.5758}],
+    "operations": [
+        {"name": name, "calls": 96, "cpu_seconds": 0.1, "cuda_seconds": 0.8, "share": share}
+        for name, share in (("aten::mm", 0.612), ("aten::native_dropout", 0.0771))
+    ],
+}
 
 
 def metrics(steps: int, every: int, seed: int, rate: float) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ def made_run(
         "greedy_texts": {"equal": 4, "of": 4},
     }
     (folder / "merged" / "merge_report.json").write_text(json.dumps(merge))
-    (folder / "profile" / "operations_rank0.txt").write_text(OPERATIONS)
+    (folder / "profile" / "operations_rank0.json").write_text(json.dumps(OPERATIONS))
     _sides(folder, steps)
     run = {
         "status": "finished",

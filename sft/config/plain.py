@@ -31,20 +31,24 @@ def read_json(path: Path, finite: bool = True) -> Any:
     return parse_json(_text(path), finite)
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, errors: str = "strict") -> list[str]:
     """Read a file of JSON lines that may come from anywhere.
+
+    Args:
+        path: The file.
+        errors: What is done about bytes that are no UTF-8, as of ``open``.
 
     Raises:
         ValueError: It cannot be read, or is larger than ``LARGEST_JSON``.
     """
-    return _text(path).splitlines()
+    return _text(path, errors).splitlines()
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, errors: str = "strict") -> str:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, more than {LARGEST_JSON:,}")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors=errors)
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
 

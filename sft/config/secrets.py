@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ SIGNED = re.compile(
 # Variables of the environment whose values are secrets, of which a setting may have been made.
 VARIABLE = re.compile(r"(?i)(token|key|secret|password)(_id)?$")
 SHORTEST = 8  # characters of such a value; a shorter one may be part of any text
+NAMED = re.compile(r"([\w.]+)['\"]?\s*:")  # what may be a key in the text of a mapping
 COMMANDS = {"on_alert"}  # settings that are commands of a shell, whose words may be anything
 
 
@@ -60,3 +62,22 @@ def without_secrets(value: Any, key: str = "", environ: Mapping[str, str] = os.e
     secrets = (item for name, item in environ.items() if VARIABLE.search(name))
     known = any(len(item) >= SHORTEST and item in text for item in secrets)
     return HIDDEN if known or key in COMMANDS or may_be_secret(key, text) else text
+
+
+def command_without_secrets(command: str) -> str:
+    """Copy a command line, without the values of its settings that may be secrets."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a damaged file
+        return str(without_secrets(command))
+    return shlex.join(map(_word_without_secrets, words))
+
+
+def _word_without_secrets(word: str) -> str:
+    key, equals, value = word.partition("=")
+    if not equals or "/" in key:
+        return str(without_secrets(word))
+    within = value if value.startswith(("{", "[")) else ""
+    if any(may_be_secret(name, value) for name in NAMED.findall(within)):
+        return f"{key}={HIDDEN}"
+    return f"{key}={without_secrets(value, key.lstrip('+~'))}"

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from sft import html
 from sft.report.axes import BUCKETS, Axes, Point, short, thinned
 
+LABEL = 8.0  # percent of a chart that the label of a curve takes
+MOST_LABELS = 12  # of curves at their ends; further ones have only the legend
 ROWS = 14  # steps in the table of a chart's values
 _ids = itertools.count(1)
 
@@ -162,16 +164,33 @@ def _labels(axes: Axes, curves: Sequence[Curve], ends: bool) -> Iterator[str]:
         yield f'<span class="x" style="left:{axes.x(step) / 10:.1f}%">{short(step)}</span>'
     last = [
         (*next(point for point in reversed(curve.points) if math.isfinite(point[1])), curve)
-        for curve in (curves if ends else ())
+        for curve in (curves if ends and len(curves) <= MOST_LABELS else ())
     ]
-    before: list[tuple[float, float]] = []  # places of labels, in percent
-    for step, value, curve in sorted(last, key=lambda item: item[1]):
-        left, top = axes.x(step) / 10, axes.y(value) / 10
-        beside = [other for x, other in before if abs(x - left) < 5]
-        top = min([top, *(other - 8 for other in beside)])  # above those that it would cover
-        before.append((left, top))
+    last.sort(key=lambda item: item[1], reverse=True)
+    places = [(axes.x(step) / 10, axes.y(value) / 10) for step, value, _ in last]
+    for top, (left, _), (*_, curve) in zip(_spread(places), places, last, strict=True):
         where = f"left:{left:.1f}%;top:{top:.1f}%"
         yield f'<span class="end c{curve.look % 6}" style="{where}">{html.text(curve.name)}</span>'
+
+
+def _spread(places: Sequence[tuple[float, float]]) -> list[float]:
+    """Move labels, from the uppermost to the lowest, so that none covers another one.
+
+    Args:
+        places: (left, top) of each, in percent of the chart.
+
+    Returns:
+        The tops, within the chart if there is room.
+    """
+    tops: list[float] = []
+    for left, top in places:
+        above = [one for one, (x, _) in zip(tops, places, strict=False) if abs(x - left) < 5]
+        tops.append(max([top, *(one + LABEL for one in above)]))
+    for at in reversed(range(len(tops))):  # those that are now too low push the others up again
+        below = zip(tops[at + 1 :], places[at + 1 :], strict=True)
+        beside = [one for one, (x, _) in below if abs(x - places[at][0]) < 5]
+        tops[at] = min([tops[at], 100.0, *(one - LABEL for one in beside)])
+    return tops
 
 
 def _described(curves: Sequence[Curve], unit: str, over: str) -> str:
@@ -181,10 +200,10 @@ def _described(curves: Sequence[Curve], unit: str, over: str) -> str:
         points = [point for point in curve.points if math.isfinite(point[1])]
         low, high = (pick(points, key=lambda point: point[1]) for pick in (min, max))
         said.append(
-            f"{curve.name}: from {points[0][1]:.4g} at {over} {points[0][0]:,.0f} to "
-            f"{points[-1][1]:.4g} at {over} {points[-1][0]:,.0f} {unit}".rstrip()
-            + f"; smallest {low[1]:.4g} at {over} {low[0]:,.0f}, largest {high[1]:.4g} at {over} "
-            f"{high[0]:,.0f}."
+            f"{curve.name}: from {points[0][1]:.4g} at {over} {html.whole(points[0][0])} to "
+            f"{points[-1][1]:.4g} at {over} {html.whole(points[-1][0])} {unit}".rstrip()
+            + f"; smallest {low[1]:.4g} at {over} {html.whole(low[0])}, largest {high[1]:.4g} at "
+            f"{over} {html.whole(high[0])}."
         )
     return " ".join(said)
 
@@ -195,14 +214,14 @@ def _values(title: str, curves: Sequence[Curve], unit: str, over: str) -> str:
     chosen = steps[:: math.ceil(len(steps) / ROWS)]
     chosen += [steps[-1]] if chosen[-1] != steps[-1] else []
     by_step = [dict(curve.points) for curve in curves]
-    rows = [[f"{step:,.0f}", *(_value(found.get(step)) for found in by_step)] for step in chosen]
+    rows = [[html.whole(step), *(_value(found.get(step)) for found in by_step)] for step in chosen]
     extremes: tuple[tuple[str, Callable[..., Point]], ...] = (("smallest", min), ("largest", max))
     for label, pick in extremes:
         cells = []
         for curve in curves:
             finite = [point for point in curve.points if math.isfinite(point[1])]
             step, value = pick(finite, key=lambda point: point[1])
-            cells.append(f"{value:.4g} <small>at {step:,.0f}</small>")
+            cells.append(f"{value:.4g} <small>at {html.whole(step)}</small>")
         rows.append([label, *cells])
     bad = sum(not math.isfinite(value) for curve in curves for _, value in curve.points)
     note = f'<p class="alert">{bad:,} values are not finite numbers</p>' if bad else ""

@@ -5,17 +5,17 @@ Each function returns a card of the page; "" if nothing is known.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sft import html
 from sft.config.compare import flatten
-from sft.config.settings import Config
+from sft.config.rules import typed
+from sft.config.secrets import command_without_secrets
 from sft.data.histogram import histogram
-from sft.report.folder import MERGE_REPORT, Folder, number
-from sft.report.words import PASSWORD, flag, hidden
+from sft.report.folder import MERGE_REPORT, Folder, defaults, number
+from sft.report.words import flag, hidden
 from sft.run import record
 
 # Of the audit, what a reader of a page asks for; data.json has all of it.
@@ -86,7 +86,11 @@ def _any(row: list[str]) -> bool:
 def choices(run: Folder) -> str:
     """Show what auto has chosen, and why."""
     rows = [
-        [html.text(key), html.text(hidden(said.get("value"))), html.text(said.get("reason", ""))]
+        [
+            html.text(key),
+            html.text(hidden(said.get("value"), key)),
+            html.text(said.get("reason", "")),
+        ]
         for key, said in run.mapping("choices").items()
         if isinstance(said, dict)
     ]
@@ -130,12 +134,12 @@ def merged(run: Folder) -> str:
 
 def settings(run: Folder) -> str:
     """List the settings that differ from their defaults."""
-    defaults = flatten(dataclasses.asdict(Config()))
+    known = defaults()
     rows = []
     for key, value in run.flat().items():
-        default = defaults.get(key, {})
+        default = known.get(key, {})
         if value != default and not (not value and not default):
-            rows.append([key, hidden(value), hidden(default) if key in defaults else "-"])
+            rows.append([key, hidden(value, key), typed(default) if key in known else "-"])
     cells = [[html.long_text(cell, 400) for cell in row] for row in rows]
     table = html.table(["setting", "value", "default"], cells, "Settings", "text") if rows else ""
     return html.card("Settings that differ from their defaults", table)
@@ -161,5 +165,5 @@ def again(run: Folder) -> str:
     command = run.run.get("command")
     if not isinstance(command, str):
         return ""
-    shown = html.text(PASSWORD.sub("***@", command))
+    shown = html.text(command_without_secrets(command))
     return html.card("The command", f'<pre class="command">{shown}</pre>\n')

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +14,14 @@ from typing import Any
 from sft.checkpoint import folders
 from sft.config.compare import flatten
 from sft.config.plain import parse_json, read_json, read_lines
+from sft.config.settings import Config
 from sft.errors import RunError
 from sft.run import record
 from sft.run.lock import Lock
 
 MERGE_REPORT = "merge_report.json"
 KILLED = "killed"  # the status of a run that neither ended nor goes on
+LARGEST = 1e100  # beyond it the arithmetic of an axis overflows, and no figure is so large
 LAST, EVALUATION = 8, b'_loss": '  # what a table of runs reads of the metrics
 Record = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -58,8 +62,8 @@ class Folder:
         return node
 
     def flat(self) -> dict[str, Any]:
-        """Return all settings by dotted name."""
-        return flatten(self.settings) if self.settings else {}
+        """Return all settings by dotted name; a setting that an earlier version lacked, as now."""
+        return defaults() | flatten(self.settings) if self.settings else {}
 
     def mapping(self, key: str) -> Record:
         """Return an entry of run.json that must be a mapping; empty if it is none."""
@@ -68,8 +72,7 @@ class Folder:
 
     def entries(self, key: str) -> list[Record]:
         """Return the mappings in an entry of run.json that must be a list of them."""
-        found = self.run.get(key)
-        return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+        return mappings(self.run.get(key))
 
     def json(self, name: str) -> Record:
         """Read a further JSON file of the folder; empty if it is missing or damaged."""
@@ -78,8 +81,9 @@ class Folder:
         found = self._tried(name, lambda path: read_json(path, finite=False))
         return found if isinstance(found, dict) else {}
 
-    def lines(self, name: str, read: Callable[[Path], Sequence[str]] = read_lines) -> list[Record]:
+    def lines(self, name: str, read: Callable[[Path], Sequence[str]] | None = None) -> list[Record]:
         """Read a further file of JSON lines; lines that are no mapping are counted as damaged."""
+        read = read or functools.partial(read_lines, errors="replace")
         if not (self.path / name).is_file():
             return []
         lines = self._tried(name, read) or ()
@@ -147,6 +151,12 @@ class Folder:
         return [*(["eval_loss"] if "eval_loss" in keys else []), *sorted({*named} - {"eval_loss"})]
 
 
+@functools.cache
+def defaults() -> dict[str, Any]:
+    """Return the settings' defaults by dotted name."""
+    return flatten(dataclasses.asdict(Config()))
+
+
 def _parsed(line: str) -> Any:
     try:
         return parse_json(line, finite=False)
@@ -170,16 +180,18 @@ def _brief(path: Path) -> list[str]:
     return [line.decode("utf-8", errors="replace") for line in lines]
 
 
+def mappings(value: Any) -> list[Record]:
+    """Return the mappings in what must be a list of them."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def number(value: Any) -> float:
-    """Return a JSON value as a number; NaN if it is none."""
-    if type(value) is float:
-        return value
-    if type(value) is int:
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf
-    return math.nan
+    """Return a JSON value as a number; NaN if it is none, and infinite beyond ``LARGEST``."""
+    if type(value) not in (float, int):
+        return math.nan
+    if -LARGEST <= value <= LARGEST:
+        return float(value)
+    return math.inf if value > 0 else -math.inf if value < 0 else math.nan
 
 
 def size(path: Path) -> int:
@@ -245,6 +257,6 @@ def read(path: Path, brief: bool = False) -> Folder:
         found.settings = _settings(path)
     except (RunError, OSError):
         found.damaged[record.SETTINGS] = "it is missing or damaged"
-    records = found.lines(record.METRICS, _brief if brief else read_lines)
+    records = found.lines(record.METRICS, _brief if brief else None)
     found.metrics = [item for item in records if math.isfinite(number(item.get("step")))]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +13,11 @@ from sft.report import charts, facts, sections
 from sft.report.curves import key as look_of
 from sft.report.folder import Folder, number
 from sft.report.style import SCRIPT, STYLE
-from sft.report.words import damages, duration, hidden
+from sft.report.words import damages, duration, hidden, rounded
 
 # Settings that differ among any two runs, and say nothing about the difference.
 NAMES = ("run_name", "output_dir", "overwrite")
+TILES = 6  # in a row, at most
 LARGEST_TABLE = 60  # settings that differ, in a comparison
 
 
@@ -71,9 +73,13 @@ def _head(run: Folder) -> str:
     if (seed := run.setting("seed")) is not None:
         parts.append(f"seed {seed}")
     lead = " · ".join(html.text(part) for part in parts if part)
+    shown = list(_tiles(run))
+    columns = math.ceil(
+        len(shown) / math.ceil(len(shown) / TILES)
+    )  # so that rows are of one length
     tiles = "".join(
         f"<div><dt>{html.text(label)}</dt><dd>{value}<small>{note}</small></dd></div>\n"
-        for label, value, note in _tiles(run)
+        for label, value, note in shown
     )
     notices = [str(run.run["reason"])] if run.run.get("reason") else []
     if run.status == "killed":
@@ -86,7 +92,7 @@ def _head(run: Folder) -> str:
         f'<header>\n<div class="head"><h1>{html.text(run.name)}</h1>'
         f'<span class="pill {html.text(run.status)}">{html.text(run.status)}</span></div>\n'
         f'<p class="lead">{lead}</p>\n</header>\n'
-        f'<dl class="tiles">\n{tiles}</dl>\n'
+        f'<dl class="tiles" style="--n: {columns}">\n{tiles}</dl>\n'
         + (f'<div class="notice" role="note">{said}</div>\n' if said else "")
     )
 
@@ -95,19 +101,19 @@ def _tiles(run: Folder) -> Iterator[tuple[str, str, str]]:
     """Yield (label, value, note) of the most important figures."""
     last = run.metrics[-1] if run.metrics else {}
     epoch = number(last.get("epoch"))
-    yield "steps", f"{run.step():,}", f"epoch {epoch:.2f}" if epoch == epoch else ""
+    yield "steps", html.whole(run.step()), f"epoch {epoch:.2f}" if epoch == epoch else ""
     if (loss := run.last("loss")) is not None:
-        yield "training loss", f"{loss:.4f}", ""
+        yield "training loss", rounded(loss), ""
     for key in run.held_out()[:3]:
         best, now = run.best(key), run.last(key)
         if best is not None and now is not None:
-            note = f"best {best[1]:.4f} at step {best[0]:,.0f}"
-            yield f"{charts.set_name(key, 'loss')} loss", f"{now:.4f}", note
+            note = f"best {rounded(best[1])} at step {html.whole(best[0])}"
+            yield f"{charts.set_name(key, 'loss')} loss", rounded(now), note
     if (match := run.last("exact_match")) is not None:
         yield "exact match", f"{match:.1%}", ""
     if (speed := run.last("tokens_per_second")) is not None:
         mfu = run.last("mfu")
-        yield "tokens/s", f"{speed:,.0f}", f"MFU {mfu:.1%}" if mfu is not None else ""
+        yield "tokens/s", html.whole(speed), f"MFU {mfu:.1%}" if mfu is not None else ""
     if "seconds" in run.run:
         yield "time", duration(run.run["seconds"]), _since(run)
     elif run.status == "running" and (left := run.last("seconds_left")) is not None:
@@ -169,17 +175,17 @@ def _results(runs: Sequence[Folder], short: Sequence[str]) -> str:
     least = min((loss[1] for loss in losses if loss), default=None)
     rows = []
     for look, (letter, run, loss) in enumerate(zip(short, runs, losses, strict=True)):
-        best = f"{loss[1]:.4f}<small> at {loss[0]:,.0f}</small>" if loss else "-"
+        best = f"{rounded(loss[1])}<small> at {html.whole(loss[0])}</small>" if loss else "-"
         kind = ' class="best"' if loss and loss[1] == least else ""
         rows.append(
             [
                 f'<span class="key">{look_of(look)}{letter}</span>{html.text(run.name)}',
                 html.text(run.status),
-                f"{run.step():,}",
+                html.whole(run.step()),
                 _number(run.last("loss")),
                 _number(run.last("eval_loss")),
                 f"<td{kind}>{best}</td>",
-                _number(run.last("tokens_per_second"), ",.0f"),
+                _number(run.last("tokens_per_second"), html.whole),
                 duration(run.run.get("seconds")),
             ]
         )
@@ -187,14 +193,14 @@ def _results(runs: Sequence[Folder], short: Sequence[str]) -> str:
     return html.table(head, rows, "Results of the runs")
 
 
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: float | None, shown: Callable[[float], str] = rounded) -> str:
+    return "-" if value is None else shown(value)
 
 
 def _settings(runs: Sequence[Folder], short: Sequence[str]) -> str:
     found = differing(runs)
     rows = [
-        [html.text(key), *(html.text(hidden(value)) for value in values)]
+        [html.text(key), *(html.text(hidden(value, key)) for value in values)]
         for key, values in list(found.items())[:LARGEST_TABLE]
     ]
     if not rows:

@@ -9,11 +9,11 @@ import itertools
 from typing import Any
 
 from sft import html
-from sft.report.folder import Folder, number, size
-from sft.report.words import flag, when
+from sft.report.folder import Folder, mappings, number, size
+from sft.report.words import flag, rounded, when
 from sft.run import record
 
-PROMPTS, ANSWERS, ALERTS, OPERATIONS = 8, 8, 50, 40  # at most shown
+PROMPTS, ANSWERS, ALERTS, OPERATIONS = 8, 8, 50, 20  # at most shown
 
 
 def samples(run: Folder) -> str:
@@ -75,7 +75,7 @@ def weights(run: Folder) -> str:
     rows = []
     for step, length in run.checkpoints():
         found = evaluated.get(float(step))
-        value = "-" if found is None else f"{found:.4f}"
+        value = "-" if found is None else rounded(found)
         mark = '<td class="note best">best</td>' if step == best_step else ""
         rows.append([f"checkpoint-{step}", html.amount(length), value, mark])
     trained = record.weights(run.path)
@@ -109,8 +109,8 @@ def events(run: Folder) -> str:
     alerts = run.lines(record.ALERTS)
     for alert in alerts[:ALERTS]:
         kind = flag(f"alert: {str(alert.get('kind')).replace('_', ' ')}", True)
-        said = html.text(alert.get("message", ""))
-        rows.append((number(alert.get("step")), [when(alert.get("time")), kind, said]))
+        said = str(alert.get("message", "")).removeprefix(f"step {alert.get('step')}: ")
+        rows.append((number(alert.get("step")), [when(alert.get("time")), kind, html.text(said)]))
     if not rows:
         return ""
     rows.sort(key=lambda row: row[0])
@@ -118,17 +118,35 @@ def events(run: Folder) -> str:
     cells = [[html.figure(int(step)) if step == step else "-", *row] for step, row in rows]
     head = ["step", "time", "what", "why"]
     return html.card(
-        "Stops, resumes and alerts", html.table(head, cells, "Stops and alerts", "text"), note
+        "Stops, resumes and alerts",
+        html.table(head, cells, "Stops and alerts", "text events"),
+        note,
     )
 
 
 def profile(run: Folder) -> str:
-    """Show the table of the slowest operations: profile=torch."""
+    """Show the phases of the recorded steps and the slowest operations: profile=torch."""
     shown = ""
-    for path in sorted((run.path / record.PROFILE).glob("operations_rank*.txt"))[:2]:
-        lines = run.text(f"{record.PROFILE}/{path.name}", 40_000).splitlines()[:OPERATIONS]
-        body = "\n".join(html.text(line[:240]) for line in lines)
-        label = html.text(path.stem.replace("operations_rank", "Operations of rank "))
-        shown += f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
-        shown += f'<pre class="wide">{body}</pre></div>\n'
+    for path in sorted((run.path / record.PROFILE).glob("operations_rank*.json"))[:2]:
+        found = run.json(f"{record.PROFILE}/{path.name}")
+        phases = [
+            [html.text(phase.get("name")), f"{number(phase.get('seconds')):.4g}"]
+            for phase in mappings(found.get("phases"))
+        ]
+        operations = [
+            [
+                f"<code>{html.text(operation.get('name'))}</code>",
+                f"{number(operation.get('share')):.1%}",
+                html.cell(operation.get("calls")),
+                f"{number(operation.get('cpu_seconds')):.4g}",
+                f"{number(operation.get('cuda_seconds')):.4g}",
+            ]
+            for operation in mappings(found.get("operations"))[:OPERATIONS]
+        ]
+        rank = path.stem.removeprefix("operations_rank")
+        label = f"rank {rank}, steps {html.figure(found.get('steps'))}"
+        head = ["operation", "share", "calls", "CPU, s", "GPU, s"]
+        shown += f"<h3>{html.text(label).capitalize()}</h3>\n"
+        shown += html.table(["phase", "seconds"], phases, f"Phases of {label}")
+        shown += html.table(head, operations, f"Operations of {label}")
     return html.card("Slowest operations", shown)

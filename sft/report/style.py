@@ -14,8 +14,8 @@ STYLE = """
 .pill.finished { color: var(--good); }
 .pill.failed, .pill.killed { color: var(--alert); }
 .pill.running { color: var(--c2); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem;
-  margin: 1.5rem 0 0; padding: 0; }
+.tiles { display: grid; gap: .8rem; margin: 1.5rem 0 0; padding: 0; grid-template-columns:
+  repeat(auto-fit, minmax(max(8.5rem, (100% - (var(--n) - 1) * .8rem) / var(--n)), 1fr)); }
 .tiles div { padding: .8rem 1rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
 .tiles dt { font-size: .8rem; color: var(--soft); }
@@ -68,6 +68,8 @@ summary { color: var(--soft); cursor: pointer; }
 table.text td, table.text th { text-align: left; }
 td, th { white-space: nowrap; }
 table.text td { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+table.events td:not(:last-child) { white-space: nowrap; }
+table.events td:last-child { min-width: 17rem; }
 table pre { font-size: .8rem; line-height: 1.5; }
 .columns { display: grid; gap: 1.6rem 3rem;
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
@@ -85,7 +87,8 @@ footer { margin-top: 1.5rem; }
 .sample:first-of-type { padding-top: 0; border-top: 0; }
 .sample dl { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .3rem 1rem;
   margin: 0; }
-pre.wide { white-space: pre; font-size: .78rem; }
+code { overflow-wrap: anywhere; }
+.card > .scroll + .scroll, .card > .scroll + h3 { margin-top: 1rem; }
 .sample dt { color: var(--soft); font-size: .85rem; font-variant-numeric: tabular-nums; }
 .sample dd { margin: 0; }
 .sample pre { font-size: .85rem; line-height: 1.55; }
@@ -102,7 +105,7 @@ pre.wide { white-space: pre; font-size: .78rem; }
   details, output { display: none; }
   .charts { grid-template-columns: 1fr 1fr; gap: 1rem 1.6rem; }
   .plot { height: 8.5rem; }
-  .tiles { grid-template-columns: repeat(auto-fit, minmax(5.4rem, 1fr)); gap: .4rem; }
+  .tiles { grid-template-columns: repeat(var(--n), 1fr); gap: .4rem; }
   .tiles div { padding: .4rem .5rem; }
   .tiles dd { font-size: 1rem; }
 }

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any
 
 from sft import html
 from sft.config.rules import typed
+from sft.config.secrets import HIDDEN, without_secrets
 from sft.report.folder import Folder, number
 
 LATEST = 1e11  # seconds; a later year has more than four digits
-PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def when(seconds: Any) -> str:
@@ -30,13 +29,19 @@ def duration(seconds: Any) -> str:
     for unit, part, size in (("d", "h", 86400), ("h", "min", 3600), ("min", "s", 60)):
         if value >= size:
             rest = int(value % size // {"h": 3600, "min": 60, "s": 1}[part])
-            return f"{int(value // size)} {unit}" + (f" {rest} {part}" if rest else "")
+            return f"{html.whole(value // size)} {unit}" + (f" {rest} {part}" if rest else "")
     return f"{value:.3g} s"
 
 
-def hidden(value: Any) -> str:
-    """Return a setting's value as it is typed, without the password of a URL."""
-    return PASSWORD.sub("***@", typed(value))
+def hidden(value: Any, key: str) -> str:
+    """Return a setting's value as it is typed, without what may be a secret."""
+    shown = without_secrets(value, key)
+    return HIDDEN if shown == HIDDEN else typed(shown)
+
+
+def rounded(value: float) -> str:
+    """Return a loss with four decimals; a very large one short."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def flag(value: str, flagged: bool) -> str:

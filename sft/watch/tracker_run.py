@@ -133,7 +133,7 @@ class TrackedRun:
         self._samples = seen
         found: Samples = {}
         for answer in read_records(file):
-            found.setdefault(answer["step"], []).append(answer)
+            found.setdefault(answer["step"], []).append(without_secrets(answer))
         return found
 
 

@@ -18,7 +18,7 @@ from sft import runs as table
 from sft.errors import RunError
 from sft.report import axes, folder, page, places
 from sft.report.__main__ import main as report
-from sft.report.curves import Curve, chart
+from sft.report.curves import Curve, _spread, chart
 from sft.run import ends, record
 
 LARGEST = 300_000  # bytes of the page of 10,000 steps
@@ -108,6 +108,13 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None
     assert axes.ticks(low, high) == pytest.approx(expected)
 
 
+def test_the_labels_of_curves_do_not_cover_one_another() -> None:
+    assert _spread([(100, 40.0), (100, 41.0), (50, 41.0)]) == [40.0, 48.0, 41.0]
+    assert _spread([(100, 5.0), (100, 98.0), (100, 99.0)]) == [5.0, 92.0, 100.0]
+    many = _spread([(100, 90.0)] * 12)
+    assert many == [12 + 8 * n for n in range(12)]
+
+
 def test_numbers_of_an_axis_are_short() -> None:
     found = [axes.short(value) for value in (0, 1500, 12_000, 2.5e6, 0.25, 5e-5)]
     assert found == ["0", "1,500", "12k", "2.5M", "0.25", "5.0e-5"]
@@ -172,7 +179,12 @@ def test_what_a_run_holds_is_escaped(tmp_path: Path) -> None:
     )
     write_lines(path / "alerts.jsonl", [{"step": 1, "kind": evil, "message": evil}])
     (path / "profile").mkdir()
-    (path / "profile" / "operations_rank0.txt").write_text(evil)
+    told = {
+        "steps": [evil],
+        "phases": [{"name": evil}],
+        "operations": [{"name": evil, "calls": evil}],
+    }
+    (path / "profile" / "operations_rank0.json").write_text(json.dumps(told))
     (path / "checkpoint-1").mkdir()
     for text, times in ((page_of(path), 20), (page_of(path, path), 3)):
         elements = Checked(text).found
@@ -181,9 +193,22 @@ def test_what_a_run_holds_is_escaped(tmp_path: Path) -> None:
         assert "\u202e" not in text and "\x1b" not in text
 
 
-def test_a_password_of_a_url_is_not_shown(made: Path) -> None:
+def test_secrets_are_not_shown(made: Path, tmp_path: Path) -> None:
     text = page_of(made)
-    assert "https://***@host/alpaca.jsonl" in text and "secret" not in text
+    assert "https://host/alpaca.jsonl" in text and "secret" not in text
+    told = "sft train 'on_alert=curl -H secret' '+model.extra={a: 1, api_key: secret}' lora.r=4"
+    settings = {"on_alert": "curl -H secret", "model": {"extra": {"hub_token": "secret"}}}
+    path = written(tmp_path / "run", {"command": f"{told} dataset.path=s3://a:secret@b/c"}, [])
+    (path / "config.yaml").write_text(json.dumps(settings))
+    text = page_of(path)
+    assert "secret" not in text and text.count("(not shown)") == 4
+    assert "dataset.path=s3://b/c" in text and "lora.r=4" in text
+    rows = table.runs(table.RunsConfig(dirs=[str(tmp_path), str(made)]))["runs"]
+    assert "secret" not in json.dumps([row["differs"] for row in rows])
+    (path / "run.json").write_text(
+        json.dumps({"command": "sft train on_alert='curl sk-abcdefghijklmn"})
+    )
+    assert "sk-abc" not in page_of(path)
 
 
 @pytest.mark.parametrize(
@@ -193,24 +218,30 @@ def test_a_password_of_a_url_is_not_shown(made: Path) -> None:
         [{"step": 0, "eval_loss": 4.7, "eval_perplexity": 110.0}],
         [{"step": 5, "loss": None, "grad_norm": None}],
         [{"step": 1, "loss": 10**400, "seconds_compute": "fast", "learning_rate": True}],
+        [{"step": s, "loss": v, "eval_loss": v} for s, v in enumerate((1e308, -1e308, 5e-320))],
+        [{"step": 10**s, "loss": 2.0, "memory_resident": 10**s} for s in (1, 90, 200)],
         [{"step": "x", "loss": 1.0}, {"loss": 1.0}, {"step": None}, [1], "text", 7],
     ],
 )
 def test_few_or_odd_records_make_a_page(tmp_path: Path, metrics: list[Any]) -> None:
-    Checked(page_of(written(tmp_path / "run", {}, metrics)))
-    Checked(page_of(tmp_path / "run", tmp_path / "run"))
+    path = written(tmp_path / "run", {}, metrics)
+    for text in (page_of(path), page_of(path, path)):
+        Checked(text)
+        assert not re.search(r"[\d,]{40}|[ ,\"]nan[,\"]|Error", text)
 
 
 def test_damaged_files_are_named_and_counted(made: Path, tmp_path: Path) -> None:
     path = made_run(tmp_path / "broken", steps=20)
     lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (path / "metrics.jsonl").write_text("".join([*lines[:5], "{half\n", *lines[5:], '{"step": 2']))
+    whole = "".join([*lines[:5], "{half\n", *lines[5:], '{"step": 2'])
+    (path / "metrics.jsonl").write_bytes(b'{"step": \xff}\n' + whole.encode())
     (path / "data.json").write_text("[1, 2")
     (path / "merged" / "merge_report.json").write_text('{"passed": true, "eval_loss": [')
     (path / "config.yaml").write_text("a: [")
     (path / "samples.jsonl").write_bytes(b"\xff\xfe\n")
+    assert len(folder.read(path).metrics) == len(lines)
     text = page_of(path)
-    assert "metrics.jsonl: 2 damaged lines, which are left out" in text
+    assert "metrics.jsonl: 3 damaged lines, which are left out" in text
     for name in ("data.json", "merged/merge_report.json", "config.yaml", "samples.jsonl"):
         assert f"<p>{name}: " in text
     (path / "run.json").write_text('{"status": 5}')
@@ -415,3 +446,11 @@ def test_a_place_without_runs_is_answered(
         with pytest.raises(SystemExit):
             table.main(words)
         assert says in capsys.readouterr().err
+
+
+def test_a_setting_that_an_earlier_version_lacked_does_not_differ(tmp_path: Path) -> None:
+    for name, text in (("old", "seed: 42"), ("also", "seed: 42"), ("new", "precision: auto")):
+        (written(tmp_path / name, {}, []) / "config.yaml").write_text(f"run_name: {name}\n{text}")
+    rows = table.runs(table.RunsConfig(dirs=[str(tmp_path)]))["runs"]
+    assert [row["differs"] for row in rows] == [{}] * 3
+    assert "All settings are equal" in page_of(tmp_path / "old", tmp_path / "new")
