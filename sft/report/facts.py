@@ -108,7 +108,7 @@ def measured(run: Folder) -> str:
     ]
     for rank, held in enumerate(run.entries("ranks_memory")[:8]):
         for key, value in held.items():
-            title = key.removesuffix("_bytes").replace("_", " ")
+            title = key.replace("_", " ").removesuffix(" bytes")
             rows.append([html.text(f"rank {rank}: {title}"), html.amount(number(value))])
     label = "Operations and memory"
     table = html.table(["figure", "value"], rows, label) if rows else ""
