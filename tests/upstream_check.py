@@ -107,6 +107,10 @@ def _assigned(place: Any) -> frozenset[str]:
 def _stored(tree: ast.AST) -> Iterator[str]:
     """Yield what code assigns: attributes, keys, and fields of a dataclass without a default."""
     for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            for key in node.keys:
+                if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                    yield key.value
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             if isinstance(node.slice.value, str):
                 yield node.slice.value

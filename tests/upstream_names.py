@@ -246,4 +246,16 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "hydra.core.utils": ("JobReturn", "JobStatus"),
     "hydra.plugins.launcher": ("Launcher",),
     "hydra.types:TargetConf": ("_target_",),
+    # Trackers: what their own functions write, without the threads of these.
+    "tensorboard.compat.proto.event_pb2": ("Event",),
+    "tensorboard.compat.proto.summary_pb2": ("Summary",),
+    "tensorboard.plugins.hparams.summary_v2": ("hparams_pb(hparams, trial_id)",),
+    "tensorboard.plugins.text.summary_v2": ("text_pb(tag, data)",),
+    "tensorboard.summary.writer.record_writer": ("RecordWriter",),
+    "trackio.run": ("_Created", "_Group"),
+    "trackio.sqlite_storage": ("SQLiteStorage",),
+    "trackio.sqlite_storage:SQLiteStorage": (
+        "bulk_log(project, run, metrics_list, *, run_id, steps, timestamps, config, log_ids)",
+    ),
+    "trackio.markdown": ("_type", "_value"),
 }

@@ -22,7 +22,7 @@ DOCUMENTED = {
     "hydra.core.config_store",
 }
 # Private by their spelling only: Python's own, and what sft itself composes.
-PYTHONS = {"_replace"}
+PYTHONS = {"_exit", "_replace"}
 PHRASES = {"_", "_defaults", "_offload", "_seed"}
 DUNDERS = {"__compatible_ops__"}  # those that are not Python's
 
@@ -67,7 +67,7 @@ def uses_of(text: str, inherited: frozenset[str] = frozenset()) -> Iterator[Use]
                 yield Use(alias.name, node.module, _is_internal(node.module, alias.name))
         elif isinstance(node, ast.Attribute):
             module = _module_of(node.value, aliases)
-            private = _is_private(node.attr) and node.attr not in ours | PYTHONS
+            private = _is_private(node.attr) and node.attr not in ours
             internal = id(node) not in inner and _is_internal(module, node.attr)
             yield Use(node.attr, module, private or internal)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -81,7 +81,8 @@ def uses_of(text: str, inherited: frozenset[str] = frozenset()) -> Iterator[Use]
 
 
 def _is_private(name: str) -> bool:
-    return name in DUNDERS or (name.startswith("_") and not name.endswith("__"))
+    hidden = name.startswith("_") and not name.endswith("__")
+    return name in DUNDERS or (hidden and name not in PYTHONS)
 
 
 def _is_internal(module: str, name: str) -> bool:

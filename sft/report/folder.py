@@ -13,6 +13,7 @@ from typing import Any
 
 from sft.checkpoint import folders
 from sft.config.compare import flatten
+from sft.config.evaluation import RESULT
 from sft.config.plain import parse_json, read_json, read_lines
 from sft.config.settings import Config
 from sft.errors import RunError
@@ -147,7 +148,8 @@ class Folder:
     def held_out(self) -> list[str]:
         """Return the keys of the losses on held-out sets; the main one is first."""
         keys = dict.fromkeys(key for record in self.metrics for key in record)
-        named = [key for key in keys if key.startswith("eval_") and key.endswith("_loss")]
+        found = [RESULT.fullmatch(key) for key in keys]
+        named = [match[0] for match in found if match and match[2] == "loss"]
         return [*(["eval_loss"] if "eval_loss" in keys else []), *sorted({*named} - {"eval_loss"})]
 
 
