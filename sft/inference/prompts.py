@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 from collections.abc import Iterator
@@ -94,9 +95,19 @@ class Prompts:
         given, template = self.settings.prompts, self.template
         encoder = Encoder(template.tokenizer)
         found = []
-        for row in itertools.islice(self._rows(given), self.settings.num):
-            text = template.render_prompt(row)
-            found.append(Prompt(encoder.prompt(text, bos=template.adds_bos), text))
+        try:
+            for row in itertools.islice(self._rows(given), self.settings.num):
+                text = template.render_prompt(row)
+                found.append(Prompt(encoder.prompt(text, bos=template.adds_bos), text))
+        except (DataError, OSError):
+            raise
+        # A row of training that a template or the tokenizer cannot take is refused like this, too.
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"{given}: prompt {len(found) + 1} cannot be used: {fault}\n"
+                "    fix: correct or remove it"
+            ) from error
         if not found:
             raise DataError(f"{given} holds no prompts\n    fix: write one a line")
         return found
@@ -108,8 +119,9 @@ class Prompts:
         lines = kind_of(given) in TEXT
         for row in rows_of(given, "sample.prompts"):
             if lines:
-                texts = filter(str.strip, str(row.values["text"]).splitlines())
-                yield from map(self.template.prompt_row, texts)
+                # Not splitlines(): it also cuts at form feeds and at Unicode's separators.
+                texts = io.StringIO(str(row.values["text"]), newline=None).read().split("\n")
+                yield from map(self.template.prompt_row, filter(str.strip, texts))
             else:
                 yield self.renamed(row.values)
 

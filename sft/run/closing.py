@@ -6,6 +6,7 @@ They are read from the files of the run's folder, so that those of a resumed run
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def _evaluations(run: dict[str, Any], logged: list[dict[str, Any]]) -> list[tupl
     found = [log for log in logged if "eval_loss" in log]
     rows = []
     if found:
-        last, best = found[-1], min(found, key=lambda log: float(log["eval_loss"]))
+        known = [log for log in found if math.isfinite(float(log["eval_loss"]))] or found
+        last, best = found[-1], min(known, key=lambda log: float(log["eval_loss"]))
         text = f"{last['eval_loss']:.4f} at step {last['step']:,}, the last"
         if best["step"] == last["step"]:
             text += " and the best"
@@ -100,6 +102,8 @@ def _evaluations(run: dict[str, Any], logged: list[dict[str, Any]]) -> list[tupl
         if chosen["metric"] != "eval_loss":
             rows.append((chosen["metric"].replace("_", " "), text))
         elif used:
+            if chosen["step"] != best["step"]:  # such as before training, or what is largest
+                used = f"; {chosen['value']:.4f} at step {chosen['step']:,}, which is written"
             rows[-1] = (rows[-1][0], rows[-1][1] + used)
     if (share := run["final"].get("exact_match")) is not None:
         rows.append(("exact match", f"{share:.1%} of {run['final']['exact_match_rows']:,}"))

@@ -64,3 +64,8 @@ class WithinEpochs(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = True
         if step % self.per_epoch in self.saves:
             control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Do not evaluate again after an early stop within the epoch, as the Trainer would."""
+        if control.should_training_stop and state.global_step < state.max_steps:
+            control.should_evaluate = False

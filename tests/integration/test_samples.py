@@ -163,13 +163,15 @@ def test_a_changed_file_is_used_and_a_broken_one_is_not(
     good = prompts.again()
     assert [p.text[8] for p in good] == ["a", "b", "c"] and prompts.room == 64
     long = json.dumps({"prompt": "x" * model.config.max_position_embeddings})
-    for number, text in enumerate(['{"prompt": ', '{"wrong": 1}\n', "", f"{long}\n"], 1):
+    half, deep = '{"prompt": "\\ud800"}\n', json.dumps({"prompt": "[" * 5000})
+    broken = ['{"prompt": ', '{"wrong": 1}\n', "", f"{long}\n", half, f"{deep}\n"]
+    for number, text in enumerate(broken, 1):
         file.write_text(text)
         assert prompts.again() == prompts.again() == good
         assert caplog.text.count("the previous prompts are used") == number
     file.unlink()
     assert prompts.again() == good
-    assert prompts.room == 64 and caplog.text.count("the previous prompts are used") == 5
+    assert prompts.room == 64 and caplog.text.count("the previous prompts are used") == 7
     file.write_text('{"prompt": "new"}\n')
     assert [p.text[8:11] for p in prompts.again()] == ["new"]
 
@@ -185,6 +187,17 @@ def test_a_file_that_cannot_be_used_is_refused(
     file.write_text(text)
     with pytest.raises(DataError, match=said):
         make(template, model, str(file))
+
+
+def test_a_line_of_a_text_ends_where_a_file_has_a_line(
+    tmp_path: Path, template: Template, model: Any
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("one\u2028two\x0c\r\n \rthree\x85\n".encode())
+    found = [p.text for p in make(template, model, str(file)).again()]
+    assert found == [
+        f"<|user|>{text}<|end|><|assistant|>" for text in ("one\u2028two\x0c", "three\x85")
+    ]
 
 
 def test_a_list_is_rendered_with_the_template(template: Template, model: Any) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerControl, TrainerState
 from unit.test_checks import found
 
 from sft.checkpoint import folders
@@ -13,6 +14,7 @@ from sft.errors import ConfigError
 from sft.files import begin_folder
 from sft.plan.schedule import choose_cadence, points
 from sft.train import main
+from sft.training.cadence import WithinEpochs
 
 
 def test_points_are_evenly_spaced_and_the_last_is_the_epochs_end() -> None:
@@ -32,6 +34,19 @@ def chosen(samples: int, evaluates: bool = True, **settings: Any) -> dict[str, t
     train = TrainConfig(**{"global_batch_size": 4, "save_total_limit": 2, **settings})
     choices = choose_cadence(train, samples, evaluates)
     return {choice.setting: (choice.value, choice.reason) for choice in choices}
+
+
+@pytest.mark.parametrize(
+    ("step", "stops", "evaluates"), [(6, True, False), (6, False, True), (16, True, True)]
+)
+def test_an_early_stop_within_an_epoch_is_not_evaluated_twice(
+    step: int, stops: bool, evaluates: bool
+) -> None:
+    """Only the last step of a run, which stops it too, is evaluated as its epoch ends."""
+    within = WithinEpochs(TrainConfig(global_batch_size=4, evals_per_epoch=3), 16)
+    control = TrainerControl(should_training_stop=stops, should_evaluate=True)
+    within.on_epoch_end(None, TrainerState(global_step=step, max_steps=16), control)
+    assert control.should_evaluate is evaluates
 
 
 def test_a_share_is_rounded_up_to_steps_and_a_count_is_listed() -> None:

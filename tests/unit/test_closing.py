@@ -1,6 +1,7 @@
 """The last lines of a run, read from the files of its folder."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,17 @@ def test_a_run_of_two_starts_counts_the_time_of_both(tmp_path: Path) -> None:
     assert lines[4].endswith(f"{folder}/checkpoint-10, {folder}/checkpoint-30")
     assert f"    next         sft generate run={folder} prompt='...'" in lines
     assert f"                 sft merge run={folder}" in lines
+
+
+def test_the_written_weights_are_not_taken_for_those_before_training(tmp_path: Path) -> None:
+    """These have the smallest loss here; an evaluation that is not a number is never the best."""
+    values = {0: 1.0, 10: math.nan, 20: 3.0, 30: 3.5}
+    records = [{"step": step, "eval_loss": value} for step, value in values.items()]
+    best = {"metric": "eval_loss", "value": 3.0, "step": 20, "written": True}
+    assert closing.finished(folder_of(tmp_path, {"best": best}, records))[1] == (
+        "    eval loss  3.5000 at step 30, the last; 1.0000 at step 0, the best; 3.0000 at step "
+        "20, which is written"
+    )
 
 
 def test_a_run_without_evaluations_or_figures_of_time(tmp_path: Path) -> None:
