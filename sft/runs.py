@@ -101,7 +101,10 @@ def runs(config: RunsConfig) -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Folder]) -> list[dict[str, Any]]:
-    """Return, for each run, the settings whose value is not the most common one among the runs."""
+    """Return, for each run, the settings whose value is not the one that most runs have.
+
+    If two values are equally common, as in a sweep, both are shown.
+    """
     flat = [
         {
             key: value
@@ -114,7 +117,8 @@ def differing(runs: Sequence[Folder]) -> list[dict[str, Any]]:
     for key in dict.fromkeys(key for settings in flat for key in settings):
         counts = collections.Counter(repr(settings.get(key)) for settings in flat)
         if len(counts) > 1:
-            common[key] = counts.most_common(1)[0][0]
+            (most, count), (_, second) = counts.most_common(2)
+            common[key] = most if count > second else ""
     return [
         {key: own[key] for key in common if key in own and repr(own[key]) != common[key]}
         for own in flat
