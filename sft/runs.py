@@ -16,6 +16,7 @@ from typing import Any
 from sft import html
 from sft.cli.command import Command
 from sft.config.rules import one_of, rule_problems, setting
+from sft.config.upstream import closest
 from sft.errors import Problem, RunError
 from sft.report import folder, places
 from sft.report.folder import Folder
@@ -100,7 +101,10 @@ def runs(config: RunsConfig) -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Folder]) -> list[dict[str, Any]]:
-    """Return, for each run, the settings whose value is not the most common one among the runs."""
+    """Return, for each run, the settings whose value is not the one that most runs have.
+
+    If two values are equally common, as in a sweep, both are shown.
+    """
     flat = [
         {
             key: value
@@ -113,7 +117,8 @@ def differing(runs: Sequence[Folder]) -> list[dict[str, Any]]:
     for key in dict.fromkeys(key for settings in flat for key in settings):
         counts = collections.Counter(repr(settings.get(key)) for settings in flat)
         if len(counts) > 1:
-            common[key] = counts.most_common(1)[0][0]
+            (most, count), (_, second) = counts.most_common(2)
+            common[key] = most if count > second else ""
     return [
         {key: own[key] for key in common if key in own and repr(own[key]) != common[key]}
         for own in flat
@@ -136,7 +141,7 @@ def row_of(name: str, run: Folder, differs: dict[str, Any]) -> dict[str, Any]:
         "best": None if best is None else best[1],
         "best_step": None if best is None else int(best[0]),
         "tokens_per_second": run.last("tokens_per_second"),
-        "age": round(max(0.0, time.time() - run.last_written())),
+        "age": round(max(0.0, time.time() - folder.last_written(run.path))),
     }
 
 
@@ -161,7 +166,10 @@ def _sorted(rows: list[dict[str, Any]], runs: dict[str, Folder], sort: str) -> l
 
     known = [row for row in rows if value(row) is not None]
     if rows and not known:
-        raise RunError(f"no run has {key}\n    fix: sort=eval_loss, sort=age or sort=lora.r")
+        names = {name for run in runs.values() for name in set().union(run.flat(), *run.metrics)}
+        near = closest(key, names | set(rows[0]))
+        fix = f"did you mean sort={near}?" if near else "sort=eval_loss, sort=age or sort=lora.r"
+        raise RunError(f"no run has {key}\n    fix: {fix}")
     numbers = all(isinstance(value(row), int | float) for row in known)
     known.sort(key=value if numbers else lambda row: str(value(row)), reverse=down)
     return known + [row for row in rows if value(row) is None]

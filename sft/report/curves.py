@@ -106,7 +106,7 @@ def _grid(axes: Axes) -> Iterator[str]:
 def _line(curve: Curve, axes: Axes, band: bool) -> str:
     """Draw a curve: its mean as a line and, where values were joined, their range behind it."""
     shape = ""
-    parts = thinned(curve.points)
+    parts = thinned(curve.points, BUCKETS if band else BUCKETS // 3)
     for part in parts if band else ():
         if any(bucket.low < bucket.high for bucket in part):
             above = " ".join(f"{axes.x(b.x)},{axes.y(b.high)}" for b in part)

@@ -95,7 +95,9 @@ def choices(run: Folder) -> str:
         if isinstance(said, dict)
     ]
     head = ["setting", "value", "because"]
-    return html.card("What auto chose", html.table(head, rows, "Choices", "text") if rows else "")
+    return html.card(
+        "What auto chose", html.table(head, rows, "Choices", "text stacks") if rows else ""
+    )
 
 
 def measured(run: Folder) -> str:
@@ -141,7 +143,11 @@ def settings(run: Folder) -> str:
         if value != default and not (not value and not default):
             rows.append([key, hidden(value, key), typed(default) if key in known else "-"])
     cells = [[html.long_text(cell, 400) for cell in row] for row in rows]
-    table = html.table(["setting", "value", "default"], cells, "Settings", "text") if rows else ""
+    table = (
+        html.table(["setting", "value", "default"], cells, "Settings", "text stacks")
+        if rows
+        else ""
+    )
     return html.card("Settings that differ from their defaults", table)
 
 

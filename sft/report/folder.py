@@ -84,10 +84,9 @@ class Folder:
 
     def lines(self, name: str, read: Callable[[Path], Sequence[str]] | None = None) -> list[Record]:
         """Read a further file of JSON lines; lines that are no mapping are counted as damaged."""
-        read = read or functools.partial(read_lines, errors="replace")
         if not (self.path / name).is_file():
             return []
-        lines = self._tried(name, read) or ()
+        lines = self._tried(name, read or _lines) or ()
         lines = [line for line in lines if line.strip()]
         try:
             values = parse_json(f"[{','.join(lines)}]", finite=False)  # at once: twice as fast
@@ -136,10 +135,6 @@ class Folder:
         """Return the last step that was logged."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
-    def last_written(self) -> float:
-        """Return when the run last wrote its figures or its status, in seconds since 1970."""
-        return last_written(self.path)
-
     def checkpoints(self) -> Iterator[tuple[int, int]]:
         """Yield (step, bytes) of each checkpoint, oldest first."""
         for path in reversed(folders.checkpoints(self.path)):
@@ -166,6 +161,9 @@ def _parsed(line: str) -> Any:
         return None
 
 
+_lines = functools.partial(read_lines, errors="replace")
+
+
 def _brief(path: Path) -> list[str]:
     """Read the lines with an evaluation and the last ones; the others are not even decoded."""
     content = path.read_bytes()
@@ -189,11 +187,9 @@ def mappings(value: Any) -> list[Record]:
 
 def number(value: Any) -> float:
     """Return a JSON value as a number; NaN if it is none, and infinite beyond ``LARGEST``."""
-    if type(value) not in (float, int):
+    if type(value) not in (float, int) or value != value:
         return math.nan
-    if -LARGEST <= value <= LARGEST:
-        return float(value)
-    return math.inf if value > 0 else -math.inf if value < 0 else math.nan
+    return float(value) if abs(value) <= LARGEST else math.inf if value > 0 else -math.inf
 
 
 def size(path: Path) -> int:

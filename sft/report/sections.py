@@ -119,7 +119,7 @@ def events(run: Folder) -> str:
     head = ["step", "time", "what", "why"]
     return html.card(
         "Stops, resumes and alerts",
-        html.table(head, cells, "Stops and alerts", "text events"),
+        html.table(head, cells, "Stops and alerts", "text stacks events"),
         note,
     )
 

@@ -69,7 +69,6 @@ table.text td, table.text th { text-align: left; }
 td, th { white-space: nowrap; }
 table.text td { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
 table.events td:not(:last-child) { white-space: nowrap; }
-table.events td:last-child { min-width: 17rem; }
 table pre { font-size: .8rem; line-height: 1.5; }
 .columns { display: grid; gap: 1.6rem 3rem;
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
@@ -87,7 +86,7 @@ footer { margin-top: 1.5rem; }
 .sample:first-of-type { padding-top: 0; border-top: 0; }
 .sample dl { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .3rem 1rem;
   margin: 0; }
-code { overflow-wrap: anywhere; }
+code { overflow-wrap: anywhere; font-size: .8rem; }
 .card > .scroll + .scroll, .card > .scroll + h3 { margin-top: 1rem; }
 .sample dt { color: var(--soft); font-size: .85rem; font-variant-numeric: tabular-nums; }
 .sample dd { margin: 0; }
@@ -98,6 +97,13 @@ code { overflow-wrap: anywhere; }
   .sample dl { grid-template-columns: minmax(0, 1fr); gap: .1rem; }
   .first .chart:first-child .plot { height: 12rem; }
   .plot { margin-left: 2.5rem; }
+  th[scope=row] { white-space: normal; min-width: 8rem; }
+  /* The last cell of a row gets a line of its own. */
+  .stacks, .stacks tbody { display: block; }
+  .stacks tr { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .4rem 0;
+    border-bottom: 1px solid var(--line); }
+  table.stacks th, table.stacks td { min-width: 0; padding: 0; border: 0; }
+  .stacks tr > :last-child { flex-basis: 100%; }
 }
 @media print {
   :root { --c0: #2f7d4a; --c1: #b4510d; --c2: #2c67b0; --c3: #8a3fa6; --c4: #8a6d00;

@@ -448,6 +448,19 @@ def test_a_place_without_runs_is_answered(
         assert says in capsys.readouterr().err
 
 
+def test_each_trial_of_a_sweep_shows_its_setting(tmp_path: Path) -> None:
+    for r in (2, 4, 16):
+        (written(tmp_path / f"r{r}", {}, []) / "config.yaml").write_text(f"lora: {{r: {r}}}")
+    rows = table.runs(table.RunsConfig(dirs=[str(tmp_path)], sort="lora.r"))["runs"]
+    assert [row["differs"] for row in rows] == [{"lora.r": r} for r in ("2", "4", "16")]
+
+
+def test_what_runs_are_sorted_by_is_suggested(made: Path) -> None:
+    for sort, near in (("eval_los", "eval_loss"), ("-lora.rr", "lora.r"), ("agee", "age")):
+        with pytest.raises(RunError, match=f"did you mean sort={near}"):
+            table.runs(table.RunsConfig(dirs=[str(made)], sort=sort))
+
+
 def test_a_setting_that_an_earlier_version_lacked_does_not_differ(tmp_path: Path) -> None:
     for name, text in (("old", "seed: 42"), ("also", "seed: 42"), ("new", "precision: auto")):
         (written(tmp_path / name, {}, []) / "config.yaml").write_text(f"run_name: {name}\n{text}")
