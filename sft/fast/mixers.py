@@ -86,6 +86,11 @@ def mixers(model: Any) -> list[str]:
     return sorted(found, key=lambda name: (name.endswith(" layers"), name))
 
 
+def scans(model: Any) -> list[str]:
+    """List those of ``mixers`` that have a recurrent state: all but the convolutions."""
+    return [name for name in mixers(model) if "conv" not in name.lower()]
+
+
 def text_decoder(model: Any) -> nn.Module:
     """Return the part of a model that text passes through."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -158,6 +158,8 @@ def test_no_field_counts_as_experts_by_its_name() -> None:
     assert not mixers.experts(model_of("llama")) and mixers.experts(model_of("granitemoe"))
     assert mixers.mixers(model_of("llama")) == []
     assert mixers.mixers(model_of("lfm2"))[0] == "Lfm2ShortConv"
+    assert mixers.scans(model_of("lfm2")) == []
+    assert mixers.scans(model_of("qwen3_next"))[0] == "Qwen3NextGatedDeltaNet"
     assert mixers.reach(model_of("llama4_text")) == small_models.WINDOW
 
 
