@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft import child, environment, process
-from sft.checkpoint import folders
 from sft.cli.command import Command
 from sft.config import zero
 from sft.config.checks import check
 from sft.config.settings import Config, fill_names, streamed_samples
-from sft.errors import ConfigError, MergeError, Problem, RunError, SftError, Stopped
+from sft.errors import ConfigError, MergeError, Problem
 from sft.report import written
 from sft.run import closing, record
+from sft.training.ending import ending
 from sft.training.signals import Signals, end_with_launcher
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sft.data.prepared import Prepared
     from sft.run.run import Run
     from sft.training.timed import TimedTrainer
@@ -150,7 +147,7 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
     # Create SFTConfig before the model loads: only then does ZeRO-3 partition the weights while
     # they load. On a CPU the process group must exist by then too.
     args = build.sft_config(config, chosen)
-    with _ending(run):
+    with ending(run):
         resume.require_same_checkpoint(run.dir, resume_from)
         base = load_base(config, architecture.config, precision.value, chosen.attention.value)
         tokens.initialise(base, new)
@@ -168,38 +165,6 @@ def fit_in(run: Run, config: Config, resume_from: Path | None) -> None:
                 final = loop.train(trainer, config, template.stop_ids, resume_from)
                 forgetting.measure_trained(run, trainer)
                 save(run, trainer, config, final)
-
-
-@contextlib.contextmanager
-def _ending(run: Run) -> Iterator[None]:
-    """Record why a run ended early; end its process group and release its folder in any case.
-
-    Raises:
-        RunError: Another rank died.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if process.rank() == 0:
-            status = "stopped" if isinstance(error, Stopped) else "failed"
-            ours = isinstance(error, SftError)
-            run.end(status, str(error) if ours else f"{type(error).__name__}: {error}")
-            if isinstance(error, Stopped | KeyboardInterrupt):
-                closing.log(closing.stopped(run.dir))
-        if isinstance(error, KeyboardInterrupt) and folders.checkpoints(run.dir):
-            raise KeyboardInterrupt("give the same command again to resume the run") from None
-        if environment.lost_a_rank(error):
-            raise RunError(
-                "contact with another rank was lost: the rank or its machine died\n"
-                "    fix: read the errors of the other ranks, then give the same command again to "
-                "resume the run"
-            ) from error
-        raise
-    finally:
-        environment.end_process_group()
-        if run.claimed:
-            written.write(run.dir)
-        run.release()
 
 
 def merge(folder: Path, config: Config) -> None:
