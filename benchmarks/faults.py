@@ -33,6 +33,7 @@ from rich.table import Table
 
 from sft.checkpoint import folders
 from sft.errors import CheckpointError
+from sft.run import record
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = [
@@ -42,7 +43,6 @@ SETTINGS = [
     *("dataset.max_rows=24", "dataset.max_eval_rows=32", "dataset.exact_match=0"),
     *("lora.lora_dropout=0.1", "precision=fp32"),
 ]
-CLOCKS = ("runtime", "seconds", "per_second", "train_loss", "total_flos")
 
 
 @dataclass
@@ -190,10 +190,7 @@ def call(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
 def outcome(run: Path) -> tuple[list[dict[str, object]], dict[str, bytes]]:
     """Return the log of a finished run without times, and the bytes of its adapter."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    logged = [
-        {key: value for key, value in line.items() if not any(clock in key for clock in CLOCKS)}
-        for line in lines
-    ]
+    logged = [record.trained(line) for line in lines if "train_runtime" not in line]
     adapter = run / "adapter"
     return logged, {path.name: path.read_bytes() for path in adapter.glob("*.safetensors")}
 

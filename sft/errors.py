@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+FEW = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,9 @@ class CheckpointError(SftError):
 
 class MergeError(SftError):
     """The adapter cannot be merged, or the merged model is not the one that was trained."""
+
+
+def few(names: Iterable[object]) -> str:
+    """Return the first names, and how many there are beside them."""
+    found = list(map(str, names))
+    return ", ".join(found[:FEW]) + f" and {len(found) - FEW} more" * (len(found) > FEW)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from sft.errors import few
+
 # Controls, formats (such as a change of text direction), surrogates, line and paragraph separators.
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-FEW = 8  # entries of a list that are shown
 GENERATOR = '<meta name="generator" content="sft">'  # by which a page of sft is recognised
 
 
@@ -64,8 +65,7 @@ def figure(value: object, key: str = "") -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return whole(value)
     if isinstance(value, list):
-        rest = len(value) - FEW
-        return ", ".join(map(str, value[:FEW])) + f" and {rest} more" * (rest > 0)
+        return few(value)
     return str(value)
 
 

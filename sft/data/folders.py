@@ -7,14 +7,14 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sft.data.named_splits import choose, files_of_split
 from sft.data.readers import TABLES, TEXT, kind_of, read_errors
-from sft.errors import DataError, SourceError
+from sft.errors import DataError, SourceError, few
 from sft.files import without_protocol
 
 # The names of files with a known ending that hold no rows, in lower case.
@@ -29,7 +29,6 @@ IRREGULAR = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-FEW = 3  # names in a message
 Entry = tuple[str, str]  # a path, and what it is if it is no regular file
 
 
@@ -248,9 +247,3 @@ def _chosen(path: str, root: str, entries: Sequence[Entry]) -> Location:
     unused = [name for name, _ in entries if name not in read]
     unexpected = [short(name) for name in unused if name not in hidden | known]
     return Location(path, rows, list(map(short, unused)), unexpected, root)
-
-
-def few(names: Iterable[object]) -> str:
-    """Return the first names, and how many there are beside them."""
-    found = list(map(str, names))
-    return ", ".join(found[:FEW]) + f" and {len(found) - FEW} more" * (len(found) > FEW)

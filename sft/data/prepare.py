@@ -17,11 +17,11 @@ from sft.config.settings import DatasetConfig, packing_of
 from sft.data import artefact, sources
 from sft.data.audit import Counts, gate
 from sft.data.blocks import weighted, write_blocks
-from sft.data.folders import few
 from sft.data.prepared import INVENTORY, Prepared, Samples, damage, tokenizer_hash
 from sft.data.splits import Split, parts_of
 from sft.data.store import Dropped, encoded
 from sft.data.template import Template
+from sft.errors import few
 from sft.files import cache_dir, inventory, new_folder, require_writable, write_text
 
 logger = logging.getLogger("sft")

@@ -13,8 +13,8 @@ from sft.config.data_settings import CHECKS
 from sft.config.settings import DatasetConfig
 from sft.data import audit
 from sft.data.audit import Counts, verdicts
-from sft.data.folders import few
 from sft.data.outlook import Outlook
+from sft.errors import few
 
 STYLES = {"ok": "green", "warn": "yellow", "stop": "red"}
 

@@ -50,6 +50,7 @@ class TrackedRun:
     folder: Path
     _offset: int = field(default=0, init=False)  # bytes of metrics.jsonl that have been read
     _last: tuple[int, int] = field(default=(-1, 0), init=False)  # step and place of the last row
+    _sent: set[str] = field(default_factory=set, init=False)  # the figures of that step
     _samples: tuple[int, int] | None = field(default=None, init=False)  # as they were last read
 
     @cached_property
@@ -117,9 +118,15 @@ class TrackedRun:
                 step = int(logged.pop("step"))
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
-            place = self._last[1] + 1 if step == self._last[0] else 0
+            again = step == self._last[0]
+            place = self._last[1] + 1 if again else 0
             self._last = step, place
-            rows.append(Row(step, place, logged.pop("time", None) or written, _figures(logged)))
+            self._sent = self._sent if again else set()
+            time, figures = logged.pop("time", None) or written, _figures(logged)
+            # A step may be recorded twice, and shows each figure once.
+            figures = {key: value for key, value in figures.items() if key not in self._sent}
+            self._sent |= figures.keys()
+            rows.append(Row(step, place, time, figures))
         return rows
 
     def new_samples(self) -> Samples:
@@ -169,8 +176,6 @@ def table(samples: Samples) -> list[list[Any]]:
 
 
 def _figures(logged: dict[str, Any]) -> dict[str, float]:
-    if "loss" not in logged:
-        logged.pop("epoch", None)  # which the training record of the same step has, too
     return {
         _shown(key): float(value)
         for key, value in logged.items()

@@ -302,7 +302,17 @@ def test_checkpoints_hold_no_pickle_and_the_best_is_kept(tmp_path: Path, saving:
     kept = {int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")}
     assert kept == ({best, 6} if best != 6 else {4, 6})
     suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".safetensors", ".jinja", ".md", ".yaml", ".log", ""}
+    assert suffixes <= {
+        ".json",
+        ".html",
+        ".jsonl",
+        ".safetensors",
+        ".jinja",
+        ".md",
+        ".yaml",
+        ".log",
+        "",
+    }
 
 
 def test_what_is_trained_may_not_change_unnoticed(
