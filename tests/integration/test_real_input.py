@@ -25,6 +25,7 @@ SOURCES = {
         "dataset.subset=null",
         "dataset.eval_split=null",
         "dataset.eval_path={data}/gsm8k/test.jsonl",
+        "dataset.max_eval_rows=32",
         "dataset.overlong=truncate",
         "dataset.stop_above.nothing_trained=1",
     ],

@@ -239,7 +239,10 @@ def test_a_terminal_that_is_gone_ends_no_operation(monkeypatch: pytest.MonkeyPat
 def test_bars_of_the_hubs_client_become_lines_of_the_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from huggingface_hub.utils import enable_progress_bars
     from huggingface_hub.utils.tqdm import tqdm
+
+    enable_progress_bars()  # a test of a notebook may have switched them off
 
     class Bar(tqdm):  # type: ignore[misc]
         pass
