@@ -40,6 +40,9 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "accelerate.state:AcceleratorState": ("_reset_state(reset_partial_state)",),
     "accelerate.state:GradientState": ("_reset_state()",),
     "torch.utils.data:DataLoader": ("_iterator",),
+    # Operations of scans.
+    "torch.utils._python_dispatch": ("TorchDispatchMode",),
+    "torch.ops.aten.mm.default": ("_overloadpacket",),
     # Profiles.
     "torch.autograd": ("_profiler_enabled",),
     "torch.cuda.memory": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from sft.training.trainer import Trainer
 from sft.watch import peaks
 from sft.watch.figures import Figures
 from sft.watch.operations import Operations
-
-logger = logging.getLogger("sft")
 
 
 class TimedTrainer(Trainer):
@@ -37,10 +34,6 @@ class TimedTrainer(Trainer):
         """Mark the forward and backward pass, and count its operations."""
         if self.figures.operations is None:
             kernel = attention.kernel_of(mixers.text_config(self.model))
-            scans = mixers.scans(self.model)
-            if scans and not self.args.torch_compile:
-                logger.info("operations and MFU leave out the scans of %s", ", ".join(scans))
-            self.figures.left_out = scans
             self.figures.operations = Operations(
                 self.model, self.lm_head, kernel, self.args.torch_compile
             )

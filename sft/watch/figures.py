@@ -42,7 +42,6 @@ class Figures(TrainerCallback):  # type: ignore[misc]
         self.operations: Operations | None = None
         self.clock, self.pace = Clock(device), Pace()
         self.peaks: float | None = None  # of all ranks
-        self.left_out: list[str] = []  # classes of layers of which not all operations are counted
         self._own_peak: float | None = None
         self._total = [0.0, 0.0]  # tokens, and operations done, by all ranks since the start
         self._step = 0
@@ -56,7 +55,7 @@ class Figures(TrainerCallback):  # type: ignore[misc]
         tokens, done = self._total
         return {
             "per_token": round(done / tokens) if tokens and done else None,
-            "left_out": self.left_out,
+            "left_out": [] if self.operations is None else self.operations.left_out,
             "convention_6n": 6 * parameters,
             "peak_per_second": self.peaks and float(f"{self.peaks:.4g}"),
         }

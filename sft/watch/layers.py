@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from sft.checkpoint.sharded import shape_of
+from sft.watch import scans
 from sft.watch.scores import heads_of, is_attention, stores_scores, window_of
 
 
@@ -57,6 +58,7 @@ class Layers:
         fixed: Of products of weights, whatever the number of tokens.
         attention: Of the scores and the sums of values, for one pair of tokens in all layers; by
             the layers' window (0: none).
+        scans: The operations of the layers with a recurrent state, by class; 0: a kernel hid them.
         in_backward: The forward pass has ended.
         failed: Why a layer could not be counted, so that nothing is; "" if all were.
     """
@@ -67,6 +69,7 @@ class Layers:
         self.attention: dict[int, Cost] = defaultdict(Cost)
         self.in_backward = False
         self.failed = ""
+        self.scans = dict.fromkeys(scans.classes(model), 0.0)
         self._stored: set[Any] = set()  # layers whose forward pass autograd recorded
 
     @contextlib.contextmanager
@@ -127,6 +130,8 @@ class Layers:
                 yield module.register_forward_hook(
                     self._safe(watch), with_kwargs=True, always_call=True
                 )
+            if type(module).__name__ in self.scans:
+                yield from scans.watch(module, self._found_scan)
             if is_attention(module):
                 yield module.register_forward_hook(
                     self._safe(self._watch_attention), with_kwargs=True
@@ -155,6 +160,11 @@ class Layers:
         # Reentrant checkpointing records nothing in the forward pass, and this call instead.
         if layer not in self._stored:
             cost.gradient += gradients * forward
+
+    def _found_scan(self, module: Any, forward: float) -> None:
+        """Add a scan; both factors of a product in it have a gradient."""
+        self.scans[type(module).__name__] += forward
+        self._add(self.total, module, forward, 2)
 
     def _watch_linear(
         self, size: int, normed: bool, module: Any, given: Any, named: Any, output: Any

@@ -4,8 +4,8 @@
 positions, and their pairs of tokens whose scores are computed.
 
 A product of (m, k) and (k, n) is 2 m k n operations. Attention counts whole squares, without the
-causal half, as in ``torch.utils.flop_counter``. Not counted: element-wise operations, and the scans
-of state-space and linear-attention layers, whose projections are counted.
+causal half, as in ``torch.utils.flop_counter``. Not counted: element-wise operations,
+and the scans of layers with a recurrent state where a kernel hides them.
 """
 
 from __future__ import annotations
@@ -81,6 +81,14 @@ class Operations:
             self.counts = False
         else:
             self._tokens = inputs["input_ids"].numel()
+            if self.left_out:
+                names = ", ".join(self.left_out)
+                logger.info("operations leave out the scans of %s: a kernel hides them", names)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The classes of layers with a recurrent state whose scans could not be counted."""
+        return sorted(name for name, total in self._layers.scans.items() if not total)
 
     def begin_backward(self) -> None:
         """Tell that the forward pass of the micro-batch has ended."""
