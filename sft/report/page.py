@@ -72,7 +72,7 @@ def _head(run: Folder) -> str:
     parts = [run.setting("model.name"), run.setting("dataset.name"), method]
     if (seed := run.setting("seed")) is not None:
         parts.append(f"seed {seed}")
-    lead = " · ".join(html.text(part) for part in parts if part)
+    subtitle = " · ".join(html.text(part) for part in parts if part)
     shown = list(_tiles(run))
     columns = math.ceil(
         len(shown) / math.ceil(len(shown) / TILES)
@@ -91,7 +91,7 @@ def _head(run: Folder) -> str:
     return (
         f'<header>\n<div class="head"><h1>{html.text(run.name)}</h1>'
         f'<span class="pill {html.text(run.status)}">{html.text(run.status)}</span></div>\n'
-        f'<p class="lead">{lead}</p>\n</header>\n'
+        f'<p class="subtitle">{subtitle}</p>\n</header>\n'
         f'<dl class="tiles" style="--n: {columns}">\n{tiles}</dl>\n'
         + (f'<div class="notice" role="note">{said}</div>\n' if said else "")
     )
@@ -161,7 +161,7 @@ def several(runs: Sequence[Folder]) -> str:
     said = "".join(f"<p>{html.text(line)}</p>" for line in damaged)
     body = [
         f'<header><div class="head"><h1>{title}</h1></div>\n'
-        f'<p class="lead">{" · ".join(map(html.text, names))}</p></header>\n',
+        f'<p class="subtitle">{" · ".join(map(html.text, names))}</p></header>\n',
         f'<div class="notice" role="note">{said}</div>\n' if said else "",
         html.card("Results", _results(runs, short)),
         html.card("Curves", charts.compared(runs, short)),

@@ -8,7 +8,7 @@ STYLE = """
 }
 .head { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center; }
 .head h1 { margin: 0; }
-.lead { margin: .3rem 0 0; color: var(--soft); overflow-wrap: anywhere; }
+.subtitle { margin: .3rem 0 0; color: var(--soft); overflow-wrap: anywhere; }
 .pill { padding: .1rem .7rem; border: 1px solid currentColor; border-radius: 99px;
   font-size: .85rem; font-weight: 600; color: var(--soft); }
 .pill.finished { color: var(--good); }

@@ -97,7 +97,9 @@ def _evaluations(run: dict[str, Any], logged: list[dict[str, Any]]) -> list[tupl
             text += f"; {best['eval_loss']:.4f} at step {best['step']:,}, the best"
         rows.append(("eval loss", text))
     if chosen := run.get("best"):
-        used = "; these are the weights that are written" if chosen.get("written") else ""
+        used = ""
+        if chosen.get("written"):
+            used = f"; the weights of step {chosen['step']:,} are written"
         text = f"{chosen['value']:.4f} at step {chosen['step']:,}, the best{used}"
         if chosen["metric"] != "eval_loss":
             rows.append((chosen["metric"].replace("_", " "), text))

@@ -50,7 +50,7 @@ def add_checks(
     trainer.args.eval_on_start &= resume_from is None
 
     def before_training(action: Callable[[], object]) -> None:
-        trainer.add_callback(callbacks.BeforeTraining(action, on_resume=True))
+        trainer.add_callback(callbacks.BeforeTraining(action))
 
     device, vocabulary = trainer.args.device, len(trainer.processing_class)
     mixed = trainer.accelerator.mixed_precision

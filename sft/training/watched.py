@@ -55,7 +55,7 @@ def watched(
         if every is not None:
             callbacks.append(EverySteps(every, write_page))
         # After the callback of metrics.jsonl, which removes the records that will be logged again.
-        send = BeforeTraining(lambda: trackers.start(run.dir, run.config.tracker), on_resume=True)
+        send = BeforeTraining(lambda: trackers.start(run.dir, run.config.tracker))
         callbacks.append(send)
         for callback in callbacks:
             trainer.add_callback(callback)

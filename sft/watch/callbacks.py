@@ -93,16 +93,14 @@ class RanksAgree(TrainerCallback):  # type: ignore[misc]
 
 
 class BeforeTraining(TrainerCallback):  # type: ignore[misc]
-    """Runs an action after the model is wrapped for training and before the first step."""
+    """Runs an action after the model is wrapped, and before the first step of this start."""
 
-    def __init__(self, action: Callable[[], object], on_resume: bool = False) -> None:
+    def __init__(self, action: Callable[[], object]) -> None:
         self.action = action
-        self.on_resume = on_resume
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Run the action; in a resumed run only with ``on_resume``."""
-        if state.global_step == 0 or self.on_resume:
-            self.action()
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Run the action."""
+        self.action()
 
 
 class EverySteps(TrainerCallback):  # type: ignore[misc]

@@ -56,7 +56,7 @@ class Operations:
             model: The model as PEFT or Transformers made it, without wrappers for training.
             head: ``model.lm_head``, which computes the loss.
             kernel: The attention kernel.
-            compiled: Whether torch.compile compiles the model, where hooks would compile it anew;
+            compiled: Whether torch.compile compiles the model, where hooks would compile it again;
                 then only tokens are counted.
         """
         self.model, self.head, self.kernel = model, head, kernel or ""

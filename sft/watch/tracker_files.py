@@ -15,7 +15,7 @@ NAME = "events.out.tfevents.{}.{}"  # TensorBoard reads files with such names
 
 
 class TensorBoard:
-    """TensorBoard: an event file in the run's folder, written anew by each process.
+    """TensorBoard: an event file in the run's folder, which each process replaces.
 
     An event file cannot be corrected, and the last event of a killed process may be incomplete.
     metrics.jsonl has everything, so the new file replaces those of earlier processes.

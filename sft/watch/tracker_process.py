@@ -32,7 +32,7 @@ class Service(Protocol):
     """The run at a tracker, open: made if the tracker does not know its id, else continued.
 
     What a killed process has sent is not read from notes of ours, which may be older. The tracker
-    is asked, or ignores what it has, or its files are written anew.
+    is asked, or ignores what it has, or its files are replaced.
     """
 
     where: str  # an address, or the command that shows the run

@@ -97,7 +97,7 @@ def test_ctrl_c_while_training_and_the_closing_lines_of_both_starts(tmp_path: Pa
     last = [record for record in records(tmp_path / "run") if "eval_loss" in record][-1]
     assert last["step"] == 60
     best = f"{last['eval_loss']:.4f} at step 60, the last and the best"
-    assert table["eval loss"] == f"{best}; these are the weights that are written"
+    assert table["eval loss"] == f"{best}; the weights of step 60 are written"
     assert (table["adapter"], table["metrics"]) == ("run/adapter", "run/metrics.jsonl")
     assert table["checkpoints"].endswith("run/checkpoint-60")
     assert table["next"] == "sft generate run=run prompt='...'"

@@ -37,8 +37,8 @@ def test_a_run_of_two_starts_counts_the_time_of_both(tmp_path: Path) -> None:
     lines = closing.finished(folder)
     assert lines[0] == "finished in 2 min 40 s, in 2 starts: 30 steps, 16,000 tokens, 100 tokens/s"
     assert lines[1] == (
-        "    eval loss    1.7500 at step 30, the last; 1.5000 at step 10, the best; these are the "
-        "weights that are written"
+        "    eval loss    1.7500 at step 30, the last; 1.5000 at step 10, the best; the "
+        "weights of step 10 are written"
     )
     assert lines[2] == "    peak memory  3.0 GiB of a process"
     assert lines[4].endswith(f"{folder}/checkpoint-10, {folder}/checkpoint-30")
