@@ -39,9 +39,10 @@ def _no_run(path: Path) -> str:
         near = [item for item in (path.parent.iterdir() if path.parent.is_dir() else ())]
         runs = [item.name for item in near if is_run(item)]
         hint = did_you_mean(path.name, runs) if runs else ""
+        fix = "sft runs lists the runs"
         if hint.startswith("did"):
-            hint = f"did you mean {path.parent / hint.removeprefix('did you mean ')}"
-        return f"there is no folder {path}\n    fix: {hint or 'sft runs lists the runs'}"
+            fix = f"did you mean {path.parent / hint.removeprefix('did you mean ')}"
+        return f"there is no folder {path}\n    fix: {fix}"
     if path.is_file():
         owner = path.parent if is_run(path.parent) else "the folder of a run"
         return f"{path} is a file\n    fix: sft report {owner}"

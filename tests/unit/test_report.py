@@ -326,6 +326,7 @@ def test_a_folder_that_is_no_run_is_refused_with_a_fix(made: Path) -> None:
         (made / "adapter", rf"a folder within a run\n    fix: sft report {made}"),
         (made / "run.json", rf"is a file\n    fix: sft report {made}"),
         (made.parent.parent / "x", "there is no folder .*\n    fix: sft runs lists the runs"),
+        (made.with_name("zzz"), "there is no folder .*\n    fix: sft runs lists the runs"),
     ):
         with pytest.raises(RunError, match=says):
             places.require(path)
